@@ -1,0 +1,1 @@
+"""Inference servers: an engine behind the contract, and the rollout worker that feeds a run from it."""

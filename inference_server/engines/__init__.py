@@ -1,0 +1,1 @@
+"""Engines, each behind the Protocol of `inference_server.engine`."""

@@ -1,0 +1,1 @@
+"""The learner: draws groups, trains with DPPO, publishes weights."""

@@ -1,0 +1,104 @@
+"""Every error that Leeway raises, as one tree.
+
+    LeewayError
+    ├── ConfigError             a configuration that cannot be used          INVALID_ARGUMENT
+    ├── InvalidDataError        the caller sent something malformed          INVALID_ARGUMENT
+    ├── NotFoundError           the named thing does not exist               NOT_FOUND
+    ├── PreconditionError       do not retry until the state is mended       FAILED_PRECONDITION
+    ├── FencedError             a newer incarnation took over: go one up     ABORTED
+    ├── SequenceError           a number is out of order; says what is next  OUT_OF_RANGE
+    ├── ExhaustedError          no room now; retry later                     RESOURCE_EXHAUSTED
+    ├── UnavailableError        the peer cannot be reached; retry            UNAVAILABLE
+    ├── DeadlineError           a wait ended without what it waited for      DEADLINE_EXCEEDED
+    └── CorruptDataError        bytes are not what their digest says         DATA_LOSS
+
+A message says what happened, where, and what to do. `leeway.rpc` maps the tree to gRPC status codes and back, with
+`reason` as `google.rpc.ErrorInfo.reason`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import grpc
+
+
+class LeewayError(Exception):
+    """Root of the tree."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
+    reason: ClassVar[str] = "INTERNAL"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class ConfigError(LeewayError):
+    """A configuration that cannot be used: names file and key."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "CONFIG"
+
+
+class InvalidDataError(LeewayError):
+    """The caller sent something malformed."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+    reason = "INVALID_DATA"
+
+
+class NotFoundError(LeewayError):
+    """The named thing does not exist."""
+
+    code = grpc.StatusCode.NOT_FOUND
+    reason = "NOT_FOUND"
+
+
+class PreconditionError(LeewayError):
+    """Not possible in this state; retrying alone will not help."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    reason = "PRECONDITION"
+
+
+class FencedError(LeewayError):
+    """A newer incarnation took over; the caller's epoch or attempt is refused from now on."""
+
+    code = grpc.StatusCode.ABORTED
+    reason = "FENCED"
+
+
+class SequenceError(LeewayError):
+    """A number is out of order; the message says which comes next."""
+
+    code = grpc.StatusCode.OUT_OF_RANGE
+    reason = "SEQUENCE"
+
+
+class ExhaustedError(LeewayError):
+    """No room now; the same call may succeed later."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+    reason = "EXHAUSTED"
+
+
+class UnavailableError(LeewayError):
+    """The peer cannot be reached; the same call may succeed later."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+    reason = "UNAVAILABLE"
+
+
+class DeadlineError(LeewayError):
+    """A wait ended without what it waited for."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+    reason = "DEADLINE"
+
+
+class CorruptDataError(LeewayError):
+    """Bytes are not what their digest says."""
+
+    code = grpc.StatusCode.DATA_LOSS
+    reason = "CORRUPT_DATA"

@@ -1,0 +1,1 @@
+"""Generated from proto/leeway/v1; do not edit."""

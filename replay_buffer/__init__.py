@@ -1,0 +1,1 @@
+"""The durable replay buffer between inference servers and the learner."""
