@@ -1,0 +1,585 @@
+"""Between the wire and `leeway.types`: the only place where protobuf meets arrays.
+
+`x_to_proto` and `x_from_proto` come in pairs. Everything that comes from a peer is checked before anything is allocated:
+a Tensor's size against its shape, enums against their range. What is malformed raises InvalidDataError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Final, TypeVar
+
+import enum
+
+import numpy as np
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from leeway.dtypes import dtype_name, element_size_bytes, wire_number
+from leeway.errors import InvalidDataError
+from leeway.types import (
+    Array,
+    Column,
+    ColumnKind,
+    DropReason,
+    EngineInfo,
+    Evaluation,
+    FinishReason,
+    GroupState,
+    LogprobMode,
+    ModelSignature,
+    PolicyVersion,
+    Purpose,
+    RunSpec,
+    RunStatus,
+    SamplingParams,
+    Segment,
+    SegmentKind,
+    TensorEntry,
+    Ticket,
+    TicketMember,
+    TrajectoryChunk,
+    TrajectoryClose,
+    TrajectoryFailure,
+    VersionSpan,
+    WeightManifest,
+    WriteItem,
+    WriteResult,
+    WriteStatus,
+)
+from leeway.v1 import common_pb2, inference_pb2, replay_pb2, trajectory_pb2
+
+MAX_TENSOR_ELEMENTS: Final = 1 << 31
+EnumT = TypeVar("EnumT", bound=enum.IntEnum)
+MessageT = TypeVar("MessageT", bound=Message)
+
+# NumPy has no bfloat16; weights in that type travel as raw bytes and never become arrays here.
+_NUMPY_DTYPES: Final = {"uint8", "uint16", "int32", "int64", "float16", "float32", "float64"}
+
+
+def parse(message: type[MessageT], data: bytes) -> MessageT:
+    """Parse serialized bytes that travelled inside another message."""
+    try:
+        return message.FromString(data)
+    except DecodeError as error:
+        raise InvalidDataError(f"not a {message.DESCRIPTOR.name}: {error}") from error
+
+
+def enum_from_proto(kind: type[EnumT], number: int) -> EnumT:
+    """A checked enum; UNSPECIFIED and unknown numbers are refused."""
+    try:
+        return kind(number)
+    except ValueError:
+        raise InvalidDataError(f"{number} is not a {kind.__name__}") from None
+
+
+# Arrays
+
+
+def array_to_proto(array: Array) -> common_pb2.Tensor:
+    """Little-endian bytes of an array; refuses element types without a wire form."""
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False) if sys.byteorder == "big" else array
+    return common_pb2.Tensor(
+        dtype=wire_number(array.dtype.name),  # type: ignore[arg-type]
+        shape=array.shape,
+        data=little.tobytes(),
+    )
+
+
+def array_from_proto(tensor: common_pb2.Tensor) -> Array:
+    """A read-only view of the message's bytes."""
+    name = dtype_name(tensor.dtype)
+    if name not in _NUMPY_DTYPES:
+        raise InvalidDataError(f"{name} arrays are only allowed among weights")
+    elements = math.prod(tensor.shape)
+    expected_bytes = elements * element_size_bytes(name)
+    if elements > MAX_TENSOR_ELEMENTS or expected_bytes != len(tensor.data):
+        raise InvalidDataError(
+            f"a {name} tensor of shape {list(tensor.shape)} takes {expected_bytes} bytes, but {len(tensor.data)} came"
+        )
+    array = np.frombuffer(tensor.data, dtype=np.dtype(name).newbyteorder("<"))
+    return array.reshape(tuple(tensor.shape))
+
+
+# Versions, sampling, signatures
+
+
+def version_to_proto(version: PolicyVersion) -> common_pb2.PolicyVersion:
+    return common_pb2.PolicyVersion(run=version.run, epoch=version.epoch, step=version.step, digest=version.digest)
+
+
+def version_from_proto(message: common_pb2.PolicyVersion) -> PolicyVersion:
+    if not message.run or len(message.digest) != hashlib.sha256().digest_size:
+        raise InvalidDataError("a policy version needs a run and a 32-byte digest")
+    return PolicyVersion(message.run, message.epoch, message.step, message.digest)
+
+
+def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(
+        temperature=params.temperature,
+        max_tokens=params.max_tokens,
+        stop_token_ids=params.stop_token_ids,
+        seed=params.seed,
+        topk=params.topk,
+        routing=params.routing,
+    )
+
+
+def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
+    if not (math.isfinite(message.temperature) and message.temperature > 0):
+        raise InvalidDataError(f"temperature must be a finite number above 0, but is {message.temperature}")
+    if message.max_tokens < 1:
+        raise InvalidDataError("max_tokens must be at least 1")
+    return SamplingParams(
+        temperature=message.temperature,
+        max_tokens=message.max_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        seed=message.seed,
+        topk=message.topk,
+        routing=message.routing,
+    )
+
+
+def signature_to_proto(signature: ModelSignature) -> common_pb2.ModelSignature:
+    return common_pb2.ModelSignature(
+        model_digest=signature.model_digest,
+        tokenizer_digest=signature.tokenizer_digest,
+        vocab_size=signature.vocab_size,
+        moe_layers=signature.moe_layers,
+        experts=signature.experts,
+        experts_per_token=signature.experts_per_token,
+        context_length=signature.context_length,
+    )
+
+
+def signature_from_proto(message: common_pb2.ModelSignature) -> ModelSignature:
+    return ModelSignature(
+        model_digest=message.model_digest,
+        tokenizer_digest=message.tokenizer_digest,
+        vocab_size=message.vocab_size,
+        moe_layers=message.moe_layers,
+        experts=message.experts,
+        experts_per_token=message.experts_per_token,
+        context_length=message.context_length,
+    )
+
+
+# Trajectories
+
+
+def chunk_to_proto(chunk: TrajectoryChunk) -> trajectory_pb2.TrajectoryChunk:
+    return trajectory_pb2.TrajectoryChunk(
+        columns=[
+            common_pb2.Column(
+                kind=int(column.kind),  # type: ignore[arg-type]
+                start_token=column.start_token,
+                end_token=column.end_token,
+                values=array_to_proto(column.values),
+            )
+            for column in chunk.columns
+        ],
+        segments=[_segment_to_proto(segment) for segment in chunk.segments],
+        version_spans=[
+            common_pb2.VersionSpan(
+                start_token=span.start_token, end_token=span.end_token, version=version_to_proto(span.version)
+            )
+            for span in chunk.version_spans
+        ],
+    )
+
+
+def chunk_from_proto(message: trajectory_pb2.TrajectoryChunk) -> TrajectoryChunk:
+    return TrajectoryChunk(
+        columns=tuple(_column_from_proto(column) for column in message.columns),
+        segments=tuple(_segment_from_proto(segment) for segment in message.segments),
+        version_spans=tuple(_span_from_proto(span) for span in message.version_spans),
+    )
+
+
+def encode_chunk(chunk: TrajectoryChunk) -> bytes:
+    """The bytes of a chunk as they are written, acknowledged, stored and drawn."""
+    return chunk_to_proto(chunk).SerializeToString()
+
+
+def decode_chunk(data: bytes) -> TrajectoryChunk:
+    return chunk_from_proto(parse(trajectory_pb2.TrajectoryChunk, data))
+
+
+def chain_digest(previous: bytes, chunk: bytes) -> bytes:
+    """d(i+1) = SHA-256(d(i) + chunk i); see TrajectoryClose.digest."""
+    return hashlib.sha256(previous + chunk).digest()
+
+
+EMPTY_CHAIN: Final = hashlib.sha256().digest()
+"""d(0) of `chain_digest`."""
+
+
+def _column_from_proto(message: common_pb2.Column) -> Column:
+    values = array_from_proto(message.values)
+    kind = enum_from_proto(ColumnKind, message.kind)
+    if message.end_token < message.start_token or values.shape[:1] != (message.end_token - message.start_token,):
+        raise InvalidDataError(
+            f"column {kind.name} covers tokens [{message.start_token}, {message.end_token}) "
+            f"but has shape {list(values.shape)}"
+        )
+    return Column(kind, message.start_token, message.end_token, values)
+
+
+def _segment_to_proto(segment: Segment) -> common_pb2.Segment:
+    return common_pb2.Segment(
+        kind=int(segment.kind),  # type: ignore[arg-type]
+        start_token=segment.start_token,
+        end_token=segment.end_token,
+        in_loss=segment.in_loss,
+        sampling=None if segment.sampling is None else sampling_to_proto(segment.sampling),
+        engine=segment.engine,
+    )
+
+
+def _segment_from_proto(message: common_pb2.Segment) -> Segment:
+    kind = enum_from_proto(SegmentKind, message.kind)
+    if message.end_token < message.start_token:
+        raise InvalidDataError(f"a segment ends at token {message.end_token}, before its start {message.start_token}")
+    if message.in_loss and kind is not SegmentKind.MODEL:
+        raise InvalidDataError(f"a {kind.name} segment cannot be in the loss")
+    sampling = sampling_from_proto(message.sampling) if message.HasField("sampling") else None
+    return Segment(kind, message.start_token, message.end_token, message.in_loss, sampling, message.engine)
+
+
+def _span_from_proto(message: common_pb2.VersionSpan) -> VersionSpan:
+    if message.end_token <= message.start_token:
+        raise InvalidDataError(f"version span [{message.start_token}, {message.end_token}) is empty")
+    return VersionSpan(message.start_token, message.end_token, version_from_proto(message.version))
+
+
+def close_to_proto(close: TrajectoryClose) -> trajectory_pb2.TrajectoryClose:
+    return trajectory_pb2.TrajectoryClose(
+        chunk_count=close.chunk_count,
+        token_count=close.token_count,
+        digest=close.digest,
+        finish_reason=int(close.finish_reason),  # type: ignore[arg-type]
+        reward=close.reward,
+        generation_started_at=timestamp_to_proto(close.generation_started_at),
+        generation_finished_at=timestamp_to_proto(close.generation_finished_at),
+    )
+
+
+def close_from_proto(message: trajectory_pb2.TrajectoryClose) -> TrajectoryClose:
+    if not math.isfinite(message.reward):
+        raise InvalidDataError(f"the reward must be finite, but is {message.reward}")
+    return TrajectoryClose(
+        chunk_count=message.chunk_count,
+        token_count=message.token_count,
+        digest=message.digest,
+        finish_reason=enum_from_proto(FinishReason, message.finish_reason),
+        reward=message.reward,
+        generation_started_at=timestamp_from_proto(message.generation_started_at),
+        generation_finished_at=timestamp_from_proto(message.generation_finished_at),
+    )
+
+
+def failure_to_proto(failure: TrajectoryFailure) -> trajectory_pb2.TrajectoryFailure:
+    return trajectory_pb2.TrajectoryFailure(message=failure.message, retryable=failure.retryable)
+
+
+def failure_from_proto(message: trajectory_pb2.TrajectoryFailure) -> TrajectoryFailure:
+    return TrajectoryFailure(message.message, message.retryable)
+
+
+# Delivery
+
+
+def spec_to_proto(spec: RunSpec) -> replay_pb2.RunSpec:
+    return replay_pb2.RunSpec(
+        run=spec.run,
+        groups_per_step=spec.groups_per_step,
+        members=spec.members,
+        max_staleness=spec.max_staleness,
+        total_steps=spec.total_steps,
+        seed=spec.seed,
+        train_task_count=spec.train_task_count,
+        sampling=sampling_to_proto(spec.sampling),
+        signature=signature_to_proto(spec.signature),
+        dataset_digest=spec.dataset_digest,
+        root=version_to_proto(spec.root),
+        max_attempts=spec.max_attempts,
+    )
+
+
+def spec_from_proto(message: replay_pb2.RunSpec) -> RunSpec:
+    positive = ("groups_per_step", "members", "total_steps", "train_task_count", "max_attempts")
+    for name in positive:
+        if getattr(message, name) < 1:
+            raise InvalidDataError(f"run {message.run!r}: {name} must be at least 1")
+    root = version_from_proto(message.root)
+    if root.run != message.run or root.epoch or root.step:
+        raise InvalidDataError(f"run {message.run!r}: the root version must be epoch 0, step 0 of the same run")
+    return RunSpec(
+        run=message.run,
+        groups_per_step=message.groups_per_step,
+        members=message.members,
+        max_staleness=message.max_staleness,
+        total_steps=message.total_steps,
+        seed=message.seed,
+        train_task_count=message.train_task_count,
+        sampling=sampling_from_proto(message.sampling),
+        signature=signature_from_proto(message.signature),
+        dataset_digest=message.dataset_digest,
+        root=root,
+        max_attempts=message.max_attempts,
+    )
+
+
+def ticket_to_proto(ticket: Ticket) -> replay_pb2.Ticket:
+    return replay_pb2.Ticket(
+        group_id=ticket.group_id,
+        attempt=ticket.attempt,
+        purpose=int(ticket.purpose),  # type: ignore[arg-type]
+        task_index=ticket.task_index,
+        members=[
+            replay_pb2.TicketMember(trajectory_id=member.trajectory_id, member=member.member, seed=member.seed)
+            for member in ticket.members
+        ],
+        sampling=sampling_to_proto(ticket.sampling),
+        lease=duration_to_proto(ticket.lease_seconds),
+        pinned_version=None if ticket.pinned_version is None else version_to_proto(ticket.pinned_version),
+        evaluation_id=ticket.evaluation_id,
+    )
+
+
+def ticket_from_proto(message: replay_pb2.Ticket) -> Ticket:
+    return Ticket(
+        group_id=message.group_id,
+        attempt=message.attempt,
+        purpose=enum_from_proto(Purpose, message.purpose),
+        task_index=message.task_index,
+        members=tuple(TicketMember(member.trajectory_id, member.member, member.seed) for member in message.members),
+        sampling=sampling_from_proto(message.sampling),
+        lease_seconds=seconds_from_proto(message.lease),
+        pinned_version=version_from_proto(message.pinned_version) if message.HasField("pinned_version") else None,
+        evaluation_id=message.evaluation_id,
+    )
+
+
+def item_to_proto(item: WriteItem) -> replay_pb2.WriteItem:
+    message = replay_pb2.WriteItem(trajectory_id=item.trajectory_id, attempt=item.attempt, seq=item.seq)
+    match item.content:
+        case bytes() as chunk:
+            message.chunk = chunk
+        case TrajectoryClose() as close:
+            message.close.CopyFrom(close_to_proto(close))
+        case TrajectoryFailure() as failure:
+            message.failure.CopyFrom(failure_to_proto(failure))
+    return message
+
+
+def item_from_proto(message: replay_pb2.WriteItem) -> WriteItem:
+    match message.WhichOneof("content"):
+        case "chunk":
+            content: bytes | TrajectoryClose | TrajectoryFailure = message.chunk
+        case "close":
+            content = close_from_proto(message.close)
+        case "failure":
+            content = failure_from_proto(message.failure)
+        case _:
+            raise InvalidDataError(f"a write to {message.trajectory_id!r} carries neither chunk, close nor failure")
+    return WriteItem(message.trajectory_id, message.attempt, message.seq, content)
+
+
+def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
+    return replay_pb2.WriteResult(
+        trajectory_id=result.trajectory_id,
+        attempt=result.attempt,
+        seq=result.seq,
+        status=int(result.status),  # type: ignore[arg-type]
+        expected_seq=result.expected_seq,
+        message=result.message,
+    )
+
+
+def result_from_proto(message: replay_pb2.WriteResult) -> WriteResult:
+    return WriteResult(
+        message.trajectory_id,
+        message.attempt,
+        message.seq,
+        enum_from_proto(WriteStatus, message.status),
+        message.expected_seq,
+        message.message,
+    )
+
+
+def evaluation_to_proto(evaluation: Evaluation, epoch: int) -> replay_pb2.CreateEvaluationRequest:
+    return replay_pb2.CreateEvaluationRequest(
+        run=evaluation.version.run,
+        epoch=epoch,
+        evaluation_id=evaluation.evaluation_id,
+        version=version_to_proto(evaluation.version),
+        task_count=evaluation.task_count,
+        members=evaluation.members,
+        sampling=sampling_to_proto(evaluation.sampling),
+    )
+
+
+def evaluation_from_proto(message: replay_pb2.CreateEvaluationRequest) -> Evaluation:
+    if not message.evaluation_id or message.task_count < 1 or message.members < 1:
+        raise InvalidDataError("an evaluation needs an id, at least one task and at least one member")
+    return Evaluation(
+        message.evaluation_id,
+        version_from_proto(message.version),
+        message.task_count,
+        message.members,
+        sampling_from_proto(message.sampling),
+    )
+
+
+def status_to_proto(status: RunStatus) -> replay_pb2.GetRunStatusResponse:
+    return replay_pb2.GetRunStatusResponse(
+        spec=spec_to_proto(status.spec),
+        epoch=status.epoch,
+        head=version_to_proto(status.head),
+        committed_step=status.committed_step,
+        finished=status.finished,
+        issued=status.issued,
+        open=status.open,
+        ready=status.ready,
+        drawn=status.drawn,
+        consumed=status.consumed,
+        dropped=[
+            replay_pb2.DropCount(reason=int(reason), count=count)  # type: ignore[arg-type]
+            for reason, count in sorted(status.dropped.items())
+        ],
+    )
+
+
+def status_from_proto(message: replay_pb2.GetRunStatusResponse) -> RunStatus:
+    return RunStatus(
+        spec=spec_from_proto(message.spec),
+        epoch=message.epoch,
+        head=version_from_proto(message.head),
+        committed_step=message.committed_step,
+        finished=message.finished,
+        issued=message.issued,
+        open=message.open,
+        ready=message.ready,
+        drawn=message.drawn,
+        consumed=message.consumed,
+        dropped={enum_from_proto(DropReason, entry.reason): entry.count for entry in message.dropped},
+    )
+
+
+def optional_state(number: int) -> GroupState | None:
+    """A state filter; 0 means none."""
+    return enum_from_proto(GroupState, number) if number else None
+
+
+def optional_purpose(number: int) -> Purpose | None:
+    """A purpose filter; 0 means none."""
+    return enum_from_proto(Purpose, number) if number else None
+
+
+# Weights and engines
+
+
+def manifest_to_proto(manifest: WeightManifest) -> inference_pb2.WeightManifest:
+    return inference_pb2.WeightManifest(
+        tensors=[
+            inference_pb2.TensorEntry(
+                name=entry.name,
+                dtype=wire_number(entry.dtype),  # type: ignore[arg-type]
+                shape=entry.shape,
+                digest=entry.digest,
+            )
+            for entry in manifest.tensors
+        ],
+        size_bytes=manifest.size_bytes,
+    )
+
+
+def manifest_from_proto(message: inference_pb2.WeightManifest) -> WeightManifest:
+    entries: list[TensorEntry] = []
+    for tensor in message.tensors:
+        dtype = dtype_name(tensor.dtype)
+        size_bytes = math.prod(tensor.shape) * element_size_bytes(dtype)
+        entries.append(TensorEntry(tensor.name, dtype, tuple(tensor.shape), tensor.digest, size_bytes))
+    manifest = WeightManifest(tuple(entries))
+    names = [entry.name for entry in entries]
+    if names != sorted(set(names), key=str.encode):
+        raise InvalidDataError("a weight manifest lists each tensor once, in byte order of the names")
+    if manifest.size_bytes != message.size_bytes:
+        raise InvalidDataError(f"the manifest's tensors take {manifest.size_bytes} bytes, not {message.size_bytes}")
+    return manifest
+
+
+def info_to_proto(info: EngineInfo) -> inference_pb2.GetServerInfoResponse:
+    return inference_pb2.GetServerInfoResponse(
+        signature=signature_to_proto(info.signature),
+        engine=info.engine,
+        logprob_mode=int(info.logprob_mode),  # type: ignore[arg-type]
+        version=None if info.version is None else version_to_proto(info.version),
+        max_topk=info.max_topk,
+        routing=info.routing,
+        max_concurrency=info.max_concurrency,
+    )
+
+
+def info_from_proto(message: inference_pb2.GetServerInfoResponse) -> EngineInfo:
+    return EngineInfo(
+        signature=signature_from_proto(message.signature),
+        engine=message.engine,
+        logprob_mode=enum_from_proto(LogprobMode, message.logprob_mode),
+        version=version_from_proto(message.version) if message.HasField("version") else None,
+        max_topk=message.max_topk,
+        routing=message.routing,
+        max_concurrency=message.max_concurrency,
+    )
+
+
+def split_buffers(manifest: WeightManifest, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut a stream of bytes at the manifest's tensor boundaries.
+
+    Raises:
+        InvalidDataError: the stream is shorter or longer than the manifest says.
+    """
+    pending = bytearray()
+    source = iter(pieces)
+    for entry in manifest.tensors:
+        while len(pending) < entry.size_bytes:
+            piece = next(source, None)
+            if piece is None:
+                raise InvalidDataError(f"the weights end inside tensor {entry.name}")
+            pending += piece
+        yield bytes(pending[: entry.size_bytes])
+        del pending[: entry.size_bytes]
+    if pending or next(source, b""):
+        raise InvalidDataError("more bytes came than the weight manifest lists")
+
+
+# Times
+
+
+def timestamp_to_proto(moment: datetime) -> Timestamp:
+    message = Timestamp()
+    message.FromDatetime(moment)
+    return message
+
+
+def timestamp_from_proto(message: Timestamp) -> datetime:
+    try:
+        return message.ToDatetime(tzinfo=UTC)
+    except ValueError as error:
+        raise InvalidDataError(f"not a time: {error}") from error
+
+
+def duration_to_proto(seconds: float) -> Duration:
+    message = Duration()
+    message.FromTimedelta(timedelta(seconds=seconds))
+    return message
+
+
+def seconds_from_proto(message: Duration) -> float:
+    return message.seconds + message.nanos * 1e-9

@@ -1,0 +1,235 @@
+"""Hugging Face models as Leeway uses them: load, describe, publish, take published weights, save.
+
+The only shared module that imports transformers and torch. Everything is local: no hub, no code from a model directory, safetensors only.
+
+A published tensor has the name it has in a Hugging Face checkpoint. transformers keeps the experts of a layer fused in two
+parameters; here they are views, one per expert and projection (E experts, I intermediate size, H hidden size):
+
+    experts.gate_up_proj [E, 2I, H]  ->  experts.{e}.gate_proj.weight [I, H],  experts.{e}.up_proj.weight [I, H]
+    experts.down_proj    [E, H, I]   ->  experts.{e}.down_proj.weight [H, I]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from leeway.dtypes import element_size_bytes
+from leeway.errors import ConfigError, InvalidDataError, PreconditionError
+from leeway.types import ModelSignature
+
+# Architectures whose checkpoints name experts as the module's docstring says.
+_FUSED_MODEL_TYPES: Final = ("qwen2_moe", "qwen3_moe", "olmoe")
+
+_TORCH_DTYPE: Final = {
+    "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+# What a config.json may say without changing the function from tokens to logits.
+_NON_FUNCTIONAL_CONFIG_KEYS: Final = frozenset(
+    {
+        "_name_or_path",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "pad_token_id",
+        "return_dict",
+        "router_aux_loss_coef",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_NON_FUNCTIONAL_TOKENIZER_KEYS: Final = frozenset(
+    {"is_local", "local_files_only", "model_max_length", "name_or_path", "processor_class", "transformers_version"}
+)
+_TOKENIZER_FILES: Final = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+def torch_dtype(dtype_name: str) -> torch.dtype:
+    """The torch element type of a name in leeway.dtypes.
+
+    Raises:
+        InvalidDataError: for a name that has no wire form.
+    """
+    element_size_bytes(dtype_name)
+    return _TORCH_DTYPE[dtype_name]
+
+
+def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal language model from a local directory, in evaluation mode.
+
+    Args:
+        path: directory with config.json and safetensors.
+        dtype: element type to compute in.
+
+    Raises:
+        ConfigError: the directory is not a whole model; names what is missing.
+    """
+    _require_model_files(path)
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(f"the model in {path} cannot be loaded: {_one_line(error)}") from error
+    model, loading = cast("tuple[PreTrainedModel, Mapping[str, Iterable[Any]]]", loaded)
+    absent = sorted(str(name) for kind in ("missing_keys", "mismatched_keys") for name in loading.get(kind, ()))
+    if absent:
+        raise ConfigError(f"the weights in {path} lack or misshape {_listing(absent)}; give a whole checkpoint")
+    return model.eval()
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer beside a model.
+
+    Raises:
+        ConfigError: the directory has no usable tokenizer.
+    """
+    if not path.is_dir():
+        raise ConfigError(f"the model directory {path} does not exist")
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ConfigError(f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json there")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"the tokenizer in {path} cannot be loaded: {_one_line(error)}") from error
+    return cast("PreTrainedTokenizerBase", tokenizer)
+
+
+def model_signature(path: Path) -> ModelSignature:
+    """Describe the model in a directory from its files, without loading weights.
+
+    The model digest is the SHA-256 of config.json as canonical JSON without what does not change the function; the tokenizer digest
+    is the SHA-256 over the tokenizer's files and chat template.
+
+    Raises:
+        ConfigError: the directory has no config.json, or one that cannot be read.
+    """
+    _require_config(path)
+    raw = _read_json(path / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path / 'config.json'} cannot be used: {_one_line(error)}") from error
+    num_experts = int(getattr(config, "num_experts", 0) or 0)
+    moe_layers = _num_moe_layers(config) if num_experts else 0
+    return ModelSignature(
+        model_digest=hashlib.sha256(_canonical(raw, _NON_FUNCTIONAL_CONFIG_KEYS)).digest(),
+        tokenizer_digest=_tokenizer_digest(path),
+        vocab_size=int(config.vocab_size),
+        moe_layers=moe_layers,
+        experts=num_experts if moe_layers else 0,
+        experts_per_token=int(config.num_experts_per_tok) if moe_layers else 0,
+        context_length=int(config.max_position_embeddings),
+    )
+
+
+def published_tensors(model: PreTrainedModel, dtype_name: str) -> list[tuple[str, torch.Tensor]]:
+    """The weights as they are published: contiguous CPU copies or views of type `dtype_name`, in byte order of name.
+
+    Names are those of a Hugging Face checkpoint, one tensor per expert, tied weights once.
+
+    Raises:
+        ConfigError: the architecture fuses experts in a way that is not known here.
+    """
+    dtype = torch_dtype(dtype_name)
+    views = _published_views(model)
+    return [
+        (name, views[name].detach().to(device="cpu", dtype=dtype).contiguous())
+        for name in sorted(views, key=lambda name: name.encode())
+    ]
+
+
+def check_published(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that published names and shapes are exactly the model's.
+
+    Raises:
+        PreconditionError: naming what is missing, extra or misshapen.
+    """
+    views = _published_views(model)
+    missing = sorted(views.keys() - shapes.keys())
+    extra = sorted(shapes.keys() - views.keys())
+    misshapen = sorted(name for name in views.keys() & shapes.keys() if tuple(views[name].shape) != tuple(shapes[name]))
+    faults = [
+        f"{kind} {_listing(names)}"
+        for kind, names in (("missing", missing), ("extra", extra), ("misshapen", misshapen))
+        if names
+    ]
+    if faults:
+        raise PreconditionError(
+            f"published weights do not fit the {model.config.model_type} model: {'; '.join(faults)}; "
+            "learner and servers must load the same architecture"
+        )
+
+
+@torch.no_grad()
+def load_published(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy published weights into the model in place: all of them, or none when they do not fit.
+
+    Raises:
+        PreconditionError: naming what is missing, extra or misshapen; the model is unchanged.
+    """
+    check_published(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    for name, view in _published_views(model).items():
+        view.copy_(tensors[name])
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """A tensor's elements as little-endian bytes in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def tensor_from_bytes(dtype_name: str, shape: tuple[int, ...], buffer: bytes | memoryview) -> torch.Tensor:
+    """A tensor over little-endian bytes; shares their memory, so it is for reading only.
+
+    Raises:
+        InvalidDataError: the size of the buffer is not what dtype and shape say.
+    """
+    dtype = torch_dtype(dtype_name)
+    num_elements = 1
+    for extent in shape:
+        num_elements *= extent
+    if len(buffer) != num_elements * dtype.itemsize:
+        raise InvalidDataError(f"{len(buffer)} bytes are not a {dtype_name} tensor of shape {list(shape)}")
+    if num_elements == 0:
+        return torch.empty(shape, dtype=dtype)
+    with _no_read_only_warning():
+        return torch.frombuffer(buffer, dtype=dtype).reshape(shape)

@@ -1,0 +1,126 @@
+"""Every Prometheus metric of Leeway, in one place: prefix `leeway_`, base units, bounded labels.
+
+Each service makes its own set on its own registry and serves it with `serve_metrics`. No label is ever a trajectory, a group
+or a version.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from leeway.errors import ConfigError
+
+STALENESS_BUCKETS: Final = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32)
+_SECONDS_BUCKETS: Final = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> None:
+    """Serve `/metrics` from a daemon thread.
+
+    Raises:
+        ConfigError: the port is in use.
+    """
+    try:
+        start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot serve metrics on {host}:{port}: {error.strerror}; choose another port in [metrics]"
+        ) from error
+
+
+class ReplayBufferMetrics:
+    """What the replay buffer shows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.groups = Gauge(
+            "leeway_replay_groups", "Training groups by state", ["run", "state"], registry=registry
+        )
+        self.dropped_groups = Gauge(
+            "leeway_replay_dropped_groups", "Training groups dropped, by reason", ["run", "reason"], registry=registry
+        )
+        self.head_step = Gauge("leeway_replay_head_step", "Step of the head version", ["run"], registry=registry)
+        self.epoch = Gauge("leeway_replay_epoch", "Newest learner epoch", ["run"], registry=registry)
+        self.log_bytes = Gauge("leeway_replay_log_bytes", "Size of the log on disk", registry=registry)
+        self.free_bytes = Gauge("leeway_replay_disk_free_bytes", "Free space on the log's disk", registry=registry)
+        self.appended_records = Counter(
+            "leeway_replay_appended_records_total", "Records made durable", registry=registry
+        )
+        self.appended_bytes = Counter("leeway_replay_appended_bytes_total", "Bytes made durable", registry=registry)
+        self.fsync_seconds = Histogram(
+            "leeway_replay_fsync_seconds", "Time of one fsync", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self.issued_tickets = Counter(
+            "leeway_replay_issued_tickets_total", "Tickets issued", ["run", "purpose", "server"], registry=registry
+        )
+        self.written_items = Counter(
+            "leeway_replay_written_items_total", "Items answered, by status", ["run", "status"], registry=registry
+        )
+        self.draw_wait_seconds = Histogram(
+            "leeway_replay_draw_wait_seconds", "Wait of a draw for enough groups", ["run"],
+            buckets=_SECONDS_BUCKETS, registry=registry,
+        )
+
+
+class InferenceServerMetrics:
+    """What an inference server shows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.tokens = Counter("leeway_inference_tokens_total", "Tokens sampled", registry=registry)
+        self.trajectories = Counter(
+            "leeway_inference_trajectories_total", "Trajectories ended, by outcome", ["outcome"], registry=registry
+        )
+        self.active = Gauge("leeway_inference_active_trajectories", "Trajectories being sampled", registry=registry)
+        self.policy_step = Gauge("leeway_inference_policy_step", "Step of the version served", registry=registry)
+        self.weight_push_seconds = Histogram(
+            "leeway_inference_weight_push_seconds", "Announcement to acknowledgement",
+            buckets=_SECONDS_BUCKETS, registry=registry,
+        )
+        self.weight_pause_seconds = Histogram(
+            "leeway_inference_weight_pause_seconds", "Decoding stood still for a swap",
+            buckets=_SECONDS_BUCKETS, registry=registry,
+        )
+        self.reward_seconds = Histogram(
+            "leeway_inference_reward_seconds", "Time of one reward call", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self.unacknowledged_items = Gauge(
+            "leeway_inference_unacknowledged_items", "Writes on their way to the buffer", registry=registry
+        )
+        self.ticket_wait_seconds = Histogram(
+            "leeway_inference_ticket_wait_seconds", "Wait for work", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+
+
+class LearnerMetrics:
+    """What the learner shows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.step = Gauge("leeway_learner_step", "Newest optimizer step", registry=registry)
+        self.statistic = Gauge(
+            "leeway_learner_statistic", "Statistics of the newest step, by name", ["name"], registry=registry
+        )
+        self.heldout_reward = Gauge("leeway_learner_heldout_reward", "Newest held-out mean reward", registry=registry)
+        self.trained_tokens = Counter("leeway_learner_trained_tokens_total", "Tokens in the loss", registry=registry)
+        self.staleness = Histogram(
+            "leeway_learner_token_staleness", "Staleness of trained tokens, in steps",
+            buckets=STALENESS_BUCKETS, registry=registry,
+        )
+        self.batch_wait_seconds = Histogram(
+            "leeway_learner_batch_wait_seconds", "Wait for a batch", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self.step_seconds = Histogram(
+            "leeway_learner_step_seconds", "Time of one training step", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self.checkpoint_seconds = Histogram(
+            "leeway_learner_checkpoint_seconds", "Time of one checkpoint", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self.rejected_groups = Counter(
+            "leeway_learner_rejected_groups_total", "Groups that could not be trained on", registry=registry
+        )
+        self.server_policy_step = Gauge(
+            "leeway_learner_server_policy_step", "Step acknowledged by each server", ["server"], registry=registry
+        )
+        self.published_bytes = Counter(
+            "leeway_learner_published_bytes_total", "Weight bytes sent to servers", ["transport"], registry=registry
+        )

@@ -1,0 +1,217 @@
+"""The replay buffer as its callers see it: dataclasses in, dataclasses out, LeewayErrors for failures.
+
+One `ReplayClient` per process. Unary calls wait for the connection and repeat while the buffer restarts, up to
+`patience_seconds`. The rollout worker drives `write_stream`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+import grpc
+
+from leeway import codec
+from leeway.assembly import assemble_groups, assemble_records
+from leeway.rpc import Security, mapped_errors, open_channel
+from leeway.types import (
+    Evaluation,
+    EvaluationResult,
+    GroupRecord,
+    GroupState,
+    ModelSignature,
+    OpenedRun,
+    PolicyVersion,
+    Purpose,
+    RunSpec,
+    RunStatus,
+    Ticket,
+    TrajectoryGroup,
+)
+from leeway.v1 import replay_pb2, replay_pb2_grpc
+
+_MARGIN_SECONDS = 10.0
+"""Added to a call's own wait, so that the server's answer wins over the client's deadline."""
+
+
+class ReplayClient:
+    """A connection to one replay buffer for one run."""
+
+    def __init__(self, address: str, run: str, security: Security, *, patience_seconds: float = 60.0) -> None:
+        self.address = address
+        self.run = run
+        self.patience_seconds = patience_seconds
+        self._channel = open_channel(address, security)
+        self.stub: replay_pb2_grpc.ReplayServiceAsyncStub = replay_pb2_grpc.ReplayServiceStub(self._channel)
+
+    async def aclose(self) -> None:
+        await self._channel.close()
+
+    # The worker's calls
+
+    async def join_run(
+        self, server_id: str, signature: ModelSignature, dataset_digest: bytes, wait_seconds: float
+    ) -> RunSpec:
+        """Wait for the run to open and check that this server fits it.
+
+        Raises:
+            PreconditionError: model, tokenizer or tasks differ from the run's.
+            DeadlineError: the run did not open in time; call again.
+        """
+        request = replay_pb2.JoinRunRequest(
+            run=self.run,
+            server_id=server_id,
+            signature=codec.signature_to_proto(signature),
+            dataset_digest=dataset_digest,
+            wait=codec.duration_to_proto(wait_seconds),
+        )
+        with mapped_errors(f"JoinRun at {self.address}"):
+            reply = await self.stub.JoinRun(request, timeout=wait_seconds + _MARGIN_SECONDS)
+        return codec.spec_from_proto(reply.spec)
+
+    async def acquire_tickets(
+        self, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float
+    ) -> tuple[list[Ticket], bool]:
+        """Wait for work; returns (tickets, whether the run has finished)."""
+        request = replay_pb2.AcquireTicketsRequest(
+            run=self.run,
+            server_id=server_id,
+            version=codec.version_to_proto(version),
+            max_members=max_members,
+            wait=codec.duration_to_proto(wait_seconds),
+        )
+        with mapped_errors(f"AcquireTickets at {self.address}"):
+            reply = await self.stub.AcquireTickets(request, timeout=wait_seconds + _MARGIN_SECONDS)
+        return [codec.ticket_from_proto(ticket) for ticket in reply.tickets], reply.finished
+
+    async def renew_leases(self, server_id: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Extend the leases of (group id, attempt); returns those that no longer stand."""
+        request = replay_pb2.RenewLeasesRequest(
+            run=self.run,
+            server_id=server_id,
+            tickets=[replay_pb2.TicketReference(group_id=group_id, attempt=attempt) for group_id, attempt in tickets],
+        )
+        with mapped_errors(f"RenewLeases at {self.address}"):
+            reply = await self.stub.RenewLeases(request, timeout=self.patience_seconds)
+        return [(ticket.group_id, ticket.attempt) for ticket in reply.aborted]
+
+    # The learner's calls
+
+    async def open_run(
+        self, spec: RunSpec, checkpoint: PolicyVersion, ledger: Sequence[tuple[int, Sequence[str]]]
+    ) -> OpenedRun:
+        """Fence older learners, commit the ledger's steps (step, ordered group ids), return everything else drawn."""
+        request = replay_pb2.OpenRunRequest(
+            spec=codec.spec_to_proto(spec),
+            checkpoint=codec.version_to_proto(checkpoint),
+            ledger=[replay_pb2.LedgerStep(step=step, group_ids=group_ids) for step, group_ids in ledger],
+        )
+        with mapped_errors(f"OpenRun at {self.address}"):
+            reply = await self.stub.OpenRun(request, timeout=self.patience_seconds)
+        return OpenedRun(reply.epoch, codec.version_from_proto(reply.head), reply.finished)
+
+    async def draw_batch(self, epoch: int, step: int, timeout_seconds: float) -> list[TrajectoryGroup]:
+        """The whole groups of a step, in their order; waits for them.
+
+        Raises:
+            DeadlineError: there were not enough groups in time; call again.
+            FencedError: a newer learner has opened the run.
+            CorruptDataError: a trajectory is not what its close sealed.
+        """
+        request = replay_pb2.DrawBatchRequest(run=self.run, epoch=epoch, step=step)
+        with mapped_errors(f"DrawBatch at {self.address}"):
+            stream = self.stub.DrawBatch(request, timeout=timeout_seconds)
+            pieces = [piece async for reply in stream for piece in reply.pieces]
+        return assemble_groups(pieces)
+
+    async def advance(self, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
+        """Seal the step's batch and register its version; comes before publishing."""
+        request = replay_pb2.AdvanceRequest(
+            run=self.run,
+            epoch=epoch,
+            version=codec.version_to_proto(version),
+            parent=codec.version_to_proto(parent),
+        )
+        with mapped_errors(f"Advance at {self.address}"):
+            await self.stub.Advance(request, timeout=self.patience_seconds)
+
+    async def commit(self, epoch: int, step: int) -> None:
+        """A checkpoint of `step` is durable: its groups are consumed for good."""
+        with mapped_errors(f"Commit at {self.address}"):
+            await self.stub.Commit(
+                replay_pb2.CommitRequest(run=self.run, epoch=epoch, step=step), timeout=self.patience_seconds
+            )
+
+    async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
+        """Set a group aside that cannot be trained on; draw the step again afterwards."""
+        request = replay_pb2.RejectGroupRequest(run=self.run, epoch=epoch, group_id=group_id, message=message)
+        with mapped_errors(f"RejectGroup at {self.address}"):
+            await self.stub.RejectGroup(request, timeout=self.patience_seconds)
+
+    async def create_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
+        """Ask for a measurement of one version."""
+        with mapped_errors(f"CreateEvaluation at {self.address}"):
+            await self.stub.CreateEvaluation(
+                codec.evaluation_to_proto(evaluation, epoch), timeout=self.patience_seconds
+            )
+
+    async def await_evaluation(self, evaluation_id: str, wait_seconds: float) -> EvaluationResult:
+        """Wait for an evaluation; `complete` says whether it has ended."""
+        request = replay_pb2.AwaitEvaluationRequest(
+            run=self.run, evaluation_id=evaluation_id, wait=codec.duration_to_proto(wait_seconds)
+        )
+        with mapped_errors(f"AwaitEvaluation at {self.address}"):
+            reply = await self.stub.AwaitEvaluation(request, timeout=wait_seconds + _MARGIN_SECONDS)
+        return EvaluationResult(reply.complete, tuple(reply.rewards), reply.failed)
+
+    async def finish_run(self, epoch: int) -> None:
+        """End the run; what is still live is dropped with reason run_end."""
+        with mapped_errors(f"FinishRun at {self.address}"):
+            await self.stub.FinishRun(
+                replay_pb2.FinishRunRequest(run=self.run, epoch=epoch), timeout=self.patience_seconds
+            )
+
+    # For people and tools
+
+    async def run_status(self) -> RunStatus:
+        """Counts and versions, as of now."""
+        with mapped_errors(f"GetRunStatus at {self.address}"):
+            reply = await self.stub.GetRunStatus(
+                replay_pb2.GetRunStatusRequest(run=self.run), timeout=self.patience_seconds
+            )
+        return codec.status_from_proto(reply)
+
+    async def export_groups(
+        self,
+        *,
+        purpose: Purpose | None = None,
+        state: GroupState | None = None,
+        step: int = 0,
+        limit: int = 0,
+    ) -> AsyncIterator[GroupRecord]:
+        """Groups with their fate, in the order of their issue; `limit` keeps the newest."""
+        request = replay_pb2.ExportGroupsRequest(
+            run=self.run,
+            purpose=purpose or 0,  # type: ignore[arg-type]
+            state=state or 0,  # type: ignore[arg-type]
+            step=step,
+            limit=limit,
+        )
+        with mapped_errors(f"ExportGroups at {self.address}"):
+            pieces: list[replay_pb2.GroupPiece] = []
+            async for reply in self.stub.ExportGroups(request, timeout=self.patience_seconds * 10):
+                for piece in reply.pieces:
+                    if piece.WhichOneof("piece") == "group" and pieces:
+                        for record in assemble_records(pieces):
+                            yield record
+                        pieces = []
+                    pieces.append(piece)
+            for record in assemble_records(pieces):
+                yield record
+
+    def write_stream(self, requests: AsyncIterator[replay_pb2.WriteTrajectoriesRequest]) -> _WriteCall:
+        """One WriteTrajectories stream; driven by the rollout worker."""
+        return self.stub.WriteTrajectories(requests)
+
+
+_WriteCall = grpc.aio.StreamStreamCall[replay_pb2.WriteTrajectoriesRequest, replay_pb2.WriteTrajectoriesResponse]
+
