@@ -7,6 +7,7 @@ assembles everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Final
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from leeway.types import (
     GroupRecord,
     GroupState,
     Purpose,
+    RunSpec,
     SamplingParams,
     Segment,
     SegmentKind,
@@ -31,6 +33,16 @@ from leeway.types import (
     VersionSpan,
 )
 from leeway.v1 import replay_pb2
+
+
+_LAYOUT: Final = {
+    ColumnKind.TOKEN_IDS: (1, ("int32",)),
+    ColumnKind.BEHAVIOR_LOGPROBS: (1, ("float32",)),
+    ColumnKind.TOPK_TOKEN_IDS: (2, ("int32",)),
+    ColumnKind.TOPK_LOGPROBS: (2, ("float32",)),
+    ColumnKind.ROUTING: (3, ("uint8", "uint16")),
+}
+"""Axes and element types of each column."""
 
 
 def assemble_groups(pieces: Iterable[replay_pb2.GroupPiece]) -> list[TrajectoryGroup]:
@@ -168,13 +180,29 @@ def join_chunks(chunks: Sequence[TrajectoryChunk], record: TrajectoryRecord, clo
     )
 
 
-def check_recorded(trajectory: Trajectory, sampling: SamplingParams) -> None:
-    """Check that what the run asked to record is there.
+def check_against_spec(trajectory: Trajectory, spec: RunSpec, sampling: SamplingParams) -> None:
+    """Check a trajectory against its run: vocabulary, model dimensions, and that what was asked for was recorded.
 
     Raises:
-        InvalidDataError: routing or top-K is missing.
+        InvalidDataError: saying which value is out of place.
     """
-    if sampling.routing and trajectory.routing is None:
+    signature = spec.signature
+    ids = trajectory.token_ids
+    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= signature.vocab_size):
+        raise InvalidDataError(f"a token id is outside the vocabulary of {signature.vocab_size}")
+    for span in trajectory.version_spans:
+        if span.version.run != spec.run:
+            raise InvalidDataError(f"tokens are labelled with {span.version}, a version of another run")
+    if trajectory.routing is not None:
+        _, layers, experts_per_token = trajectory.routing.shape
+        if (layers, experts_per_token) != (signature.moe_layers, signature.experts_per_token):
+            raise InvalidDataError(
+                f"routing has {layers} layers x {experts_per_token} experts per token; "
+                f"the model has {signature.moe_layers} x {signature.experts_per_token}"
+            )
+        if trajectory.routing.size and int(trajectory.routing.max()) >= signature.experts:
+            raise InvalidDataError(f"routing names an expert beyond the model's {signature.experts}")
+    elif sampling.routing:
         raise InvalidDataError("the run records routing, but none came; does the engine provide it?")
     if sampling.topk and (trajectory.topk_token_ids is None or trajectory.topk_token_ids.shape[1] < sampling.topk):
         raise InvalidDataError(f"the run records top-{sampling.topk}, but fewer came; does the engine provide it?")
@@ -200,7 +228,9 @@ def _check_spans(spans: Sequence[VersionSpan], sampled: Array) -> None:
     covered = np.zeros_like(sampled)
     for span in spans:
         if span.end_token > len(covered) or covered[span.start_token : span.end_token].any():
-            raise InvalidDataError(f"version span [{span.start_token}, {span.end_token}) overlaps or exceeds the tokens")
+            raise InvalidDataError(
+                f"version span [{span.start_token}, {span.end_token}) overlaps or exceeds the tokens"
+            )
         covered[span.start_token : span.end_token] = True
     if not np.array_equal(covered, sampled):
         raise InvalidDataError("version spans must cover exactly the sampled tokens")
@@ -212,13 +242,20 @@ def _column(chunks: Sequence[TrajectoryChunk], kind: ColumnKind, n: int) -> tupl
     if not columns:
         return None
     first = columns[0].values
+    ndim, dtypes = _LAYOUT[kind]
+    if first.ndim != ndim or first.dtype.name not in dtypes:
+        raise InvalidDataError(
+            f"{kind.name} must be {' or '.join(dtypes)} with {ndim} axes, but is {first.dtype.name} with {first.ndim}"
+        )
     values: Array = np.zeros((n, *first.shape[1:]), dtype=first.dtype)
     covered = np.zeros(n, dtype=np.bool_)
     for column in columns:
         if column.values.dtype != first.dtype or column.values.shape[1:] != first.shape[1:]:
             raise InvalidDataError(f"{kind.name} changes its type or shape between chunks")
         if column.end_token > n or covered[column.start_token : column.end_token].any():
-            raise InvalidDataError(f"{kind.name} [{column.start_token}, {column.end_token}) overlaps or exceeds {n} tokens")
+            raise InvalidDataError(
+                f"{kind.name} [{column.start_token}, {column.end_token}) overlaps or exceeds {n} tokens"
+            )
         values[column.start_token : column.end_token] = column.values
         covered[column.start_token : column.end_token] = True
     return values, covered

@@ -61,11 +61,15 @@ class RunOptions(Options):
     """[run]: what is trained, for how long, how stale data may be."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="names the run and its folder")
-    directory: ConfigPath = Field(default=Path("runs"), description="folder that holds one folder per run", validate_default=True)
+    directory: ConfigPath = Field(
+        default=Path("runs"), description="folder that holds one folder per run", validate_default=True
+    )
     steps: int = Field(ge=1, description="T: optimizer steps")
     groups_per_step: int = Field(ge=1, description="B: groups per optimizer step")
     members: int = Field(ge=1, description="trajectories per group")
-    max_staleness: int = Field(ge=0, le=1000, description="S: largest staleness of a trained token, in steps; 0 is on-policy")
+    max_staleness: int = Field(
+        ge=0, le=1000, description="S: largest staleness of a trained token, in steps; 0 is on-policy"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="seeds task order, sampling and training")
     max_attempts: int = Field(default=5, ge=1, description="tickets a group may cost before it is a dead letter")
 
@@ -144,7 +148,9 @@ class MetricsOptions(Options):
 class EvaluationOptions(Options):
     """[evaluation]: held-out accuracy, sampled at the training temperature from one pinned version."""
 
-    every_steps: int = Field(default=50, ge=0, description="steps between evaluations; 0 evaluates only at start and end")
+    every_steps: int = Field(
+        default=50, ge=0, description="steps between evaluations; 0 evaluates only at start and end"
+    )
     tasks: int = Field(default=256, ge=0, description="held-out tasks per evaluation; 0 turns evaluation off")
     members: int = Field(default=8, ge=1, description="samples per held-out task")
 

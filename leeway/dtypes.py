@@ -30,7 +30,9 @@ def wire_number(name: str) -> int:
     try:
         return _WIRE_NUMBER[name]
     except KeyError:
-        raise InvalidDataError(f"element type {name!r} has no wire form; use one of {', '.join(_WIRE_NUMBER)}") from None
+        raise InvalidDataError(
+            f"element type {name!r} has no wire form; use one of {', '.join(_WIRE_NUMBER)}"
+        ) from None
 
 
 def dtype_name(number: int) -> str:

@@ -11,10 +11,12 @@ parameters; here they are views, one per expert and projection (E experts, I int
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -22,6 +24,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from leeway.dtypes import element_size_bytes
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
@@ -99,6 +102,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         ConfigError: the directory is not a whole model; names what is missing.
     """
     _require_model_files(path)
+    disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
@@ -218,18 +222,130 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 
 def tensor_from_bytes(dtype_name: str, shape: tuple[int, ...], buffer: bytes | memoryview) -> torch.Tensor:
-    """A tensor over little-endian bytes; shares their memory, so it is for reading only.
+    """A tensor that owns a copy of little-endian bytes.
 
     Raises:
         InvalidDataError: the size of the buffer is not what dtype and shape say.
     """
     dtype = torch_dtype(dtype_name)
-    num_elements = 1
-    for extent in shape:
-        num_elements *= extent
-    if len(buffer) != num_elements * dtype.itemsize:
+    if len(buffer) != math.prod(shape) * dtype.itemsize:
         raise InvalidDataError(f"{len(buffer)} bytes are not a {dtype_name} tensor of shape {list(shape)}")
-    if num_elements == 0:
+    if not buffer:
         return torch.empty(shape, dtype=dtype)
-    with _no_read_only_warning():
-        return torch.frombuffer(buffer, dtype=dtype).reshape(shape)
+    return torch.frombuffer(bytearray(buffer), dtype=dtype).reshape(shape)
+
+
+def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Path, dtype_name: str) -> None:
+    """Write a directory that `from_pretrained` loads: config, safetensors as published, the tokenizer's files unchanged.
+
+    Args:
+        model: the weights.
+        tokenizer_directory: where the tokenizer's files are copied from.
+        directory: where to write; created when missing.
+        dtype_name: element type of the saved weights.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype_name
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    save_torch_state_dict(dict(published_tensors(model, dtype_name)), directory, metadata={"format": "pt"})
+    for name in _TOKENIZER_FILES:
+        source = tokenizer_directory / name
+        if source.is_file() and source.resolve() != (directory / name).resolve():
+            shutil.copyfile(source, directory / name)
+
+
+def _published_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Every published name with a view into the model's own memory."""
+    tied = _tied_names(model)
+    views: dict[str, torch.Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            views.update(_unfused(model, name, tensor))
+    return views
+
+
+def _unfused(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """The published views of one parameter: itself, or one per expert and projection."""
+    prefix, _, last = name.rpartition(".")
+    if not prefix.endswith(".experts") or tensor.dim() != 3:
+        yield name, tensor
+        return
+    if model.config.model_type not in _FUSED_MODEL_TYPES or last not in ("gate_up_proj", "down_proj"):
+        raise ConfigError(
+            f"the checkpoint names of {model.config.model_type}'s fused {name} are not known; "
+            f"models with fused experts that can be published: {', '.join(_FUSED_MODEL_TYPES)}"
+        )
+    for expert in range(tensor.shape[0]):
+        if last == "down_proj":
+            yield f"{prefix}.{expert}.down_proj.weight", tensor[expert]
+        else:
+            gate, up = tensor[expert].chunk(2, dim=0)
+            yield f"{prefix}.{expert}.gate_proj.weight", gate
+            yield f"{prefix}.{expert}.up_proj.weight", up
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names that share another name's weights and are not published."""
+    return set(cast("Mapping[str, str]", model.all_tied_weights_keys or {}))
+
+
+def _num_moe_layers(config: Any) -> int:
+    """Layers with experts, by the rule that transformers' Qwen MoE models use."""
+    dense = set(getattr(config, "mlp_only_layers", None) or ())
+    every = int(getattr(config, "decoder_sparse_step", 1))
+    return sum(layer not in dense and (layer + 1) % every == 0 for layer in range(config.num_hidden_layers))
+
+
+def _tokenizer_digest(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    for name in _TOKENIZER_FILES:
+        file = path / name
+        if not file.is_file():
+            continue
+        content = file.read_bytes()
+        if name == "tokenizer_config.json":
+            content = _canonical(_read_json(file), _NON_FUNCTIONAL_TOKENIZER_KEYS)
+        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.digest()
+
+
+def _require_config(path: Path) -> None:
+    if not path.is_dir():
+        raise ConfigError(f"the model directory {path} does not exist")
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"{path} is not a model directory: it has no config.json")
+
+
+def _require_model_files(path: Path) -> None:
+    _require_config(path)
+    if not any(path.glob("*.safetensors")):
+        raise ConfigError(f"{path} has no *.safetensors weights; other formats are not loaded")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a JSON object")
+    return cast("dict[str, Any]", content)
+
+
+def _canonical(content: Mapping[str, Any], without: frozenset[str]) -> bytes:
+    kept = {key: value for key, value in content.items() if key not in without}
+    return json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

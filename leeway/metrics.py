@@ -34,9 +34,7 @@ class ReplayBufferMetrics:
     """What the replay buffer shows."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.groups = Gauge(
-            "leeway_replay_groups", "Training groups by state", ["run", "state"], registry=registry
-        )
+        self.groups = Gauge("leeway_replay_groups", "Training groups by state", ["run", "state"], registry=registry)
         self.dropped_groups = Gauge(
             "leeway_replay_dropped_groups", "Training groups dropped, by reason", ["run", "reason"], registry=registry
         )
@@ -58,8 +56,11 @@ class ReplayBufferMetrics:
             "leeway_replay_written_items_total", "Items answered, by status", ["run", "status"], registry=registry
         )
         self.draw_wait_seconds = Histogram(
-            "leeway_replay_draw_wait_seconds", "Wait of a draw for enough groups", ["run"],
-            buckets=_SECONDS_BUCKETS, registry=registry,
+            "leeway_replay_draw_wait_seconds",
+            "Wait of a draw for enough groups",
+            ["run"],
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
 
 
@@ -74,12 +75,16 @@ class InferenceServerMetrics:
         self.active = Gauge("leeway_inference_active_trajectories", "Trajectories being sampled", registry=registry)
         self.policy_step = Gauge("leeway_inference_policy_step", "Step of the version served", registry=registry)
         self.weight_push_seconds = Histogram(
-            "leeway_inference_weight_push_seconds", "Announcement to acknowledgement",
-            buckets=_SECONDS_BUCKETS, registry=registry,
+            "leeway_inference_weight_push_seconds",
+            "Announcement to acknowledgement",
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
         self.weight_pause_seconds = Histogram(
-            "leeway_inference_weight_pause_seconds", "Decoding stood still for a swap",
-            buckets=_SECONDS_BUCKETS, registry=registry,
+            "leeway_inference_weight_pause_seconds",
+            "Decoding stood still for a swap",
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
         )
         self.reward_seconds = Histogram(
             "leeway_inference_reward_seconds", "Time of one reward call", buckets=_SECONDS_BUCKETS, registry=registry
@@ -103,8 +108,10 @@ class LearnerMetrics:
         self.heldout_reward = Gauge("leeway_learner_heldout_reward", "Newest held-out mean reward", registry=registry)
         self.trained_tokens = Counter("leeway_learner_trained_tokens_total", "Tokens in the loss", registry=registry)
         self.staleness = Histogram(
-            "leeway_learner_token_staleness", "Staleness of trained tokens, in steps",
-            buckets=STALENESS_BUCKETS, registry=registry,
+            "leeway_learner_token_staleness",
+            "Staleness of trained tokens, in steps",
+            buckets=STALENESS_BUCKETS,
+            registry=registry,
         )
         self.batch_wait_seconds = Histogram(
             "leeway_learner_batch_wait_seconds", "Wait for a batch", buckets=_SECONDS_BUCKETS, registry=registry

@@ -214,4 +214,3 @@ class ReplayClient:
 
 
 _WriteCall = grpc.aio.StreamStreamCall[replay_pb2.WriteTrajectoriesRequest, replay_pb2.WriteTrajectoriesResponse]
-

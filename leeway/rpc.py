@@ -207,9 +207,7 @@ async def check_health(address: str, security: Security, timeout_seconds: float)
 _BY_REASON: Final = {
     error.reason: error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, LeewayError)
 }
-_BY_CODE: Final = {
-    error.code: error for error in reversed(list(_BY_REASON.values())) if error is not LeewayError
-}
+_BY_CODE: Final = {error.code: error for error in reversed(list(_BY_REASON.values())) if error is not LeewayError}
 
 
 @contextmanager
@@ -256,14 +254,18 @@ class _ErrorInterceptor(grpc.aio.ServerInterceptor):
             behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
             if behavior.__module__.startswith("grpc_"):  # health and reflection answer by themselves
                 return handler
-            wrap = grpc.stream_stream_rpc_method_handler if handler.request_streaming else (
-                grpc.unary_stream_rpc_method_handler
+            wrap = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else (grpc.unary_stream_rpc_method_handler)
             )
             return wrap(_streaming(behavior), handler.request_deserializer, handler.response_serializer)
         behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
         if behavior.__module__.startswith("grpc_"):
             return handler
-        wrap = grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        wrap = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
+        )
         return wrap(_unary(behavior), handler.request_deserializer, handler.response_serializer)
 
 

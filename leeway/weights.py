@@ -37,4 +37,6 @@ def verify_weights(manifest: WeightManifest, buffers: Sequence[bytes | memoryvie
         raise CorruptDataError(f"{len(buffers)} tensors arrived where {len(manifest.tensors)} were announced")
     for entry, data in zip(manifest.tensors, buffers, strict=True):
         if len(data) != entry.size_bytes or hashlib.sha256(data).digest() != entry.digest:
-            raise CorruptDataError(f"the bytes of tensor {entry.name} differ from their digest; fetch the snapshot again")
+            raise CorruptDataError(
+                f"the bytes of tensor {entry.name} differ from their digest; fetch the snapshot again"
+            )
