@@ -1,0 +1,106 @@
+"""A service as a process: its arguments, its log, its signals, its exit code.
+
+SIGTERM and SIGINT set the stop event that `main` watches; a clean stop follows. A second signal ends the process at once.
+A LeewayError ends it with one line on stderr: exit code 2 where a restart would meet the same error (configuration,
+precondition), 1 where it may not. A supervisor restarts on any code but 0 and 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Final
+
+from leeway.errors import ConfigError, LeewayError, PreconditionError
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_REFUSED: Final = 2
+
+Main = Callable[[asyncio.Event], Awaitable[None]]
+
+
+def service_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that every service takes."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML configuration of the run")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one key; may be repeated",
+    )
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--verbose", action="store_true", help="log details")
+    return parser
+
+
+def configure_logging(service: str, *, verbose: bool = False) -> None:
+    """Plain lines on stderr."""
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if verbose else logging.INFO,
+        format=f"%(asctime)s {service} %(levelname)s %(message)s",
+        datefmt="%H:%M:%S",
+        force=True,
+    )
+    for library in ("grpc", "asyncio", "urllib3", "filelock"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+
+
+def serve(service: str, main: Main) -> int:
+    """Run `main(stop)` until it returns; the exit code says how it ended."""
+    try:
+        asyncio.run(_with_signals(main))
+    except* LeewayError as group:
+        return _report(service, _leaves(group))
+    return EXIT_OK
+
+
+def exit_code(error: LeewayError) -> int:
+    """2 for what a restart cannot mend, 1 otherwise."""
+    return EXIT_REFUSED if isinstance(error, (ConfigError, PreconditionError)) else EXIT_FAILED
+
+
+async def _with_signals(main: Main) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            # The second signal: whoever sent it does not want to wait.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            signal.raise_signal(signal.SIGTERM)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await main(stop)
+
+
+def _report(service: str, errors: list[BaseException]) -> int:
+    code = EXIT_FAILED
+    for error in errors:
+        if isinstance(error, LeewayError):
+            print(f"{service}: {error.message}", file=sys.stderr, flush=True)
+            code = max(code, exit_code(error))
+    return code
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    def walk(error: BaseException) -> Iterator[BaseException]:
+        if isinstance(error, BaseExceptionGroup):
+            for child in error.exceptions:
+                yield from walk(child)
+        else:
+            yield error
+
+    return list(walk(group))
