@@ -1,0 +1,73 @@
+# make quickstart   makes the environment and trains examples/sortmix8.toml
+# make test         checks and tests, as CI does
+# make help         the rest
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first interpreter that is new enough and can make environments; set PYTHON to choose another.
+PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+PYTEST_ARGS ?=
+
+# Stamps: installed again when the requirements change, else at no cost.
+RUNTIME := $(VENV)/installed-all
+DEVELOPMENT := $(VENV)/installed-all-dev
+
+.PHONY: help quickstart env test lint lint-python lint-proto format proto deploy-check clean
+
+help: ## shows this list
+	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
+
+quickstart: $(RUNTIME) ## trains the first example: replay buffer, two inference servers and learner on this machine
+	$(BIN)/leeway run examples/sortmix8.toml
+
+env: $(DEVELOPMENT) ## makes .venv with everything needed to run, test and check
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Leeway needs Python 3.11 or newer with venv; install it or set PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[all]' --constraint constraints.txt
+	@touch $@
+
+$(DEVELOPMENT): $(RUNTIME)
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[all,dev]' --constraint constraints.txt
+	@touch $@
+
+test: env lint ## lint, then every test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: lint-python lint-proto ## style, types, import contracts, the wire contract
+
+lint-python: env
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+lint-proto: env
+	$(BIN)/buf lint proto
+	$(BIN)/buf format proto --diff --exit-code
+	proto/generate --check
+	@tag=$$(git describe --tags --abbrev=0 2>/dev/null); \
+	if [ -z "$$tag" ]; then \
+		echo "buf breaking: there is no tag yet, so nothing to compare the contract with"; \
+	else \
+		echo "buf breaking: comparing the contract with $$tag"; \
+		$(BIN)/buf breaking proto --against ".git#tag=$$tag,subdir=proto"; \
+	fi
+
+format: env ## formats Python and proto files
+	$(BIN)/ruff check --fix --select I
+	$(BIN)/ruff format
+	$(BIN)/buf format proto --write
+
+proto: ## generates leeway/v1 from proto/leeway/v1
+	proto/generate
+
+deploy-check: env ## checks Dockerfiles, compose file and Prometheus configuration
+	deploy/check
+
+clean: ## removes the environment and everything generated
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
