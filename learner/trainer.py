@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from leeway.types import ModelSignature, TrajectoryGroup, WeightManifest
+from leeway.types import Float32Array, ModelSignature, TrajectoryGroup, WeightManifest
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step came to."""
+
+    statistics: Mapping[str, float]  # by name
+    policy_logprobs: Mapping[str, Float32Array]  # trajectory id -> [tokens in the loss], before the step
 
 
 class Trainer(Protocol):
@@ -17,12 +26,17 @@ class Trainer(Protocol):
         """What the model is; servers must match it."""
         ...
 
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the tokenizer's end-of-sequence."""
+        ...
+
     def published(self) -> tuple[WeightManifest, list[bytes]]:
         """The current weights as they are published: manifest and each tensor's bytes in its order."""
         ...
 
-    def train_step(self, step: int, groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
-        """Take one optimizer step; return its statistics by name.
+    def train_step(self, step: int, groups: Sequence[TrajectoryGroup]) -> StepResult:
+        """Take one optimizer step.
 
         Raises:
             UnusableGroupError: a group cannot be trained on; nothing has changed.

@@ -131,6 +131,9 @@ class NetworkOptions(Options):
     policy: Address = "127.0.0.1:7402"
     inference_servers: tuple[Address, ...] = Field(default=("127.0.0.1:7403", "127.0.0.1:7404"), strict=False)
     insecure: bool = Field(default=False, description="listen beyond loopback without certificates")
+    certificate: ConfigPath | None = Field(default=None, description="PEM certificate of this service (mutual TLS)")
+    key: ConfigPath | None = Field(default=None, description="PEM private key of the certificate")
+    authority: ConfigPath | None = Field(default=None, description="PEM certificate of the authority of all services")
     weights: Literal["auto", "zmq", "grpc"] = Field(
         default="auto", description="how weights travel: ZeroMQ on one host, gRPC beyond; auto picks by address"
     )

@@ -106,11 +106,11 @@ class LearnerMetrics:
             "leeway_learner_statistic", "Statistics of the newest step, by name", ["name"], registry=registry
         )
         self.heldout_reward = Gauge("leeway_learner_heldout_reward", "Newest held-out mean reward", registry=registry)
-        self.trained_tokens = Counter("leeway_learner_trained_tokens_total", "Tokens in the loss", registry=registry)
-        self.staleness = Histogram(
-            "leeway_learner_token_staleness",
-            "Staleness of trained tokens, in steps",
-            buckets=STALENESS_BUCKETS,
+        self.epoch = Gauge("leeway_learner_epoch", "This incarnation of the learner", registry=registry)
+        self.trained_tokens = Counter(
+            "leeway_learner_trained_tokens_total",
+            "Tokens in the loss, by staleness in steps (rounded down to a bucket)",
+            ["staleness"],
             registry=registry,
         )
         self.batch_wait_seconds = Histogram(

@@ -38,6 +38,7 @@ def service_parser(module: str, description: str) -> argparse.ArgumentParser:
         help="override one key; may be repeated",
     )
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--supervised", action="store_true", help="stop when stdin ends, as it does with `leeway run`")
     parser.add_argument("--verbose", action="store_true", help="log details")
     return parser
 
@@ -55,10 +56,11 @@ def configure_logging(service: str, *, verbose: bool = False) -> None:
         logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def serve(service: str, main: Main) -> int:
+def serve(service: str, main: Main, arguments: argparse.Namespace) -> int:
     """Run `main(stop)` until it returns; the exit code says how it ended."""
+    configure_logging(service, verbose=arguments.verbose)
     try:
-        asyncio.run(_with_signals(main))
+        asyncio.run(_with_signals(main, watch_parent=arguments.supervised))
     except* LeewayError as group:
         return _report(service, _leaves(group))
     return EXIT_OK
@@ -69,7 +71,13 @@ def exit_code(error: LeewayError) -> int:
     return EXIT_REFUSED if isinstance(error, (ConfigError, PreconditionError)) else EXIT_FAILED
 
 
-async def _with_signals(main: Main) -> None:
+def report_error(service: str, error: LeewayError) -> int:
+    """Print an error's line; returns the exit code it stands for."""
+    print(f"{service}: {error.message}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+async def _with_signals(main: Main, *, watch_parent: bool) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -83,16 +91,24 @@ async def _with_signals(main: Main) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if watch_parent:
+        # The supervisor holds the other end: when it is gone, however it went, stdin ends.
+        await loop.connect_read_pipe(lambda: _StopAtEnd(stop), sys.stdin)
     await main(stop)
 
 
+class _StopAtEnd(asyncio.Protocol):
+    """Sets the stop event when the pipe ends."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop.set()
+
+
 def _report(service: str, errors: list[BaseException]) -> int:
-    code = EXIT_FAILED
-    for error in errors:
-        if isinstance(error, LeewayError):
-            print(f"{service}: {error.message}", file=sys.stderr, flush=True)
-            code = max(code, exit_code(error))
-    return code
+    return max(report_error(service, error) for error in errors if isinstance(error, LeewayError))
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -6,12 +6,14 @@ One `ReplayClient` per process. Unary calls wait for the connection and repeat w
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 
 import grpc
 
 from leeway import codec
 from leeway.assembly import assemble_groups, assemble_records
+from leeway.errors import UnavailableError
 from leeway.rpc import Security, mapped_errors, open_channel
 from leeway.types import (
     Evaluation,
@@ -110,18 +112,24 @@ class ReplayClient:
         return OpenedRun(reply.epoch, codec.version_from_proto(reply.head), reply.finished)
 
     async def draw_batch(self, epoch: int, step: int, timeout_seconds: float) -> list[TrajectoryGroup]:
-        """The whole groups of a step, in their order; waits for them.
+        """The whole groups of a step, in their order; waits for them, also while the buffer restarts.
 
         Raises:
             DeadlineError: there were not enough groups in time; call again.
             FencedError: a newer learner has opened the run.
             CorruptDataError: a trajectory is not what its close sealed.
         """
+        deadline = time.monotonic() + timeout_seconds
         request = replay_pb2.DrawBatchRequest(run=self.run, epoch=epoch, step=step)
-        with mapped_errors(f"DrawBatch at {self.address}"):
-            stream = self.stub.DrawBatch(request, timeout=timeout_seconds)
-            pieces = [piece async for reply in stream for piece in reply.pieces]
-        return assemble_groups(pieces)
+        while True:
+            try:
+                with mapped_errors(f"DrawBatch at {self.address}"):
+                    stream = self.stub.DrawBatch(request, timeout=max(deadline - time.monotonic(), 0.0))
+                    pieces = [piece async for reply in stream for piece in reply.pieces]
+            except UnavailableError:
+                # The stream broke. A draw is idempotent: draw again; the call itself waits for the buffer to return.
+                continue
+            return assemble_groups(pieces)
 
     async def advance(self, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
         """Seal the step's batch and register its version; comes before publishing."""

@@ -1,0 +1,177 @@
+"""`python -m learner --config FILE`: one incarnation of a run's learner."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.journal import Journal
+from learner.local_weights import LocalWeights
+from learner.loop import Learner, Parts
+from learner.options import LearnerOptions
+from learner.publisher import Publisher
+from learner.summary import summarize
+from learner.trainer import Trainer
+from leeway.config import (
+    Document,
+    EvaluationOptions,
+    MetricsOptions,
+    ModelOptions,
+    NetworkOptions,
+    RunOptions,
+    SamplingOptions,
+    TaskOptions,
+    load_document,
+    section,
+)
+from leeway.errors import ConfigError, PreconditionError
+from leeway.metrics import LearnerMetrics, serve_metrics
+from leeway.process import EXIT_OK, report_error, serve, service_parser
+from leeway.replay_client import ReplayClient
+from leeway.rpc import Security, is_loopback, start_server
+from leeway.tasks import load_tasks
+from leeway.types import PolicyVersion, RunSpec
+from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights import weights_digest
+
+log = logging.getLogger(__name__)
+
+
+class LearnerProcess:
+    """Everything that the configuration says, put together."""
+
+    def __init__(self, document: Document) -> None:
+        self.run = section(document, "run", RunOptions)
+        self.model = section(document, "model", ModelOptions)
+        self.task = section(document, "task", TaskOptions)
+        self.sampling = section(document, "sampling", SamplingOptions)
+        self.network = section(document, "network", NetworkOptions)
+        self.metrics = section(document, "metrics", MetricsOptions)
+        self.evaluation = section(document, "evaluation", EvaluationOptions)
+        self.options = section(document, "learner", LearnerOptions)
+        self.directory = self.run.run_directory
+        self.security = Security.from_files(
+            self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
+        )
+
+    async def main(self, stop: asyncio.Event) -> None:
+        """Restore, open, train, and leave a checkpoint and a summary behind."""
+        registry = CollectorRegistry()
+        metrics = LearnerMetrics(registry)
+        serve_metrics(registry, self.metrics.host, self.metrics.learner)
+        trainer = self._make_trainer()
+        checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
+        root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
+        spec = self._spec(trainer, root)
+        restored = self._restore(trainer, checkpoints, root)
+        local = LocalWeights(metrics) if self._local_weights() else None
+        publisher = Publisher(self.run.name, trainer.signature, metrics, local)
+        server = await start_server(
+            self.network.policy,
+            lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(publisher, server),
+            [policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name],
+            self.security,
+        )
+        buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+        journal = Journal(
+            self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor
+        )
+        learner = Learner(
+            Parts(trainer, buffer, publisher, checkpoints, metrics, self.directory),
+            spec,
+            self.options,
+            self.evaluation,
+            journal,
+            restored,
+        )
+        try:
+            finished = await learner.run(stop)
+            status = await buffer.run_status()
+            summary = summarize(journal.records, status, publisher.push_times.seconds)
+            (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            log.info("%s at step %d", "finished" if finished else "stopped with a checkpoint", learner.step)
+        finally:
+            journal.close()
+            await server.stop(grace_seconds=1.0)
+            await buffer.aclose()
+            if local is not None:
+                await local.aclose()
+
+    def _make_trainer(self) -> Trainer:
+        if self.options.trainer == "arithmetic":
+            from learner.arithmetic_trainer import ArithmeticTrainer
+
+            return ArithmeticTrainer()
+        from learner.torch_trainer import TorchTrainer
+
+        return TorchTrainer(self.model.path, self.sampling, self.options.training, seed=self.run.seed)
+
+    def _restore(self, trainer: Trainer, checkpoints: CheckpointStore, root: PolicyVersion) -> Checkpoint:
+        """The newest checkpoint, loaded; a fresh run makes one of its first weights."""
+        restored = checkpoints.newest()
+        if restored is None:
+            return checkpoints.save(root, [], [], trainer.save)
+        if restored.version.run != self.run.name:
+            raise PreconditionError(f"{restored.directory} belongs to run {restored.version.run!r}, not {self.run.name!r}")
+        trainer.load(restored.directory)
+        log.info("restored the checkpoint of step %d", restored.version.step)
+        return restored
+
+    def _spec(self, trainer: Trainer, root: PolicyVersion) -> RunSpec:
+        tasks = load_tasks(self.task, self.run.seed)
+        if self.evaluation.tasks > len(tasks.heldout):
+            raise ConfigError(
+                f"evaluation.tasks is {self.evaluation.tasks}, but there are {len(tasks.heldout)} held-out tasks"
+            )
+        if self.options.publish_every > self.run.max_staleness + 1:
+            raise ConfigError(
+                f"learner.publish_every is {self.options.publish_every}; beyond run.max_staleness + 1 = "
+                f"{self.run.max_staleness + 1} no fresh enough data could ever come"
+            )
+        return RunSpec(
+            run=self.run.name,
+            groups_per_step=self.run.groups_per_step,
+            members=self.run.members,
+            max_staleness=self.run.max_staleness,
+            total_steps=self.run.steps,
+            seed=self.run.seed,
+            train_task_count=len(tasks.train),
+            sampling=self.sampling.params(trainer.stop_token_ids),
+            signature=trainer.signature,
+            dataset_digest=tasks.digest,
+            root=root,
+            max_attempts=self.run.max_attempts,
+        )
+
+    def _local_weights(self) -> bool:
+        return self.network.weights == "zmq" or (self.network.weights == "auto" and is_loopback(self.network.policy))
+
+
+def _tell_supervisor(line: str) -> None:
+    """Each journal line goes to stdout, where `leeway run` listens."""
+    sys.stdout.write(line)
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Parse, check, run."""
+    parser = service_parser("learner", "The learner of one run: draws groups, trains, publishes weights.")
+    arguments = parser.parse_args()
+    try:
+        process = LearnerProcess(load_document(arguments.config, arguments.overrides))
+    except ConfigError as error:
+        return report_error("learner", error)
+    if arguments.check:
+        return EXIT_OK
+    Path(process.directory).mkdir(parents=True, exist_ok=True)
+    return serve("learner", process.main, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Checkpoints: a folder per step that is either whole or not there.
+
+    save   checkpoints/.partial-… ← trainer files, manifest.json; fsync each, fsync the folder; rename to step-NNNNNNNN; fsync the parent
+    load   the newest folder whose manifest and files agree
+
+Only the rename makes a checkpoint exist, so a crash leaves a whole one or a leftover that the next save removes. The manifest carries the ledger:
+which groups each step trained on since the last commit that the replay buffer confirmed. It is what lets the buffer decide, after a
+crash between checkpoint and commit, that those groups are consumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from leeway.errors import ConfigError, CorruptDataError, NotFoundError
+from leeway.types import PolicyVersion
+
+_MANIFEST: Final = "manifest.json"
+_PARTIAL: Final = ".partial-"
+_PREFIX: Final = "step-"
+
+LedgerStep = tuple[int, tuple[str, ...]]
+"""(step, its group ids in order)"""
+
+Branch = tuple[int, int]
+"""(epoch, step of the checkpoint that it started from)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A durable checkpoint."""
+
+    directory: Path
+    version: PolicyVersion
+    ledger: tuple[LedgerStep, ...]
+    branches: tuple[Branch, ...]
+
+
+class CheckpointStore:
+    """The checkpoints of one run."""
+
+    def __init__(self, directory: Path, *, keep: int) -> None:
+        self._directory = directory
+        self._keep = keep
+
+    def save(
+        self,
+        version: PolicyVersion,
+        ledger: Sequence[LedgerStep],
+        branches: Sequence[Branch],
+        write: Callable[[Path], None],
+    ) -> Checkpoint:
+        """Make a checkpoint durable; `write(folder)` puts the trainer's files there.
+
+        Raises:
+            OSError: the disk is full or fails; no checkpoint was made.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        partial = self._directory / f"{_PARTIAL}{version.step:08d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        write(partial)
+        files = sorted(path for path in partial.rglob("*") if path.is_file())
+        manifest = {
+            "run": version.run,
+            "epoch": version.epoch,
+            "step": version.step,
+            "digest": version.digest.hex(),
+            "ledger": [[step, list(group_ids)] for step, group_ids in ledger],
+            "branches": [list(branch) for branch in branches],
+            "files": {str(path.relative_to(partial)): _file_digest(path) for path in files},
+        }
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in [*files, partial / _MANIFEST]:
+            _fsync(path)
+        for folder in {path.parent for path in files} | {partial}:
+            _fsync(folder)
+        final = self._path(version.step)
+        shutil.rmtree(final, ignore_errors=True)  # an abandoned branch may have reached this step too
+        partial.rename(final)
+        _fsync(self._directory)
+        self._remove_old(version.step)
+        return Checkpoint(final, version, tuple(ledger), tuple(branches))
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint; None when there is none.
+
+        Raises:
+            CorruptDataError: the newest one's files are not what its manifest says.
+        """
+        steps = self.steps()
+        return self.load(steps[-1]) if steps else None
+
+    def load(self, step: int) -> Checkpoint:
+        """One checkpoint, its files verified.
+
+        Raises:
+            NotFoundError: it is not kept; the message lists those that are.
+            CorruptDataError: its files are not what its manifest says.
+        """
+        if step not in self.steps():
+            kept = ", ".join(str(kept) for kept in self.steps()) or "none"
+            raise NotFoundError(f"{self._directory}: no checkpoint of step {step}; there are: {kept}")
+        directory = self._path(step)
+        manifest = _read_manifest(directory / _MANIFEST)
+        for name, digest in manifest["files"].items():
+            path = directory / name
+            if not path.is_file() or _file_digest(path) != digest:
+                raise CorruptDataError(f"{path}: missing or changed since it was written; remove {directory} to fall back")
+        return Checkpoint(
+            directory=directory,
+            version=PolicyVersion(
+                manifest["run"], manifest["epoch"], manifest["step"], bytes.fromhex(manifest["digest"])
+            ),
+            ledger=tuple((step, tuple(group_ids)) for step, group_ids in manifest["ledger"]),
+            branches=tuple((epoch, step) for epoch, step in manifest["branches"]),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        if not self._directory.is_dir():
+            return []
+        return sorted(
+            int(path.name.removeprefix(_PREFIX))
+            for path in self._directory.iterdir()
+            if path.name.startswith(_PREFIX) and (path / _MANIFEST).is_file()
+        )
+
+    def _path(self, step: int) -> Path:
+        return self._directory / f"{_PREFIX}{step:08d}"
+
+    def _remove_old(self, newest: int) -> None:
+        for step in self.steps():
+            if step > newest:  # of an abandoned branch
+                shutil.rmtree(self._path(step))
+        for step in self.steps()[: -self._keep]:
+            shutil.rmtree(self._path(step))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: cannot read the checkpoint's manifest: {error}") from error
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,318 @@
+"""The learner's loop.
+
+    replay buffer ── DrawBatch(step) ──> groups ──> trainer.train_step ──> Advance ──> publisher ──> servers
+          ▲                                                                  │
+          └── Commit(step) <── checkpoint, every few steps <─────────────────┘
+
+    waits for    whole groups of the next step (the draw blocks in the buffer)
+    unblocks     admission in the buffer (Advance moves the head), servers (publish)
+    order        draw, train, Advance, publish; a checkpoint holds only advanced steps; commit comes after it is durable
+
+Training runs in a thread, so that weights are served and evaluations awaited meanwhile. An evaluation pins a version: it holds
+back newer ones until its tickets are done, while training goes on as far as the staleness bound lets it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from learner.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep
+from learner.errors import UnusableGroupError
+from learner.journal import Journal
+from learner.options import LearnerOptions
+from learner.policy_logprobs import write_policy_logprobs
+from learner.publisher import Publisher
+from learner.staleness import token_staleness
+from learner.summary import merge_intervals
+from learner.trainer import StepResult, Trainer
+from leeway.config import EvaluationOptions
+from leeway.errors import DeadlineError, LeewayError
+from leeway.metrics import STALENESS_BUCKETS, LearnerMetrics
+from leeway.replay_client import ReplayClient
+from leeway.rpc import cancel_and_wait
+from leeway.types import Evaluation, PolicyVersion, RunSpec, TrajectoryGroup, WeightSnapshot
+from leeway.weights import weights_digest
+
+log = logging.getLogger(__name__)
+
+_LAST_EVALUATION_SECONDS: Final = 2.0
+"""How long a stopping learner waits for an evaluation in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the loop joins together."""
+
+    trainer: Trainer
+    buffer: ReplayClient
+    publisher: Publisher
+    checkpoints: CheckpointStore
+    metrics: LearnerMetrics
+    run_directory: Path
+
+
+class Learner:
+    """One incarnation of the learner of one run."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        spec: RunSpec,
+        options: LearnerOptions,
+        evaluation: EvaluationOptions,
+        journal: Journal,
+        restored: Checkpoint,
+    ) -> None:
+        self._parts = parts
+        self._spec = spec
+        self._options = options
+        self._evaluation = evaluation
+        self._journal = journal
+        self._epoch = 0
+        self._head = restored.version
+        self._ledger: list[LedgerStep] = list(restored.ledger)  # steps whose commit was not confirmed
+        self._branches: list[Branch] = list(restored.branches)
+        self._checkpointed_step = restored.version.step
+        self._evaluating: asyncio.Task[None] | None = None
+        elapsed = max((record["elapsed_seconds"] for record in journal.records), default=0.0)
+        self._clock_started = time.monotonic() - elapsed
+
+    @property
+    def step(self) -> int:
+        """The newest trained step."""
+        return self._head.step
+
+    async def run(self, stop: asyncio.Event) -> bool:
+        """Train until the last step or until `stop`; returns whether the run is finished.
+
+        However it ends, what was trained is in a durable, committed checkpoint.
+        """
+        opened = await self._parts.buffer.open_run(self._spec, self._head, self._ledger)
+        if opened.finished:
+            return True
+        self._epoch = opened.epoch
+        self._ledger = []
+        self._branches.append((opened.epoch, self._head.step))
+        self._parts.metrics.epoch.set(opened.epoch)
+        log.info("epoch %d opens the run at step %d of %d", self._epoch, self._head.step, self._spec.total_steps)
+        await self._publish()
+        await self._evaluate_if_due()
+        while self._head.step < self._spec.total_steps:
+            groups = await self._draw(self._head.step + 1, stop)
+            if groups is None:
+                return await self._stop_early()
+            if not await self._train(groups):
+                continue  # a group was set aside: draw the step again
+            await self._checkpoint_if_due()
+            await self._evaluate_if_due()
+            if stop.is_set():
+                return await self._stop_early()
+        await self._checkpoint()
+        await self._finish_evaluation()
+        await self._parts.buffer.finish_run(self._epoch)
+        return True
+
+    async def _draw(self, step: int, stop: asyncio.Event) -> list[TrajectoryGroup] | None:
+        """The step's groups, or None when `stop` came first."""
+        began = time.monotonic()
+        draw = asyncio.create_task(
+            self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
+        )
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait([draw, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not draw.done():
+            draw.cancel()
+            return None
+        try:
+            groups = await draw
+        except DeadlineError as error:
+            raise DeadlineError(await self._name_blocker(step)) from error
+        self._batch_wait_seconds = time.monotonic() - began
+        return groups
+
+    async def _name_blocker(self, step: int) -> str:
+        status = await self._parts.buffer.run_status()
+        servers = ", ".join(f"{name} at {version or 'no version'}" for name, version in self._parts.publisher.servers.items())
+        return (
+            f"no batch for step {step} within {self._options.draw_timeout_seconds:g} s: {status.ready} groups are ready "
+            f"and {status.open} open, {self._spec.groups_per_step} are needed; connected servers: {servers or 'none'}"
+        )
+
+    async def _train(self, groups: Sequence[TrajectoryGroup]) -> bool:
+        """One step: train, advance, publish, record. False when a group had to be set aside."""
+        step = self._head.step + 1
+        wall_began, began = time.time(), time.monotonic()
+        try:
+            result = await asyncio.to_thread(self._parts.trainer.train_step, step, groups)
+        except UnusableGroupError as error:
+            log.error("group %s is set aside: %s", error.group_id, error.message)
+            self._parts.metrics.rejected_groups.inc()
+            await self._parts.buffer.reject_group(self._epoch, error.group_id, error.message)
+            return False
+        step_seconds = time.monotonic() - began
+        staleness = token_staleness(groups, self._head.step, self._branches)
+        await self._advance(step)
+        self._ledger.append((step, tuple(group.group_id for group in groups)))
+        if step % self._options.publish_every == 0 or step == self._spec.total_steps or self._evaluation_due(step):
+            await self._publish()
+        if self._options.record_policy_logprobs:
+            write_policy_logprobs(self._parts.run_directory, step, result.policy_logprobs)
+        self._record(
+            {
+                "kind": "step",
+                "step": step,
+                "version": str(self._head),
+                **result.statistics,
+                "staleness_histogram": {str(key): count for key, count in sorted(staleness.items())},
+                "batch_wait_seconds": self._batch_wait_seconds,
+                "step_seconds": step_seconds,
+                "training_interval": [wall_began, wall_began + step_seconds],
+                "generation_intervals": _generation_intervals(groups),
+            }
+        )
+        self._observe(step, result, staleness, step_seconds)
+        return True
+
+    def _observe(self, step: int, result: StepResult, staleness: Counter[int], step_seconds: float) -> None:
+        metrics = self._parts.metrics
+        metrics.step.set(step)
+        metrics.step_seconds.observe(step_seconds)
+        metrics.batch_wait_seconds.observe(self._batch_wait_seconds)
+        for name, value in result.statistics.items():
+            metrics.statistic.labels(name).set(value)
+        for steps, num_tokens in staleness.items():
+            bucket = max(bound for bound in STALENESS_BUCKETS if bound <= steps)
+            metrics.trained_tokens.labels(str(bucket)).inc(num_tokens)
+
+    async def _advance(self, step: int) -> None:
+        manifest, buffers = await asyncio.to_thread(self._parts.trainer.published)
+        version = PolicyVersion(self._spec.run, self._epoch, step, weights_digest(manifest))
+        await self._parts.buffer.advance(self._epoch, version, self._head)
+        self._head = version
+        self._snapshot = WeightSnapshot(version, self._epoch, manifest, buffers)
+
+    async def _publish(self) -> None:
+        """Announce the head."""
+        await self._parts.publisher.publish(self._current_snapshot())
+
+    def _current_snapshot(self) -> WeightSnapshot:
+        if self._snapshot is None or self._snapshot.version != self._head:
+            manifest, buffers = self._parts.trainer.published()
+            self._snapshot = WeightSnapshot(self._head, self._epoch, manifest, buffers)
+        return replace(self._snapshot, publisher_epoch=self._epoch)
+
+    _snapshot: WeightSnapshot | None = None
+    _batch_wait_seconds = 0.0
+
+    # Checkpoints
+
+    async def _checkpoint_if_due(self) -> None:
+        if self._head.step % self._options.checkpoint_every_steps == 0:
+            await self._checkpoint()
+
+    async def _checkpoint(self) -> None:
+        """Make the head durable, then tell the buffer that its groups are consumed."""
+        if self._checkpointed_step == self._head.step:
+            return
+        began = time.monotonic()
+        self._journal.sync()
+        await asyncio.to_thread(
+            self._parts.checkpoints.save, self._head, self._ledger, self._branches, self._parts.trainer.save
+        )
+        self._checkpointed_step = self._head.step
+        await self._parts.buffer.commit(self._epoch, self._head.step)
+        self._ledger = []
+        self._parts.metrics.checkpoint_seconds.observe(time.monotonic() - began)
+
+    async def _stop_early(self) -> bool:
+        """A clean stop: a checkpoint now; an evaluation in flight gets a moment to end."""
+        await self._checkpoint()
+        if self._evaluating is not None:
+            await asyncio.wait([self._evaluating], timeout=_LAST_EVALUATION_SECONDS)
+            await cancel_and_wait(self._evaluating)
+        return False
+
+    # Evaluation
+
+    def _evaluation_due(self, step: int) -> bool:
+        if not self._evaluation.tasks:
+            return False
+        every = self._evaluation.every_steps
+        return step in (0, self._spec.total_steps) or (every > 0 and step % every == 0)
+
+    async def _evaluate_if_due(self) -> None:
+        step = self._head.step
+        if not self._evaluation_due(step):
+            return
+        if any(record["kind"] == "evaluation" and record["step"] == step for record in self._journal.records):
+            return
+        await self._finish_evaluation()
+        evaluation = Evaluation(
+            evaluation_id=f"{self._head.epoch}.{step}",
+            version=self._head,
+            task_count=self._evaluation.tasks,
+            members=self._evaluation.members,
+            sampling=self._spec.sampling,
+        )
+        self._parts.publisher.hold()
+        await self._parts.buffer.create_evaluation(self._epoch, evaluation)
+        self._evaluating = asyncio.create_task(self._evaluate(evaluation))
+
+    async def _evaluate(self, evaluation: Evaluation) -> None:
+        try:
+            result = await self._parts.buffer.await_evaluation(
+                evaluation.evaluation_id, self._options.evaluation_timeout_seconds
+            )
+        except LeewayError as error:
+            log.error("evaluation of step %d is lost: %s", evaluation.version.step, error.message)
+            return
+        finally:
+            await self._parts.publisher.release()
+        if not result.complete or not result.rewards:
+            log.error(
+                "evaluation of step %d gave %d rewards of %d within %g s; it is left out of the curve",
+                evaluation.version.step,
+                len(result.rewards),
+                evaluation.task_count * evaluation.members,
+                self._options.evaluation_timeout_seconds,
+            )
+            return
+        mean = sum(result.rewards) / len(result.rewards)
+        self._parts.metrics.heldout_reward.set(mean)
+        self._record(
+            {
+                "kind": "evaluation",
+                "step": evaluation.version.step,
+                "version": str(evaluation.version),
+                "reward_mean": mean,
+                "draws": len(result.rewards),
+                "failed": result.failed,
+            }
+        )
+
+    async def _finish_evaluation(self) -> None:
+        if self._evaluating is not None:
+            await self._evaluating
+            self._evaluating = None
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
+
+
+def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:
+    """When the batch's tokens were sampled, by the engines' clocks: disjoint [start, end) in Unix seconds."""
+    return merge_intervals(
+        [
+            (trajectory.generation_started_at.timestamp(), trajectory.generation_finished_at.timestamp())
+            for group in groups
+            for trajectory in group.trajectories
+        ]
+    )

@@ -1,0 +1,35 @@
+"""[learner]: the loop around the trainer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from learner.training_options import TrainingOptions
+from leeway.config import Options
+
+
+class LearnerOptions(Options):
+    """The learner's loop; how it trains is in [learner.training]."""
+
+    trainer: Literal["torch", "arithmetic"] = Field(
+        default="torch", description="arithmetic rehearses a run without torch: its weights are a counter"
+    )
+    training: TrainingOptions = Field(default_factory=TrainingOptions)
+    publish_every: int = Field(
+        default=1, ge=1, description="steps between published versions; more than max_staleness + 1 would starve the run"
+    )
+    checkpoint_every_steps: int = Field(
+        default=50, ge=1, description="steps between checkpoints; a crash repeats at most this many"
+    )
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints kept on disk")
+    draw_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="longest wait for a batch before the learner gives up and names the blocker"
+    )
+    evaluation_timeout_seconds: float = Field(
+        default=300.0, gt=0, description="longest time that an evaluation may hold back newer versions"
+    )
+    record_policy_logprobs: bool = Field(
+        default=True, description="keep the learner's log-prob of every trained token, for `leeway rollouts`"
+    )

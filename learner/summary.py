@@ -1,0 +1,95 @@
+"""`summary.json`: what a run came to, computed from its journal and the buffer's counts."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from leeway.types import RunStatus
+
+Interval = tuple[float, float]
+"""[start, end) in seconds"""
+
+
+def merge_intervals(intervals: Sequence[Interval]) -> list[Interval]:
+    """The union of intervals as disjoint ones, ascending."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def overlap_seconds(left: Sequence[Interval], right: Sequence[Interval]) -> float:
+    """Length of the intersection of two unions of intervals.
+
+    >>> overlap_seconds([(0, 4), (3, 6)], [(5, 9)])
+    1
+    """
+    a, b = merge_intervals(left), merge_intervals(right)
+    total: float = 0
+    i = j = 0
+    while i < len(a) and j < len(b):
+        total += max(0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] <= b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
+
+
+def summarize(records: Sequence[Mapping[str, Any]], status: RunStatus, push_seconds: Sequence[float]) -> dict[str, Any]:
+    """The summary of a run.
+
+    Args:
+        records: the journal.
+        status: the buffer's counts after the run.
+        push_seconds: announcement to acknowledgement, for each version and server of this incarnation.
+    """
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    staleness: Counter[str] = Counter()
+    for record in steps:
+        staleness.update(record["staleness_histogram"])
+    wall_seconds = max((record["elapsed_seconds"] for record in records), default=0.0)
+    trained_tokens = sum(staleness.values())
+    waited = sum(record["batch_wait_seconds"] for record in steps)
+    generation = [tuple(interval) for record in steps for interval in record["generation_intervals"]]
+    training = [tuple(record["training_interval"]) for record in steps]
+    return {
+        "run": status.spec.run,
+        "steps": len(steps),
+        "finished": status.finished,
+        "heldout_before": evaluations[0]["reward_mean"] if evaluations else None,
+        "heldout_after": evaluations[-1]["reward_mean"] if evaluations else None,
+        "heldout_draws": evaluations[-1]["draws"] if evaluations else 0,
+        "reward_first_20_steps": _mean([record["reward_mean"] for record in steps[:20]]),
+        "reward_last_20_steps": _mean([record["reward_mean"] for record in steps[-20:]]),
+        "wall_seconds": wall_seconds,
+        "tokens_per_second": trained_tokens / wall_seconds if wall_seconds else 0.0,
+        "trained_tokens": trained_tokens,
+        "max_staleness": status.spec.max_staleness,
+        "staleness_histogram": dict(sorted(staleness.items(), key=lambda item: int(item[0]))),
+        "stale_token_fraction": 1 - staleness["0"] / trained_tokens if trained_tokens else 0.0,
+        "learner_idle_fraction": waited / wall_seconds if wall_seconds else 0.0,
+        "overlap_seconds": overlap_seconds(generation, training),
+        "generation_seconds": sum(end - start for start, end in merge_intervals(generation)),
+        "training_seconds": sum(end - start for start, end in training),
+        "weight_push_seconds": {
+            "count": len(push_seconds),
+            "median": statistics.median(push_seconds) if push_seconds else None,
+            "max": max(push_seconds, default=None),
+        },
+        "groups_issued": status.issued,
+        "groups_consumed": status.consumed,
+        "dropped_groups": {reason.name.lower(): count for reason, count in status.dropped.items() if count},
+        "learner_epochs": status.epoch,
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
