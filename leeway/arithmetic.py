@@ -1,0 +1,184 @@
+"""A model without a model: the law by which the arithmetic engine samples and the rehearsal trainer publishes.
+
+The weights of a version are one int64 tensor [epoch, step, 0, ...], and the distribution of the next token depends on
+them and on the prefix's length and last token. So the label of a token (its version) is enough to recompute the
+log-probability that it was sampled with, and a protocol test knows of every token whether its label tells the truth.
+
+With V token ids, h a 64-bit hash of (epoch, step, prefix length, last token), temperature T:
+
+    favoured token     f = h mod V
+    its probability    q = 0.05 + 0.9 u,   u in [0, 1) from the bits of h
+    any other token    (1 - q) / (V - 1)
+    at temperature T   p_i^(1/T) / sum_j p_j^(1/T)
+
+Needs NumPy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leeway.errors import PreconditionError
+from leeway.types import ModelSignature, PolicyVersion, WeightManifest
+from leeway.weights import tensor_entry, weights_digest
+
+END_OF_SEQUENCE: Final = 0
+"""The token id that ends a completion."""
+
+_ALPHABET: Final = " 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_TENSOR_NAME: Final = "arithmetic.weight"
+_WEIGHT_ELEMENTS: Final = 256
+_MASK: Final = (1 << 64) - 1
+
+SIGNATURE: Final = ModelSignature(
+    model_digest=hashlib.sha256(b"leeway arithmetic model 1").digest(),
+    tokenizer_digest=hashlib.sha256(b"leeway arithmetic tokenizer 1\0" + _ALPHABET.encode()).digest(),
+    vocab_size=1 + len(_ALPHABET),
+    moe_layers=2,
+    experts=8,
+    experts_per_token=2,
+    context_length=4096,
+)
+"""What a run on this law must be opened with."""
+
+
+@dataclass(frozen=True, slots=True)
+class ArithmeticWeights:
+    """What the law knows of a policy version."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """The next token's distribution: one favoured token, all others alike."""
+
+    favoured: int
+    favoured_logprob: float
+    other_logprob: float
+
+    def logprob(self, token_id: int) -> float:
+        """Log-probability of a token."""
+        return self.favoured_logprob if token_id == self.favoured else self.other_logprob
+
+    def top(self, count: int) -> list[int]:
+        """The `count` likeliest token ids, likeliest first; ties in order of id."""
+        others = [token_id for token_id in range(count) if token_id != self.favoured]
+        return [self.favoured, *others, count][:count]
+
+
+def next_distribution(
+    weights: ArithmeticWeights, length: int, last_token: int, temperature: float = 1.0
+) -> Distribution:
+    """The distribution of the token that follows `length` tokens, the last of which is `last_token`."""
+    bits = _hash(weights.epoch, weights.step, length, last_token)
+    others = SIGNATURE.vocab_size - 1
+    favoured = 0.05 + 0.9 * (bits >> 11) * 2.0**-53
+    other = (1.0 - favoured) / others
+    if temperature != 1.0:
+        favoured, other = favoured ** (1.0 / temperature), other ** (1.0 / temperature)
+        total = favoured + others * other
+        favoured, other = favoured / total, other / total
+    return Distribution(bits % SIGNATURE.vocab_size, math.log(favoured), math.log(other))
+
+
+def sample(distribution: Distribution, length: int, seed: int) -> tuple[int, float]:
+    """Draw from a distribution: (token id, its log-probability). Depends on seed and position only."""
+    bits = _hash(seed, length, 0x5A3, 0)
+    if (bits >> 11) * 2.0**-53 < math.exp(distribution.favoured_logprob):
+        return distribution.favoured, distribution.favoured_logprob
+    token_id = (distribution.favoured + 1 + _mix(bits) % (SIGNATURE.vocab_size - 1)) % SIGNATURE.vocab_size
+    return token_id, distribution.other_logprob
+
+
+def next_token(
+    weights: ArithmeticWeights, prefix: Sequence[int] | NDArray[np.int32], seed: int, temperature: float = 1.0
+) -> tuple[int, float]:
+    """Sample the token after `prefix`: (token id, log-probability). Pure."""
+    length = len(prefix)
+    return sample(next_distribution(weights, length, int(prefix[-1]), temperature), length, seed)
+
+
+def behavior_logprob(
+    weights: ArithmeticWeights, prefix: Sequence[int] | NDArray[np.int32], token_id: int, temperature: float = 1.0
+) -> float:
+    """The log-probability of `token_id` after `prefix` under the weights that its label names."""
+    return next_distribution(weights, len(prefix), int(prefix[-1]), temperature).logprob(token_id)
+
+
+def routing_row(weights: ArithmeticWeights, position: int, token_id: int) -> list[list[int]]:
+    """Experts that token `token_id` at `position` is sent to: [layers][k], distinct within a layer.
+
+    A token is routed when it is fed, under the version that samples the next token: row i of a trajectory belongs to
+    the label of token i + 1, and the rows of the prompt to that of the first sampled token.
+    """
+    experts = SIGNATURE.experts
+    rows: list[list[int]] = []
+    for layer in range(SIGNATURE.moe_layers):
+        bits = _hash(weights.epoch, weights.step, (position << 8) | layer, token_id)
+        # An odd stride visits distinct experts, their number being a power of two.
+        start, stride = bits % experts, 1 + 2 * ((bits >> 16) % (experts // 2))
+        rows.append([(start + slot * stride) % experts for slot in range(SIGNATURE.experts_per_token)])
+    return rows
+
+
+def published_weights(epoch: int, step: int) -> tuple[WeightManifest, list[bytes]]:
+    """The weights of a version as they are published: manifest and each tensor's bytes."""
+    tensor = np.zeros(_WEIGHT_ELEMENTS, dtype="<i8")
+    tensor[:2] = epoch, step
+    data = tensor.tobytes()
+    return WeightManifest((tensor_entry(_TENSOR_NAME, "int64", tensor.shape, data),)), [data]
+
+
+def policy_version(run: str, epoch: int, step: int) -> PolicyVersion:
+    """The identity of the weights of (epoch, step)."""
+    return PolicyVersion(run, epoch, step, weights_digest(published_weights(epoch, step)[0]))
+
+
+def read_weights(manifest: WeightManifest, buffers: Sequence[bytes | memoryview]) -> ArithmeticWeights:
+    """What `published_weights` wrote.
+
+    Raises:
+        PreconditionError: the manifest is not that of this law.
+    """
+    expected = [(_TENSOR_NAME, "int64", (_WEIGHT_ELEMENTS,))]
+    if [(entry.name, entry.dtype, entry.shape) for entry in manifest.tensors] != expected:
+        raise PreconditionError(
+            f"the published weights do not fit the arithmetic model, which has one int64 tensor {_TENSOR_NAME} "
+            f"of {_WEIGHT_ELEMENTS} elements; serve the model that the learner trains"
+        )
+    tensor = np.frombuffer(buffers[0], dtype="<i8")
+    return ArithmeticWeights(int(tensor[0]), int(tensor[1]))
+
+
+class ArithmeticTokenizer:
+    """One token per letter, digit or space; anything else counts as a space."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; none for the empty text."""
+        return [1 + max(_ALPHABET.find(character), 0) for character in text]
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of token ids; the end of a sequence has none."""
+        return "".join(_ALPHABET[token_id - 1] for token_id in token_ids if token_id != END_OF_SEQUENCE)
+
+
+def _mix(value: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _hash(a: int, b: int, c: int, d: int) -> int:
+    """64 bits that depend on all four numbers."""
+    state = (a * 0x9E3779B97F4A7C15 + b * 0xC2B2AE3D27D4EB4F + c * 0x165667B19E3779F9 + d * 0xD6E8FEB86659FD93) & _MASK
+    return _mix(_mix(state + 0x2545F4914F6CDD1D & _MASK))
