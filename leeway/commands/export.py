@@ -1,0 +1,57 @@
+"""`leeway export RUN STEP`: a checkpoint as a Hugging Face directory that `from_pretrained` loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from leeway.config import Document, ModelOptions, RunOptions, load_document, section
+from leeway.errors import NotFoundError, PreconditionError
+from leeway.process import EXIT_OK
+from learner.checkpoint import CheckpointStore
+from learner.options import LearnerOptions
+
+
+def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
+    """Declare the command."""
+    parser = subparsers.add_parser("export", help="write a checkpoint as a Hugging Face model", description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    parser.add_argument("step", type=int, metavar="STEP", help="a step that has a checkpoint; -1 for the newest")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default RUN/export/step-STEP)")
+    parser.set_defaults(handler=_export)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    document = load_run_document(arguments.run)
+    run = section(document, "run", RunOptions)
+    options = section(document, "learner", LearnerOptions)
+    model = section(document, "model", ModelOptions)
+    if options.trainer != "torch":
+        raise PreconditionError(f"{arguments.run}: its trainer is {options.trainer!r}, which has no model to export")
+    store = CheckpointStore(arguments.run / "checkpoints", keep=options.keep_checkpoints)
+    checkpoint = store.newest() if arguments.step < 0 else store.load(arguments.step)
+    if checkpoint is None:
+        raise NotFoundError(f"{arguments.run}: there is no checkpoint yet")
+    output: Path = arguments.output or arguments.run / "export" / f"step-{checkpoint.version.step}"
+    if output.exists():
+        raise PreconditionError(f"{output} exists; remove it or choose another --output")
+    from learner.torch_trainer import TorchTrainer  # torch takes seconds to import
+
+    trainer = TorchTrainer.from_directory(model.path, options.training)
+    trainer.load(checkpoint.directory)
+    trainer.export(model.path, output)
+    print(f"{output}: run {run.name}, step {checkpoint.version.step}")
+    return EXIT_OK
+
+
+def load_run_document(directory: Path) -> Document:
+    """The resolved configuration of a run's folder.
+
+    Raises:
+        NotFoundError: the folder holds no run.
+    """
+    path = directory / "config.toml"
+    if not path.exists():
+        raise NotFoundError(f"{directory}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8")
+    return load_document(path)
