@@ -1,10 +1,13 @@
-"""The checks that every engine makes of a request before it samples."""
+"""What every caller and every engine does with a request: check it before sampling, close it afterwards."""
 
 from __future__ import annotations
 
-from inference_server.engine import GenerationRequest
+from collections.abc import AsyncIterator
+from types import TracebackType
+
+from inference_server.engine import GenerationEnd, GenerationRequest
 from leeway.errors import InvalidDataError
-from leeway.types import EngineInfo
+from leeway.types import EngineInfo, TrajectoryChunk
 
 
 def check_request(request: GenerationRequest, info: EngineInfo) -> None:
@@ -30,3 +33,21 @@ def check_request(request: GenerationRequest, info: EngineInfo) -> None:
         raise InvalidDataError(f"top-{sampling.topk} was asked for; {info.engine} records at most {info.max_topk}")
     if sampling.routing and not info.routing:
         raise InvalidDataError(f"routing was asked for, but {info.engine} does not record it for this model")
+
+
+class Closing:
+    """Closes an engine's iterator at the end of a block, which frees the slot it holds."""
+
+    def __init__(self, events: AsyncIterator[TrajectoryChunk | GenerationEnd]) -> None:
+        self._events = events
+
+    async def __aenter__(self) -> AsyncIterator[TrajectoryChunk | GenerationEnd]:
+        return self._events
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # The Protocol promises an iterator; one that holds something is a generator, or has its own aclose.
+        aclose = getattr(self._events, "aclose", None)
+        if aclose is not None:
+            await aclose()

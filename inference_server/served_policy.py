@@ -1,0 +1,70 @@
+"""The policy that an engine serves: who may replace it, and who waits for the next one.
+
+weight receiver ──┐
+                  ├── update: fence, then one at a time ──> engine.update_weights ──> wakes wait_for_change (the worker)
+UpdateWeights ────┘
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from inference_server.engine import Engine
+from leeway.errors import FencedError, PreconditionError
+from leeway.types import PolicyVersion, WeightSnapshot
+
+
+class ServedPolicy:
+    """Puts verified weights of one run into an engine, whole, and tells who waits for a new version."""
+
+    def __init__(self, engine: Engine, run: str) -> None:
+        self._engine = engine
+        self._run = run
+        self._highest_epoch = 0
+        self._updating = asyncio.Lock()
+        self._changed = asyncio.Event()
+
+    @property
+    def version(self) -> PolicyVersion | None:
+        """The run's version in force; None before its first."""
+        version = self._engine.info().version
+        return version if version is not None and version.run == self._run else None
+
+    def raise_fence(self, publisher_epoch: int) -> None:
+        """From now on weights of older learner incarnations are refused.
+
+        Raises:
+            FencedError: this incarnation is itself older than one already seen.
+        """
+        if publisher_epoch < self._highest_epoch:
+            raise FencedError(
+                f"weights of learner epoch {publisher_epoch} are refused: epoch {self._highest_epoch} has taken over"
+            )
+        self._highest_epoch = publisher_epoch
+
+    async def update(self, snapshot: WeightSnapshot) -> float:
+        """Put a verified snapshot in force; return the seconds decoding stood still. 0 for the version already served.
+
+        Raises:
+            FencedError: the snapshot is of an older learner incarnation.
+            PreconditionError: it belongs to another run, or does not fit the model.
+        """
+        if snapshot.version.run != self._run:
+            raise PreconditionError(
+                f"weights {snapshot.version} belong to another run; this server serves {self._run!r}"
+            )
+        self.raise_fence(snapshot.publisher_epoch)
+        async with self._updating:
+            self.raise_fence(snapshot.publisher_epoch)
+            if snapshot.version == self.version:
+                return 0.0
+            paused_seconds = await self._engine.update_weights(snapshot)
+        self._changed.set()
+        self._changed = asyncio.Event()
+        return paused_seconds
+
+    async def wait_for_change(self, seen: PolicyVersion | None) -> PolicyVersion:
+        """Wait until a version other than `seen` is in force."""
+        while (version := self.version) is None or version == seen:
+            await self._changed.wait()
+        return version
