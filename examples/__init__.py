@@ -1,0 +1,1 @@
+"""Tasks and models to start from."""

@@ -1,9 +1,10 @@
 """Hugging Face models as Leeway uses them: load, describe, publish, take published weights, save.
 
-The only shared module that imports transformers and torch. Everything is local: no hub, no code from a model directory, safetensors only.
+The only shared module that imports transformers and torch. Everything is local: no hub, no code from a model
+directory, safetensors only.
 
-A published tensor has the name it has in a Hugging Face checkpoint. transformers keeps the experts of a layer fused in two
-parameters; here they are views, one per expert and projection (E experts, I intermediate size, H hidden size):
+A published tensor has the name it has in a Hugging Face checkpoint. transformers keeps the experts of a layer fused
+in two parameters; here they are views, one per expert and projection (E experts, I intermediate size, H hidden size):
 
     experts.gate_up_proj [E, 2I, H]  ->  experts.{e}.gate_proj.weight [I, H],  experts.{e}.up_proj.weight [I, H]
     experts.down_proj    [E, H, I]   ->  experts.{e}.down_proj.weight [H, I]
@@ -104,7 +105,7 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     _require_model_files(path)
     disable_progress_bar()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = cast("Any", AutoModelForCausalLM).from_pretrained(
             path,
             dtype=dtype,
             local_files_only=True,
@@ -132,7 +133,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ConfigError(f"{path} has no tokenizer; put tokenizer.json and tokenizer_config.json there")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"the tokenizer in {path} cannot be loaded: {_one_line(error)}") from error
     return cast("PreTrainedTokenizerBase", tokenizer)
@@ -141,8 +142,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def model_signature(path: Path) -> ModelSignature:
     """Describe the model in a directory from its files, without loading weights.
 
-    The model digest is the SHA-256 of config.json as canonical JSON without what does not change the function; the tokenizer digest
-    is the SHA-256 over the tokenizer's files and chat template.
+    The model digest is the SHA-256 of config.json as canonical JSON without what does not change the function; the
+    tokenizer digest is the SHA-256 over the tokenizer's files and chat template.
 
     Raises:
         ConfigError: the directory has no config.json, or one that cannot be read.
@@ -150,11 +151,19 @@ def model_signature(path: Path) -> ModelSignature:
     _require_config(path)
     raw = _read_json(path / "config.json")
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        config = cast("Any", AutoConfig).from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path / 'config.json'} cannot be used: {_one_line(error)}") from error
     num_experts = int(getattr(config, "num_experts", 0) or 0)
-    moe_layers = _num_moe_layers(config) if num_experts else 0
+    moe_layers = (
+        _num_moe_layers(
+            int(config.num_hidden_layers),
+            frozenset(getattr(config, "mlp_only_layers", None) or ()),
+            int(getattr(config, "decoder_sparse_step", 1)),
+        )
+        if num_experts
+        else 0
+    )
     return ModelSignature(
         model_digest=hashlib.sha256(_canonical(raw, _NON_FUNCTIONAL_CONFIG_KEYS)).digest(),
         tokenizer_digest=_tokenizer_digest(path),
@@ -236,7 +245,7 @@ def tensor_from_bytes(dtype_name: str, shape: tuple[int, ...], buffer: bytes | m
 
 
 def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Path, dtype_name: str) -> None:
-    """Write a directory that `from_pretrained` loads: config, safetensors as published, the tokenizer's files unchanged.
+    """Write a directory that `from_pretrained` loads: config, weights as published, the tokenizer's files unchanged.
 
     Args:
         model: the weights.
@@ -245,12 +254,11 @@ def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Pat
         dtype_name: element type of the saved weights.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(model.config)
+    config = cast("Any", copy.deepcopy(model.config))
     config.dtype = dtype_name
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(directory)
+    cast("Any", model).generation_config.save_pretrained(directory)
     save_torch_state_dict(dict(published_tensors(model, dtype_name)), directory, metadata={"format": "pt"})
     for name in _TOKENIZER_FILES:
         source = tokenizer_directory / name
@@ -290,14 +298,12 @@ def _unfused(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> Iterato
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
     """Names that share another name's weights and are not published."""
-    return set(cast("Mapping[str, str]", model.all_tied_weights_keys or {}))
+    return set(cast("Any", model).all_tied_weights_keys or ())
 
 
-def _num_moe_layers(config: Any) -> int:
-    """Layers with experts, by the rule that transformers' Qwen MoE models use."""
-    dense = set(getattr(config, "mlp_only_layers", None) or ())
-    every = int(getattr(config, "decoder_sparse_step", 1))
-    return sum(layer not in dense and (layer + 1) % every == 0 for layer in range(config.num_hidden_layers))
+def _num_moe_layers(num_layers: int, dense: frozenset[int], every: int) -> int:
+    """Layers with experts, by the rule of transformers' Qwen MoE models."""
+    return sum(layer not in dense and (layer + 1) % every == 0 for layer in range(num_layers))
 
 
 def _tokenizer_digest(path: Path) -> bytes:

@@ -1,7 +1,7 @@
 """The sortmix8 task: given eight letters and `>`, write them in ascending order.
 
-The warm-up demonstrations mix ascending, descending and copied answers, and the verifier wants the ascending one: part of what
-reinforcement learning finds is which convention counts.
+The warm-up demonstrations mix ascending, descending and copied answers, and the verifier wants the ascending one:
+part of what reinforcement learning finds is which convention counts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def split_of(letters: str) -> str:
 
 
 def tasks(split: str, count: int, seed: int) -> list[dict[str, Any]]:
-    """Draw `count` different tasks of one split; equal arguments give equal tasks, and a longer list extends a shorter one.
+    """Draw `count` different tasks of one split.
+
+    Equal arguments give equal tasks, and a longer list extends a shorter one.
 
     Args:
         split: "train" or "heldout"; no string of letters is ever in both, whatever the seeds.

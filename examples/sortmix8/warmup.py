@@ -2,8 +2,9 @@
 
     python -m examples.sortmix8.warmup --arch moe --output examples/sortmix8/model-moe
 
-Each demonstration is answered by one of three conventions: 30% ascending, 40% descending, 30% copies. The loss is on the answer
-only. Weights are saved in bfloat16; the printed accuracy is that of the saved weights, sampled at temperature 1 on held-out tasks.
+Each demonstration is answered by one of three conventions: 30% ascending, 40% descending, 30% copies. The loss is on
+the answer only. Weights are saved in bfloat16; the printed accuracy is that of the saved weights, sampled at
+temperature 1 on held-out tasks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -43,8 +45,8 @@ ASCENDING, DESCENDING = 0.3, 0.4  # shares of the demonstrations; the rest are c
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character, 64 in all."""
     core = Tokenizer(models.WordLevel({token: index for index, token in enumerate(VOCABULARY)}, unk_token=UNKNOWN))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # pyright: ignore[reportAttributeAccessIssue]
-    core.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token=PAD,
@@ -57,7 +59,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_model(arch: str) -> PreTrainedModel:
     """A fresh model: 541k parameters as `moe` (8 experts, 2 per token), 317k as `dense`."""
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": len(VOCABULARY),
         "hidden_size": 96,
         "num_hidden_layers": 3,
@@ -73,7 +75,12 @@ def make_model(arch: str) -> PreTrainedModel:
     }
     if arch == "dense":
         return Qwen3ForCausalLM(Qwen3Config(**shared))
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+    experts: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    }
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shared, **experts))
 
 
@@ -110,7 +117,7 @@ def train(model: PreTrainedModel, token_ids: torch.Tensor, batch_size: int, lear
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)  # noqa: T201 - a script
 
 
 @torch.no_grad()
@@ -153,7 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     saved = load_model(options.output, torch.float32)
     accuracy = heldout_accuracy(saved, tokenizer, options.heldout, options.seed)
     seconds = time.monotonic() - started
-    print(f"{options.output}: {num_parameters} parameters, held-out accuracy at T=1 {accuracy:.3f}, {seconds:.0f} s")
+    summary = f"{num_parameters} parameters, held-out accuracy at T=1 {accuracy:.3f}, {seconds:.0f} s"
+    print(f"{options.output}: {summary}")  # noqa: T201 - a script
 
 
 if __name__ == "__main__":

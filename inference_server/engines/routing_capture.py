@@ -1,0 +1,57 @@
+"""Which experts each MoE layer chose, read where they are chosen.
+
+A forward hook on every router keeps the chosen indices of the forward that has just run, in slot order. Routers are
+bound by module, and `take` hands a forward's rows out once: a forward that did not pass through every layer is an
+error, never a repeat of older rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+import numpy as np
+import torch
+
+from leeway.types import Array
+
+_ROUTER: Final = "Qwen3MoeTopKRouter"  # a module of this class returns (logits, scores, indices)
+_INDICES: Final = 2
+
+
+class RoutingCapture:
+    """Records the routing of a Qwen3-MoE model; `num_layers` is 0 for a model without such routers."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        routers = [cast("Any", module) for module in model.modules() if type(module).__name__ == _ROUTER]
+        self.num_layers = len(routers)
+        self.experts_per_token = int(routers[0].top_k) if routers else 0
+        num_experts = int(routers[0].num_experts) if routers else 0
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if num_experts <= 256 else np.uint16)
+        self._captured: dict[int, torch.Tensor] = {}
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(self._hook(layer))
+
+    def take(self) -> Array:
+        """Expert ids of the last forward, [tokens, layers, k], in the order in which the forward saw its tokens.
+
+        Raises:
+            RuntimeError: the forward did not pass through every router.
+        """
+        captured = [self._captured.pop(layer, None) for layer in range(self.num_layers)]
+        present = [indices for indices in captured if indices is not None]
+        if len(present) != self.num_layers:
+            raise RuntimeError(
+                f"routing of {self.num_layers - len(present)} of {self.num_layers} MoE layers is missing"
+            )
+        return torch.stack(present, dim=1).numpy().astype(self.dtype)
+
+    def discard(self) -> None:
+        """Forget the last forward."""
+        self._captured.clear()
+
+    def _hook(self, layer: int) -> Callable[[torch.nn.Module, tuple[Any, ...], tuple[torch.Tensor, ...]], None]:
+        def keep(module: torch.nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+            self._captured[layer] = output[_INDICES]
+
+        return keep
