@@ -1,0 +1,97 @@
+"""Weights and optimizer on disk: `torch.distributed.checkpoint` with its safetensors storage, scalars as JSON.
+
+directory/weights/    parameters and buffers by module name, in the learner's precision
+directory/optimizer/  AdamW's moments by name
+directory/trainer.json  format, model digest, steps taken
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
+from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType]
+
+from leeway.errors import CorruptDataError
+
+FORMAT = 1
+_SCALARS = "trainer.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerScalars:
+    """What a trainer is besides its tensors."""
+
+    format: int
+    model_digest: str  # hex
+    num_steps: int
+
+
+def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Write named tensors into a new directory and make them durable."""
+    directory.mkdir()
+    with _single_process():
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
+
+
+def load_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill named tensors in place.
+
+    Raises:
+        CorruptDataError: the directory does not hold these tensors.
+    """
+    if not directory.is_dir():
+        raise CorruptDataError(f"{directory} is missing from the checkpoint; use an older one")
+    try:
+        with _single_process():
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise CorruptDataError(f"{directory} does not hold this trainer's tensors: {_one_line(cause)}") from error
+
+
+def save_scalars(directory: Path, scalars: TrainerScalars) -> None:
+    """Write the scalars and make them durable."""
+    with (directory / _SCALARS).open("w", encoding="utf-8") as file:
+        json.dump(asdict(scalars), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_scalars(directory: Path) -> TrainerScalars:
+    """Read the scalars.
+
+    Raises:
+        CorruptDataError: there are none, or not these.
+    """
+    path = directory / _SCALARS
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        scalars = TrainerScalars(**content)
+    except (OSError, ValueError, TypeError) as error:
+        raise CorruptDataError(f"{path} cannot be read: {error}; use an older checkpoint") from error
+    if scalars.format != FORMAT:
+        raise CorruptDataError(f"{path} has format {scalars.format} where {FORMAT} can be read")
+    return scalars
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _single_process() -> Generator[None]:
+    """Saving without a process group is meant; torch warns about it each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
