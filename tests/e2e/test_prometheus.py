@@ -27,6 +27,7 @@ def replay_buffer_port(tmp_path: Path) -> Iterator[int]:
             *(sys.executable, "-m", "replay_buffer"),
             f"--config={ROOT / 'examples' / 'sortmix8.toml'}",
             f"--set=run.directory={tmp_path / 'runs'}",
+            f"--set=replay_buffer.directory={tmp_path / 'replay'}",
             f"--set=network.replay_buffer=127.0.0.1:{free_port()}",
             f"--set=metrics.replay_buffer={port}",
         ],
