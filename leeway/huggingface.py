@@ -259,7 +259,9 @@ def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Pat
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
     cast("Any", model).generation_config.save_pretrained(directory)
-    save_torch_state_dict(dict(published_tensors(model, dtype_name)), directory, metadata={"format": "pt"})
+    # Cloned, because experts that are still views of one parameter cannot be saved under their own names.
+    tensors = {name: tensor.clone() for name, tensor in published_tensors(model, dtype_name)}
+    save_torch_state_dict(tensors, directory, metadata={"format": "pt"})
     for name in _TOKENIZER_FILES:
         source = tokenizer_directory / name
         if source.is_file() and source.resolve() != (directory / name).resolve():
