@@ -201,10 +201,10 @@ def test_load_model_says_what_is_wrong_with_a_directory(damage: Any, message: st
 def test_signature_and_tokenizer_say_what_is_wrong(tmp_path: Path) -> None:
     path = save(make_model(0), tmp_path / "model")
     (path / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match="config.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"config\.json is not JSON"):
         model_signature(path)
     (path / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(ConfigError, match="config.json cannot be used"):
+    with pytest.raises(ConfigError, match=r"config\.json cannot be used"):
         model_signature(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load_tokenizer(tmp_path / "nowhere")
