@@ -79,9 +79,7 @@ class LearnerProcess:
             self.security,
         )
         buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
-        journal = Journal(
-            self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor
-        )
+        journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor)
         learner = Learner(
             Parts(trainer, buffer, publisher, checkpoints, metrics, self.directory),
             spec,
@@ -110,7 +108,7 @@ class LearnerProcess:
             return ArithmeticTrainer()
         from learner.torch_trainer import TorchTrainer
 
-        return TorchTrainer(self.model.path, self.sampling, self.options.training, seed=self.run.seed)
+        return TorchTrainer.from_directory(self.model.path, self.sampling, self.options.training)
 
     def _restore(self, trainer: Trainer, checkpoints: CheckpointStore, root: PolicyVersion) -> Checkpoint:
         """The newest checkpoint, loaded; a fresh run makes one of its first weights."""
@@ -118,7 +116,9 @@ class LearnerProcess:
         if restored is None:
             return checkpoints.save(root, [], [], trainer.save)
         if restored.version.run != self.run.name:
-            raise PreconditionError(f"{restored.directory} belongs to run {restored.version.run!r}, not {self.run.name!r}")
+            raise PreconditionError(
+                f"{restored.directory} belongs to run {restored.version.run!r}, not {self.run.name!r}"
+            )
         trainer.load(restored.directory)
         log.info("restored the checkpoint of step %d", restored.version.step)
         return restored

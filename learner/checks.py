@@ -72,7 +72,7 @@ def _check_trained_tokens(trajectory: Trajectory, name: str) -> None:
     if unusable.any():
         token = int(np.flatnonzero(trained)[np.argmax(unusable)])
         raise InvalidDataError(
-            f"{name}: token {token} has behavior log-prob {trajectory.behavior_logprobs[token]}, "
+            f"{name}: token {token} has behavior log-prob {trajectory.behavior_logprobs[token]:g}, "
             "where a finite number of at most 0 is needed; the engine must record what it sampled with"
         )
     temperatures = token_temperatures(trajectory)[trained]

@@ -18,3 +18,4 @@ class UnusableGroupError(LeewayError):
     def __init__(self, group_id: str, message: str) -> None:
         super().__init__(f"group {group_id}: {message}")
         self.group_id = group_id
+        self.message = message  # without the group, for callers that name it themselves

@@ -126,7 +126,7 @@ def _enable_checkpointing(model: PreTrainedModel) -> None:
         raise ConfigError(
             f"{type(model).__name__} has no gradient checkpointing; set learner.training.gradient_checkpointing = false"
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             # transformers recomputes only layers in training mode; what they contain stays in evaluation mode: no

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,11 +35,13 @@ from learner.optimizer import Optimizer
 from learner.packing import MicroBatch, pack, plan_micro_batches
 from learner.r3 import check_routing
 from learner.statistics import group_statistics, token_statistics
+from learner.trainer import StepResult
 from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
-from leeway.errors import PreconditionError
-from leeway.huggingface import load_model, model_signature, published_tensors, tensor_bytes
-from leeway.types import ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
+from leeway.config import SamplingOptions
+from leeway.errors import ConfigError, PreconditionError
+from leeway.huggingface import load_model, load_tokenizer, model_signature, published_tensors, tensor_bytes
+from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
 
 
@@ -63,17 +66,28 @@ class _ScoredTokens:
     """What is kept of a micro-batch for the step's statistics, without gradient."""
 
     loss: Tensor  # scalar, this micro-batch's share of the step's loss
+    sequences: Tensor  # [T] index of the trajectory
     values: TokenValues
     terms: TokenTerms
     entropies: Tensor
 
 
 class TorchTrainer:
-    """One policy and its AdamW; implements `learner.trainer.Trainer`."""
+    """One policy and its AdamW; implements `learner.trainer.Trainer`.
 
-    def __init__(self, policy: PolicyModel, signature: ModelSignature, options: TrainingOptions) -> None:
-        """Train `policy`, which is described by `signature`. `from_directory` makes both."""
+    Nothing here is random: there is no dropout, and a step takes its groups in the order given.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        signature: ModelSignature,
+        options: TrainingOptions,
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Train `policy`, which `signature` describes. `from_directory` makes both."""
         self.signature = signature
+        self.stop_token_ids = stop_token_ids
         self._policy = policy
         self._options = options
         self._optimizer = Optimizer(policy.model, options)
@@ -81,19 +95,25 @@ class TorchTrainer:
         self._replays_routing = _replays_routing(signature, options)
 
     @classmethod
-    def from_directory(cls, path: Path, options: TrainingOptions) -> TorchTrainer:
+    def from_directory(cls, path: Path, sampling: SamplingOptions, options: TrainingOptions) -> TorchTrainer:
         """Start from a Hugging Face model directory with its tokenizer.
 
         Raises:
             ConfigError: the directory is not a whole model, or one that cannot be trained with these options.
         """
         signature = model_signature(path)
+        if _replays_routing(signature, options) and not sampling.routing:
+            raise ConfigError(
+                "learner.training.routing_replay needs recorded routing: set sampling.routing = true, "
+                "or learner.training.routing_replay = false"
+            )
+        end_of_sequence = cast("int | None", load_tokenizer(path).eos_token_id)
         policy = PolicyModel(
             load_model(path, torch.float32),
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
         )
-        return cls(policy, signature, options)
+        return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
 
     def published(self) -> tuple[WeightManifest, list[bytes]]:
         dtype = self._options.publish_dtype
@@ -104,7 +124,7 @@ class TorchTrainer:
         manifest = WeightManifest(tuple(tensor_entry(name, dtype, shape, data) for name, shape, data in tensors))
         return manifest, [data for _, _, data in tensors]
 
-    def train_step(self, step: int, groups: Sequence[TrajectoryGroup]) -> Mapping[str, float]:
+    def train_step(self, step: int, groups: Sequence[TrajectoryGroup]) -> StepResult:
         batch = self._prepare(step, groups)
         learning_rate = self._optimizer.learning_rate
         self._optimizer.zero_gradients()
@@ -117,13 +137,16 @@ class TorchTrainer:
         if not torch.isfinite(gradient_norm):
             raise self._explain_gradient(batch)
         self._optimizer.step(gradient_norm)
-        return {
-            "loss": sum(float(part.loss) for part in scored),
-            "grad_norm": float(gradient_norm),
-            "learning_rate": learning_rate,
-            **batch.statistics,
-            **_token_statistics(scored),
-        }
+        return StepResult(
+            statistics={
+                "loss": sum(float(part.loss) for part in scored),
+                "grad_norm": float(gradient_norm),
+                "learning_rate": learning_rate,
+                **batch.statistics,
+                **_token_statistics(scored),
+            },
+            policy_logprobs=_policy_logprobs(batch, scored),
+        )
 
     def save(self, directory: Path) -> None:
         training_state.save_tensors(directory / "weights", self._policy.weights())
@@ -208,7 +231,7 @@ class TorchTrainer:
             loss = (losses * torch.from_numpy(batch.weights).float()[sequences]).sum()
             if with_gradient:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return _ScoredTokens(loss.detach(), token_values(tokens), terms, scores.entropies)
+        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies)
 
     def _require_finite(self, batch: _StepBatch, sequences: Tensor, losses: Tensor) -> None:
         finite = torch.isfinite(losses)
@@ -255,3 +278,13 @@ def _token_statistics(scored: Sequence[_ScoredTokens]) -> dict[str, float]:
         kept=torch.cat([part.terms.kept for part in scored]), weight=torch.cat([part.terms.weight for part in scored])
     )
     return token_statistics(values, terms, torch.cat([part.entropies for part in scored]))
+
+
+def _policy_logprobs(batch: _StepBatch, scored: Sequence[_ScoredTokens]) -> dict[str, Float32Array]:
+    """[tokens in the loss] of every trajectory, by its id; a trajectory's tokens are scored together and in order."""
+    sequences = torch.cat([part.sequences for part in scored]).numpy()
+    logprobs = torch.cat([part.values.policy_logprobs for part in scored]).numpy()
+    order = np.argsort(sequences, kind="stable")
+    ends = np.searchsorted(sequences[order], np.arange(1, len(batch.trajectories)))
+    parts = np.split(logprobs[order], ends)
+    return {trajectory.trajectory_id: part for trajectory, part in zip(batch.trajectories, parts, strict=True)}

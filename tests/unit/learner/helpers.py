@@ -1,0 +1,161 @@
+"""Tiny random models and made-up trajectories for the learner's tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from learner.model import PolicyModel
+from learner.torch_trainer import TorchTrainer
+from learner.training_options import TrainingOptions
+from leeway.types import (
+    Array,
+    FinishReason,
+    ModelSignature,
+    SamplingParams,
+    Segment,
+    SegmentKind,
+    Trajectory,
+    TrajectoryGroup,
+)
+
+VOCABULARY = 32
+CONTEXT = 64
+EXPERTS = 6
+SLOTS = 2
+# Layer 1 of three is dense, so an MoE layer's place differs from its layer's number.
+MOE = ModelSignature(b"moe", b"tokenizer", VOCABULARY, 2, EXPERTS, SLOTS, CONTEXT)
+DENSE = ModelSignature(b"dense", b"tokenizer", VOCABULARY, 0, 0, 0, CONTEXT)
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+def dense_model(seed: int = 0) -> PreTrainedModel:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    ).float()
+
+
+def moe_model(seed: int = 0, *, renormalise: bool = True) -> PreTrainedModel:
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=24,
+            intermediate_size=48,
+            moe_intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,  # pyright: ignore[reportCallIssue]
+            num_experts=EXPERTS,
+            num_experts_per_tok=SLOTS,
+            norm_topk_prob=renormalise,
+            mlp_only_layers=[1],
+            decoder_sparse_step=1,
+            max_position_embeddings=CONTEXT,
+            tie_word_embeddings=True,
+            initializer_range=0.2,
+        )
+    ).float()
+
+
+def trajectory(
+    name: str,
+    length: int,
+    *,
+    prompt: int = 3,
+    reward: float = 0.0,
+    seed: int = 0,
+    temperature: float = 1.0,
+    routing: bool = False,
+) -> Trajectory:
+    """A trajectory of random tokens with plausible behavior log-probs."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[prompt:] = True
+    return Trajectory(
+        trajectory_id=name,
+        member=0,
+        attempt=1,
+        server_id="server",
+        token_ids=rng.integers(0, VOCABULARY, length).astype(np.int32),
+        behavior_logprobs=np.where(mask, -rng.uniform(0.5, 6.0, length), 0.0).astype(np.float32),
+        loss_mask=mask,
+        version_spans=(),
+        segments=(
+            Segment(SegmentKind.PROMPT, 0, prompt),
+            Segment(SegmentKind.MODEL, prompt, length, True, SamplingParams(temperature=temperature)),
+        ),
+        reward=reward,
+        finish_reason=FinishReason.STOP,
+        generation_started_at=NOW,
+        generation_finished_at=NOW,
+        routing=random_routing(length - 1, seed) if routing else None,
+    )
+
+
+def random_routing(rows: int, seed: int) -> Array:
+    """[rows, L, k] distinct experts per row, in random order."""
+    scores = np.random.default_rng(seed).random((rows, MOE.moe_layers, EXPERTS))
+    return np.argsort(scores, axis=-1)[..., :SLOTS].astype(np.uint8)
+
+
+def groups(*, routing: bool = False, seed: int = 0, count: int = 3, members: int = 4) -> list[TrajectoryGroup]:
+    """Groups of uneven lengths; the last one has equal rewards."""
+    rng = np.random.default_rng(seed)
+    made: list[TrajectoryGroup] = []
+    for g in range(count):
+        rewards = [1.0] * members if g == count - 1 else [float(m % 2) for m in range(members)]
+        made.append(
+            TrajectoryGroup(
+                f"group-{g}",
+                g,
+                tuple(
+                    replace(
+                        trajectory(
+                            f"group-{g}-{m}",
+                            int(rng.integers(5, 16)),
+                            reward=rewards[m],
+                            seed=int(rng.integers(1 << 30)),
+                            routing=routing,
+                        ),
+                        member=m,
+                    )
+                    for m in range(members)
+                ),
+            )
+        )
+    return made
+
+
+def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
+    signature = MOE if "Moe" in type(model).__name__ else DENSE
+    policy = PolicyModel(
+        model,
+        routing_replay=options.routing_replay and signature is MOE,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    return TorchTrainer(policy, signature, options)
+
+
+def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A copy of the model's weights."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}

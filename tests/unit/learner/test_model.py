@@ -1,0 +1,113 @@
+"""Packed scoring equals scoring each trajectory alone with the model's own forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from learner.model import PolicyModel, Scores
+from learner.packing import pack
+from leeway.errors import ConfigError
+from leeway.types import Trajectory
+from tests.unit.learner.helpers import dense_model, moe_model, trajectory
+
+
+def alone(model: PreTrainedModel, t: Trajectory, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the trained tokens, from full logits."""
+    logits = model(input_ids=torch.tensor(t.token_ids[None].astype(np.int64)), use_cache=False).logits[0].float()
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    places = torch.tensor(np.flatnonzero(t.loss_mask)) - 1
+    tokens = torch.tensor(t.token_ids[t.loss_mask].astype(np.int64))
+    return logprobs[places, tokens], -(logprobs.exp() * logprobs).sum(-1)[places]
+
+
+def score(model: PreTrainedModel, rows: list[list[int]], trajectories: list[Trajectory]) -> Scores:
+    policy = PolicyModel(model, routing_replay=False, gradient_checkpointing=False)
+    with policy.scored(pack(rows, trajectories)) as scores:
+        return scores
+
+
+@pytest.mark.parametrize("make", [dense_model, moe_model])
+@pytest.mark.parametrize("rows", [[[0, 1, 2]], [[1], [0, 2]], [[0], [1], [2]]])
+def test_packed_scores_equal_each_alone(make: type, rows: list[list[int]]) -> None:
+    model: PreTrainedModel = make().eval()
+    trajectories = [trajectory(str(i), length, seed=i) for i, length in enumerate((5, 13, 9))]
+    scores = score(model, rows, trajectories)
+    expected = [alone(model, trajectories[index]) for row in rows for index in row]
+    torch.testing.assert_close(scores.logprobs, torch.cat([e[0] for e in expected]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropies, torch.cat([e[1] for e in expected]), rtol=1e-5, atol=1e-5)
+    assert scores.logprobs.dtype == torch.float32
+    assert not scores.entropies.requires_grad
+
+
+def test_temperature_divides_the_logits() -> None:
+    model = dense_model().eval()
+    warm, hot = trajectory("a", 7, temperature=0.7), trajectory("b", 7, temperature=2.0)
+    scores = score(model, [[0, 1]], [warm, hot])
+    expected = torch.cat([alone(model, warm, 0.7)[0], alone(model, hot, 2.0)[0]])
+    torch.testing.assert_close(scores.logprobs, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_crosses_between_trajectories() -> None:
+    """Changing one trajectory changes no bit of its neighbour in the same row."""
+    model = moe_model()
+    kept, changed = trajectory("kept", 9, seed=1), trajectory("changed", 9, seed=2)
+    other = replace(changed, token_ids=(changed.token_ids + 1) % 32)
+    before = score(model, [[0, 1]], [changed, kept])
+    after = score(model, [[0, 1]], [other, kept])
+    assert torch.equal(before.logprobs[6:], after.logprobs[6:])
+    assert not torch.equal(before.logprobs[:6], after.logprobs[:6])
+
+
+def test_logits_are_made_for_targets_only() -> None:
+    model = dense_model()
+    policy = PolicyModel(model, routing_replay=False, gradient_checkpointing=False)
+    rows: list[int] = []
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    head.register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape[0]))
+    with policy.scored(pack([[0]], [trajectory("a", 10, prompt=8)])):
+        assert rows == [2]
+
+
+def test_gradient_checkpointing_gives_the_same_gradient_without_dropout() -> None:
+    gradients: list[dict[str, Tensor]] = []
+    for checkpointing in (False, True):
+        model = moe_model()
+        model.config.attention_dropout = 0.5
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                setattr(module, "attention_dropout", 0.5)  # noqa: B010
+        policy = PolicyModel(model, routing_replay=False, gradient_checkpointing=checkpointing)
+        with policy.scored(pack([[0], [1]], [trajectory("a", 10), trajectory("b", 6)])) as scores:
+            scores.logprobs.sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused() -> None:
+    model = dense_model()
+    forward = model.forward
+
+    def capped(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        output.logits = 5 * torch.tanh(output.logits / 5)
+        return output
+
+    model.forward = capped  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match="after the output layer"):
+        PolicyModel(model, routing_replay=False, gradient_checkpointing=False)
+
+
+def test_attention_that_ignores_the_mask_is_refused() -> None:
+    model = dense_model()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="sdpa"):
+        PolicyModel(model, routing_replay=False, gradient_checkpointing=False)

@@ -1,0 +1,417 @@
+"""One optimizer step: exact over micro-batches, resumable bit for bit, and nothing moves on bad data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from learner.errors import UnusableGroupError
+from learner.model import PolicyModel
+from learner.optimizer import warmed_up
+from learner.packing import pack
+from learner.torch_trainer import TorchTrainer
+from learner.trainer import Trainer
+from learner.training_options import TrainingOptions
+from leeway.config import SamplingOptions
+from leeway.errors import ConfigError, CorruptDataError, LeewayError, PreconditionError
+from leeway.types import Trajectory, TrajectoryGroup
+from leeway.weights import verify_weights, weights_digest
+from tests.unit.learner.helpers import (
+    DENSE,
+    MOE,
+    dense_model,
+    groups,
+    moe_model,
+    random_routing,
+    trainer,
+    trajectory,
+    weights,
+)
+
+MODELS = [(dense_model, False), (moe_model, True)]
+
+
+def options(**changes: Any) -> TrainingOptions:
+    values: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 3, "publish_dtype": "float32", **changes}
+    return TrainingOptions.model_validate(values)
+
+
+def assert_same_weights(a: PreTrainedModel, b: PreTrainedModel) -> None:
+    for name, tensor in a.state_dict().items():
+        assert torch.equal(tensor, b.state_dict()[name]), name
+
+
+def reference_gradient(model: PreTrainedModel, step: list[TrajectoryGroup], delta: float) -> dict[str, torch.Tensor]:
+    """The gradient of the step's loss, written out: every trajectory alone, DPPO binary TV, mean of sums."""
+    total = torch.zeros(())
+    count = sum(len(group.trajectories) for group in step)
+    for group in step:
+        mean = sum(t.reward for t in group.trajectories) / len(group.trajectories)
+        for t in group.trajectories:
+            ids = torch.tensor(t.token_ids.astype(np.int64))
+            logprobs = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
+            for i in np.flatnonzero(t.loss_mask):
+                log_pi = logprobs[i - 1, ids[i]]
+                mu, pi = math.exp(t.behavior_logprobs[i]), math.exp(log_pi.item())
+                advantage = t.reward - mean
+                outside = abs(mu - pi) > delta and advantage * (pi - mu) > 0
+                total = total - (0.0 if outside else advantage * pi / mu / count) * log_pi
+    total.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_the_step_is_the_formula() -> None:
+    model, reference = dense_model(), dense_model()
+    step = groups()
+    expected = reference_gradient(reference, step, 0.05)
+    taught = trainer(model, options(delta_low=0.05, delta_high=0.05, truncation=math.inf, max_gradient_norm=math.inf))
+    statistics = learned(taught, step)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+    assert statistics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert statistics["masked_fraction"] > 0
+
+
+@pytest.mark.parametrize(("make", "routing"), MODELS)
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-sum", "token-mean", "seq-mean-token-mean"])
+def test_micro_batches_add_up_to_the_batch(
+    make: Callable[[], PreTrainedModel], routing: bool, aggregation: str
+) -> None:
+    step = groups(routing=routing)
+    gradients: list[dict[str, torch.Tensor]] = []
+    losses: list[float] = []
+    for micro_batch_tokens, row_tokens in ((100_000, 64), (40, 1), (1, 1)):
+        model = make()
+        cut = options(
+            aggregation=aggregation,
+            micro_batch_tokens=micro_batch_tokens,
+            row_tokens=row_tokens,
+            routing_replay=routing,
+            max_gradient_norm=math.inf,
+        )
+        losses.append(learned(trainer(model, cut), step)["loss"])
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for other, loss in zip(gradients[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-5)
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("make", "routing"), MODELS)
+def test_resuming_gives_the_same_bits(make: Callable[[], PreTrainedModel], routing: bool, tmp_path: Path) -> None:
+    chosen = options(routing_replay=routing, weight_decay=0.1)
+    steps = [groups(routing=routing, seed=seed) for seed in range(6)]
+    straight_model = make()
+    straight = trainer(straight_model, chosen)
+    straight_statistics = [straight.train_step(number, step).statistics for number, step in enumerate(steps, 1)]
+
+    first = trainer(make(), chosen)
+    for number, step in enumerate(steps[:3], 1):
+        first.train_step(number, step)
+    first.save(tmp_path)
+    resumed_model = make()
+    with torch.no_grad():
+        for parameter in resumed_model.parameters():
+            parameter.add_(1.0)
+    resumed = trainer(resumed_model, chosen)
+    resumed.load(tmp_path)
+    resumed_statistics = [resumed.train_step(number, step).statistics for number, step in enumerate(steps[3:], 4)]
+
+    assert_same_weights(straight_model, resumed_model)
+    assert resumed_statistics == straight_statistics[3:]
+    assert resumed.published()[0] == straight.published()[0]
+
+
+def test_a_checkpoint_is_safetensors_and_json(tmp_path: Path) -> None:
+    taught = trainer(dense_model(), options())
+    taught.train_step(1, groups())
+    taught.save(tmp_path)
+    files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path.rsplit(".", 1)[1] for path in files} == {"safetensors", "json"}
+    assert "trainer.json" in files
+
+
+def test_an_unusable_checkpoint_is_refused(tmp_path: Path) -> None:
+    taught = trainer(dense_model(), options())
+    taught.save(tmp_path)
+    with pytest.raises(PreconditionError, match="another model"):
+        trainer(moe_model(), options()).load(tmp_path)
+    for path in (tmp_path / "optimizer").glob("*.safetensors"):
+        path.write_bytes(b"not safetensors at all")
+    with pytest.raises(CorruptDataError, match="optimizer"):
+        taught.load(tmp_path)
+    (tmp_path / "trainer.json").write_text("{}")
+    with pytest.raises(CorruptDataError, match=r"trainer\.json"):
+        taught.load(tmp_path)
+
+
+def learned(taught: TorchTrainer, step: list[TrajectoryGroup]) -> Mapping[str, float]:
+    """The statistics of a step."""
+    return taught.train_step(1, step).statistics
+
+
+def with_member(step: list[TrajectoryGroup], **changes: Any) -> list[TrajectoryGroup]:
+    """The step with one member of its second group changed."""
+    members = list(step[1].trajectories)
+    members[2] = replace(members[2], **changes)
+    return [step[0], replace(step[1], trajectories=tuple(members)), *step[2:]]
+
+
+def spoiled_logprobs(value: float) -> np.ndarray:
+    logprobs = groups(routing=True)[1].trajectories[2].behavior_logprobs.copy()
+    logprobs[4] = value
+    return logprobs
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"behavior_logprobs": spoiled_logprobs(math.nan)}, "token 4 has behavior log-prob nan"),
+        ({"behavior_logprobs": spoiled_logprobs(-math.inf)}, "token 4 has behavior log-prob -inf"),
+        ({"behavior_logprobs": spoiled_logprobs(0.7)}, "token 4 has behavior log-prob 0.7"),
+        ({"behavior_logprobs": np.zeros(3, dtype=np.float32)}, "behavior_logprobs has shape"),
+        ({"loss_mask": np.zeros(3, dtype=np.bool_)}, "loss_mask has shape"),
+        ({"reward": math.nan}, "reward nan"),
+        ({"routing": None}, "no routing"),
+        ({"routing": random_routing(3, 0)}, "routing of shape"),
+        ({"token_ids": np.zeros(0, dtype=np.int32)}, "0 tokens"),
+    ],
+)
+def test_an_unusable_group_is_named_and_nothing_moves(changes: dict[str, Any], message: str) -> None:
+    model = moe_model()
+    taught = trainer(model, options(routing_replay=True))
+    before = weights(model)
+    with pytest.raises(UnusableGroupError, match=message) as refusal:
+        taught.train_step(1, with_member(groups(routing=True), **changes))
+    assert isinstance(refusal.value, LeewayError)
+    assert refusal.value.group_id == "group-1"
+    assert "group-1-2" in refusal.value.message
+    assert "\n" not in refusal.value.message
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    # The refusal leaves no trace: what follows is what would have followed.
+    fresh_model = moe_model()
+    fresh = trainer(fresh_model, options(routing_replay=True))
+    assert learned(taught, groups(routing=True)) == learned(fresh, groups(routing=True))
+    assert_same_weights(model, fresh_model)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda t: replace(t, token_ids=np.full(t.num_tokens, 32, dtype=np.int32)),
+        lambda t: replace(t, token_ids=np.full(t.num_tokens, -1, dtype=np.int32)),
+        lambda t: replace(t, loss_mask=np.ones(t.num_tokens, dtype=np.bool_)),
+        lambda t: trajectory(t.trajectory_id, 65, reward=1.0),
+        lambda t: trajectory(t.trajectory_id, 9, temperature=0.0),
+    ],
+)
+def test_a_trajectory_of_another_model_is_refused(changed: Callable[[Trajectory], Trajectory]) -> None:
+    step = groups()
+    spoiled = replace(step[1], trajectories=(*step[1].trajectories[:3], changed(step[1].trajectories[3])))
+    with pytest.raises(UnusableGroupError, match="group-1-3") as refusal:
+        trainer(dense_model(), options()).train_step(1, [step[0], spoiled])
+    assert refusal.value.group_id == "group-1"
+
+
+def test_an_empty_group_or_step_is_refused() -> None:
+    taught = trainer(dense_model(), options())
+    with pytest.raises(UnusableGroupError, match="no trajectories"):
+        taught.train_step(1, [TrajectoryGroup("empty", 0, ())])
+    with pytest.raises(PreconditionError, match="step 7 has no groups"):
+        taught.train_step(7, [])
+
+
+def test_a_loss_that_is_not_finite_names_its_trajectory() -> None:
+    """exp(100) overflows float32: with C infinite there is no finite weight."""
+    model = dense_model()
+    taught = trainer(model, options(algorithm="pg-is"))
+    before = weights(model)
+    with pytest.raises(UnusableGroupError, match="group-1-2 has a loss that is not finite") as refusal:
+        taught.train_step(1, with_member(groups(), behavior_logprobs=spoiled_logprobs(-120.0)))
+    assert refusal.value.group_id == "group-1"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_gradient_that_is_not_finite_names_its_trajectory() -> None:
+    """A weight near float32's end: the loss is finite, its gradient times the model's is not."""
+    model = dense_model()
+    taught = trainer(model, options(algorithm="pg-is"))
+    step = groups()
+    unlikely = with_member(step, reward=-50.0, behavior_logprobs=spoiled_logprobs(-80.0))
+    before = weights(model)
+    with pytest.raises(UnusableGroupError, match=r"group-1-2 makes the gradient not finite") as refusal:
+        taught.train_step(1, unlikely)
+    assert refusal.value.group_id == "group-1"
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    fresh = trainer(dense_model(), options(algorithm="pg-is"))
+    assert learned(taught, step) == learned(fresh, step)
+
+
+def test_weights_that_are_not_finite_blame_no_group() -> None:
+    model = dense_model()
+    taught = trainer(model, options())
+    with torch.no_grad():
+        model.get_parameter("model.norm.weight")[0] = math.nan
+    with pytest.raises(PreconditionError, match=r"model\.norm\.weight is not finite"):
+        taught.train_step(1, groups())
+
+
+def test_a_step_without_signal_counts_and_moves_only_by_momentum() -> None:
+    model = dense_model()
+    taught = trainer(model, options())
+    before = weights(model)
+    statistics = learned(taught, groups(count=1))
+    assert statistics["grad_norm"] == 0
+    assert statistics["no_signal_group_fraction"] == 1
+    assert statistics["num_trained_tokens"] > 0
+    assert statistics["entropy"] > 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert learned(taught, groups())["learning_rate"] == pytest.approx(1e-3 * 2 / 3)
+
+
+def test_statistics_of_a_step() -> None:
+    step = groups()
+    statistics = learned(trainer(dense_model(), options()), step)
+    trajectories = [t for group in step for t in group.trajectories]
+    assert statistics["reward_mean"] == pytest.approx(np.mean([t.reward for t in trajectories]))
+    assert statistics["num_sequences"] == 12
+    assert statistics["num_tokens"] == sum(t.num_tokens for t in trajectories)
+    assert statistics["num_trained_tokens"] == sum(t.loss_mask.sum() for t in trajectories)
+    assert statistics["response_length_mean"] == pytest.approx(statistics["num_trained_tokens"] / 12)
+    assert statistics["advantage_mean_abs"] == pytest.approx(0.5 * 8 / 12)
+    assert statistics["no_signal_group_fraction"] == pytest.approx(1 / 3)
+    assert statistics["learning_rate"] == pytest.approx(1e-3 / 3)
+    assert 0 < statistics["mean_abs_policy_behavior_difference"] < statistics["max_abs_policy_behavior_difference"] < 1
+    assert statistics["masked_fraction"] == pytest.approx(
+        statistics["masked_fraction_positive"] + statistics["masked_fraction_negative"]
+    )
+    assert all(math.isfinite(value) for value in statistics.values())
+    assert all(isinstance(value, float) for value in statistics.values())
+
+
+def test_policy_logprobs_belong_to_their_trajectories() -> None:
+    """However they were packed: each is what the model says of that trajectory alone, before the step."""
+    step = groups()
+    result = trainer(dense_model(), options(micro_batch_tokens=50)).train_step(1, step)
+    trajectories = [t for group in step for t in group.trajectories]
+    assert list(result.policy_logprobs) == [t.trajectory_id for t in trajectories]
+    policy = PolicyModel(dense_model(), routing_replay=False, gradient_checkpointing=False)
+    for index, t in enumerate(trajectories):
+        with torch.no_grad(), policy.scored(pack([[index]], trajectories)) as scores:
+            np.testing.assert_allclose(result.policy_logprobs[t.trajectory_id], scores.logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_learning_moves_towards_the_reward() -> None:
+    """Ten steps on one group make what was rewarded more likely, and what was not less."""
+    policy = PolicyModel(moe_model(), routing_replay=True, gradient_checkpointing=False)
+    taught = TorchTrainer(policy, MOE, options(routing_replay=True, truncation=5.0))
+    step = groups(routing=True, count=2)[:1]
+    members = step[0].trajectories
+
+    def likelihoods() -> np.ndarray:
+        logprobs: list[float] = []
+        for index in range(len(members)):
+            with torch.no_grad(), policy.scored(pack([[index]], members, with_routing=True)) as scores:
+                logprobs.append(float(scores.logprobs.mean()))
+        return np.array(logprobs)
+
+    before = likelihoods()
+    for number in range(1, 11):
+        taught.train_step(number, step)
+    gain = likelihoods() - before
+    rewarded = np.array([t.reward for t in members]) > 0
+    assert gain[rewarded].mean() > 0 > gain[~rewarded].mean()
+
+
+def test_published_weights_verify_and_follow_the_policy() -> None:
+    taught = trainer(moe_model(), options(publish_dtype="bfloat16"))
+    manifest, buffers = taught.published()
+    verify_weights(manifest, buffers, weights_digest(manifest))
+    assert [entry.name for entry in manifest.tensors] == sorted(entry.name for entry in manifest.tensors)
+    assert {entry.dtype for entry in manifest.tensors} == {"bfloat16"}
+    assert any("experts.0.gate_proj" in entry.name for entry in manifest.tensors)
+    taught.train_step(1, groups(count=3))
+    assert weights_digest(taught.published()[0]) != weights_digest(manifest)
+
+
+def test_a_dense_model_needs_no_routing() -> None:
+    taught = trainer(dense_model(), options(routing_replay=True))
+    assert taught.signature == DENSE
+    taught.train_step(1, groups())
+
+
+def model_directory(model: PreTrainedModel, directory: Path) -> Path:
+    """A Hugging Face directory with a character tokenizer."""
+    model.save_pretrained(directory)
+    vocabulary = {"<end>": 0, **{chr(ord("a") + i): i + 1 for i in range(26)}}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(directory)
+    return directory
+
+
+def test_starts_from_a_model_directory(tmp_path: Path) -> None:
+    model = dense_model()
+    path = model_directory(model, tmp_path)
+    taught: Trainer = TorchTrainer.from_directory(path, SamplingOptions(max_tokens=4), options(routing_replay=True))
+    assert taught.signature.vocab_size == 32
+    assert taught.stop_token_ids == (0,)
+    assert taught.published()[0] == trainer(model, options()).published()[0]
+
+
+def test_replay_without_recorded_routing_is_refused(tmp_path: Path) -> None:
+    path = model_directory(moe_model(), tmp_path)
+    with pytest.raises(ConfigError, match=r"sampling\.routing = true"):
+        TorchTrainer.from_directory(path, SamplingOptions(max_tokens=4), options(routing_replay=True))
+    recorded = SamplingOptions(max_tokens=4, routing=True)
+    taught = TorchTrainer.from_directory(path, recorded, options(routing_replay=True))
+    taught.train_step(1, groups(routing=True))
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, 1e-4), (5, 5e-4), (10, 1e-3), (11, 1e-3)])
+def test_linear_warm_up(step: int, expected: float) -> None:
+    assert warmed_up(1e-3, 10, step) == pytest.approx(expected)
+    assert warmed_up(1e-3, 0, step) == 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"algorithm": "ppo"},
+        {"delta_low": -0.1},
+        {"truncation": 0.0},
+        {"truncation": math.nan},
+        {"learning_rate": math.inf},
+        {"betas": [0.9, 1.0]},
+        {"aggregation": "sum"},
+        {"aggregation": "fixed-horizon"},
+        {"horizon": 5},
+        {"publish_dtype": "int8"},
+        {"clip": 1.0},
+    ],
+)
+def test_options_refuse(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        TrainingOptions.model_validate(wrong)
+
+
+def test_unset_numbers_are_the_algorithms_own() -> None:
+    parameters = TrainingOptions(algorithm="grpo-clip-higher", delta_low=0.1).loss_parameters
+    assert (parameters.delta_low, parameters.delta_high, parameters.truncation) == (0.1, 0.28, math.inf)
+    assert TrainingOptions(truncation=math.inf).loss_parameters.truncation == math.inf
