@@ -1,0 +1,92 @@
+"""`python -m replay_buffer`: serve the durable log of one directory until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from argparse import Namespace
+
+from prometheus_client import CollectorRegistry
+
+from leeway.config import MetricsOptions, NetworkOptions, load_document, section
+from leeway.errors import LeewayError
+from leeway.metrics import ReplayBufferMetrics, serve_metrics
+from leeway.process import report_error, serve, service_parser
+from leeway.rpc import Security, start_server
+from replay_buffer.buffer import ReplayBuffer, free_bytes_of
+from replay_buffer.log import Log, LogOptions
+from replay_buffer.metrics import observer
+from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.service import SERVICE_NAME, ReplayService
+
+log = logging.getLogger("replay_buffer")
+
+
+async def run(
+    network: NetworkOptions, metrics_options: MetricsOptions, options: ReplayBufferOptions, stop: asyncio.Event
+) -> None:
+    """Serve until `stop` is set or the log dies.
+
+    Raises:
+        ConfigError: the directory or a port cannot be had.
+        CorruptDataError: the log is damaged.
+        LogFailedError: the disk failed; restart to verify the log.
+    """
+    registry = CollectorRegistry()
+    metrics = ReplayBufferMetrics(registry)
+
+    def on_durable(records: int, size_bytes: int, seconds: float) -> None:
+        metrics.appended_records.inc(records)
+        metrics.appended_bytes.inc(size_bytes)
+        metrics.fsync_seconds.observe(seconds)
+
+    durable_log = Log(LogOptions(options.directory, options.segment_bytes, options.disk_retry_seconds), on_durable)
+    try:
+        metrics.log_bytes.set_function(lambda: durable_log.size_bytes)
+        metrics.free_bytes.set_function(lambda: free_bytes_of(options.directory))
+        buffer = ReplayBuffer(options, durable_log, observer(metrics))
+        buffer.start()
+        serve_metrics(registry, metrics_options.host, metrics_options.replay_buffer)
+        service = ReplayService(buffer)
+        server = await start_server(
+            network.replay_buffer, service.add_to, [SERVICE_NAME], Security(insecure=network.insecure)
+        )
+        log.info("serving %s on %s", options.directory, network.replay_buffer)
+        try:
+            await _stopped_or_failed(stop, durable_log)
+        finally:
+            buffer.stop()
+            service.stop()
+            await server.stop(options.stop_seconds)
+    finally:
+        await durable_log.aclose()
+    log.info("stopped")
+
+
+async def _stopped_or_failed(stop: asyncio.Event, durable_log: Log) -> None:
+    stopping = asyncio.create_task(stop.wait())
+    failed = asyncio.create_task(durable_log.wait_failed())
+    done, pending = await asyncio.wait([stopping, failed], return_when=asyncio.FIRST_COMPLETED)
+    for task in pending:
+        task.cancel()
+    for task in done:
+        task.result()
+
+
+def main(arguments: Namespace) -> int:
+    """Read the configuration and serve; returns the exit code."""
+    try:
+        document = load_document(arguments.config, arguments.overrides)
+        network = section(document, "network", NetworkOptions)
+        metrics_options = section(document, "metrics", MetricsOptions)
+        options = section(document, "replay_buffer", ReplayBufferOptions)
+    except LeewayError as error:
+        return report_error("replay_buffer", error)
+    if arguments.check:
+        return 0
+    return serve("replay_buffer", lambda stop: run(network, metrics_options, options, stop), arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(service_parser("replay_buffer", "The durable replay buffer of Leeway.").parse_args()))

@@ -1,0 +1,480 @@
+"""The replay buffer: one event loop, one state per run, one log.
+
+    caller ──> decide (pure) ──> append to the log ──> apply to the state ──> wait until durable ──> answer
+                    ▲                                        │
+                    └────────── the same turn of the loop ───┘   so the log's order is the state's order
+
+    who waits                     for what                           who unblocks it
+    JoinRun                       the run                            OpenRun
+    AcquireTickets                work: admission, a lapsed loan     Advance, OpenRun, drops, failures, the lease timer
+    DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun
+    every answer                  the log up to what it shows        fsync
+
+Nothing is read into memory but the index; chunks stay in the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from leeway.errors import CorruptDataError, DeadlineError, ExhaustedError, NotFoundError, UnavailableError
+from leeway.types import (
+    Evaluation,
+    EvaluationResult,
+    GroupState,
+    ModelSignature,
+    OpenedRun,
+    PolicyVersion,
+    Purpose,
+    RunSpec,
+    RunStatus,
+    Ticket,
+    WriteItem,
+    WriteResult,
+    WriteStatus,
+)
+from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
+from replay_buffer.evaluation import decide_evaluation, result_of
+from replay_buffer.leases import Leases
+from replay_buffer.lifecycle import (
+    Ledger,
+    check_fit,
+    decide_advance,
+    decide_after_open,
+    decide_commit,
+    decide_finish,
+    decide_open_run,
+)
+from replay_buffer.log import Log
+from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.records import Record, decode, encode
+from replay_buffer.signals import Signal
+from replay_buffer.state import Group, Location, RunState
+from replay_buffer.tickets import TicketOffice, decide_expired
+from replay_buffer.transitions import (
+    ChunkWritten,
+    RunOpened,
+    StepsCommitted,
+    TicketIssued,
+    TrajectoryClosed,
+    Transition,
+)
+from replay_buffer.views import GroupView, view_group
+from replay_buffer.writing import decide_write
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Run:
+    """A run's state, and what lives only as long as the process."""
+
+    state: RunState
+    leases: Leases
+    work: Signal = field(default_factory=Signal)  # tickets may have become available
+    results: Signal = field(default_factory=Signal)  # a group is ready or has ended
+
+
+@dataclass(frozen=True, slots=True)
+class Observer:
+    """Who is told what happened, for metrics."""
+
+    run_opened: Callable[[RunState], None] = lambda _: None
+    ticket_issued: Callable[[str, Purpose, str], None] = lambda _run, _purpose, _server: None
+    items_written: Callable[[str, Sequence[WriteResult]], None] = lambda _run, _results: None
+    draw_waited: Callable[[str, float], None] = lambda _run, _seconds: None
+
+
+class ReplayBuffer:
+    """Every run of one log directory."""
+
+    def __init__(
+        self,
+        options: ReplayBufferOptions,
+        durable_log: Log,
+        observer: Observer | None = None,
+        free_bytes: Callable[[Path], int] | None = None,
+    ) -> None:
+        self._options = options
+        self._log = durable_log
+        self._observer = observer or Observer()
+        self._free_bytes = free_bytes or free_bytes_of
+        self._runs: dict[str, _Run] = {}
+        self._opened = Signal()
+        self._stopping = False
+        self._lease_timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Fold the log and begin to serve. Leases of open tickets begin now.
+
+        Raises:
+            CorruptDataError: the log is damaged.
+        """
+        self._log.recover(self._replay)
+        self._log.start()
+        now = self._now()
+        for run in self._runs.values():
+            for group in _open_groups(run.state):
+                run.leases.renew(group.group_id, now)
+            self._observer.run_opened(run.state)
+            self._drop_expired(run)
+        self._arm_lease_timer()
+
+    def _replay(self, payload: bytes, location: Location) -> None:
+        try:
+            record = decode(payload)
+            self._apply(record, location)
+        except CorruptDataError as error:
+            raise CorruptDataError(
+                f"{self._options.directory}: segment {location.segment}, byte {location.offset}: {error.message}"
+            ) from error
+
+    def stop(self) -> None:
+        """Refuse new calls and release everyone who waits; `Log.aclose` comes next."""
+        self._stopping = True
+        if self._lease_timer is not None:
+            self._lease_timer.cancel()
+        self._opened.notify()
+        for run in self._runs.values():
+            run.work.notify()
+            run.results.notify()
+
+    # The learner's calls
+
+    async def open_run(self, spec: RunSpec, checkpoint: PolicyVersion, ledger: Ledger) -> OpenedRun:
+        """Fence older learners, commit the checkpoint's steps, return everything else drawn.
+
+        Raises:
+            PreconditionError: see ReplayService.OpenRun.
+        """
+        self._check_running()
+        known = self._runs.get(spec.run)
+        opened = decide_open_run(known.state if known else None, spec, checkpoint, ledger)
+        if opened is not None:
+            self._record(spec.run, opened)
+            run = self._runs[spec.run]
+            for drop in decide_after_open(run.state):
+                self._record(spec.run, drop)
+            log.info("run %s: epoch %d opens it at %s", spec.run, opened.epoch, checkpoint)
+        state = self._runs[spec.run].state
+        answer = OpenedRun(state.epoch, state.head, state.finished)
+        await self._log.durable()
+        return answer
+
+    async def draw(self, name: str, epoch: int, step: int, deadline: float) -> list[GroupView]:
+        """The groups of a step, once there are enough; `deadline` is on the loop's clock.
+
+        Raises:
+            FencedError, PreconditionError: see ReplayService.DrawBatch.
+            DeadlineError: there were not enough groups in time.
+        """
+        run, began = self._run(name), self._now()
+        while (batch := drawn_batch(run.state, epoch, step)) is None:
+            drawn = decide_draw(run.state, epoch, step)
+            if drawn is not None:
+                self._record(name, drawn)
+            elif not await run.results.wait(deadline):
+                raise DeadlineError(_blocker(run.state, step))
+            self._check_running()
+        self._observer.draw_waited(name, self._now() - began)
+        views = [view_group(run.state.groups[group_id]) for group_id in batch.group_ids]
+        await self._log.durable()
+        return views
+
+    async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
+        """Seal a step. Raises: see ReplayService.Advance."""
+        await self._decided(name, decide_advance(self._run(name).state, epoch, version, parent))
+
+    async def commit(self, name: str, epoch: int, step: int) -> None:
+        """Consume steps for good. Raises: see ReplayService.Commit."""
+        await self._decided(name, decide_commit(self._run(name).state, epoch, step))
+
+    async def reject_group(self, name: str, epoch: int, group_id: str, message: str) -> None:
+        """Set a drawn group aside. Raises: see ReplayService.RejectGroup."""
+        await self._decided(name, decide_reject(self._run(name).state, epoch, group_id, message))
+
+    async def create_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
+        """Ask for a measurement. Raises: see ReplayService.CreateEvaluation."""
+        name = evaluation.version.run
+        await self._decided(name, decide_evaluation(self._run(name).state, epoch, evaluation))
+
+    async def await_evaluation(self, name: str, evaluation_id: str, wait_seconds: float) -> EvaluationResult:
+        """Results so far, after waiting for them to be complete.
+
+        Raises:
+            NotFoundError: no such evaluation.
+        """
+        run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
+        while not (result := result_of(run.state, evaluation_id)).complete and await run.results.wait(deadline):
+            self._check_running()
+        await self._log.durable()
+        return result
+
+    async def finish_run(self, name: str, epoch: int) -> None:
+        """End a run. Raises: see ReplayService.FinishRun."""
+        await self._decided(name, decide_finish(self._run(name).state, epoch))
+
+    # The workers' calls
+
+    async def join_run(
+        self, name: str, server_id: str, signature: ModelSignature, dataset_digest: bytes, wait_seconds: float
+    ) -> RunSpec:
+        """Wait until the run is open; whatever an earlier process of this name had on loan can go to others.
+
+        Raises:
+            PreconditionError: the server does not fit.
+            DeadlineError: the run is not open yet.
+        """
+        self._check_running()
+        deadline = self._now() + max(wait_seconds, 0.0)
+        while name not in self._runs:
+            if not await self._opened.wait(deadline):
+                raise DeadlineError(
+                    f"run {name!r} is not open yet: no learner has opened it; start one, and call again"
+                )
+            self._check_running()
+        run = self._runs[name]
+        check_fit(run.state, server_id, signature, dataset_digest)
+        held = [group.group_id for group in _open_groups(run.state) if group.server_id == server_id]
+        if held:
+            run.leases.expire(held)
+            self._drop_expired(run)
+        spec = run.state.spec
+        await self._log.durable()
+        return spec
+
+    async def acquire_tickets(
+        self, name: str, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float
+    ) -> tuple[list[Ticket], bool]:
+        """Tickets, after waiting for some, and whether the run has finished.
+
+        Raises:
+            PreconditionError: the version was never registered.
+            ExhaustedError: the disk is nearly full.
+        """
+        run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
+        issued: list[TicketIssued] = []
+        while not run.state.finished:
+            self._check_soft_mark()
+            now = self._now()
+            office = TicketOffice(
+                run.state,
+                server_id,
+                version,
+                lambda group_id, now=now: run.leases.expired(group_id, now),
+                self._options.lease_seconds,
+            )
+            issued = office.issue(max_members)
+            for ticket in issued:
+                self._record(name, ticket)
+                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id)
+            if issued or not await run.work.wait(deadline):
+                break
+            self._check_running()
+        finished = run.state.finished
+        await self._log.durable()
+        return [entry.ticket for entry in issued], finished
+
+    def write(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
+        """Take items in order. Their answers may go out when `durable(mark)` returns, with `mark` read right after.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        run = self._run(name)
+        room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
+        results: list[WriteResult] = []
+        for item in items:
+            decision = decide_write(run.state, item, self._read_transition, room=room)
+            for transition in decision.transitions:
+                self._record(name, transition)
+            results.append(decision.result)
+        self._renew_written(run, results)
+        self._observer.items_written(name, results)
+        return results
+
+    async def renew_leases(self, name: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """Extend loans of (group, attempt); returns those that no longer stand."""
+        run, now = self._run(name), self._now()
+        aborted: list[tuple[str, int]] = []
+        for group_id, attempt in tickets:
+            group = run.state.groups.get(group_id)
+            if group is None or group.attempt != attempt or group.state is GroupState.DROPPED:
+                aborted.append((group_id, attempt))
+            elif group.state is GroupState.OPEN:
+                run.leases.renew(group_id, now)
+        self._arm_lease_timer()
+        await self._log.durable()
+        return aborted
+
+    # For people and tools
+
+    async def status(self, name: str) -> RunStatus:
+        """Counts and versions. Raises NotFoundError for an unknown run."""
+        status = self._run(name).state.status()
+        await self._log.durable()
+        return status
+
+    def select(
+        self, name: str, purpose: Purpose | None, state: GroupState | None, step: int, limit: int
+    ) -> list[Group]:
+        """Groups that match, in the order of issue; a limit keeps the newest.
+
+        Raises:
+            NotFoundError: no such run.
+        """
+        groups = [
+            group
+            for group in self._run(name).state.groups.values()
+            if (purpose is None or group.purpose is purpose)
+            and (state is None or group.state is state)
+            and (not step or group.step == step)
+        ]
+        return groups[-limit:] if limit else groups
+
+    async def view(self, group: Group) -> GroupView:
+        """A group as it is now, once all of that is durable."""
+        seen = view_group(group)
+        await self._log.durable()
+        return seen
+
+    def read(self, location: Location) -> bytes:
+        """A record's payload. Safe from any thread once it is durable."""
+        return self._log.read(location)
+
+    @property
+    def mark(self) -> int:
+        """Everything decided so far, for `durable`."""
+        return self._log.mark
+
+    async def durable(self, mark: int) -> None:
+        """Wait until everything decided before `mark` is on disk."""
+        await self._log.durable(mark)
+
+    async def room(self) -> None:
+        """Hold a writer back while too much of what was written is not durable yet."""
+        if self._log.pending_bytes > self._options.max_pending_bytes:
+            await self._log.durable()
+
+    # Deciding and recording
+
+    async def _decided(self, name: str, transition: Transition | None) -> None:
+        if transition is not None:
+            self._record(name, transition)
+        await self._log.durable()
+
+    def _record(self, name: str, transition: Transition) -> None:
+        """Append, apply, and wake whom it concerns: one turn of the loop."""
+        record = Record(name, time.time_ns(), transition)
+        location = self._log.append(encode(record))
+        is_new = name not in self._runs
+        self._apply(record, location)
+        run = self._runs[name]
+        match transition:
+            case ChunkWritten() | StepsCommitted():
+                return
+            case TicketIssued():
+                run.leases.renew(transition.ticket.group_id, self._now())
+                self._arm_lease_timer()
+            case TrajectoryClosed():
+                found = run.state.find(transition.trajectory_id)
+                if found is not None and found[0].state is not GroupState.OPEN:
+                    run.leases.release(found[0].group_id)
+                    run.results.notify()
+            case RunOpened() if is_new:
+                self._observer.run_opened(run.state)
+                self._opened.notify()
+            case _:
+                run.work.notify()
+                run.results.notify()
+
+    def _apply(self, record: Record, location: Location) -> None:
+        run = self._runs.get(record.run)
+        if run is None:
+            if not isinstance(record.transition, RunOpened):
+                raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
+            run = _Run(RunState(record.transition.spec), Leases(self._options.lease_seconds))
+            self._runs[record.run] = run
+        run.state.apply(record.transition, record.recorded_at_ns, location)
+
+    def _read_transition(self, location: Location) -> Transition:
+        return decode(self._log.read(location)).transition
+
+    def _renew_written(self, run: _Run, results: Sequence[WriteResult]) -> None:
+        now = self._now()
+        for trajectory_id in {result.trajectory_id for result in results if result.status is WriteStatus.ACKNOWLEDGED}:
+            found = run.state.find(trajectory_id)
+            if found is not None and found[0].state is GroupState.OPEN:
+                run.leases.renew(found[0].group_id, now)
+
+    def _run(self, name: str) -> _Run:
+        self._check_running()
+        run = self._runs.get(name)
+        if run is None:
+            raise NotFoundError(f"run {name!r} is unknown here: no learner has opened it")
+        return run
+
+    def _check_running(self) -> None:
+        if self._stopping:
+            raise UnavailableError("the replay buffer is stopping; call again when it is back")
+
+    def _check_soft_mark(self) -> None:
+        directory, wanted = self._options.directory, self._options.soft_free_bytes
+        free = self._free_bytes(directory)
+        if free < wanted or self._log.stalled:
+            raise ExhaustedError(
+                f"{directory}: {free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
+                "no new work is given out until there is room"
+            )
+
+    # Leases
+
+    def _arm_lease_timer(self) -> None:
+        if self._lease_timer is not None or self._stopping:
+            return
+        now = self._now()
+        due = [deadline for run in self._runs.values() if (deadline := run.leases.next_deadline(now)) is not None]
+        if due:
+            self._lease_timer = asyncio.get_running_loop().call_at(min(due), self._on_lease_timer)
+
+    def _on_lease_timer(self) -> None:
+        self._lease_timer = None
+        for run in self._runs.values():
+            self._drop_expired(run)
+        self._arm_lease_timer()
+
+    def _drop_expired(self, run: _Run) -> None:
+        now = self._now()
+        for drop in decide_expired(run.state, lambda group_id: run.leases.expired(group_id, now)):
+            self._record(run.state.spec.run, drop)
+        run.work.notify()
+
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+
+def _open_groups(state: RunState) -> list[Group]:
+    groups = [*state.live.values(), *state.live_evaluation.values()]
+    return [group for group in groups if group.state is GroupState.OPEN]
+
+
+def _blocker(state: RunState, step: int) -> str:
+    status = state.status()
+    holders = sorted({group.server_id for group in _open_groups(state)})
+    return (
+        f"run {state.spec.run!r}: step {step} needs {state.spec.groups_per_step} groups; {status.ready} are ready and "
+        f"{status.open} are open at {', '.join(holders) or 'no server'}"
+    )
+
+
+def free_bytes_of(directory: Path) -> int:
+    """Space that this process may still use on the directory's disk."""
+    statistics = os.statvfs(directory)
+    return statistics.f_bavail * statistics.f_frsize

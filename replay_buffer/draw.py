@@ -1,0 +1,85 @@
+"""Which groups a step trains on.
+
+    READY groups inside the window ── earliest deadline first ──> batch of step h + 1, checked against the head h
+
+The window is anchored at the oldest group that is still OPEN and spans (S + 1) * B groups in the order of issue.
+Younger groups wait, so that a long rollout is waited for within bounds instead of being overtaken for ever. READY groups older
+than the anchor can always be drawn, hence the window never locks.
+"""
+
+from __future__ import annotations
+
+from leeway.errors import NotFoundError, PreconditionError
+from leeway.types import DropReason, GroupState, Purpose
+from replay_buffer.admission import deadline
+from replay_buffer.lifecycle import check_epoch, check_live
+from replay_buffer.state import Batch, Group, RunState
+from replay_buffer.transitions import BatchDrawn, GroupsDropped
+
+
+def drawn_batch(run: RunState, epoch: int, step: int) -> Batch | None:
+    """The step's batch, when it has one that is whole.
+
+    Raises:
+        FencedError: a newer learner has opened the run.
+        PreconditionError: the step is not the one after the head, or the run has finished.
+    """
+    check_epoch(run, epoch)
+    check_live(run)
+    if step != run.head.step + 1 or step > run.spec.total_steps:
+        raise PreconditionError(
+            f"run {run.spec.run!r}: step {step} cannot be drawn; the head is {run.head} of {run.spec.total_steps} steps"
+        )
+    batch = run.batches.get(step)
+    if batch is None or any(run.groups[group_id].ended for group_id in batch.group_ids):
+        return None
+    return batch
+
+
+def decide_draw(run: RunState, epoch: int, step: int) -> BatchDrawn | None:
+    """A batch for a step that has none, or one in place of one that lost groups; None while groups are missing."""
+    batch = run.batches.get(step)
+    # What is left of an earlier draw keeps its place, so that the other ranks' slices stand.
+    kept = batch.group_ids if batch is not None else ()
+    places = [group_id if not run.groups[group_id].ended else None for group_id in kept] or (
+        [None] * run.spec.groups_per_step
+    )
+    wanted = places.count(None)
+    chosen = _earliest_deadlines(run)[:wanted]
+    if len(chosen) < wanted:
+        return None
+    refill = iter(chosen)
+    return BatchDrawn(epoch, step, tuple(place if place is not None else next(refill).group_id for place in places))
+
+
+def _earliest_deadlines(run: RunState) -> list[Group]:
+    """The groups that may be drawn at the head, in the order in which they should be."""
+    head_step = run.head.step
+    anchor = next((group.number for group in run.live.values() if group.state is GroupState.OPEN), None)
+    window = (run.spec.max_staleness + 1) * run.spec.groups_per_step
+    due = [
+        (deadline(run, group), group.number, group)
+        for group in run.live.values()
+        if group.state is GroupState.READY and (anchor is None or group.number < anchor + window)
+    ]
+    due.sort(key=lambda entry: entry[:2])
+    return [group for group_deadline, _, group in due if group_deadline >= head_step]
+
+
+def decide_reject(run: RunState, epoch: int, group_id: str, message: str) -> GroupsDropped | None:
+    """Set a group aside that the learner cannot use; None when it has been.
+
+    Raises:
+        FencedError: a newer learner has opened the run.
+        NotFoundError: no such group.
+        PreconditionError: it is part of a trained step.
+    """
+    check_epoch(run, epoch)
+    group = run.groups.get(group_id)
+    if group is None or group.purpose is not Purpose.TRAIN:
+        raise NotFoundError(f"run {run.spec.run!r} has no training group {group_id!r}")
+    if group.state is GroupState.DROPPED:
+        return None
+    if group.state is GroupState.CONSUMED or (group.state is GroupState.DRAWN and run.batches[group.step].sealed):
+        raise PreconditionError(f"group {group_id} cannot be set aside: step {group.step} has been trained on it")
+    return GroupsDropped((group_id,), DropReason.INVALID, f"the learner cannot use it: {message}")

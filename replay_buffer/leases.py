@@ -1,0 +1,37 @@
+"""When a loan may be taken back. Only a hint: what refuses a late writer is the attempt, never this clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+EXPIRED: Final = float("-inf")
+
+
+class Leases:
+    """Deadlines by group, on a monotonic clock. Kept in memory: after a restart every lease begins afresh."""
+
+    def __init__(self, lease_seconds: float) -> None:
+        self.lease_seconds = lease_seconds
+        self._deadlines: dict[str, float] = {}
+
+    def renew(self, group_id: str, now: float) -> None:
+        """The server showed that it is at work."""
+        self._deadlines[group_id] = now + self.lease_seconds
+
+    def expire(self, group_ids: Iterable[str]) -> None:
+        """The server is known to be gone."""
+        for group_id in group_ids:
+            self._deadlines[group_id] = EXPIRED
+
+    def release(self, group_id: str) -> None:
+        """The group needs no server any more."""
+        self._deadlines.pop(group_id, None)
+
+    def expired(self, group_id: str, now: float) -> bool:
+        """Whether the group may be lent again."""
+        return self._deadlines.get(group_id, EXPIRED) <= now
+
+    def next_deadline(self, now: float) -> float | None:
+        """When the next lease runs out; None when none is held."""
+        return min((deadline for deadline in self._deadlines.values() if deadline > now), default=None)

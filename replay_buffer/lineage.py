@@ -1,0 +1,70 @@
+"""Policy versions as a tree, and distance along the history that survives.
+
+    lag(v) = step(head) - step(common ancestor of v and head)
+
+A learner that restarts from a checkpoint branches off there. What it abandoned keeps its place in the tree: the
+*lineage step* of a version is the step of its newest ancestor (itself included) on the path from the root to the head.
+
+    root ── 1 ── 2 ── 3 ── 4       epoch 1, abandoned beyond 2
+                 └── 3' ── 4' ── 5'   epoch 2, head 5': lineage step of 4 is 2, so its lag is 3, not 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from leeway.types import PolicyVersion
+
+
+class Lineage:
+    """Every version ever registered, and which of them the head descends from."""
+
+    def __init__(self, root: PolicyVersion) -> None:
+        self.head = root
+        self._parents: dict[PolicyVersion, PolicyVersion | None] = {root: None}
+        self._lineage_steps: dict[PolicyVersion, int] = {root: root.step}
+
+    def __contains__(self, version: PolicyVersion) -> bool:
+        return version in self._parents
+
+    def parent(self, version: PolicyVersion) -> PolicyVersion | None:
+        """The version it was trained from; None for the root."""
+        return self._parents[version]
+
+    def register(self, version: PolicyVersion, parent: PolicyVersion) -> None:
+        """Append a version to the head, which it becomes. Abandoned versions keep their common ancestor."""
+        assert parent == self.head and version not in self._parents
+        self._parents[version] = parent
+        self._lineage_steps[version] = version.step
+        self.head = version
+
+    def rollback(self, head: PolicyVersion) -> None:
+        """Make a registered version the head again; what descends from it is abandoned."""
+        self.head = head
+        surviving = set(self.ancestry(head))
+        # Parents were registered before their children.
+        for version, parent in self._parents.items():
+            if version in surviving:
+                self._lineage_steps[version] = version.step
+            else:
+                assert parent is not None
+                self._lineage_steps[version] = self._lineage_steps[parent]
+
+    def ancestry(self, version: PolicyVersion) -> Iterator[PolicyVersion]:
+        """The version, its parent, and so on to the root."""
+        at: PolicyVersion | None = version
+        while at is not None:
+            yield at
+            at = self._parents[at]
+
+    def lineage_step(self, version: PolicyVersion) -> int:
+        """Step of the common ancestor of a registered version and the head."""
+        return self._lineage_steps[version]
+
+    def lag(self, version: PolicyVersion) -> int:
+        """Optimizer steps along the surviving history from a registered version to the head."""
+        return self.head.step - self._lineage_steps[version]
+
+    def survives(self, version: PolicyVersion) -> bool:
+        """Whether the head is this version or descends from it."""
+        return self._lineage_steps.get(version) == version.step

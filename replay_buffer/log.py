@@ -1,0 +1,349 @@
+"""The durable log: what is appended in one turn of the event loop becomes durable with one fsync.
+
+    event loop   append ──> queue ──(end of the turn)──> writer thread: all that is queued, one write, one fdatasync
+                 durable() <──────── one call_soon_threadsafe per fdatasync ────────────────────┘
+
+    waits      durable(), until everything appended before it is on disk; the writer, for work
+    unblocks   an fdatasync
+    full disk  the writer cuts the file back to its durable end, waits, and writes the same bytes again; meanwhile
+               nothing is acknowledged and `stalled` is true
+    any other error   the log is dead: what the disk holds is unknown until it is opened and verified again
+
+Locations are fixed when a record is appended, so it can be referred to, and read, before it is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from leeway.errors import LeewayError, UnavailableError
+from replay_buffer.segments import (
+    HEADER,
+    AppendFile,
+    OpenFile,
+    SegmentFile,
+    SegmentReader,
+    frame,
+    lock_directory,
+    segment_numbers,
+    segment_path,
+    verify_segment,
+)
+from replay_buffer.state import Location
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_MAX_SEGMENT_BYTES: Final = 1 << 32
+
+log = logging.getLogger(__name__)
+
+Durable = Callable[[int, int, float], None]
+"""Told of each fsync: records and bytes made durable, seconds that the fsync took."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Where and how the log is kept."""
+
+    directory: Path
+    segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
+    retry_seconds: float = 1.0  # between attempts to write to a full disk
+    open_file: OpenFile = field(default=AppendFile, repr=False)
+
+
+class LogFailedError(UnavailableError):
+    """The log can take nothing more in this process."""
+
+
+class Log:
+    """An append-only log in one directory, held by one process, used from one event loop."""
+
+    def __init__(self, options: LogOptions, on_durable: Durable = lambda _records, _bytes, _seconds: None) -> None:
+        """Lock the directory; `recover` comes next, then `start`.
+
+        Raises:
+            ConfigError: the directory cannot be used, or another process holds it.
+        """
+        self._options = options
+        self._lock_descriptor = lock_directory(options.directory)
+        self._reader = SegmentReader(options.directory)
+        self._on_durable = on_durable
+        self._segment = 1
+        self._segment_size = 0  # of the segment that the next record goes to, counting what is queued
+        self.size_bytes = 0
+        self.pending_bytes = 0
+        self._appended = self._synced = 0  # records
+        self._turn: list[_Queued] = []
+        self._unsynced: dict[tuple[int, int], bytes] = {}
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: mark, tie-break, who waits
+        self._tie = itertools.count()
+        self._writer: _Writer | None = None
+        self.failure: LeewayError | None = None
+
+    def recover(self, take: Callable[[bytes, Location], None]) -> None:
+        """Verify every segment and hand over every record, oldest first; cuts a torn tail off.
+
+        Raises:
+            CorruptDataError: naming file and offset.
+        """
+        numbers = segment_numbers(self._options.directory)
+        for segment in numbers:
+            path = segment_path(self._options.directory, segment)
+            for offset, payload in verify_segment(path, last=segment == numbers[-1]):
+                take(payload, Location(segment, offset, len(payload)))
+            self._segment, self._segment_size = segment, path.stat().st_size
+            self.size_bytes += self._segment_size
+
+    def start(self) -> None:
+        """Begin to take records. Called on the event loop."""
+        loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[None] = loop.create_future()
+        self._writer = _Writer(self._options, self._segment, self._segment_size, loop, self._settle, self._fail)
+        self._writer.start()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the disk is full and records wait for room."""
+        return self._writer is not None and self._writer.stalled
+
+    def append(self, payload: bytes) -> Location:
+        """Queue a record; it has its place in the order from now on.
+
+        Raises:
+            LogFailedError: the log is dead.
+        """
+        if self.failure is not None:
+            raise self.failure
+        data = frame(payload)
+        if self._segment_size and self._segment_size + len(data) > min(self._options.segment_bytes, _MAX_SEGMENT_BYTES):
+            self._segment += 1
+            self._segment_size = 0
+        location = Location(self._segment, self._segment_size + HEADER.size, len(payload))
+        self._segment_size += len(data)
+        self.size_bytes += len(data)
+        self.pending_bytes += len(data)
+        self._appended += 1
+        self._unsynced[location.segment, location.offset] = payload
+        if not self._turn:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        self._turn.append(_Queued(location, data))
+        return location
+
+    def read(self, location: Location) -> bytes:
+        """A record, from memory until it is durable.
+
+        Raises:
+            CorruptDataError: it is damaged on disk.
+        """
+        payload = self._unsynced.get((location.segment, location.offset))
+        return self._reader.read(location) if payload is None else payload
+
+    @property
+    def mark(self) -> int:
+        """The end of the log now, for `durable`."""
+        return self._appended
+
+    async def durable(self, mark: int | None = None) -> None:
+        """Wait until everything appended before `mark` (default: so far) is on disk.
+
+        Raises:
+            LogFailedError: the log is dead.
+        """
+        if self.failure is not None:
+            raise self.failure
+        mark = self._appended if mark is None else mark
+        if self._synced >= mark:
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (mark, next(self._tie), done))
+        await done
+
+    async def wait_failed(self) -> None:
+        """Return never, or raise what killed the log."""
+        await asyncio.shield(self._failed)
+
+    async def aclose(self) -> None:
+        """Make everything durable that can be, and let the directory go."""
+        if self._writer is not None:
+            if self._turn:
+                self._end_turn()
+            await asyncio.to_thread(self._writer.stop)
+            if self._failed.done():
+                self._failed.exception()
+            else:
+                self._failed.cancel()
+        self._reader.close()
+        os.close(self._lock_descriptor)
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, []
+        if self._writer is not None and turn:
+            self._writer.put(turn)
+
+    def _settle(self, batch: list[_Queued], seconds: float) -> None:
+        size_bytes = 0
+        for queued in batch:
+            del self._unsynced[queued.location.segment, queued.location.offset]
+            size_bytes += len(queued.data)
+        self._synced += len(batch)
+        self.pending_bytes -= size_bytes
+        while self._waiting and self._waiting[0][0] <= self._synced:
+            done = heapq.heappop(self._waiting)[2]
+            if not done.done():
+                done.set_result(None)
+        self._on_durable(len(batch), size_bytes, seconds)
+
+    def _fail(self, message: str) -> None:
+        self.failure = LogFailedError(message)
+        for _, _, done in self._waiting:
+            if not done.done():
+                done.set_exception(self.failure)
+        self._waiting.clear()
+        if not self._failed.done():
+            self._failed.set_exception(self.failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    location: Location
+    data: bytes  # the whole frame
+
+
+class _Writer:
+    """The thread that owns the end of the log."""
+
+    def __init__(
+        self,
+        options: LogOptions,
+        segment: int,
+        size_bytes: int,
+        loop: asyncio.AbstractEventLoop,
+        settle: Callable[[list[_Queued], float], None],
+        fail: Callable[[str], None],
+    ) -> None:
+        self._options = options
+        self._segment = segment
+        self._durable_size = size_bytes  # of the current segment
+        self._file: SegmentFile | None = None
+        self._loop = loop
+        self._settle = settle
+        self._fail = fail
+        self._queue: list[_Queued] = []
+        self._stopping = False
+        self._changed = threading.Condition()
+        self.stalled = False
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, records: list[_Queued]) -> None:
+        with self._changed:
+            self._queue += records
+            self._changed.notify()
+
+    def stop(self) -> None:
+        """Write what is queued, unless the disk is full, and end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while batch := self._take():
+                self._write(batch)
+        except OSError as error:
+            path = segment_path(self._options.directory, self._segment)
+            self._report(
+                f"{path}: {error.strerror or error}; what is on disk is unknown, so nothing more is acknowledged: "
+                "check the disk, then restart to verify the log"
+            )
+        except _Stopped:
+            self._report(f"{self._options.directory}: stopped while the disk was full")
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _take(self) -> list[_Queued]:
+        """Everything that is queued; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            batch, self._queue = self._queue, []
+            return batch
+
+    def _write(self, batch: list[_Queued]) -> None:
+        """Write a batch segment by segment; a segment is durable before the next one exists."""
+        begin = 0
+        while begin < len(batch):
+            segment = batch[begin].location.segment
+            end = begin
+            while end < len(batch) and batch[end].location.segment == segment:
+                end += 1
+            part = batch[begin:end]
+            self._append(segment, b"".join(queued.data for queued in part))
+            began = time.monotonic()
+            assert self._file is not None
+            self._file.sync()
+            self._loop.call_soon_threadsafe(self._settle, part, time.monotonic() - began)
+            begin = end
+
+    def _append(self, segment: int, data: bytes) -> None:
+        while True:
+            try:
+                if self._file is None or segment != self._segment:
+                    self._open(segment)
+                self._write_all(data)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                self._wait_for_room(error)
+            else:
+                self.stalled = False
+                self._durable_size += len(data)
+                return
+
+    def _open(self, segment: int) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._file = self._options.open_file(segment_path(self._options.directory, segment))
+        if segment != self._segment:
+            self._segment, self._durable_size = segment, 0
+
+    def _write_all(self, data: bytes) -> None:
+        assert self._file is not None
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _wait_for_room(self, error: OSError) -> None:
+        if self._file is not None:
+            self._file.truncate(self._durable_size)
+        if not self.stalled:
+            self.stalled = True
+            log.error(
+                "%s: %s; nothing is acknowledged until there is room: free some space",
+                self._options.directory,
+                error.strerror,
+            )
+        with self._changed:
+            if self._changed.wait_for(lambda: self._stopping, timeout=self._options.retry_seconds):
+                raise _Stopped
+
+    def _report(self, message: str) -> None:
+        self._loop.call_soon_threadsafe(self._fail, message)
+
+
+class _Stopped(Exception):
+    """The writer was asked to stop while it waited for room."""

@@ -1,0 +1,48 @@
+"""The [replay_buffer] section."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from leeway.config import ConfigPath, Options
+
+MIB = 1 << 20
+
+
+class ReplayBufferOptions(Options):
+    """[replay_buffer]: where the log lives, how long loans last, what happens when the disk fills up."""
+
+    directory: ConfigPath = Field(
+        default=Path("replay_buffer_log"),
+        description="folder of the durable log; one process at a time",
+        validate_default=True,
+    )
+    lease_seconds: float = Field(
+        default=30.0, gt=0, le=3600, description="silence after which a server's groups may be lent to another"
+    )
+    segment_bytes: int = Field(
+        default=64 * MIB, ge=1 * MIB, le=1024 * MIB, description="size at which the log goes on in a new file"
+    )
+    soft_free_bytes: int = Field(
+        default=512 * MIB, ge=0, description="with less free space than this, no new work is given out"
+    )
+    hard_free_bytes: int = Field(
+        default=128 * MIB,
+        ge=0,
+        description="with less free space than this, no chunks are taken; the rest is kept for control records",
+    )
+    max_pending_bytes: int = Field(
+        default=64 * MIB, ge=1 * MIB, description="written but not yet durable bytes beyond which writers are held back"
+    )
+    disk_retry_seconds: float = Field(
+        default=1.0, gt=0, le=60, description="time between two attempts to write to a full disk"
+    )
+    stop_seconds: float = Field(default=3.0, ge=0, le=60, description="time that calls in flight get at a clean stop")
+
+    @model_validator(mode="after")
+    def _marks_in_order(self) -> ReplayBufferOptions:
+        if self.hard_free_bytes > self.soft_free_bytes:
+            raise ValueError("hard_free_bytes must not be above soft_free_bytes")
+        return self

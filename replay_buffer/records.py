@@ -1,0 +1,174 @@
+"""Transitions as log records and back: the only place where the buffer's state meets protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from google.protobuf.message import DecodeError
+
+from leeway import codec
+from leeway.errors import CorruptDataError, InvalidDataError
+from leeway.types import DropReason, PolicyVersion
+from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
+from replay_buffer.transitions import (
+    BatchDrawn,
+    ChunkWritten,
+    EvaluationCreated,
+    GroupsDropped,
+    PolicyAdvanced,
+    RunFinished,
+    RunOpened,
+    StepsCommitted,
+    TicketIssued,
+    TrajectoryClosed,
+    TrajectoryFailed,
+    Transition,
+)
+
+_NANOS = 1_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of the log."""
+
+    run: str
+    recorded_at_ns: int  # Unix time; for display, never for safety
+    transition: Transition
+
+
+def encode(record: Record) -> bytes:
+    """The payload of a log frame."""
+    message = log_pb2.LogRecord(run=record.run)
+    message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
+    match record.transition:
+        case ChunkWritten() as written:
+            target = message.chunk_written
+            target.trajectory_id = written.trajectory_id
+            target.attempt = written.attempt
+            target.seq = written.seq
+            target.chunk = written.chunk
+        case TrajectoryClosed() as closed:
+            message.trajectory_closed.trajectory_id = closed.trajectory_id
+            message.trajectory_closed.attempt = closed.attempt
+            message.trajectory_closed.close.CopyFrom(codec.close_to_proto(closed.close))
+        case TrajectoryFailed() as failed:
+            message.trajectory_failed.trajectory_id = failed.trajectory_id
+            message.trajectory_failed.attempt = failed.attempt
+            message.trajectory_failed.failure.CopyFrom(codec.failure_to_proto(failed.failure))
+        case TicketIssued() as issued:
+            message.ticket_issued.ticket.CopyFrom(codec.ticket_to_proto(issued.ticket))
+            message.ticket_issued.server_id = issued.server_id
+            message.ticket_issued.version.CopyFrom(codec.version_to_proto(issued.version))
+            message.ticket_issued.task_cursor = issued.task_cursor
+        case GroupsDropped() as dropped:
+            message.group_dropped.group_ids.extend(dropped.group_ids)
+            message.group_dropped.reason = int(dropped.reason)  # type: ignore[assignment]
+            message.group_dropped.message = dropped.message
+        case BatchDrawn() as drawn:
+            message.batch_drawn.epoch = drawn.epoch
+            message.batch_drawn.step = drawn.step
+            message.batch_drawn.group_ids.extend(drawn.group_ids)
+        case PolicyAdvanced() as advanced:
+            message.policy_advanced.version.CopyFrom(codec.version_to_proto(advanced.version))
+            message.policy_advanced.parent.CopyFrom(codec.version_to_proto(advanced.parent))
+            message.policy_advanced.stale_group_ids.extend(advanced.stale_group_ids)
+        case StepsCommitted() as committed:
+            message.steps_committed.step = committed.step
+        case RunOpened() as opened:
+            message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
+            message.run_opened.epoch = opened.epoch
+            message.run_opened.checkpoint.CopyFrom(codec.version_to_proto(opened.checkpoint))
+        case EvaluationCreated() as created:
+            message.evaluation_created.evaluation.CopyFrom(codec.evaluation_to_proto(created.evaluation, created.epoch))
+        case RunFinished() as finished:
+            # An empty message still has to say which transition it is.
+            message.run_finished.SetInParent()
+            message.run_finished.group_ids.extend(finished.group_ids)
+        case _:
+            assert_never(record.transition)
+    return message.SerializeToString()
+
+
+def decode(payload: bytes) -> Record:
+    """A log frame's payload as a record.
+
+    Raises:
+        CorruptDataError: the payload passed its checksum but is not a record of this version of Leeway.
+    """
+    try:
+        message = log_pb2.LogRecord.FromString(payload)
+        transition = _transition(message)
+    except (DecodeError, InvalidDataError) as error:
+        raise CorruptDataError(f"a log record cannot be read: {error}; was it written by a newer Leeway?") from error
+    at_ns = message.recorded_at.seconds * _NANOS + message.recorded_at.nanos
+    return Record(message.run, at_ns, transition)
+
+
+def _transition(message: log_pb2.LogRecord) -> Transition:
+    match message.WhichOneof("transition"):
+        case "chunk_written":
+            written = message.chunk_written
+            chunk = written.chunk
+            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, span_versions(chunk))
+        case "trajectory_closed":
+            closed = message.trajectory_closed
+            return TrajectoryClosed(closed.trajectory_id, closed.attempt, codec.close_from_proto(closed.close))
+        case "trajectory_failed":
+            failed = message.trajectory_failed
+            return TrajectoryFailed(failed.trajectory_id, failed.attempt, codec.failure_from_proto(failed.failure))
+        case "ticket_issued":
+            issued = message.ticket_issued
+            return TicketIssued(
+                codec.ticket_from_proto(issued.ticket),
+                issued.server_id,
+                codec.version_from_proto(issued.version),
+                issued.task_cursor,
+            )
+        case "group_dropped":
+            dropped = message.group_dropped
+            reason = codec.enum_from_proto(DropReason, dropped.reason)
+            return GroupsDropped(tuple(dropped.group_ids), reason, dropped.message)
+        case "batch_drawn":
+            drawn = message.batch_drawn
+            return BatchDrawn(drawn.epoch, drawn.step, tuple(drawn.group_ids))
+        case "policy_advanced":
+            advanced = message.policy_advanced
+            return PolicyAdvanced(
+                codec.version_from_proto(advanced.version),
+                codec.version_from_proto(advanced.parent),
+                tuple(advanced.stale_group_ids),
+            )
+        case "steps_committed":
+            return StepsCommitted(message.steps_committed.step)
+        case "run_opened":
+            opened = message.run_opened
+            return RunOpened(
+                codec.spec_from_proto(opened.spec), opened.epoch, codec.version_from_proto(opened.checkpoint)
+            )
+        case "evaluation_created":
+            request: replay_pb2.CreateEvaluationRequest = message.evaluation_created.evaluation
+            return EvaluationCreated(codec.evaluation_from_proto(request), request.epoch)
+        case "run_finished":
+            return RunFinished(tuple(message.run_finished.group_ids))
+        case _:
+            raise InvalidDataError("the record holds no known transition")
+
+
+def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
+    """The policy versions that a serialized chunk's spans name, each once.
+
+    A span that names no complete version is left out here and refused when its trajectory closes.
+
+    Raises:
+        InvalidDataError: the bytes are not a TrajectoryChunk.
+    """
+    spans = codec.parse(trajectory_pb2.TrajectoryChunk, chunk).version_spans
+    if not spans:
+        return ()
+    versions: dict[PolicyVersion, None] = {}
+    for span in spans:
+        version = span.version
+        versions[PolicyVersion(version.run, version.epoch, version.step, version.digest)] = None
+    return tuple(versions)

@@ -1,0 +1,233 @@
+"""ReplayService over gRPC: messages in, calls of the buffer, messages out.
+
+A write stream is a pipeline, so that an fsync never keeps the next message waiting:
+
+    client ──> reader task: decide and append, message by message ──> queue ──> wait until durable ──> answer
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final, cast
+
+import grpc
+
+from leeway import codec
+from leeway.errors import InvalidDataError, UnavailableError
+from leeway.rpc import cancel_and_wait
+from leeway.types import TrajectoryFailure, WriteItem, WriteResult, WriteStatus
+from leeway.v1 import replay_pb2, replay_pb2_grpc
+from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.pieces import messages
+from replay_buffer.views import GroupView
+
+SERVICE_NAME: Final = replay_pb2.DESCRIPTOR.services_by_name["ReplayService"].full_name
+_UNANSWERED_MESSAGES: Final = 256
+"""Messages of one stream that may wait for the disk; beyond it the stream is not read, which holds the writer back."""
+_DRAW_WAIT_SECONDS: Final = 3600.0
+"""How long a draw without a deadline of its own waits."""
+_DEADLINE_MARGIN_SECONDS: Final = 0.2
+"""A draw gives up this much before its caller does, so that its explanation arrives."""
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
+    """See proto/leeway/v1/replay.proto, which says what each call means."""
+
+    def __init__(self, buffer: ReplayBuffer) -> None:
+        self._buffer = buffer
+        self._readers: set[asyncio.Task[None]] = set()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Register with a server."""
+        replay_pb2_grpc.add_ReplayServiceServicer_to_server(self, server)
+
+    def stop(self) -> None:
+        """End write streams after what was read so far; their clients go on elsewhere or later."""
+        for reader in self._readers:
+            reader.cancel()
+
+    # The learner's calls
+
+    async def OpenRun(self, request: replay_pb2.OpenRunRequest, context: _Context) -> replay_pb2.OpenRunResponse:
+        opened = await self._buffer.open_run(
+            codec.spec_from_proto(request.spec),
+            codec.version_from_proto(request.checkpoint),
+            [(entry.step, tuple(entry.group_ids)) for entry in request.ledger],
+        )
+        return replay_pb2.OpenRunResponse(
+            epoch=opened.epoch, head=codec.version_to_proto(opened.head), finished=opened.finished
+        )
+
+    async def DrawBatch(
+        self, request: replay_pb2.DrawBatchRequest, context: _Context
+    ) -> AsyncIterator[replay_pb2.DrawBatchResponse]:
+        world_size = request.world_size or 1
+        if request.rank >= world_size:
+            raise InvalidDataError(f"rank {request.rank} does not exist among {world_size}")
+        groups = await self._buffer.draw(request.run, request.epoch, request.step, _deadline(context))
+        async for gathered in self._streamed(groups[request.rank :: world_size]):
+            yield replay_pb2.DrawBatchResponse(pieces=gathered)
+
+    async def Advance(self, request: replay_pb2.AdvanceRequest, context: _Context) -> replay_pb2.AdvanceResponse:
+        version, parent = codec.version_from_proto(request.version), codec.version_from_proto(request.parent)
+        await self._buffer.advance(request.run, request.epoch, version, parent)
+        return replay_pb2.AdvanceResponse()
+
+    async def Commit(self, request: replay_pb2.CommitRequest, context: _Context) -> replay_pb2.CommitResponse:
+        await self._buffer.commit(request.run, request.epoch, request.step)
+        return replay_pb2.CommitResponse()
+
+    async def RejectGroup(
+        self, request: replay_pb2.RejectGroupRequest, context: _Context
+    ) -> replay_pb2.RejectGroupResponse:
+        await self._buffer.reject_group(request.run, request.epoch, request.group_id, request.message)
+        return replay_pb2.RejectGroupResponse()
+
+    async def CreateEvaluation(
+        self, request: replay_pb2.CreateEvaluationRequest, context: _Context
+    ) -> replay_pb2.CreateEvaluationResponse:
+        evaluation = codec.evaluation_from_proto(request)
+        if evaluation.version.run != request.run:
+            raise InvalidDataError(f"run {request.run!r} cannot measure {evaluation.version} of another run")
+        await self._buffer.create_evaluation(request.epoch, evaluation)
+        return replay_pb2.CreateEvaluationResponse()
+
+    async def AwaitEvaluation(
+        self, request: replay_pb2.AwaitEvaluationRequest, context: _Context
+    ) -> replay_pb2.AwaitEvaluationResponse:
+        result = await self._buffer.await_evaluation(
+            request.run, request.evaluation_id, codec.seconds_from_proto(request.wait)
+        )
+        return replay_pb2.AwaitEvaluationResponse(
+            complete=result.complete, rewards=result.rewards, failed=result.failed
+        )
+
+    async def FinishRun(self, request: replay_pb2.FinishRunRequest, context: _Context) -> replay_pb2.FinishRunResponse:
+        await self._buffer.finish_run(request.run, request.epoch)
+        return replay_pb2.FinishRunResponse()
+
+    # The workers' calls
+
+    async def JoinRun(self, request: replay_pb2.JoinRunRequest, context: _Context) -> replay_pb2.JoinRunResponse:
+        spec = await self._buffer.join_run(
+            request.run,
+            request.server_id,
+            codec.signature_from_proto(request.signature),
+            request.dataset_digest,
+            codec.seconds_from_proto(request.wait),
+        )
+        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(spec))
+
+    async def AcquireTickets(
+        self, request: replay_pb2.AcquireTicketsRequest, context: _Context
+    ) -> replay_pb2.AcquireTicketsResponse:
+        tickets, finished = await self._buffer.acquire_tickets(
+            request.run,
+            request.server_id,
+            codec.version_from_proto(request.version),
+            request.max_members,
+            codec.seconds_from_proto(request.wait),
+        )
+        return replay_pb2.AcquireTicketsResponse(
+            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets], finished=finished
+        )
+
+    async def RenewLeases(
+        self, request: replay_pb2.RenewLeasesRequest, context: _Context
+    ) -> replay_pb2.RenewLeasesResponse:
+        aborted = await self._buffer.renew_leases(
+            request.run, [(ticket.group_id, ticket.attempt) for ticket in request.tickets]
+        )
+        return replay_pb2.RenewLeasesResponse(
+            aborted=[replay_pb2.TicketReference(group_id=group_id, attempt=attempt) for group_id, attempt in aborted]
+        )
+
+    async def WriteTrajectories(
+        self, request_iterator: AsyncIterator[replay_pb2.WriteTrajectoriesRequest], context: _Context
+    ) -> AsyncIterator[replay_pb2.WriteTrajectoriesResponse]:
+        answers: asyncio.Queue[_Answer | None] = asyncio.Queue(_UNANSWERED_MESSAGES)
+        reader = asyncio.create_task(self._read_writes(request_iterator, answers))
+        self._readers.add(reader)
+        try:
+            while (answer := await answers.get()) is not None:
+                results, mark = answer
+                await self._buffer.durable(mark)
+                yield replay_pb2.WriteTrajectoriesResponse(
+                    results=[codec.result_to_proto(result) for result in results]
+                )
+            if reader.cancelled():
+                raise UnavailableError("the replay buffer is stopping; repeat what was not acknowledged")
+            await reader
+        finally:
+            self._readers.discard(reader)
+            await cancel_and_wait(reader)
+
+    async def _read_writes(
+        self,
+        requests: AsyncIterator[replay_pb2.WriteTrajectoriesRequest],
+        answers: asyncio.Queue[_Answer | None],
+    ) -> None:
+        try:
+            async for request in requests:
+                results = self._write(request)
+                await answers.put((results, self._buffer.mark))
+                await self._buffer.room()
+        finally:
+            await answers.put(None)
+
+    def _write(self, request: replay_pb2.WriteTrajectoriesRequest) -> list[WriteResult]:
+        items = [_item(message) for message in request.items]
+        written = iter(self._buffer.write(request.run, [item for item in items if isinstance(item, WriteItem)]))
+        return [next(written) if isinstance(item, WriteItem) else item for item in items]
+
+    # For people and tools
+
+    async def GetRunStatus(
+        self, request: replay_pb2.GetRunStatusRequest, context: _Context
+    ) -> replay_pb2.GetRunStatusResponse:
+        return codec.status_to_proto(await self._buffer.status(request.run))
+
+    async def ExportGroups(
+        self, request: replay_pb2.ExportGroupsRequest, context: _Context
+    ) -> AsyncIterator[replay_pb2.ExportGroupsResponse]:
+        selected = self._buffer.select(
+            request.run,
+            codec.optional_purpose(request.purpose),
+            codec.optional_state(request.state),
+            request.step,
+            request.limit,
+        )
+        for group in selected:
+            async for gathered in self._streamed([await self._buffer.view(group)]):
+                yield replay_pb2.ExportGroupsResponse(pieces=gathered)
+
+    async def _streamed(self, views: Iterable[GroupView]) -> AsyncIterator[list[replay_pb2.GroupPiece]]:
+        """Read from disk beside the event loop, one message ahead of the network."""
+        source = messages(views, self._buffer.read)
+        while (gathered := await asyncio.to_thread(next, source, None)) is not None:
+            yield gathered
+
+
+_Answer = tuple[list[WriteResult], int]
+
+
+def _item(message: replay_pb2.WriteItem) -> WriteItem | WriteResult:
+    """An item, or its refusal. A close that makes no sense ends its trajectory: nothing better will follow it."""
+    try:
+        return codec.item_from_proto(message)
+    except InvalidDataError as error:
+        if message.WhichOneof("content") == "close":
+            failure = TrajectoryFailure(f"its close is malformed: {error.message}", retryable=False)
+            return WriteItem(message.trajectory_id, message.attempt, message.seq, failure)
+        return WriteResult(
+            message.trajectory_id, message.attempt, message.seq, WriteStatus.INVALID, message=error.message
+        )
+
+
+def _deadline(context: _Context) -> float:
+    remaining = cast("float | None", context.time_remaining())  # None without a deadline, whatever the stub says
+    wait_seconds = _DRAW_WAIT_SECONDS if remaining is None else max(remaining - _DEADLINE_MARGIN_SECONDS, 0.0)
+    return asyncio.get_running_loop().time() + wait_seconds

@@ -1,0 +1,127 @@
+"""What can happen to a run: the records of the log, as dataclasses. Each is atomic by itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from leeway.types import (
+    DropReason,
+    Evaluation,
+    PolicyVersion,
+    RunSpec,
+    Ticket,
+    TrajectoryClose,
+    TrajectoryFailure,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunOpened:
+    """A learner opened the run: raises the epoch, commits every batch up to the checkpoint, voids every later one."""
+
+    spec: RunSpec
+    epoch: int
+    checkpoint: PolicyVersion  # the new head
+
+
+@dataclass(frozen=True, slots=True)
+class TicketIssued:
+    """A group's missing members were lent to a server. The first ticket of a group creates it."""
+
+    ticket: Ticket
+    server_id: str
+    version: PolicyVersion  # what the server had acknowledged
+    task_cursor: int  # after this issue; unchanged when the task came from the requeue list
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkWritten:
+    """A chunk of a trajectory, byte for byte."""
+
+    trajectory_id: str
+    attempt: int
+    seq: int
+    chunk: bytes = field(repr=False)
+    versions: tuple[PolicyVersion, ...]  # those of its spans; read from the chunk, not stored beside it
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryClosed:
+    """A trajectory is complete and valid."""
+
+    trajectory_id: str
+    attempt: int
+    close: TrajectoryClose
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryFailed:
+    """This attempt will not complete a trajectory. Not retryable: its group, unless ended, is dropped as failed."""
+
+    trajectory_id: str
+    attempt: int
+    failure: TrajectoryFailure
+
+
+@dataclass(frozen=True, slots=True)
+class GroupsDropped:
+    """Groups were set aside for one reason."""
+
+    group_ids: tuple[str, ...]
+    reason: DropReason
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDrawn:
+    """A step got its groups; replaces an earlier batch of the same step that had lost some."""
+
+    epoch: int
+    step: int
+    group_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAdvanced:
+    """A step was trained: its batch is sealed, its version is the head, what became stale is dropped."""
+
+    version: PolicyVersion
+    parent: PolicyVersion
+    stale_group_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepsCommitted:
+    """Every step up to this one is consumed for good."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationCreated:
+    """An evaluation was asked for; replaces an ended one of the same id."""
+
+    evaluation: Evaluation
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """The run ended; the groups that were still live are dropped with reason run_end."""
+
+    group_ids: tuple[str, ...]
+
+
+Transition = (
+    RunOpened
+    | TicketIssued
+    | ChunkWritten
+    | TrajectoryClosed
+    | TrajectoryFailed
+    | GroupsDropped
+    | BatchDrawn
+    | PolicyAdvanced
+    | StepsCommitted
+    | EvaluationCreated
+    | RunFinished
+)

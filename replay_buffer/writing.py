@@ -1,0 +1,189 @@
+"""What becomes of one written item.
+
+same (trajectory, attempt, seq, bytes) again    acknowledged
+lower seq, other bytes                          conflict; the group is dropped
+lower attempt, or the group has ended           aborted
+higher seq                                      out of range, with the next expected
+next seq                                        appended; a close is validated first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from leeway.assembly import assemble_trajectory, check_against_spec
+from leeway.errors import CorruptDataError, InvalidDataError
+from leeway.types import (
+    DropReason,
+    GroupState,
+    Purpose,
+    TrajectoryClose,
+    TrajectoryFailure,
+    TrajectoryRecord,
+    WriteItem,
+    WriteResult,
+    WriteStatus,
+)
+from replay_buffer.admission import is_stale
+from replay_buffer.records import span_versions
+from replay_buffer.state import Group, Location, Member, Progress, RunState
+from replay_buffer.tickets import dead_letter
+from replay_buffer.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
+
+Read = Callable[[Location], Transition]
+"""Reads a record back from the log, whether it is on disk yet or not."""
+
+_DROPPABLE = (GroupState.OPEN, GroupState.READY)
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDecision:
+    """The answer to an item, and what it does to the run."""
+
+    result: WriteResult
+    transitions: tuple[Transition, ...] = ()
+
+
+def decide_write(run: RunState, item: WriteItem, read: Read, *, room: bool) -> WriteDecision:
+    """Judge one item; `room` is false while the disk is too full for chunks."""
+    found = run.find(item.trajectory_id)
+    if found is None:
+        return _refuse(item, WriteStatus.UNKNOWN, f"trajectory {item.trajectory_id!r} was never issued in this run")
+    group, index = found
+    member = group.members[index]
+    if item.attempt < member.attempt:
+        message = f"attempt {item.attempt} of group {group.group_id} is fenced by attempt {member.attempt}"
+        return _refuse(item, WriteStatus.ABORTED, message)
+    if item.attempt > member.attempt:
+        return _refuse(item, WriteStatus.UNKNOWN, f"attempt {item.attempt} of {item.trajectory_id} was never issued")
+    next_seq = len(member.records)
+    if item.seq < next_seq:
+        return _repeated(group, item, read(member.records[item.seq]))
+    if group.state is GroupState.DROPPED:
+        return _refuse(item, WriteStatus.ABORTED, f"group {group.group_id} was dropped: {group.drop_message}")
+    if item.seq > next_seq:
+        message = f"{item.trajectory_id}: item {item.seq} came, but {next_seq} is next"
+        return _refuse(item, WriteStatus.OUT_OF_RANGE, message, next_seq)
+    if member.progress is not Progress.OPEN:
+        return _refuse(item, WriteStatus.INVALID, f"{item.trajectory_id} has ended with item {next_seq - 1}")
+    match item.content:
+        case TrajectoryClose() as close:
+            return _closed(run, group, index, item, close, read)
+        case TrajectoryFailure() as failure:
+            return WriteDecision(_acknowledge(item), _failed(run, group, index, item, failure))
+        case chunk:
+            return _chunk(run, group, item, chunk) if room else _refuse(item, WriteStatus.EXHAUSTED, "the disk is full")
+
+
+def _repeated(group: Group, item: WriteItem, written: Transition) -> WriteDecision:
+    match written:
+        case ChunkWritten():
+            before: object = written.chunk
+        case TrajectoryClosed():
+            before = written.close
+        case TrajectoryFailed():
+            before = written.failure
+        case _:
+            raise CorruptDataError(f"item {item.seq} of {item.trajectory_id} is another record in the log")
+    if before == item.content:
+        return WriteDecision(_acknowledge(item))
+    if group.state is GroupState.DROPPED:
+        return _refuse(item, WriteStatus.ABORTED, f"group {group.group_id} was dropped: {group.drop_message}")
+    message = f"item {item.seq} of {item.trajectory_id} was written before with other bytes"
+    decision = _refuse(item, WriteStatus.CONFLICT, message)
+    if group.state not in _DROPPABLE:
+        return decision  # what was drawn is sealed by its closes; the odd one out is the repetition
+    return WriteDecision(decision.result, (GroupsDropped((group.group_id,), DropReason.CONFLICT, message),))
+
+
+def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes) -> WriteDecision:
+    try:
+        versions = span_versions(chunk)
+    except InvalidDataError as error:
+        return _refuse(item, WriteStatus.INVALID, f"item {item.seq} of {item.trajectory_id}: {error.message}")
+    written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions)
+    for version in versions:
+        if version not in run.lineage:
+            message = f"trajectory {item.trajectory_id}: tokens are labelled with {version}, which was never registered"
+            drop = GroupsDropped((group.group_id,), DropReason.UNKNOWN_VERSION, message)
+            return WriteDecision(_acknowledge(item), (written, drop))
+    return WriteDecision(_acknowledge(item), (written,))
+
+
+def _failed(
+    run: RunState, group: Group, index: int, item: WriteItem, failure: TrajectoryFailure
+) -> tuple[Transition, ...]:
+    failed = TrajectoryFailed(item.trajectory_id, item.attempt, failure)
+    others_at_work = any(other.progress is Progress.OPEN for place, other in enumerate(group.members) if place != index)
+    if failure.retryable and not others_at_work and group.attempt >= run.spec.max_attempts:
+        return (failed, dead_letter(group))
+    return (failed,)
+
+
+def _closed(
+    run: RunState, group: Group, index: int, item: WriteItem, close: TrajectoryClose, read: Read
+) -> WriteDecision:
+    member = group.members[index]
+    try:
+        _validate(run, group, index, close, read)
+    except InvalidDataError as error:
+        cause = error.message
+    except CorruptDataError as error:
+        cause = error.message
+    else:
+        if group.purpose is Purpose.EVAL and any(
+            version != run.evaluations[group.evaluation_id].evaluation.version for version in member.versions
+        ):
+            failure = TrajectoryFailure("sampled from another version than the evaluation measures", retryable=True)
+            return WriteDecision(_acknowledge(item), _failed(run, group, index, item, failure))
+        closed = TrajectoryClosed(item.trajectory_id, item.attempt, close)
+        if group.missing == [index] and group.purpose is Purpose.TRAIN and is_stale(run, group):
+            message = f"its oldest token is too old for version {run.head}"
+            return WriteDecision(
+                _acknowledge(item), (closed, GroupsDropped((group.group_id,), DropReason.STALE, message))
+            )
+        return WriteDecision(_acknowledge(item), (closed,))
+    # Set aside with its reason first: the first durable one stands.
+    drop = GroupsDropped((group.group_id,), DropReason.INVALID, cause)
+    failed = TrajectoryFailed(item.trajectory_id, item.attempt, TrajectoryFailure(cause, retryable=False))
+    return WriteDecision(_acknowledge(item), (drop, failed))
+
+
+def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, read: Read) -> None:
+    """Raises InvalidDataError or CorruptDataError, naming the trajectory and what is wrong with it."""
+    member = group.members[index]
+    where = f"trajectory {member.trajectory_id}"
+    if close.token_count > run.spec.signature.context_length:
+        raise InvalidDataError(
+            f"{where}: {close.token_count} tokens exceed the model's context of {run.spec.signature.context_length}"
+        )
+    trajectory = assemble_trajectory(_record(member, index, close, read))
+    sampling = (
+        run.spec.sampling
+        if group.purpose is Purpose.TRAIN
+        else run.evaluations[group.evaluation_id].evaluation.sampling
+    )
+    if not trajectory.version_spans:
+        raise InvalidDataError(f"{where}: no token was sampled")
+    try:
+        check_against_spec(trajectory, run.spec, sampling)
+    except InvalidDataError as error:
+        raise InvalidDataError(f"{where}: {error.message}") from error
+
+
+def _record(member: Member, index: int, close: TrajectoryClose, read: Read) -> TrajectoryRecord:
+    chunks: list[bytes] = []
+    for location in member.records:
+        written = read(location)
+        assert isinstance(written, ChunkWritten)
+        chunks.append(written.chunk)
+    return TrajectoryRecord(member.trajectory_id, index, member.attempt, member.server_id, close, "", tuple(chunks))
+
+
+def _acknowledge(item: WriteItem) -> WriteResult:
+    return WriteResult(item.trajectory_id, item.attempt, item.seq, WriteStatus.ACKNOWLEDGED)
+
+
+def _refuse(item: WriteItem, status: WriteStatus, message: str, expected_seq: int = 0) -> WriteDecision:
+    return WriteDecision(WriteResult(item.trajectory_id, item.attempt, item.seq, status, expected_seq, message))

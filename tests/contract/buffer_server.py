@@ -1,0 +1,71 @@
+"""A real replay buffer behind real gRPC, in this process, that can be stopped and started on the same directory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from leeway import codec
+from leeway.replay_client import ReplayClient
+from leeway.rpc import Security, start_server
+from leeway.types import WriteItem, WriteResult
+from leeway.v1 import replay_pb2
+from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.log import Log, LogOptions
+from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.service import SERVICE_NAME, ReplayService
+from tests.unit.replay_buffer.builders import RUN
+
+PLAIN = Security()
+
+
+@asynccontextmanager
+async def serving(
+    directory: Path,
+    *,
+    lease_seconds: float = 60.0,
+    log: Callable[[LogOptions], Log] = Log,
+    free_bytes: Callable[[Path], int] = lambda _: 1 << 40,
+) -> AsyncGenerator[str]:
+    """Serve a directory; yields the address."""
+    options = ReplayBufferOptions(directory=directory, lease_seconds=lease_seconds, stop_seconds=0.2)
+    durable_log = log(LogOptions(directory, retry_seconds=0.01))
+    buffer = ReplayBuffer(options, durable_log, free_bytes=free_bytes)
+    buffer.start()
+    service = ReplayService(buffer)
+    server = await start_server("127.0.0.1:0", service.add_to, [SERVICE_NAME], PLAIN)
+    try:
+        yield f"127.0.0.1:{server.port}"
+    finally:
+        buffer.stop()
+        service.stop()
+        await server.stop(0.2)
+        await durable_log.aclose()
+
+
+@asynccontextmanager
+async def connected(address: str, run: str = RUN) -> AsyncGenerator[ReplayClient]:
+    client = ReplayClient(address, run, PLAIN, patience_seconds=20)
+    try:
+        yield client
+    finally:
+        await client.aclose()
+
+
+async def write(client: ReplayClient, items: Sequence[WriteItem], server_id: str = "s0") -> list[WriteResult]:
+    """One message of items over a stream of its own; returns the answers."""
+    request = replay_pb2.WriteTrajectoriesRequest(
+        run=client.run, server_id=server_id, items=[codec.item_to_proto(item) for item in items]
+    )
+
+    async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
+        yield request
+
+    async with asyncio.timeout(20):
+        return [
+            codec.result_from_proto(result)
+            async for reply in client.write_stream(requests())
+            for result in reply.results
+        ]
