@@ -59,11 +59,12 @@ def configure_logging(service: str, *, verbose: bool = False) -> None:
 def serve(service: str, main: Main, arguments: argparse.Namespace) -> int:
     """Run `main(stop)` until it returns; the exit code says how it ended."""
     configure_logging(service, verbose=arguments.verbose)
+    code = EXIT_OK
     try:
         asyncio.run(_with_signals(main, watch_parent=arguments.supervised))
     except* LeewayError as group:
-        return _report(service, _leaves(group))
-    return EXIT_OK
+        code = _report(service, _leaves(group))
+    return code
 
 
 def exit_code(error: LeewayError) -> int:
