@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import signal
-import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -39,6 +38,7 @@ from leeway.config import (
     write_document,
 )
 from leeway.errors import ConfigError, PreconditionError
+from leeway.ports import free_port
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 from leeway.tasks import load_tasks
 from replay_buffer.options import ReplayBufferOptions
@@ -119,9 +119,9 @@ def resolve(document: Document) -> dict[str, Options]:
     )
     sections["metrics"] = metrics.model_copy(
         update={
-            "replay_buffer": metrics.replay_buffer or _free_port(metrics.host),
-            "learner": metrics.learner or _free_port(metrics.host),
-            "inference_servers": tuple(port or _free_port(metrics.host) for port in metrics.inference_servers),
+            "replay_buffer": metrics.replay_buffer or free_port(metrics.host),
+            "learner": metrics.learner or free_port(metrics.host),
+            "inference_servers": tuple(port or free_port(metrics.host) for port in metrics.inference_servers),
         }
     )
     return sections
@@ -138,12 +138,7 @@ def _check_references(sections: Mapping[str, Options]) -> None:
 
 def _fixed_address(address: str) -> str:
     host, _, port = address.rpartition(":")
-    return address if int(port) else f"{host}:{_free_port(host)}"
-
-
-def _free_port(host: str) -> int:
-    with socket.create_server((host, 0)) as probe:
-        return probe.getsockname()[1]
+    return address if int(port) else f"{host}:{free_port(host)}"
 
 
 def _refuse_existing(run: RunOptions, arguments: argparse.Namespace) -> None:
