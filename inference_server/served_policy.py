@@ -20,6 +20,7 @@ class ServedPolicy:
     def __init__(self, engine: Engine, run: str) -> None:
         self._engine = engine
         self._run = run
+        self._version = engine.info().version
         self._highest_epoch = 0
         self._updating = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -27,7 +28,7 @@ class ServedPolicy:
     @property
     def version(self) -> PolicyVersion | None:
         """The run's version in force; None before its first."""
-        version = self._engine.info().version
+        version = self._version
         return version if version is not None and version.run == self._run else None
 
     def raise_fence(self, publisher_epoch: int) -> None:
@@ -59,6 +60,7 @@ class ServedPolicy:
             if snapshot.version == self.version:
                 return 0.0
             paused_seconds = await self._engine.update_weights(snapshot)
+            self._version = snapshot.version
         self._changed.set()
         self._changed = asyncio.Event()
         return paused_seconds

@@ -141,6 +141,7 @@ class RolloutWorker:
         metrics: InferenceServerMetrics,
     ) -> None:
         self._engine = engine
+        self._info = engine.info()
         self._policy = policy
         self._client = client
         self._server_id = server_id
@@ -166,7 +167,7 @@ class RolloutWorker:
         spec = await _unless_stopped(stop, self._join())
         if spec is None or await _unless_stopped(stop, self._policy.wait_for_change(None)) is None:
             return
-        capacity = max(self._engine.info().max_concurrency + self._limits.prefetch, spec.members)
+        capacity = max(self._info.max_concurrency + self._limits.prefetch, spec.members)
         async with asyncio.TaskGroup() as services:
             writer = services.create_task(self._writer.run(), name="trajectory writer")
             renewer = services.create_task(self._renew_leases(), name="lease renewer")
@@ -181,7 +182,7 @@ class RolloutWorker:
     # Joining
 
     async def _join(self) -> RunSpec:
-        info = self._engine.info()
+        info = self._info
         if info.logprob_mode is not LogprobMode.SAMPLED:
             raise PreconditionError(
                 f"{info.engine} reports log-probs of the raw distribution; a run needs those of the distribution "
@@ -275,9 +276,8 @@ class RolloutWorker:
     def _lend(self, ticket: Ticket, members: asyncio.TaskGroup) -> None:
         """Begin to work on a ticket."""
         loan = self._open_loan(ticket)
-        engine = self._engine.info().engine
         for member in ticket.members:
-            recorder = TrajectoryRecorder(ticket, member, loan.prompt, engine)
+            recorder = TrajectoryRecorder(ticket, member, loan.prompt, self._info.engine)
             loan.members[member.trajectory_id] = entry = _Member(recorder)
             self._loan_of[member.trajectory_id] = loan
             entry.task = members.create_task(self._roll_out(loan, recorder))
@@ -349,7 +349,7 @@ class RolloutWorker:
 
     def _unusable(self, loan: _Loan) -> TrajectoryFailure | None:
         """Why a loan cannot be worked on at all."""
-        context_length = self._engine.info().signature.context_length
+        context_length = self._info.signature.context_length
         pinned = loan.ticket.pinned_version
         if not loan.task:
             return TrajectoryFailure(f"{loan.where} does not exist on this server", retryable=False)
@@ -463,3 +463,11 @@ async def _unless_stopped(stop: asyncio.Event, awaitable: Awaitable[T]) -> T | N
         for task in (wait, stopped):
             if not task.done():
                 task.cancel()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from inference_server.server import main
+
+    sys.exit(main(with_backend=True))

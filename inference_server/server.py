@@ -1,0 +1,194 @@
+"""One inference server, put together from a configuration file.
+
+    weight receiver ──> served policy ──> engine <── InferenceService (others may generate and push, too)
+                              │             ▲
+                              └── rollout worker ──> replay buffer
+
+All of it ends together: when the run has finished, when a stop is asked for, or with the first error that no part can
+handle itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from argparse import Namespace
+
+from prometheus_client import CollectorRegistry
+
+from inference_server.engine import Engine
+from inference_server.engines.arithmetic import ArithmeticEngine
+from inference_server.engines.remote import RemoteEngine
+from inference_server.options import InferenceServerOptions
+from inference_server.reward import RewardRunner
+from inference_server.served_policy import ServedPolicy
+from inference_server.service import SERVICE_NAME, add_inference_service
+from inference_server.text import HuggingFaceTokenizer, Tokenizer
+from inference_server.weight_receiver import WeightReceiver
+from inference_server.worker import RolloutWorker
+from leeway.arithmetic import ArithmeticTokenizer
+from leeway.config import (
+    Document,
+    MetricsOptions,
+    ModelOptions,
+    NetworkOptions,
+    RunOptions,
+    SamplingOptions,
+    TaskOptions,
+    load_document,
+    section,
+)
+from leeway.errors import ConfigError, LeewayError
+from leeway.metrics import InferenceServerMetrics, serve_metrics
+from leeway.plugins import load_function
+from leeway.process import EXIT_OK, report_error, serve, service_parser
+from leeway.replay_client import ReplayClient
+from leeway.rpc import Security, cancel_and_wait, start_server
+from leeway.tasks import load_tasks
+
+log = logging.getLogger("inference_server")
+
+
+class InferenceServerProcess:
+    """What the configuration says, for the server with one index.
+
+    Args:
+        document: the run's configuration.
+        index: which entry of network.inference_servers and metrics.inference_servers this is.
+        backend: address of a foreign InferenceService that samples; None for an engine in this process.
+
+    Raises:
+        ConfigError: a section cannot be used, or there is no server with that index.
+    """
+
+    def __init__(self, document: Document, index: int, backend: str | None = None) -> None:
+        self.run = section(document, "run", RunOptions)
+        self.model = section(document, "model", ModelOptions)
+        self.task = section(document, "task", TaskOptions)
+        self.sampling = section(document, "sampling", SamplingOptions)
+        self.network = section(document, "network", NetworkOptions)
+        self.metrics = section(document, "metrics", MetricsOptions)
+        self.options = section(document, "inference_server", InferenceServerOptions)
+        for key, entries in (
+            ("network.inference_servers", self.network.inference_servers),
+            ("metrics.inference_servers", self.metrics.inference_servers),
+        ):
+            if not 0 <= index < len(entries):
+                raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
+        self.index = index
+        self.server_id = f"server-{index}"
+        self.backend = backend
+        self.security = Security.from_files(
+            self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
+        )
+
+    async def main(self, stop: asyncio.Event) -> None:
+        """Serve and feed the run until it has finished or `stop` is set."""
+        registry = CollectorRegistry()
+        metrics = InferenceServerMetrics(registry)
+        tasks = load_tasks(self.task, self.run.seed)
+        reward = RewardRunner(
+            load_function(self.task.reward, self.task.python_path),
+            self.task.reward,
+            self.options.reward_limits(),
+            metrics,
+        )
+        tokenizer = self._make_tokenizer()
+        serve_metrics(registry, self.metrics.host, self.metrics.inference_servers[self.index])
+        engine = await self._make_engine()
+        policy = ServedPolicy(engine, self.run.name)
+        client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+        receiver = WeightReceiver(
+            policy=policy,
+            signature=engine.info().signature,
+            run=self.run.name,
+            server_id=self.server_id,
+            address=self.network.policy,
+            security=self.security,
+            allow_local=self.network.weights != "grpc",
+            fetch_timeout_seconds=self.options.fetch_timeout_seconds,
+            metrics=metrics,
+        )
+        worker = RolloutWorker(
+            engine=engine,
+            policy=policy,
+            client=client,
+            server_id=self.server_id,
+            tasks=tasks,
+            tokenizer=tokenizer,
+            reward=reward,
+            limits=self.options.worker_limits(),
+            writer_limits=self.options.writer_limits(),
+            metrics=metrics,
+        )
+        try:
+            await self._serve(engine, policy, receiver, worker, stop)
+        finally:
+            await engine.aclose()
+            await client.aclose()
+        log.info("%s has ended", self.server_id)
+
+    async def _serve(
+        self,
+        engine: Engine,
+        policy: ServedPolicy,
+        receiver: WeightReceiver,
+        worker: RolloutWorker,
+        stop: asyncio.Event,
+    ) -> None:
+        server = None
+        if self.backend is None:
+            address = self.network.inference_servers[self.index]
+            server = await start_server(address, add_inference_service(engine, policy), [SERVICE_NAME], self.security)
+            log.info("serving %s on %s as %s", engine.info().engine, address, self.server_id)
+        try:
+            async with asyncio.TaskGroup() as group:
+                receiving = group.create_task(receiver.run(), name="weight receiver")
+                await worker.run(stop)
+                await cancel_and_wait(receiving)
+        finally:
+            if server is not None:
+                await server.stop(grace_seconds=1.0)
+
+    async def _make_engine(self) -> Engine:
+        if self.backend is not None:
+            return await RemoteEngine.connect(
+                self.backend, self.security, timeout_seconds=self.options.trajectory_timeout_seconds
+            )
+        if self.options.engine == "arithmetic":
+            return ArithmeticEngine(self.options.arithmetic)
+        from inference_server.engines.transformers_engine import TransformersEngine
+
+        return await asyncio.to_thread(TransformersEngine, self.model.path, self.options.transformers)
+
+    def _make_tokenizer(self) -> Tokenizer:
+        if self.options.engine == "arithmetic":
+            return ArithmeticTokenizer()
+        return HuggingFaceTokenizer(self.model.path, chat=self.task.chat)
+
+
+def main(*, with_backend: bool = False) -> int:
+    """Parse, check, serve; returns the exit code.
+
+    Args:
+        with_backend: whether a foreign backend samples; its address is then a required argument.
+    """
+    module = "inference_server.worker" if with_backend else "inference_server"
+    description = (
+        "A rollout worker that feeds a run from a foreign InferenceService."
+        if with_backend
+        else "An inference server: an engine, its service, and the rollout worker that feeds a run from it."
+    )
+    parser = service_parser(module, description)
+    parser.add_argument("--index", type=int, default=0, metavar="I", help="which of network.inference_servers this is")
+    if with_backend:
+        parser.add_argument("--backend", required=True, metavar="HOST:PORT", help="the InferenceService that samples")
+    arguments: Namespace = parser.parse_args()
+    try:
+        document = load_document(arguments.config, arguments.overrides)
+        process = InferenceServerProcess(document, arguments.index, arguments.backend if with_backend else None)
+    except LeewayError as error:
+        return report_error("inference_server", error)
+    if arguments.check:
+        return EXIT_OK
+    return serve(process.server_id, process.main, arguments)
