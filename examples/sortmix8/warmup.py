@@ -23,6 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import (
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -121,7 +122,7 @@ def train(model: PreTrainedModel, token_ids: torch.Tensor, batch_size: int, lear
 
 
 @torch.no_grad()
-def heldout_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, count: int, seed: int) -> float:
+def heldout_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int, seed: int) -> float:
     """Share of `count` held-out tasks answered right, sampled at temperature 1, one draw each."""
     heldout = tasks("heldout", count, seed)
     token_ids = torch.tensor(tokenizer([task["prompt"] for task in heldout])["input_ids"])

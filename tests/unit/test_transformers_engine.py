@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from inference_server.engine import GenerationEnd, GenerationRequest
+from inference_server.engine import Engine, GenerationEnd, GenerationRequest
 from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from leeway.errors import (
@@ -383,11 +383,13 @@ async def test_closing_the_iterator_frees_the_slot(make_engine: MakeEngine) -> N
         await queued
 
     await items.aclose()
-    await engine.resume()
-
-    assert (await waiting).end is not None
+    await engine.pause()
+    await engine.pause()  # answered after the iteration that dropped what was cancelled
     assert engine._thread._batch.num_rows == 0
-    assert not engine._thread._queued
+    assert len(engine._thread._queued) == 1
+
+    await engine.resume()
+    assert (await waiting).end is not None
 
 
 async def test_rows_stay_right_when_sequences_before_them_leave(
@@ -601,11 +603,19 @@ async def test_routing_of_many_experts_is_uint16(tmp_path: Path, make_engine: Ma
 
 
 async def test_info(make_engine: MakeEngine) -> None:
-    info = (await make_engine(max_concurrency=7)).info()
+    engine: Engine = await make_engine(max_concurrency=7)
+    info = engine.info()
     assert info.engine.startswith("transformers/5.")
     assert info.logprob_mode == LogprobMode.SAMPLED
     assert (info.max_topk, info.routing, info.max_concurrency) == (20, True, 7)
     assert (info.signature.moe_layers, info.signature.experts) == (NUM_LAYERS, 6)
+
+
+async def test_bfloat16_compute_decodes(make_engine: MakeEngine, model: PreTrainedModel) -> None:
+    engine = await make_engine(dtype="bfloat16")
+    completion = await complete(engine, make_request([3, 4, 5], routing=True, topk=2))
+    assert completion.logprobs.dtype == np.float32
+    assert np.abs(completion.logprobs - expected_logprobs(model, completion)).max() > 1e-3
 
 
 async def test_models_that_cannot_share_a_batch_are_refused(tmp_path: Path, make_engine: MakeEngine) -> None:
