@@ -169,6 +169,15 @@ def test_padding_of_any_value_gives_nothing(name: str) -> None:
     assert torch.equal(gradient, clean_gradient)
 
 
+@pytest.mark.parametrize("name", ["dppo-binary-tv", "dppo-binary-kl", "grpo"])
+def test_a_masked_token_is_zero_even_where_its_ratio_overflowed(name: str) -> None:
+    """With C infinite, 0 * inf would be NaN."""
+    policy = torch.tensor([math.log(0.9)], requires_grad=True)
+    batch = TokenBatch(policy, torch.tensor([-120.0]), torch.ones(1), torch.tensor([True]), torch.tensor([0]))
+    losses, _, gradient = run(name, batch, both(0.1, INFINITY))
+    assert (losses.item(), gradient.item()) == (0.0, 0.0)
+
+
 def test_bfloat16_log_probs_are_judged_in_float32() -> None:
     mu, pi = torch.tensor([0.5] * 1, dtype=torch.bfloat16).log(), torch.tensor([0.4] * 1, dtype=torch.bfloat16).log()
     batch = TokenBatch(pi.requires_grad_(), mu, torch.tensor([-1.0]), torch.tensor([True]), torch.tensor([0]))

@@ -52,14 +52,23 @@ def assert_same_weights(a: PreTrainedModel, b: PreTrainedModel) -> None:
         assert torch.equal(tensor, b.state_dict()[name]), name
 
 
-def reference_gradient(model: PreTrainedModel, step: list[TrajectoryGroup], delta: float) -> dict[str, torch.Tensor]:
-    """The gradient of the step's loss, written out: every trajectory alone, DPPO binary TV, mean of sums."""
+def reference_gradient(
+    model: PreTrainedModel, step: list[TrajectoryGroup], delta: float, aggregation: str
+) -> dict[str, torch.Tensor]:
+    """The gradient of the step's loss, written out: every trajectory alone, DPPO binary TV."""
     total = torch.zeros(())
-    count = sum(len(group.trajectories) for group in step)
+    sequences = sum(len(group.trajectories) for group in step)
+    tokens = sum(int(t.loss_mask.sum()) for group in step for t in group.trajectories)
     for group in step:
         mean = sum(t.reward for t in group.trajectories) / len(group.trajectories)
         for t in group.trajectories:
             ids = torch.tensor(t.token_ids.astype(np.int64))
+            count = {
+                "seq-mean-token-sum": sequences,
+                "token-mean": tokens,
+                "seq-mean-token-mean": sequences * int(t.loss_mask.sum()),
+                "fixed-horizon": sequences * 7,
+            }[aggregation]
             logprobs = torch.log_softmax(model(input_ids=ids[None], use_cache=False).logits[0], -1)
             for i in np.flatnonzero(t.loss_mask):
                 log_pi = logprobs[i - 1, ids[i]]
@@ -71,11 +80,20 @@ def reference_gradient(model: PreTrainedModel, step: list[TrajectoryGroup], delt
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
-def test_the_step_is_the_formula() -> None:
+@pytest.mark.parametrize("aggregation", ["seq-mean-token-sum", "token-mean", "seq-mean-token-mean", "fixed-horizon"])
+def test_the_step_is_the_formula(aggregation: str) -> None:
     model, reference = dense_model(), dense_model()
     step = groups()
-    expected = reference_gradient(reference, step, 0.05)
-    taught = trainer(model, options(delta_low=0.05, delta_high=0.05, truncation=math.inf, max_gradient_norm=math.inf))
+    expected = reference_gradient(reference, step, 0.05, aggregation)
+    chosen = options(
+        delta_low=0.05,
+        delta_high=0.05,
+        truncation=math.inf,
+        max_gradient_norm=math.inf,
+        aggregation=aggregation,
+        horizon=7 if aggregation == "fixed-horizon" else None,
+    )
+    taught = trainer(model, chosen)
     statistics = learned(taught, step)
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
