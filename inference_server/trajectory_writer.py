@@ -59,6 +59,7 @@ class WriterLimits:
         flush_seconds: or this long after its first item.
         answer_timeout_seconds: without an answer for so long the stream counts as broken.
         patience_seconds: without any answer for so long, over all streams, the writer gives up.
+        exhausted_wait_seconds: how long to wait when the buffer has no room.
     """
 
     max_items: int = 4096
@@ -68,6 +69,7 @@ class WriterLimits:
     flush_seconds: float = 0.005
     answer_timeout_seconds: float = 60.0
     patience_seconds: float = 600.0
+    exhausted_wait_seconds: float = 2.0
 
 
 class TrajectoryWriter:
@@ -278,8 +280,9 @@ class TrajectoryWriter:
             coming.add((item.trajectory_id, item.attempt, item.seq))
             items.append(item)
         if any(result.status is WriteStatus.EXHAUSTED for _, result in again):
-            log.warning("the replay buffer has no room; writing again in %g s", _LAST_BACKOFF_SECONDS)
-            self._send_not_before = asyncio.get_running_loop().time() + _LAST_BACKOFF_SECONDS
+            wait_seconds = self._limits.exhausted_wait_seconds
+            log.warning("the replay buffer has no room; writing again in %g s", wait_seconds)
+            self._send_not_before = asyncio.get_running_loop().time() + wait_seconds
         self._put_back(items)
 
     def _take_back(self) -> None:
