@@ -3,8 +3,8 @@
     READY groups inside the window ── earliest deadline first ──> batch of step h + 1, checked against the head h
 
 The window is anchored at the oldest group that is still OPEN and spans (S + 1) * B groups in the order of issue.
-Younger groups wait, so that a long rollout is waited for within bounds instead of being overtaken for ever. READY groups
-older than the anchor can always be drawn, hence the window never locks.
+Younger groups wait, so that a long rollout is waited for within bounds instead of being overtaken for ever. READY
+groups older than the anchor can always be drawn, hence the window never locks.
 """
 
 from __future__ import annotations

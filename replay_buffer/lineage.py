@@ -27,6 +27,9 @@ class Lineage:
     def __contains__(self, version: PolicyVersion) -> bool:
         return version in self._parents
 
+    def __iter__(self) -> Iterator[PolicyVersion]:
+        return iter(self._parents)
+
     def parent(self, version: PolicyVersion) -> PolicyVersion | None:
         """The version it was trained from; None for the root."""
         return self._parents[version]

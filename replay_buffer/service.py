@@ -148,8 +148,9 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def WriteTrajectories(
         self, request_iterator: AsyncIterator[replay_pb2.WriteTrajectoriesRequest], context: _Context
     ) -> AsyncIterator[replay_pb2.WriteTrajectoriesResponse]:
-        answers: asyncio.Queue[_Answer | None] = asyncio.Queue(_UNANSWERED_MESSAGES)
-        reader = asyncio.create_task(self._read_writes(request_iterator, answers))
+        answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
+        unanswered = asyncio.Semaphore(_UNANSWERED_MESSAGES)
+        reader = asyncio.create_task(self._read_writes(request_iterator, answers, unanswered))
         self._readers.add(reader)
         try:
             while (answer := await answers.get()) is not None:
@@ -158,6 +159,7 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
                 yield replay_pb2.WriteTrajectoriesResponse(
                     results=[codec.result_to_proto(result) for result in results]
                 )
+                unanswered.release()
             if reader.cancelled():
                 raise UnavailableError("the replay buffer is stopping; repeat what was not acknowledged")
             await reader
@@ -169,14 +171,15 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         self,
         requests: AsyncIterator[replay_pb2.WriteTrajectoriesRequest],
         answers: asyncio.Queue[_Answer | None],
+        unanswered: asyncio.Semaphore,
     ) -> None:
         try:
             async for request in requests:
-                results = self._write(request)
-                await answers.put((results, self._buffer.mark))
+                answers.put_nowait((self._write(request), self._buffer.mark))
+                await unanswered.acquire()
                 await self._buffer.room()
         finally:
-            await answers.put(None)
+            answers.put_nowait(None)
 
     def _write(self, request: replay_pb2.WriteTrajectoriesRequest) -> list[WriteResult]:
         items = [_item(message) for message in request.items]

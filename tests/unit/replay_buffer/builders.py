@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
@@ -13,8 +14,10 @@ from leeway.types import (
     Column,
     ColumnKind,
     FinishReason,
+    GroupState,
     ModelSignature,
     PolicyVersion,
+    Purpose,
     RunSpec,
     SamplingParams,
     Segment,
@@ -25,7 +28,17 @@ from leeway.types import (
     TrajectoryClose,
     VersionSpan,
     WriteItem,
+    WriteResult,
+    WriteStatus,
 )
+from replay_buffer.draw import decide_draw, drawn_batch
+from replay_buffer.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
+from replay_buffer.records import Record, decode, encode
+from replay_buffer.state import Location, RunState
+from replay_buffer.tickets import Expired, TicketOffice
+from replay_buffer.transitions import Transition
+from replay_buffer.views import view_group
+from replay_buffer.writing import decide_write
 
 RUN = "test-run"
 MOMENT = datetime(2026, 11, 22, tzinfo=UTC)
@@ -123,3 +136,116 @@ def whole(member: TicketMember, attempt: int, data: bytes | None = None, *, rewa
 def filled(ticket: Ticket, versions: Sequence[PolicyVersion] = (ROOT,)) -> list[WriteItem]:
     """Every trajectory of a ticket, complete."""
     return [item for member in ticket.members for item in whole(member, ticket.attempt, chunk(versions))]
+
+
+class Machine:
+    """A run without log or clock: decides, encodes, decodes and applies, as the buffer does."""
+
+    def __init__(self, run_spec: RunSpec | None = None, checkpoint: PolicyVersion | None = None) -> None:
+        self.spec = run_spec or spec()
+        self.records: list[bytes] = []
+        self.state = RunState(self.spec)
+        opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
+        assert opened is not None
+        self.record(opened)
+
+    def record(self, *transitions: Transition | None) -> None:
+        for transition in transitions:
+            if transition is not None:
+                payload = encode(Record(self.spec.run, len(self.records), transition))
+                self.records.append(payload)
+                _apply(self.state, payload, len(self.records) - 1)
+
+    def read(self, location: Location) -> Transition:
+        return decode(self.records[location.offset]).transition
+
+    def refolded(self) -> RunState:
+        """The state as a restart would find it."""
+        state = RunState(self.spec)
+        for index, payload in enumerate(self.records):
+            _apply(state, payload, index)
+        return state
+
+    def reopen(self, checkpoint: PolicyVersion, ledger: Ledger = ()) -> int:
+        self.record(decide_open_run(self.state, self.spec, checkpoint, ledger))
+        self.record(*decide_after_open(self.state))
+        return self.state.epoch
+
+    def acquire(
+        self,
+        version: PolicyVersion | None = None,
+        max_members: int = 10_000,
+        *,
+        server_id: str = "s0",
+        expired: Expired = lambda _: False,
+    ) -> list[Ticket]:
+        office = TicketOffice(self.state, server_id, version or self.state.head, expired, 30.0)
+        issued = office.issue(max_members)
+        self.record(*issued)
+        return [entry.ticket for entry in issued]
+
+    def write(self, *items: WriteItem, room: bool = True) -> list[WriteResult]:
+        results: list[WriteResult] = []
+        for item in items:
+            decision = decide_write(self.state, item, self.read, room=room)
+            self.record(*decision.transitions)
+            results.append(decision.result)
+        return results
+
+    def fill(self, tickets: Sequence[Ticket], versions: Sequence[PolicyVersion] | None = None) -> None:
+        """Complete tickets with tokens of these versions (default: the head)."""
+        for ticket in tickets:
+            for result in self.write(*filled(ticket, versions or [self.state.head])):
+                assert result.status is WriteStatus.ACKNOWLEDGED, result
+
+    def draw(self) -> tuple[str, ...] | None:
+        step = self.state.head.step + 1
+        if drawn_batch(self.state, self.state.epoch, step) is None:
+            self.record(decide_draw(self.state, self.state.epoch, step))
+        batch = drawn_batch(self.state, self.state.epoch, step)
+        return None if batch is None else batch.group_ids
+
+    def advance(self) -> PolicyVersion:
+        """Train the drawn step."""
+        epoch, head = self.state.epoch, self.state.head
+        new = version(head.step + 1, epoch, self.spec.run)
+        self.record(decide_advance(self.state, epoch, new, head))
+        return new
+
+    def step(self) -> tuple[str, ...]:
+        """One whole step on fresh groups."""
+        self.fill(self.acquire())
+        groups = self.draw()
+        assert groups is not None
+        self.advance()
+        return groups
+
+    def commit(self, step: int | None = None) -> None:
+        self.record(decide_commit(self.state, self.state.epoch, self.state.head.step if step is None else step))
+
+    def states(self) -> dict[GroupState, int]:
+        """How many training groups are in each state."""
+        return dict(Counter(group.state for group in self.state.groups.values() if group.purpose is Purpose.TRAIN))
+
+
+def _apply(state: RunState, payload: bytes, index: int) -> None:
+    record = decode(payload)
+    state.apply(record.transition, record.recorded_at_ns, Location(1, index, len(payload)))
+
+
+def snapshot(state: RunState) -> dict[str, object]:
+    """Everything a state consists of, comparable."""
+    return {
+        "status": state.status(),
+        "groups": [view_group(group) for group in state.groups.values()],
+        "attempts": [(group.attempt, group.server_id, group.version) for group in state.groups.values()],
+        "versions": [[member.versions for member in group.members] for group in state.groups.values()],
+        "batches": {step: (batch.group_ids, batch.sealed) for step, batch in state.batches.items()},
+        "tasks": (state.task_cursor, list(state.requeued)),
+        "live": [list(state.live), list(state.live_evaluation)],
+        "evaluations": {
+            key: (evaluation.evaluation, evaluation.group_ids, evaluation.closed)
+            for key, evaluation in state.evaluations.items()
+        },
+        "lags": {str(known): state.lineage.lag(known) for known in state.lineage},
+    }
