@@ -56,6 +56,7 @@ class TransformersEngine:
 
     def __init__(self, model_path: Path, options: TransformersEngineOptions) -> None:
         self._options = options
+        self._name = f"transformers/{version('transformers')}"  # read once: it is looked up on disk
         self._signature = model_signature(model_path)
         self._model = load_model(model_path, torch_dtype(options.dtype))
         self._model.requires_grad_(requires_grad=False)
@@ -77,7 +78,7 @@ class TransformersEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(
             signature=self._signature,
-            engine=f"transformers/{version('transformers')}",
+            engine=self._name,
             logprob_mode=LogprobMode.SAMPLED,
             version=self._thread.version,
             max_topk=min(self._options.max_topk, self._signature.vocab_size),
