@@ -1,11 +1,11 @@
 """Checkpoints: a folder per step that is either whole or not there.
 
-    save   checkpoints/.partial-… ← trainer files, manifest.json; fsync each, fsync the folder; rename to step-NNNNNNNN; fsync the parent
+    save   .partial-NNNNNNNN ← trainer's files, manifest.json; fsync all; rename to step-NNNNNNNN; fsync the parent
     load   the newest folder whose manifest and files agree
 
-Only the rename makes a checkpoint exist, so a crash leaves a whole one or a leftover that the next save removes. The manifest carries the ledger:
-which groups each step trained on since the last commit that the replay buffer confirmed. It is what lets the buffer decide, after a
-crash between checkpoint and commit, that those groups are consumed.
+Only the rename makes a checkpoint exist, so a crash leaves a whole one or a leftover that the next save removes. The
+manifest carries the ledger: which groups each step trained on since the last commit that the replay buffer confirmed.
+It is what lets the buffer decide, after a crash between checkpoint and commit, that those groups are consumed.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class CheckpointStore:
         for name, digest in manifest["files"].items():
             path = directory / name
             if not path.is_file() or _file_digest(path) != digest:
-                raise CorruptDataError(f"{path}: missing or changed since it was written; remove {directory} to fall back")
+                raise CorruptDataError(
+                    f"{path}: missing or changed since it was written; remove {directory} to fall back"
+                )
         return Checkpoint(
             directory=directory,
             version=PolicyVersion(

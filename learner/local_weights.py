@@ -1,8 +1,8 @@
 """Weight bytes to servers on this host, over ZeroMQ.
 
-A ROUTER socket on an ipc endpoint in a folder that only this user can enter. A request is [b"leeway/1", serialized PolicyVersion];
-the reply is [b"ok", one frame per tensor in manifest order], or [b"gone"] when that version is no longer the newest. The receiver checks
-every digest, so a wrong byte is noticed, never served.
+A ROUTER socket on an ipc endpoint in a folder that only this user can enter. A request is [b"leeway/1", serialized
+PolicyVersion]; the reply is [b"ok", one frame per tensor in manifest order], or [b"gone"] when that version is no
+longer the newest. The receiver checks every digest, so a wrong byte is noticed, never served.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@
     unblocks     admission in the buffer (Advance moves the head), servers (publish)
     order        draw, train, Advance, publish; a checkpoint holds only advanced steps; commit comes after it is durable
 
-Training runs in a thread, so that weights are served and evaluations awaited meanwhile. An evaluation pins a version: it holds
-back newer ones until its tickets are done, while training goes on as far as the staleness bound lets it.
+Training runs in a thread, so that weights are served and evaluations awaited meanwhile. An evaluation pins a version:
+it holds back newer ones until its tickets are done, while training goes on as far as the staleness bound lets it.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class Learner:
     async def _draw(self, step: int, stop: asyncio.Event) -> list[TrajectoryGroup] | None:
         """The step's groups, or None when `stop` came first."""
         began = time.monotonic()
-        draw = asyncio.create_task(
-            self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
-        )
+        draw = asyncio.create_task(self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds))
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait([draw, stopping], return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
@@ -140,10 +138,13 @@ class Learner:
 
     async def _name_blocker(self, step: int) -> str:
         status = await self._parts.buffer.run_status()
-        servers = ", ".join(f"{name} at {version or 'no version'}" for name, version in self._parts.publisher.servers.items())
+        servers = ", ".join(
+            f"{name} at {version or 'no version'}" for name, version in self._parts.publisher.servers.items()
+        )
         return (
-            f"no batch for step {step} within {self._options.draw_timeout_seconds:g} s: {status.ready} groups are ready "
-            f"and {status.open} open, {self._spec.groups_per_step} are needed; connected servers: {servers or 'none'}"
+            f"no batch for step {step} within {self._options.draw_timeout_seconds:g} s: "
+            f"{status.ready} groups are ready and {status.open} open, {self._spec.groups_per_step} are needed; "
+            f"connected servers: {servers or 'none'}"
         )
 
     async def _train(self, groups: Sequence[TrajectoryGroup]) -> bool:

@@ -18,7 +18,9 @@ class LearnerOptions(Options):
     )
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     publish_every: int = Field(
-        default=1, ge=1, description="steps between published versions; more than max_staleness + 1 would starve the run"
+        default=1,
+        ge=1,
+        description="steps between published versions; more than max_staleness + 1 would starve the run",
     )
     checkpoint_every_steps: int = Field(
         default=50, ge=1, description="steps between checkpoints; a crash repeats at most this many"

@@ -6,8 +6,9 @@
         (an evaluation keeps           └──> local weights (ZeroMQ ROUTER on ipc): bytes to servers on this host
          servers at its version)
 
-`publish` never waits for a server. A server that falls behind skips what was overtaken; one that joins late gets the newest
-announcement first. While the publication is held, `publish` keeps the newest snapshot back and `release` announces it.
+`publish` never waits for a server. A server that falls behind skips what was overtaken; one that joins late gets the
+newest announcement first. While the publication is held, `publish` keeps the newest snapshot back and `release`
+announces it.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
 
     # PolicyService
 
-    async def WatchPolicy(  # noqa: N802
+    async def WatchPolicy(
         self,
         request_iterator: AsyncIterator[policy_pb2.WatchPolicyRequest],
         context: grpc.aio.ServicerContext[policy_pb2.WatchPolicyRequest, policy_pb2.WatchPolicyResponse],
@@ -111,16 +112,9 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         answers = asyncio.create_task(self._read_answers(server_id, server, requests))
         announced: PolicyVersion | None = None
         try:
-            while not answers.done():
-                snapshot = self._newest
-                if snapshot is not None and snapshot.version != announced:
-                    announced = snapshot.version
-                    yield self._announcement(snapshot)
-                    continue
-                async with self._changed:
-                    await self._changed.wait_for(
-                        lambda: answers.done() or (self._newest is not None and self._newest.version != announced)
-                    )
+            while (snapshot := await self._next_snapshot(announced, answers)) is not None:
+                announced = snapshot.version
+                yield self._announcement(snapshot)
             await answers
         finally:
             await cancel_and_wait(answers)
@@ -128,7 +122,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
                 del self._servers[server_id]
             log.info("%s no longer watches the policy", server_id)
 
-    async def FetchWeights(  # noqa: N802
+    async def FetchWeights(
         self,
         request: policy_pb2.FetchWeightsRequest,
         context: grpc.aio.ServicerContext[policy_pb2.FetchWeightsRequest, policy_pb2.FetchWeightsResponse],
@@ -145,6 +139,16 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
                 self._metrics.published_bytes.labels("grpc").inc(len(piece))
                 yield policy_pb2.FetchWeightsResponse(data=piece)
 
+    async def _next_snapshot(
+        self, announced: PolicyVersion | None, answers: asyncio.Task[None]
+    ) -> WeightSnapshot | None:
+        """Wait for a version newer than `announced`; None when the server's side of the stream has ended."""
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: answers.done() or (self._newest is not None and self._newest.version != announced)
+            )
+        return None if answers.done() else self._newest
+
     def _admit(self, request: policy_pb2.WatchPolicyRequest | None) -> str:
         if request is None or not request.HasField("hello"):
             raise InvalidDataError("a WatchPolicy stream begins with hello")
@@ -153,7 +157,9 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             raise PreconditionError(f"{hello.server_id} belongs to run {hello.run!r}, this learner to {self._run!r}")
         signature = codec.signature_from_proto(hello.signature)
         if signature.tokenizer_digest != self._signature.tokenizer_digest:
-            raise PreconditionError(f"{hello.server_id}: its tokenizer differs from the learner's; use the same [model]")
+            raise PreconditionError(
+                f"{hello.server_id}: its tokenizer differs from the learner's; use the same [model]"
+            )
         if signature != self._signature:
             raise PreconditionError(f"{hello.server_id}: its model differs from the learner's; use the same [model]")
         return hello.server_id

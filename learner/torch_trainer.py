@@ -40,7 +40,7 @@ from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
-from leeway.huggingface import load_model, load_tokenizer, model_signature, published_tensors, tensor_bytes
+from leeway.huggingface import load_model, load_tokenizer, model_signature, published_tensors, save_model, tensor_bytes
 from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
 
@@ -166,6 +166,10 @@ class TorchTrainer:
         training_state.load_tensors(directory / "weights", self._policy.weights())
         training_state.load_tensors(directory / "optimizer", self._optimizer.state())
         self._optimizer.resume(scalars.num_steps)
+
+    def export(self, tokenizer_directory: Path, directory: Path) -> None:
+        """Write the weights, as published, as a directory that `from_pretrained` loads."""
+        save_model(self._policy.model, tokenizer_directory, directory, self._options.publish_dtype)
 
     def _scalars(self) -> TrainerScalars:
         return TrainerScalars(training_state.FORMAT, self.signature.model_digest.hex(), self._optimizer.num_steps)

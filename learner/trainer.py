@@ -1,4 +1,4 @@
-"""What the learner's loop needs of a trainer: a policy that learns from groups and can be published, saved and loaded."""
+"""What the learner's loop needs of a trainer: a policy that learns from groups, is published, saved and loaded."""
 
 from __future__ import annotations
 

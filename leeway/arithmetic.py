@@ -1,10 +1,11 @@
 """A model without a model: the law by which the arithmetic engine samples and the rehearsal trainer publishes.
 
-The weights of a version are one int64 tensor [epoch, step, 0, ...], and the distribution of the next token depends on
-them and on the prefix's length and last token. So the label of a token (its version) is enough to recompute the
-log-probability that it was sampled with, and a protocol test knows of every token whether its label tells the truth.
+The weights of a version are one int64 tensor [history, step, 0, ...], and the distribution of the next token depends on
+the digest of the published weights and on the prefix's length and last token. The digest is part of every version's
+name, so the label of a token is enough to recompute the log-probability that it was sampled with, and a protocol test
+knows of every token whether its label tells the truth.
 
-With V token ids, h a 64-bit hash of (epoch, step, prefix length, last token), temperature T:
+With V token ids, h a 64-bit hash of (digest, prefix length, last token), temperature T:
 
     favoured token     f = h mod V
     its probability    q = 0.05 + 0.9 u,   u in [0, 1) from the bits of h
@@ -51,10 +52,14 @@ SIGNATURE: Final = ModelSignature(
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticWeights:
-    """What the law knows of a policy version."""
+    """What the law knows of a policy version: 64 bits of the digest of its weights."""
 
-    epoch: int
-    step: int
+    key: int
+
+    @classmethod
+    def of(cls, version: PolicyVersion) -> ArithmeticWeights:
+        """The weights that a label names."""
+        return _of_digest(version.digest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,7 @@ def next_distribution(
     weights: ArithmeticWeights, length: int, last_token: int, temperature: float = 1.0
 ) -> Distribution:
     """The distribution of the token that follows `length` tokens, the last of which is `last_token`."""
-    bits = _hash(weights.epoch, weights.step, length, last_token)
+    bits = _hash(weights.key, length, last_token)
     others = SIGNATURE.vocab_size - 1
     favoured = 0.05 + 0.9 * (bits >> 11) * 2.0**-53
     other = (1.0 - favoured) / others
@@ -92,7 +97,7 @@ def next_distribution(
 
 def sample(distribution: Distribution, length: int, seed: int) -> tuple[int, float]:
     """Draw from a distribution: (token id, its log-probability). Depends on seed and position only."""
-    bits = _hash(seed, length, 0x5A3, 0)
+    bits = _hash(seed, length, 0x5A3)
     if (bits >> 11) * 2.0**-53 < math.exp(distribution.favoured_logprob):
         return distribution.favoured, distribution.favoured_logprob
     token_id = (distribution.favoured + 1 + _mix(bits) % (SIGNATURE.vocab_size - 1)) % SIGNATURE.vocab_size
@@ -123,28 +128,33 @@ def routing_row(weights: ArithmeticWeights, position: int, token_id: int) -> lis
     experts = SIGNATURE.experts
     rows: list[list[int]] = []
     for layer in range(SIGNATURE.moe_layers):
-        bits = _hash(weights.epoch, weights.step, (position << 8) | layer, token_id)
+        bits = _hash(weights.key, (position << 8) | layer, token_id)
         # An odd stride visits distinct experts, their number being a power of two.
         start, stride = bits % experts, 1 + 2 * ((bits >> 16) % (experts // 2))
         rows.append([(start + slot * stride) % experts for slot in range(SIGNATURE.experts_per_token)])
     return rows
 
 
-def published_weights(epoch: int, step: int) -> tuple[WeightManifest, list[bytes]]:
-    """The weights of a version as they are published: manifest and each tensor's bytes."""
+def published_weights(history: int, step: int) -> tuple[WeightManifest, list[bytes]]:
+    """The weights of a version as they are published: manifest and each tensor's bytes.
+
+    Args:
+        history: stands for everything that was learned; below 2^63.
+        step: optimizer steps.
+    """
     tensor = np.zeros(_WEIGHT_ELEMENTS, dtype="<i8")
-    tensor[:2] = epoch, step
+    tensor[:2] = history, step
     data = tensor.tobytes()
-    return WeightManifest((tensor_entry(_TENSOR_NAME, "int64", tensor.shape, data),)), [data]
+    return _manifest(data), [data]
 
 
-def policy_version(run: str, epoch: int, step: int) -> PolicyVersion:
-    """The identity of the weights of (epoch, step)."""
-    return PolicyVersion(run, epoch, step, weights_digest(published_weights(epoch, step)[0]))
+def policy_version(run: str, epoch: int, step: int, history: int = 0) -> PolicyVersion:
+    """The identity of the weights of (history, step), made by the learner's incarnation `epoch`."""
+    return PolicyVersion(run, epoch, step, weights_digest(published_weights(history, step)[0]))
 
 
 def read_weights(manifest: WeightManifest, buffers: Sequence[bytes | memoryview]) -> ArithmeticWeights:
-    """What `published_weights` wrote.
+    """The weights that bytes are, whatever anybody calls them.
 
     Raises:
         PreconditionError: the manifest is not that of this law.
@@ -155,8 +165,15 @@ def read_weights(manifest: WeightManifest, buffers: Sequence[bytes | memoryview]
             f"the published weights do not fit the arithmetic model, which has one int64 tensor {_TENSOR_NAME} "
             f"of {_WEIGHT_ELEMENTS} elements; serve the model that the learner trains"
         )
-    tensor = np.frombuffer(buffers[0], dtype="<i8")
-    return ArithmeticWeights(int(tensor[0]), int(tensor[1]))
+    return _of_digest(weights_digest(_manifest(buffers[0])))
+
+
+def _of_digest(digest: bytes) -> ArithmeticWeights:
+    return ArithmeticWeights(int.from_bytes(digest[:8], "little"))
+
+
+def _manifest(data: bytes | memoryview) -> WeightManifest:
+    return WeightManifest((tensor_entry(_TENSOR_NAME, "int64", (_WEIGHT_ELEMENTS,), data),))
 
 
 class ArithmeticTokenizer:
@@ -178,7 +195,7 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _hash(a: int, b: int, c: int, d: int) -> int:
-    """64 bits that depend on all four numbers."""
-    state = (a * 0x9E3779B97F4A7C15 + b * 0xC2B2AE3D27D4EB4F + c * 0x165667B19E3779F9 + d * 0xD6E8FEB86659FD93) & _MASK
+def _hash(a: int, b: int, c: int) -> int:
+    """64 bits that depend on all three numbers."""
+    state = (a * 0x9E3779B97F4A7C15 + b * 0xC2B2AE3D27D4EB4F + c * 0x165667B19E3779F9) & _MASK
     return _mix(_mix(state + 0x2545F4914F6CDD1D & _MASK))

@@ -1,7 +1,7 @@
 """From pieces to whole trajectories: joins the columns of a trajectory's chunks on one token axis, and checks them.
 
-The learner assembles what it draws; the replay buffer runs the same check when a trajectory closes, so what it calls READY
-assembles everywhere.
+The learner assembles what it draws; the replay buffer runs the same check when a trajectory closes, so what it calls
+READY assembles everywhere.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from leeway.types import (
     VersionSpan,
 )
 from leeway.v1 import replay_pb2
-
 
 _LAYOUT: Final = {
     ColumnKind.TOKEN_IDS: (1, ("int32",)),

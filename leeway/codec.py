@@ -1,19 +1,18 @@
 """Between the wire and `leeway.types`: the only place where protobuf meets arrays.
 
-`x_to_proto` and `x_from_proto` come in pairs. Everything that comes from a peer is checked before anything is allocated:
-a Tensor's size against its shape, enums against their range. What is malformed raises InvalidDataError.
+`x_to_proto` and `x_from_proto` come in pairs. Everything that comes from a peer is checked before anything is
+allocated: a Tensor's size against its shape, enums against their range. What is malformed raises InvalidDataError.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import math
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Final, TypeVar
-
-import enum
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration

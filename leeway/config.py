@@ -4,8 +4,8 @@
                  ▲
         --set key.path=value (TOML syntax; a bare word is a string)
 
-Sections that several services need live here; the others live beside what reads them, as subclasses of `Options`. Unknown
-keys, wrong types and values out of range are refused with file and key. Relative paths are taken from the
+Sections that several services need live here; the others live beside what reads them, as subclasses of `Options`.
+Unknown keys, wrong types and values out of range are refused with file and key. Relative paths are taken from the
 configuration file's own directory, so a run starts the same from anywhere.
 """
 
@@ -15,7 +15,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
@@ -47,8 +47,8 @@ class Options(BaseModel):
 def _from_config_directory(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, (str, Path)):
         return value
-    base: Path = (info.context or {}).get("directory", Path())
-    return (base / Path(value).expanduser()).resolve()
+    context: Mapping[str, Path] = info.context or {}
+    return (context.get("directory", Path()) / Path(value).expanduser()).resolve()
 
 
 ConfigPath = Annotated[Path, BeforeValidator(_from_config_directory)]
@@ -198,11 +198,12 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    table = values
+    table: dict[str, Any] = values
     for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+        inner: Any = table.setdefault(part, {})
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {part} is a value, not a section")
+        table = cast("dict[str, Any]", inner)
     table[parts[-1]] = value
 
 

@@ -1,7 +1,7 @@
 """Every Prometheus metric of Leeway, in one place: prefix `leeway_`, base units, bounded labels.
 
-Each service makes its own set on its own registry and serves it with `serve_metrics`. No label is ever a trajectory, a group
-or a version.
+Each service makes its own set on its own registry and serves it with `serve_metrics`. No label is ever a trajectory,
+a group or a version.
 """
 
 from __future__ import annotations

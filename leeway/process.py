@@ -1,8 +1,8 @@
 """A service as a process: its arguments, its log, its signals, its exit code.
 
-SIGTERM and SIGINT set the stop event that `main` watches; a clean stop follows. A second signal ends the process at once.
-A LeewayError ends it with one line on stderr: exit code 2 where a restart would meet the same error (configuration,
-precondition), 1 where it may not. A supervisor restarts on any code but 0 and 2.
+SIGTERM and SIGINT set the stop event that `main` watches; a clean stop follows. A second signal ends the process at
+once. A LeewayError ends it with one line on stderr: exit code 2 where a restart would meet the same error
+(configuration, precondition), 1 where it may not. A supervisor restarts on any code but 0 and 2.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -108,16 +108,13 @@ class _StopAtEnd(asyncio.Protocol):
         self._stop.set()
 
 
-def _report(service: str, errors: list[BaseException]) -> int:
-    return max(report_error(service, error) for error in errors if isinstance(error, LeewayError))
+def _report(service: str, errors: list[LeewayError]) -> int:
+    return max(report_error(service, error) for error in errors)
 
 
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    def walk(error: BaseException) -> Iterator[BaseException]:
-        if isinstance(error, BaseExceptionGroup):
-            for child in error.exceptions:
-                yield from walk(child)
-        else:
-            yield error
-
-    return list(walk(group))
+def _leaves(group: BaseExceptionGroup[LeewayError]) -> list[LeewayError]:
+    """The errors of a group, whatever its nesting."""
+    leaves: list[LeewayError] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves

@@ -1,9 +1,9 @@
 """Channels and servers: the settings that every connection shares, and errors across the wire.
 
-Server side, a handler raises a LeewayError and the interceptor turns it into a status with `google.rpc.ErrorInfo`; client
-side, `mapped_errors` turns the status back. Both ends set the same message limit and keepalive, so a dead peer is
-noticed within seconds. Calls wait for the connection and repeat on UNAVAILABLE (every RPC of Leeway may be repeated);
-a deadline on each call bounds that.
+Server side, a handler raises a LeewayError and the interceptor turns it into a status with `google.rpc.ErrorInfo`;
+client side, `mapped_errors` turns the status back. Both ends set the same message limit and keepalive, so a dead peer
+is noticed within seconds. Calls wait for the connection and repeat on UNAVAILABLE (every RPC of Leeway may be
+repeated); a deadline on each call bounds that.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import asyncio
 import ipaddress
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,12 @@ _CHANNEL_OPTIONS: Final = [
 ]
 
 log = logging.getLogger(__name__)
+
+# The types of grpc's handlers, of the health service and of rich statuses are partial or private.
+_Handler = Any
+_Context = grpc.aio.ServicerContext[Any, Any]
+_health_grpc: Any = health_pb2_grpc
+_rpc_status: Any = rpc_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +168,7 @@ async def start_server(
         )
     server = grpc.aio.server(interceptors=[_ErrorInterceptor()], options=_SERVER_OPTIONS)
     health = HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    _health_grpc.add_HealthServicer_to_server(health, server)
     add_services(server)
     reflection.enable_server_reflection(
         [*service_names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME], server
@@ -195,7 +201,7 @@ async def check_health(address: str, security: Security, timeout_seconds: float)
     """
     async with open_channel(address, security) as channel:
         with mapped_errors(f"health check of {address}"):
-            reply = await health_pb2_grpc.HealthStub(channel).Check(
+            reply = await _health_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout_seconds
             )
     if reply.status != health_pb2.HealthCheckResponse.SERVING:
@@ -211,7 +217,7 @@ _BY_CODE: Final = {error.code: error for error in reversed(list(_BY_REASON.value
 
 
 @contextmanager
-def mapped_errors(what: str) -> Iterator[None]:
+def mapped_errors(what: str) -> Generator[None]:
     """Turn a failed call's status into the LeewayError that caused it; `what` names call and peer."""
     try:
         yield
@@ -221,8 +227,9 @@ def mapped_errors(what: str) -> Iterator[None]:
 
 def from_rpc_error(error: grpc.aio.AioRpcError, what: str) -> LeewayError:
     """The LeewayError behind a status."""
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
+    status: status_pb2.Status | None = _rpc_status.from_call(error)
+    details: Any = () if status is None else status.details
+    for detail in details:
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_REASON:
             return _BY_REASON[info.reason](error.details() or info.reason)
@@ -232,45 +239,36 @@ def from_rpc_error(error: grpc.aio.AioRpcError, what: str) -> LeewayError:
     return kind(f"{what}: {error.code().name}: {error.details()}")
 
 
-def _status_of(error: LeewayError) -> Any:
+def _status_of(error: LeewayError) -> grpc.Status:
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
     code: int = error.code.value[0]
-    return rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=[detail]))
+    return _rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=[detail]))
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns LeewayErrors into statuses, and logs what nobody foresaw."""
+    """Turns LeewayErrors into statuses; health and reflection, which raise none, pass through."""
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
+    ) -> _Handler:
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        if handler.response_streaming:
-            behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-            if behavior.__module__.startswith("grpc_"):  # health and reflection answer by themselves
-                return handler
-            wrap = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else (grpc.unary_stream_rpc_method_handler)
-            )
-            return wrap(_streaming(behavior), handler.request_deserializer, handler.response_serializer)
-        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
-        if behavior.__module__.startswith("grpc_"):
+        if handler is None or not str(handler_call_details.method).startswith("/leeway."):
             return handler
-        wrap = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return wrap(_unary(behavior), handler.request_deserializer, handler.response_serializer)
+        codecs = handler.request_deserializer, handler.response_serializer
+        if handler.response_streaming and handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(_streaming(handler.stream_stream), *codecs)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(_streaming(handler.unary_stream), *codecs)
+        if handler.request_streaming:
+            return grpc.stream_unary_rpc_method_handler(_unary(handler.stream_unary), *codecs)
+        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary), *codecs)
 
 
-def _unary(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+def _unary(behavior: Callable[[Any, _Context], Awaitable[Any]]) -> Callable[[Any, _Context], Awaitable[object]]:
+    async def call(request: object, context: _Context) -> object:
         try:
             return await behavior(request, context)
         except LeewayError as error:
@@ -279,8 +277,10 @@ def _unary(behavior: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any
     return call
 
 
-def _streaming(behavior: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+def _streaming(
+    behavior: Callable[[Any, _Context], AsyncIterator[Any]],
+) -> Callable[[Any, _Context], AsyncIterator[object]]:
+    async def call(request: object, context: _Context) -> AsyncIterator[object]:
         try:
             async for response in behavior(request, context):
                 yield response

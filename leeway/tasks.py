@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from leeway.config import TaskOptions
 from leeway.errors import ConfigError
@@ -66,7 +66,7 @@ def _read_jsonl(path: Path | None) -> list[Task]:
 
 
 def _check(task: object, where: str) -> None:
-    if not isinstance(task, Mapping) or not isinstance(task.get("prompt"), str):
+    if not isinstance(task, Mapping) or not isinstance(cast("Task", task).get("prompt"), str):
         raise ConfigError(f"{where}: a task is an object with a `prompt` string")
 
 

@@ -16,7 +16,7 @@ def tensor_entry(name: str, dtype: str, shape: tuple[int, ...], data: bytes | me
 
 
 def weights_digest(manifest: WeightManifest) -> bytes:
-    """The digest of a policy version: SHA-256 over the manifest's entries, formed as inference.proto's TensorEntry says."""
+    """The digest of a policy version: SHA-256 over the manifest's entries, as inference.proto's TensorEntry says."""
     digest = hashlib.sha256()
     for entry in manifest.tensors:
         fields = [entry.name, str(wire_number(entry.dtype)), *(str(extent) for extent in entry.shape)]

@@ -1,15 +1,20 @@
 """The curves of a report as inline SVG. The only module that imports matplotlib."""
 
+# pyright: reportUnknownMemberType=false
+# matplotlib's own types are partial.
+
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Final, cast
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -36,25 +41,20 @@ def draw_curves(records: Records) -> Iterator[tuple[str, str]]:
     """(caption, SVG) of each curve."""
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    yield "Reward: training batches and held-out tasks", _draw(lambda axes: _reward(axes, steps, evaluations))
-    yield "Staleness of trained tokens", _draw(lambda axes: _staleness(axes, steps))
+    yield "Reward: training batches and held-out tasks", _draw(partial(_reward, steps=steps, evaluations=evaluations))
+    yield "Staleness of trained tokens", _draw(partial(_staleness, steps=steps))
     if all("mean_abs_policy_behavior_difference" in record for record in steps):
-        yield "Learner and behavior policy: mean |pi - mu| of a batch", _draw(lambda axes: _mismatch(axes, steps))
-    yield "Where a step's time goes", _draw(lambda axes: _time(axes, steps))
+        yield "Learner and behavior policy: mean |pi - mu| of a batch", _draw(partial(_mismatch, steps=steps))
+    yield "Where a step's time goes", _draw(partial(_time, steps=steps))
 
 
-def draw_reward_curve(records: Records) -> str:
-    """The reward curve alone, as SVG."""
-    steps = [record for record in records if record["kind"] == "step"]
-    return _draw(lambda axes: _reward(axes, steps, [record for record in records if record["kind"] == "evaluation"]))
-
-
-def _draw(paint: Any) -> str:  # noqa: ANN401
-    with mpl.rc_context(_STYLE):
+def _draw(paint: Callable[[Axes], None]) -> str:
+    with mpl.rc_context(cast("dict[Any, Any]", _STYLE)):  # pyright: ignore[reportUnknownVariableType]
         figure = Figure(figsize=(6.2, 3.1), layout="constrained")
         axes = figure.subplots()
         paint(axes)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.01)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -67,7 +67,9 @@ def _reward(axes: Axes, steps: Records, evaluations: Records) -> None:
     axes.plot(x, rewards, color=_TEAL, alpha=0.25, linewidth=0.8)
     axes.plot(x, _smooth(rewards), color=_TEAL, linewidth=1.8, label=f"training, mean of {_WINDOW_STEPS} steps")
     if evaluations:
-        axes.plot(*_series(evaluations, "reward_mean"), "o-", color=_ORANGE, linewidth=1.5, markersize=4, label="held-out")
+        axes.plot(
+            *_series(evaluations, "reward_mean"), "o-", color=_ORANGE, linewidth=1.5, markersize=4, label="held-out"
+        )
     axes.set_ylim(0, max(1.0, float(np.max(rewards))))
     axes.legend(loc="lower right")
 
@@ -75,7 +77,9 @@ def _reward(axes: Axes, steps: Records, evaluations: Records) -> None:
 def _staleness(axes: Axes, steps: Records) -> None:
     x = np.array([record["step"] for record in steps])
     levels = sorted({int(key) for record in steps for key in record["staleness_histogram"]})
-    counts = np.array([[record["staleness_histogram"].get(str(level), 0) for record in steps] for level in levels], float)
+    counts = np.array(
+        [[record["staleness_histogram"].get(str(level), 0) for record in steps] for level in levels], float
+    )
     shares = counts / np.maximum(counts.sum(axis=0), 1)
     colors = [_STALENESS_COLORS[min(level, len(_STALENESS_COLORS) - 1)] for level in levels]
     axes.stackplot(x, shares, colors=colors, labels=[f"{level} steps" for level in levels])
@@ -88,11 +92,11 @@ def _mismatch(axes: Axes, steps: Records) -> None:
     x, difference = _series(steps, "mean_abs_policy_behavior_difference")
     axes.plot(x, difference, color=_TEAL, alpha=0.25, linewidth=0.8)
     axes.plot(x, _smooth(difference), color=_TEAL, linewidth=1.8, label="mean |pi - mu|")
-    axes.set_ylim(0)
+    axes.set_ylim(0, 1.35 * max(float(np.max(difference)), 1e-6))  # room for the legend
     masked = axes.twinx()
     _, fraction = _series(steps, "masked_fraction")
     masked.plot(x, _smooth(fraction), color=_ORANGE, linewidth=1.5, label="masked fraction (right)")
-    masked.set_ylim(0)
+    masked.set_ylim(0, 1.35 * max(float(np.max(_smooth(fraction))), 1e-3))
     masked.grid(visible=False)
     lines = [*axes.get_lines()[1:], *masked.get_lines()]
     axes.legend(lines, [str(line.get_label()) for line in lines], loc="upper right")
@@ -101,7 +105,9 @@ def _mismatch(axes: Axes, steps: Records) -> None:
 def _time(axes: Axes, steps: Records) -> None:
     x, training = _series(steps, "step_seconds")
     _, waiting = _series(steps, "batch_wait_seconds")
-    axes.stackplot(x, _smooth(training), _smooth(waiting), colors=[_TEAL, "#dee2e6"], labels=["training", "waiting for a batch"])
+    axes.stackplot(
+        x, _smooth(training), _smooth(waiting), colors=[_TEAL, "#dee2e6"], labels=["training", "waiting for a batch"]
+    )
     axes.set_ylabel("seconds")
     axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 

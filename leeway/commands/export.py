@@ -6,11 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from leeway.config import Document, ModelOptions, RunOptions, load_document, section
-from leeway.errors import NotFoundError, PreconditionError
-from leeway.process import EXIT_OK
 from learner.checkpoint import CheckpointStore
 from learner.options import LearnerOptions
+from leeway.commands.run_folder import load_run_document
+from leeway.config import ModelOptions, RunOptions, SamplingOptions, section
+from leeway.errors import NotFoundError, PreconditionError
+from leeway.process import EXIT_OK
 
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
@@ -38,20 +39,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise PreconditionError(f"{output} exists; remove it or choose another --output")
     from learner.torch_trainer import TorchTrainer  # torch takes seconds to import
 
-    trainer = TorchTrainer.from_directory(model.path, options.training)
+    trainer = TorchTrainer.from_directory(model.path, section(document, "sampling", SamplingOptions), options.training)
     trainer.load(checkpoint.directory)
     trainer.export(model.path, output)
     print(f"{output}: run {run.name}, step {checkpoint.version.step}")
     return EXIT_OK
-
-
-def load_run_document(directory: Path) -> Document:
-    """The resolved configuration of a run's folder.
-
-    Raises:
-        NotFoundError: the folder holds no run.
-    """
-    path = directory / "config.toml"
-    if not path.exists():
-        raise NotFoundError(f"{directory}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8")
-    return load_document(path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, Final, Protocol
 
 from rich.console import Console, Group
@@ -37,7 +38,7 @@ class Progress(Protocol):
 
 
 @contextmanager
-def open_progress(run: RunOptions, *, plain: bool) -> Iterator[Progress]:
+def open_progress(run: RunOptions, *, plain: bool) -> Generator[Progress]:
     """Show progress for the duration of a `with` block."""
     if plain:
         yield _PlainProgress(run)
@@ -118,9 +119,9 @@ class _PlainProgress:
         elif time.monotonic() - self._last_line_at >= _PLAIN_LINE_SECONDS or figures.step == figures.run.steps:
             self._last_line_at = time.monotonic()
             self._console.print(
-                f"step {figures.step}/{figures.run.steps}  reward {figures.reward:.3f}  staleness {figures.staleness:.2f}  "
-                f"{figures.tokens_per_second:.0f} tokens/s  learner idle {figures.idle_fraction:.0%}  "
-                f"{figures.elapsed_seconds:.0f} s"
+                f"step {figures.step}/{figures.run.steps}  reward {figures.reward:.3f}  "
+                f"staleness {figures.staleness:.2f}  {figures.tokens_per_second:.0f} tokens/s  "
+                f"learner idle {figures.idle_fraction:.0%}  {figures.elapsed_seconds:.0f} s"
             )
 
     def on_event(self, message: str) -> None:
@@ -150,7 +151,9 @@ class _LiveProgress:
         table.add_row("reward", Text.assemble((f"{figures.reward:.3f}  ", "bold"), (_spark(figures.rewards), "cyan")))
         table.add_row("held-out", _trail(figures.evaluations))
         table.add_row("staleness", f"{figures.staleness:.2f} steps (bound {figures.run.max_staleness})")
-        table.add_row("speed", f"{figures.tokens_per_second:.0f} trained tokens/s, learner idle {figures.idle_fraction:.0%}")
+        table.add_row(
+            "speed", f"{figures.tokens_per_second:.0f} trained tokens/s, learner idle {figures.idle_fraction:.0%}"
+        )
         bar = ProgressBar(total=figures.run.steps, completed=figures.step, width=_SPARK_WIDTH)
         waiting = "" if figures.step else "starting: services load the model"
         title = f"{figures.run.name}  step {figures.step}/{figures.run.steps}  {figures.elapsed_seconds:.0f} s"
@@ -163,7 +166,7 @@ def _spark(values: list[float]) -> str:
         return ""
     width = min(_SPARK_WIDTH, len(values))
     edges = [round(index * len(values) / width) for index in range(width + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, high = min(means), max(means)
     scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)

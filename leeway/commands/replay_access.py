@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -20,7 +20,7 @@ _STOP_SECONDS: Final = 10.0
 
 
 @asynccontextmanager
-async def open_replay(document: Document) -> AsyncIterator[ReplayClient]:
+async def open_replay(document: Document) -> AsyncGenerator[ReplayClient]:
     """A client of the run's buffer.
 
     Raises:
@@ -29,9 +29,7 @@ async def open_replay(document: Document) -> AsyncIterator[ReplayClient]:
     """
     run = section(document, "run", RunOptions)
     network = section(document, "network", NetworkOptions)
-    security = Security.from_files(
-        network.certificate, network.key, network.authority, insecure=network.insecure
-    )
+    security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
     if await _serves(network.replay_buffer, run.name, security):
         async with _client(network.replay_buffer, run.name, security) as client:
             yield client
@@ -53,7 +51,7 @@ async def _serves(address: str, run: str, security: Security) -> bool:
 
 
 @asynccontextmanager
-async def _client(address: str, run: str, security: Security) -> AsyncIterator[ReplayClient]:
+async def _client(address: str, run: str, security: Security) -> AsyncGenerator[ReplayClient]:
     client = ReplayClient(address, run, security)
     try:
         yield client
@@ -62,7 +60,7 @@ async def _client(address: str, run: str, security: Security) -> AsyncIterator[R
 
 
 @asynccontextmanager
-async def _started(document: Document, address: str, security: Security) -> AsyncIterator[None]:
+async def _started(document: Document, address: str, security: Security) -> AsyncGenerator[None]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",

@@ -1,6 +1,7 @@
 """`leeway report RUN`: the curves of a run as one HTML file that opens without a network.
 
-Written by `leeway run` at the end; the command draws it again from metrics.jsonl and summary.json, also while a run is going.
+Written by `leeway run` at the end; the command draws it again from metrics.jsonl and summary.json, also while a run
+is going.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from leeway.commands.curves import draw_curves
+from learner.journal import read_journal
 from leeway.errors import NotFoundError
 from leeway.process import EXIT_OK
-from learner.journal import read_journal
 
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
@@ -41,14 +41,16 @@ def write_report(directory: Path) -> Path:
     if not any(record["kind"] == "step" for record in records):
         raise NotFoundError(f"{directory}: metrics.jsonl holds no steps; nothing to report yet")
     summary_path = directory / "summary.json"
-    summary = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
+    summary: dict[str, Any] = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
+    from leeway.commands.curves import draw_curves  # matplotlib is in no service's image
+
     path = directory / "report.html"
     page = _PAGE.substitute(
         title=html.escape(directory.resolve().name),
         headline=_headline(summary),
         tiles=_tiles(summary),
         curves="\n".join(
-            f'<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>'
+            f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>"
             for caption, svg in draw_curves(records)
         ),
         summary=html.escape(json.dumps(summary, indent=1)),
@@ -105,7 +107,7 @@ main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.6rem; margin: 0; }
 header p { margin: .25rem 0 1.5rem; color: #51606f; font-size: 1.05rem; }
 header b { color: #0b7285; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); gap: .75rem; margin-bottom: 1.25rem; }
+.tiles { display: grid; gap: .75rem; margin: 0 0 1.25rem; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); }
 .tiles div, figure { background: #fff; border: 1px solid #e2e6eb; border-radius: 8px; padding: .8rem 1rem; }
 .tiles b { display: block; font-size: 1.45rem; line-height: 1.3; }
 .tiles span { display: block; color: #34414e; }

@@ -1,14 +1,14 @@
 """`leeway rollouts RUN`: what the model said, as the replay buffer's log has it.
 
-Shows each trajectory's prompt, completion, reward and finish reason, and per token pi - mu: the learner's probability when it trained on
-the token, minus the probability with which the engine sampled it.
+Shows each trajectory's prompt, completion, reward and finish reason, and per token pi - mu: the learner's probability
+when it trained on the token, minus the probability with which the engine sampled it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -21,8 +21,8 @@ from rich.text import Text
 from inference_server.options import InferenceServerOptions
 from learner.policy_logprobs import read_policy_logprobs
 from leeway.assembly import assemble_trajectory
-from leeway.commands.export import load_run_document
 from leeway.commands.replay_access import open_replay
+from leeway.commands.run_folder import load_run_document
 from leeway.config import Document, ModelOptions, section
 from leeway.errors import LeewayError
 from leeway.process import EXIT_OK
@@ -74,7 +74,7 @@ async def _show(arguments: argparse.Namespace, document: Document, decode: Decod
 
 
 @asynccontextmanager
-async def _groups(arguments: argparse.Namespace, document: Document) -> AsyncIterator[AsyncIterator[GroupRecord]]:
+async def _groups(arguments: argparse.Namespace, document: Document) -> AsyncGenerator[AsyncIterator[GroupRecord]]:
     async with open_replay(document) as client:
         yield client.export_groups(
             purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
@@ -91,7 +91,7 @@ def _load_decoder(document: Document) -> Decode:
         return ArithmeticTokenizer().decode
     from leeway.huggingface import load_tokenizer  # transformers takes seconds to import
 
-    tokenizer = load_tokenizer(section(document, "model", ModelOptions).path)
+    tokenizer: Any = load_tokenizer(section(document, "model", ModelOptions).path)
     return lambda token_ids: str(tokenizer.decode(list(token_ids)))
 
 
@@ -115,7 +115,9 @@ def _print_trajectory(
     console: Console, record: TrajectoryRecord, policy_logprobs: Float32Array | None, decode: Decode
 ) -> None:
     if record.close is None:
-        console.print(Text(f"{record.trajectory_id}  {record.failure or 'still open'}  ({record.server_id})", style="dim"))
+        console.print(
+            Text(f"{record.trajectory_id}  {record.failure or 'still open'}  ({record.server_id})", style="dim")
+        )
         return
     try:
         trajectory = assemble_trajectory(record)
@@ -138,9 +140,7 @@ def _print_trajectory(
             console.print(_token_table(trajectory, policy_logprobs, decode, console.width))
 
 
-def _token_table(
-    trajectory: Trajectory, policy_logprobs: Float32Array | None, decode: Decode, width: int
-) -> Table:
+def _token_table(trajectory: Trajectory, policy_logprobs: Float32Array | None, decode: Decode, width: int) -> Table:
     """Tokens in the loss with mu and pi - mu below each, as many per line as fit."""
     positions = np.flatnonzero(trajectory.loss_mask)
     mu = np.exp(trajectory.behavior_logprobs[positions])
@@ -156,11 +156,13 @@ def _token_table(
         line = slice(start, start + per_line)
         table.add_row("token", *(Text(word, style="bold") for word in words[line]))
         table.add_row("mu", *(f"{value:.3f}" for value in mu[line]))
-        if difference is None:
-            table.add_row("pi - mu", Text("not trained on", style="dim"))
-        else:
-            table.add_row("pi - mu", *(_coloured(float(value)) for value in difference[line]))
+        table.add_row("pi - mu", *_differences(difference, line))
     return table
+
+
+def _differences(difference: Float32Array | None, line: slice) -> list[Text]:
+    """The row of pi - mu; empty where the learner did not train on the trajectory."""
+    return [] if difference is None else [_coloured(float(value)) for value in difference[line]]
 
 
 def _coloured(difference: float) -> Text:

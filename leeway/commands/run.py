@@ -1,9 +1,9 @@
 """`leeway run CONFIG`: every service of a run as supervised processes, until the run is finished.
 
-    configuration ── resolve ──> runs/NAME/config.toml ──> supervisor: replay buffer, inference servers, learner
-                                                                │ journal lines of the learner
-                                                                ▼
-                                              progress display ──> report.html
+configuration ── resolve ──> runs/NAME/config.toml ──> supervisor: replay buffer, inference servers, learner
+                                                            │ journal lines of the learner
+                                                            ▼
+                                          progress display ──> report.html
 """
 
 from __future__ import annotations
@@ -156,7 +156,8 @@ def _refuse_existing(run: RunOptions, arguments: argparse.Namespace) -> None:
         )
     if not arguments.resume:
         raise PreconditionError(
-            f"{directory}: holds an unfinished run; continue it with --resume, or choose another name with --set run.name=NAME"
+            f"{directory}: holds an unfinished run; continue it with --resume, "
+            "or choose another name with --set run.name=NAME"
         )
 
 
@@ -197,7 +198,9 @@ def _conclude(run: RunOptions, config: Path, outcome: Outcome) -> int:
     report = write_report(directory)
     summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
     if not summary["finished"]:
-        print(f"leeway: stopped at step {summary['steps']} with a checkpoint; continue with: leeway run {config} --resume")
+        print(
+            f"leeway: stopped at step {summary['steps']} with a checkpoint; continue with: leeway run {config} --resume"
+        )
         return EXIT_OK
     print(_closing_lines(summary))
     print(f"report: {report}")
@@ -212,8 +215,8 @@ def _closing_lines(summary: Mapping[str, Any]) -> str:
             f"({summary['heldout_draws']} draws)"
         )
     lines.append(
-        f"{summary['tokens_per_second']:.0f} trained tokens/s; {summary['stale_token_fraction']:.0%} of them stale by a step "
-        f"or more; learner idle {summary['learner_idle_fraction']:.0%}; "
-        f"generation and training overlapped {summary['overlap_seconds']:.0f} s"
+        f"{summary['tokens_per_second']:.0f} trained tokens/s; "
+        f"{summary['stale_token_fraction']:.0%} of them stale by a step or more; "
+        f"learner idle {summary['learner_idle_fraction']:.0%}; generation and training overlapped {summary['overlap_seconds']:.0f} s"
     )
     return "\n".join(lines)

@@ -5,11 +5,11 @@
 
     the end    learner exits 0           the run is finished (or it was stopped): servers, then the buffer are stopped
                `stop` is set             the learner is stopped first, so that its checkpoint reaches a living buffer
-               a process exits 2         a restart would meet the same error: everything stops, its last line is the outcome
-               too many restarts         likewise
+               a process exits 2         a restart would meet the same error: everything stops, its last line is the
+               outcome too many restarts         likewise
 
-Services wait for each other by themselves, so they start together. Children hold the other end of a pipe: they stop when the
-supervisor is gone.
+Services wait for each other by themselves, so they start together. Children hold the other end of a pipe: they stop
+when the supervisor is gone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from leeway.process import EXIT_OK, EXIT_REFUSED
 from leeway.rpc import cancel_and_wait
@@ -87,21 +87,15 @@ class Supervisor:
     async def run(self, stop: asyncio.Event) -> Outcome:
         """Run until the learner is done, a process cannot go on, or `stop` is set."""
         self._log_directory.mkdir(parents=True, exist_ok=True)
-        keepers = {
-            asyncio.create_task(self._keep(child)): child for child in [self._buffer, self._learner, *self._servers]
-        }
-        learner_task = next(task for task, child in keepers.items() if child is self._learner)
+        learner_task = asyncio.create_task(self._keep(self._learner))
+        keepers = [learner_task, *(asyncio.create_task(self._keep(child)) for child in [self._buffer, *self._servers])]
         stopping = asyncio.create_task(stop.wait())
         outcome = Outcome()
-        pending = {*keepers, stopping}
-        while True:
-            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            failures = [task.result() for task in done if task in keepers and task.result().error]
-            if failures:
-                outcome = failures[0]
-                break
-            if stopping in done or learner_task in done:
-                break
+        pending: set[asyncio.Task[Any]] = {*keepers, stopping}
+        while not (outcome.error or stopping.done() or learner_task.done()):
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            ended = [keeper.result() for keeper in keepers if keeper.done()]
+            outcome = next((result for result in ended if result.error), outcome)
         outcome = await self._stop_all(learner_task, outcome)
         for task in [*keepers, stopping]:
             await cancel_and_wait(task)
@@ -179,7 +173,9 @@ class Supervisor:
                 log_file.flush()
                 child.last_line = line.strip() or child.last_line
 
-            await asyncio.gather(_read_lines(process.stdout, on_line or on_stderr), _read_lines(process.stderr, on_stderr))
+            await asyncio.gather(
+                _read_lines(process.stdout, on_line or on_stderr), _read_lines(process.stderr, on_stderr)
+            )
         return await process.wait()
 
 

@@ -38,7 +38,9 @@ class Harness:
         self.local = local
         self.stub = stub
 
-    def watch(self, server_id: str = "server-0", *, run: str = "demo", signature: ModelSignature = SIGNATURE) -> Watcher:
+    def watch(
+        self, server_id: str = "server-0", *, run: str = "demo", signature: ModelSignature = SIGNATURE
+    ) -> Watcher:
         return Watcher(self.stub, server_id, run, signature)
 
 

@@ -47,7 +47,10 @@ def chunks() -> list[TrajectoryChunk]:
                 Column(ColumnKind.TOKEN_IDS, PROMPT + 1, n, np.array([8, 7, 6], np.int32)),
                 Column(ColumnKind.BEHAVIOR_LOGPROBS, PROMPT + 1, n, np.array([-1, -2, 0], np.float32)),
                 Column(
-                    ColumnKind.ROUTING, 0, n - 1, np.arange((n - 1) * LAYERS * TOP, dtype=np.uint8).reshape(n - 1, LAYERS, TOP)
+                    ColumnKind.ROUTING,
+                    0,
+                    n - 1,
+                    np.arange((n - 1) * LAYERS * TOP, dtype=np.uint8).reshape(n - 1, LAYERS, TOP),
                 ),
             ),
             segments=(Segment(SegmentKind.MODEL, PROMPT, n, in_loss=True, sampling=SamplingParams(), engine="e/1"),),
