@@ -6,7 +6,8 @@
 
     who waits                     for what                           who unblocks it
     JoinRun                       the run                            OpenRun
-    AcquireTickets                work: admission, a lapsed loan     Advance, OpenRun, drops, failures, the lease timer
+    AcquireTickets                work: admission, a lapsed loan     Advance, OpenRun, drops, failures, the lease timer,
+                                                                     the same server asking at a newer version
     DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun
     every answer                  the log up to what it shows        fsync
 
@@ -79,6 +80,8 @@ class _Run:
     leases: Leases
     work: Signal = field(default_factory=Signal)  # tickets may have become available
     results: Signal = field(default_factory=Signal)  # a group is ready or has ended
+    asked: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
+    """(epoch, step) of the newest version that each server has asked for work at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,12 +257,18 @@ class ReplayBuffer:
     ) -> tuple[list[Ticket], bool]:
         """Tickets, after waiting for some, and whether the run has finished.
 
+        When its server asks again at a newer version, a waiting call ends with none: nothing may be left for the old one.
+
         Raises:
             PreconditionError: the version was never registered.
             ExhaustedError: the disk is nearly full.
         """
         run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
+        asked_at = (version.epoch, version.step)
+        if asked_at > run.asked.get(server_id, asked_at):
+            run.work.notify()
+        run.asked[server_id] = max(asked_at, run.asked.get(server_id, asked_at))
         while not run.state.finished:
             self._check_soft_mark()
             now = self._now()
@@ -277,6 +286,8 @@ class ReplayBuffer:
             if issued or not await run.work.wait(deadline):
                 break
             self._check_running()
+            if run.asked[server_id] > asked_at:
+                break
         finished = run.state.finished
         await self._log.durable()
         return [entry.ticket for entry in issued], finished
