@@ -106,9 +106,13 @@ class LearnerProcess:
             from learner.arithmetic_trainer import ArithmeticTrainer
 
             return ArithmeticTrainer()
+        import torch
+
         from learner.torch_trainer import TorchTrainer
 
-        return TorchTrainer.from_directory(self.model.path, self.sampling, self.options.training)
+        torch.set_num_threads(self.options.num_threads)
+
+        return TorchTrainer.from_directory(self.model.directory, self.sampling, self.options.training)
 
     def _restore(self, trainer: Trainer, checkpoints: CheckpointStore, root: PolicyVersion) -> Checkpoint:
         """The newest checkpoint, loaded; a fresh run makes one of its first weights."""

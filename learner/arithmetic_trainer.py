@@ -23,7 +23,6 @@ from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import CorruptDataError
 from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
-from leeway.weights import weights_digest
 
 _FILE: Final = "arithmetic.json"
 

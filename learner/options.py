@@ -17,6 +17,7 @@ class LearnerOptions(Options):
         default="torch", description="arithmetic rehearses a run without torch: its weights are a counter"
     )
     training: TrainingOptions = Field(default_factory=TrainingOptions)
+    num_threads: int = Field(default=1, ge=1, le=1024, description="torch threads of the trainer on a CPU")
     publish_every: int = Field(
         default=1,
         ge=1,

@@ -81,7 +81,20 @@ class RunOptions(Options):
 class ModelOptions(Options):
     """[model]: the policy that the run starts from."""
 
-    path: ConfigPath = Field(description="Hugging Face model directory, with its tokenizer")
+    path: ConfigPath | None = Field(
+        default=None, description="Hugging Face model directory, with its tokenizer; a rehearsal needs none"
+    )
+
+    @property
+    def directory(self) -> Path:
+        """`path`, for those who need it.
+
+        Raises:
+            ConfigError: it is not set.
+        """
+        if self.path is None:
+            raise ConfigError("model.path: required, but not set; give a Hugging Face model directory")
+        return self.path
 
 
 class TaskOptions(Options):

@@ -48,6 +48,13 @@ def draw_curves(records: Records) -> Iterator[tuple[str, str]]:
     yield "Where a step's time goes", _draw(partial(_time, steps=steps))
 
 
+def draw_reward_curve(records: Records) -> str:
+    """The reward curve alone, as SVG."""
+    steps = [record for record in records if record["kind"] == "step"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    return _draw(partial(_reward, steps=steps, evaluations=evaluations))
+
+
 def _draw(paint: Callable[[Axes], None]) -> str:
     with mpl.rc_context(cast("dict[Any, Any]", _STYLE)):  # pyright: ignore[reportUnknownVariableType]
         figure = Figure(figsize=(6.2, 3.1), layout="constrained")

@@ -23,11 +23,17 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
     """Declare the command."""
     parser = subparsers.add_parser("report", help="draw a run's report again", description=__doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    parser.add_argument("--curve", type=Path, metavar="FILE", help="also write the reward curve alone, as SVG")
     parser.set_defaults(handler=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     print(write_report(arguments.run))
+    if arguments.curve is not None:
+        from leeway.commands.curves import draw_reward_curve
+
+        arguments.curve.write_text(draw_reward_curve(read_journal(arguments.run / "metrics.jsonl")), encoding="utf-8")
+        print(arguments.curve)
     return EXIT_OK
 
 

@@ -91,7 +91,7 @@ def _load_decoder(document: Document) -> Decode:
         return ArithmeticTokenizer().decode
     from leeway.huggingface import load_tokenizer  # transformers takes seconds to import
 
-    tokenizer: Any = load_tokenizer(section(document, "model", ModelOptions).path)
+    tokenizer: Any = load_tokenizer(section(document, "model", ModelOptions).directory)
     return lambda token_ids: str(tokenizer.decode(list(token_ids)))
 
 

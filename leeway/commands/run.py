@@ -130,8 +130,15 @@ def resolve(document: Document) -> dict[str, Options]:
 def _check_references(sections: Mapping[str, Options]) -> None:
     """What only shows when it is opened: the model directory and the tasks."""
     model, task, run = sections["model"], sections["task"], sections["run"]
+    servers, learner = sections["inference_server"], sections["learner"]
     assert isinstance(model, ModelOptions) and isinstance(task, TaskOptions) and isinstance(run, RunOptions)
-    if not (model.path / "config.json").is_file():
+    assert isinstance(servers, InferenceServerOptions) and isinstance(learner, LearnerOptions)
+    if (servers.engine == "arithmetic") != (learner.trainer == "arithmetic"):
+        raise ConfigError(
+            f"inference_server.engine is {servers.engine}, but learner.trainer is {learner.trainer}; "
+            "a rehearsal needs arithmetic for both"
+        )
+    if learner.trainer != "arithmetic" and not (model.directory / "config.json").is_file():
         raise ConfigError(f"model.path: {model.path} holds no Hugging Face model (no config.json)")
     load_tasks(task, run.seed)
 
@@ -217,6 +224,7 @@ def _closing_lines(summary: Mapping[str, Any]) -> str:
     lines.append(
         f"{summary['tokens_per_second']:.0f} trained tokens/s; "
         f"{summary['stale_token_fraction']:.0%} of them stale by a step or more; "
-        f"learner idle {summary['learner_idle_fraction']:.0%}; generation and training overlapped {summary['overlap_seconds']:.0f} s"
+        f"learner idle {summary['learner_idle_fraction']:.0%}; "
+        f"generation and training overlapped {summary['overlap_seconds']:.0f} s"
     )
     return "\n".join(lines)
