@@ -9,12 +9,13 @@ from pathlib import Path
 
 from leeway import codec
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security, start_server
+from leeway.rpc import Security, mapped_errors, start_server
 from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.log import Log, LogOptions
 from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.segments import AppendFile, OpenFile
 from replay_buffer.service import SERVICE_NAME, ReplayService
 from tests.unit.replay_buffer.builders import RUN
 
@@ -26,12 +27,12 @@ async def serving(
     directory: Path,
     *,
     lease_seconds: float = 60.0,
-    log: Callable[[LogOptions], Log] = Log,
+    open_file: OpenFile = AppendFile,
     free_bytes: Callable[[Path], int] = lambda _: 1 << 40,
 ) -> AsyncGenerator[str]:
     """Serve a directory; yields the address."""
     options = ReplayBufferOptions(directory=directory, lease_seconds=lease_seconds, stop_seconds=0.2)
-    durable_log = log(LogOptions(directory, retry_seconds=0.01))
+    durable_log = Log(LogOptions(directory, retry_seconds=0.01, open_file=open_file))
     buffer = ReplayBuffer(options, durable_log, free_bytes=free_bytes)
     buffer.start()
     service = ReplayService(buffer)
@@ -63,9 +64,10 @@ async def write(client: ReplayClient, items: Sequence[WriteItem], server_id: str
     async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
         yield request
 
-    async with asyncio.timeout(20):
-        return [
-            codec.result_from_proto(result)
-            async for reply in client.write_stream(requests())
-            for result in reply.results
-        ]
+    with mapped_errors("WriteTrajectories"):
+        async with asyncio.timeout(20):
+            return [
+                codec.result_from_proto(result)
+                async for reply in client.write_stream(requests())
+                for result in reply.results
+            ]
