@@ -1,0 +1,1 @@
+"""The rehearsal's task; ../rehearsal.toml runs it."""
