@@ -257,7 +257,7 @@ class ReplayBuffer:
     ) -> tuple[list[Ticket], bool]:
         """Tickets, after waiting for some, and whether the run has finished.
 
-        When its server asks again at a newer version, a waiting call ends with none: nothing may be left for the old one.
+        When its server asks again at a newer version, a waiting call ends with none: it may never get any.
 
         Raises:
             PreconditionError: the version was never registered.

@@ -155,6 +155,20 @@ async def test_tickets_are_waited_for(client: ReplayClient) -> None:
     assert len((await waiting)[0]) == 1
 
 
+async def test_a_server_that_asks_at_a_newer_version_gets_its_older_call_back(client: ReplayClient) -> None:
+    await client.open_run(spec(max_staleness=0), ROOT, [])
+    await fill(client, ROOT, 2)
+    never_served = asyncio.create_task(client.acquire_tickets("s0", ROOT, 4, 600))
+    another = asyncio.create_task(client.acquire_tickets("s1", ROOT, 4, 600))
+    await client.draw_batch(1, 1, WAIT_SECONDS)
+    await client.advance(1, version(1), ROOT)
+    assert len((await client.acquire_tickets("s0", version(1), 4, WAIT_SECONDS))[0]) == 2
+    async with asyncio.timeout(WAIT_SECONDS):
+        assert await never_served == ([], False)
+    assert not another.done()
+    another.cancel()
+
+
 async def test_a_waiting_worker_hears_that_the_run_has_finished(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
     await client.acquire_tickets("s0", ROOT, 100, 5)
