@@ -159,12 +159,12 @@ class InferenceServerProcess:
             return ArithmeticEngine(self.options.arithmetic)
         from inference_server.engines.transformers_engine import TransformersEngine
 
-        return await asyncio.to_thread(TransformersEngine, self.model.path, self.options.transformers)
+        return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)
 
     def _make_tokenizer(self) -> Tokenizer:
         if self.options.engine == "arithmetic":
             return ArithmeticTokenizer()
-        return HuggingFaceTokenizer(self.model.path, chat=self.task.chat)
+        return HuggingFaceTokenizer(self.model.directory, chat=self.task.chat)
 
 
 def main(*, with_backend: bool = False) -> int:
