@@ -6,6 +6,7 @@ import pytest
 
 from leeway.errors import FencedError, InvalidDataError, LeewayError, NotFoundError, PreconditionError
 from leeway.types import DropReason, Evaluation, EvaluationResult, GroupState, TrajectoryFailure, WriteItem
+from replay_buffer.admission import is_stale
 from replay_buffer.draw import decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.lifecycle import (
@@ -298,6 +299,17 @@ def test_tokens_beyond_the_bound_are_never_drawn() -> None:
     ticket = machine.acquire(version(2), 2)[0]
     machine.write(*filled(ticket, [ROOT]))
     assert machine.state.groups[ticket.group_id].drop_reason is DropReason.STALE
+
+
+def test_the_draw_checks_for_itself_what_advance_should_have_dropped() -> None:
+    machine = Machine(spec(max_staleness=1, groups_per_step=2))
+    machine.fill(machine.acquire())
+    # The head moves on and drops nothing, as a faulty version might have recorded it.
+    for step in (1, 2):
+        machine.state.lineage.register(version(step), machine.state.head)
+    stale = list(machine.state.live)
+    assert [is_stale(machine.state, machine.state.groups[group_id]) for group_id in stale] == [True] * 4
+    assert machine.draw() is None
 
 
 def test_a_rejected_group_is_replaced_in_its_place() -> None:
