@@ -11,7 +11,6 @@ from leeway.types import (
     Column,
     ColumnKind,
     Int32Array,
-    PolicyVersion,
     SamplingParams,
     Segment,
     SegmentKind,
@@ -25,7 +24,7 @@ from leeway.types import (
 
 
 class TrajectoryRecorder:
-    """Turns what an engine says of one member into write items.
+    """Turns what an engine says of one member into write items; `written` follows each before the next is made.
 
     Args:
         ticket: the loan.
@@ -39,7 +38,6 @@ class TrajectoryRecorder:
         self.attempt = ticket.attempt
         self.sampling: SamplingParams = replace(ticket.sampling, seed=member.seed)
         self.next_seq = 0
-        self.versions: set[PolicyVersion] = set()
         self._prompt = prompt
         self._engine = engine
         self._chain = codec.EMPTY_CHAIN
@@ -55,6 +53,10 @@ class TrajectoryRecorder:
     def num_sampled(self) -> int:
         """Sampled tokens so far."""
         return self._length - len(self._prompt)
+
+    def written(self) -> None:
+        """The newest item is on its way: the next one has the next number."""
+        self.next_seq += 1
 
     def chunk(self, chunk: TrajectoryChunk) -> WriteItem:
         """The next chunk. The first one brings the prompt; each one with tokens brings the MODEL segment, grown.
@@ -77,7 +79,6 @@ class TrajectoryRecorder:
             count = len(self._prompt)
             columns = (Column(ColumnKind.TOKEN_IDS, 0, count, self._prompt), *columns)
             segments = (Segment(SegmentKind.PROMPT, 0, count), *segments)
-        self.versions.update(span.version for span in chunk.version_spans)
         data = codec.encode_chunk(TrajectoryChunk(columns, segments, chunk.version_spans))
         self._chain = codec.chain_digest(self._chain, data)
         return self._item(data)
@@ -111,6 +112,4 @@ class TrajectoryRecorder:
         )
 
     def _item(self, content: bytes | TrajectoryClose | TrajectoryFailure) -> WriteItem:
-        item = WriteItem(self.trajectory_id, self.attempt, self.next_seq, content)
-        self.next_seq += 1
-        return item
+        return WriteItem(self.trajectory_id, self.attempt, self.next_seq, content)

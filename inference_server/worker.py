@@ -153,8 +153,12 @@ class RolloutWorker:
         self._writer = TrajectoryWriter(client, server_id, writer_limits, self._on_refused)
         self._loans: dict[tuple[str, int], _Loan] = {}
         self._loan_of: dict[str, _Loan] = {}  # by trajectory id, while the member is open
+        self._refused: set[tuple[str, int]] = set()  # (trajectory id, attempt)
+        self._members: asyncio.TaskGroup | None = None
+        self._lent = asyncio.Event()
         self._turn = asyncio.Event()  # something happened that the main loop looks at
         self._finished = False
+        self._fatal = False
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until the run has finished or `stop` is set.
@@ -172,8 +176,8 @@ class RolloutWorker:
             writer = services.create_task(self._writer.run(), name="trajectory writer")
             renewer = services.create_task(self._renew_leases(), name="lease renewer")
             try:
-                async with asyncio.TaskGroup() as members:
-                    await self._serve_tickets(stop, members, capacity, spec.members)
+                async with asyncio.TaskGroup() as self._members:
+                    await self._serve_tickets(stop, self._members, capacity, spec.members)
             finally:
                 await cancel_and_wait(renewer)
                 await self._hand_back()
@@ -282,6 +286,7 @@ class RolloutWorker:
             self._loan_of[member.trajectory_id] = loan
             entry.task = members.create_task(self._roll_out(loan, recorder))
         self._loans[ticket.group_id, ticket.attempt] = loan
+        self._lent.set()
         self._metrics.active.set(len(self._loan_of))
 
     def _open_loan(self, ticket: Ticket) -> _Loan:
@@ -297,7 +302,7 @@ class RolloutWorker:
 
     async def _roll_out(self, loan: _Loan, recorder: TrajectoryRecorder) -> None:
         """Sample, score and close one trajectory, or say why not."""
-        unavailable: LeewayError | None = None
+        fatal: LeewayError | None = None
         try:
             async with asyncio.timeout(self._limits.trajectory_timeout_seconds):
                 outcome: GenerationEnd | TrajectoryFailure = await self._generate(loan, recorder)
@@ -310,19 +315,24 @@ class RolloutWorker:
             outcome = TrajectoryFailure(f"{loan.where}: {error.message}", retryable=True)
         except (UnavailableError, PreconditionError) as error:
             # Stopped, or restarted without its weights: whatever this process samples next would fail too.
-            unavailable = UnavailableError(f"the engine is gone: {error.message}")
+            fatal = UnavailableError(f"the engine is gone: {error.message}")
             outcome = TrajectoryFailure(error.message, retryable=True)
         if isinstance(outcome, GenerationEnd):
             text = self._tokenizer.decode(recorder.sampled_token_ids)
-            reward = await self._reward.score(loan.task, text, loan.where)
+            try:
+                reward = await self._reward.score(loan.task, text, loan.where)
+            except ExhaustedError as error:
+                fatal = error
+                reward = TrajectoryFailure(error.message, retryable=True)
             if not isinstance(reward, TrajectoryFailure):
                 await self._end(loan, recorder, recorder.close(outcome, reward), "closed")
                 return
             outcome = reward
         log.warning("%s fails: %s", recorder.trajectory_id, outcome.message)
         await self._end(loan, recorder, recorder.failure(outcome), "failed")
-        if unavailable is not None:
-            raise unavailable
+        if fatal is not None and not self._fatal:
+            self._fatal = True  # others meet the same error in the same moment; one line says it
+            raise fatal
 
     async def _generate(self, loan: _Loan, recorder: TrajectoryRecorder) -> GenerationEnd | TrajectoryFailure:
         """Stream one completion to the writer."""
@@ -337,11 +347,11 @@ class RolloutWorker:
                     async for event in events:
                         if isinstance(event, GenerationEnd):
                             return self._checked(event, recorder)
-                        item = recorder.chunk(event)
-                        if pinned is not None and not recorder.versions <= {pinned}:
+                        if pinned is not None and any(span.version != pinned for span in event.version_spans):
                             message = f"evaluation of {pinned}: another version came into force"
                             return TrajectoryFailure(message, retryable=True)
-                        await self._writer.write([item])
+                        await self._writer.write([recorder.chunk(event)])
+                        recorder.written()
                 raise UnavailableError("the engine ended a generation without saying why")
             except ExhaustedError:
                 # A backend may queue less than it decodes at once; it has room again in a moment.
@@ -390,20 +400,33 @@ class RolloutWorker:
     # What the buffer takes back
 
     def _on_refused(self, result: WriteResult) -> None:
-        """An item will not be accepted: stop working on what it belongs to."""
+        """An item will not be accepted: stop working on what it belongs to, which may have ended here already."""
         loan = self._loan_of.get(result.trajectory_id)
-        if loan is None or loan.ticket.attempt != result.attempt:
-            return
+        if loan is not None and loan.ticket.attempt != result.attempt:
+            loan = None
         if result.status is WriteStatus.ABORTED:
-            log.info("group %s is aborted: %s", loan.ticket.group_id, result.message)
-            self._abort(loan)
+            if loan is not None:
+                log.info("group %s is aborted: %s", loan.ticket.group_id, result.message)
+                self._abort(loan)
             return
-        log.error("%s seq %d is refused (%s): %s", result.trajectory_id, result.seq, result.status.name, result.message)
-        entry = loan.members[result.trajectory_id]
-        if entry.task is not None:
-            entry.task.cancel()
-        self._metrics.trajectories.labels("aborted").inc()
-        self._forget(loan, result.trajectory_id)
+        if (result.trajectory_id, result.attempt) in self._refused:
+            return
+        self._refused.add((result.trajectory_id, result.attempt))
+        message = f"{result.trajectory_id} seq {result.seq} is refused as {result.status.name}: {result.message}"
+        log.error("%s", message)
+        if loan is not None:
+            entry = loan.members[result.trajectory_id]
+            if entry.task is not None:
+                entry.task.cancel()
+            self._metrics.trajectories.labels("aborted").inc()
+            self._forget(loan, result.trajectory_id)
+        if self._members is not None and result.status in (WriteStatus.INVALID, WriteStatus.OUT_OF_RANGE):
+            # The buffer waits for another item in that place: say that none will come.
+            missing = result.status is WriteStatus.OUT_OF_RANGE
+            seq = result.expected_seq if missing else result.seq
+            failure = TrajectoryFailure(message, retryable=missing)
+            item = WriteItem(result.trajectory_id, result.attempt, seq, failure)
+            self._members.create_task(self._writer.write([item]))
 
     def _abort(self, loan: _Loan) -> None:
         _cancel(loan)
@@ -414,8 +437,11 @@ class RolloutWorker:
     async def _renew_leases(self) -> None:
         """Keep what is open, also while the engine queues or a reward takes long; accepted writes renew leases too."""
         while True:
-            lease_seconds = min((loan.ticket.lease_seconds for loan in self._loans.values()), default=30.0)
-            await asyncio.sleep(max(lease_seconds / 3, 0.05))
+            if not self._loans:
+                self._lent.clear()
+                await self._lent.wait()
+                continue
+            await asyncio.sleep(min(loan.ticket.lease_seconds for loan in self._loans.values()) / 3)
             if not self._loans:
                 continue
             try:

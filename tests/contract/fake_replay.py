@@ -103,6 +103,9 @@ class FakeReplay(_Servicer):
         self.judge: Callable[[WriteItem], WriteResult | None] = lambda _: None
         self.break_stream: Callable[[int, WriteItem], str] = lambda _stream, _item: ""  # "before" or "after" writing
         self.max_in_message = 0
+        self.joined = 0
+        self.ignore_pins = False  # hands evaluations to servers at any version
+        self.cancelled_calls = 0  # AcquireTickets calls that the client gave up
 
     async def add(self, *tickets: Ticket) -> None:
         async with self.more:
@@ -115,6 +118,7 @@ class FakeReplay(_Servicer):
             self.more.notify_all()
 
     async def JoinRun(self, request: replay_pb2.JoinRunRequest, context: Any) -> replay_pb2.JoinRunResponse:
+        self.joined += 1
         return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(self.spec))
 
     async def AcquireTickets(
@@ -133,13 +137,16 @@ class FakeReplay(_Servicer):
                 await self.more.wait_for(lambda: self.finished or self._fitting(request))
         except TimeoutError:
             pass
+        except asyncio.CancelledError:
+            self.cancelled_calls += 1
+            raise
         tickets = self._fitting(request)
         self.tickets = [ticket for ticket in self.tickets if ticket not in tickets]
         return self._reply(tickets)
 
     def _fitting(self, request: replay_pb2.AcquireTicketsRequest) -> list[Ticket]:
         version = codec.version_from_proto(request.version)
-        return [t for t in self.tickets if t.pinned_version is None or t.pinned_version == version]
+        return [t for t in self.tickets if t.pinned_version in (None, version) or self.ignore_pins]
 
     def _reply(self, tickets: list[Ticket]) -> replay_pb2.AcquireTicketsResponse:
         self.issued.update(member.trajectory_id for ticket in tickets for member in ticket.members)
