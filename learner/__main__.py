@@ -90,6 +90,9 @@ class LearnerProcess:
         )
         try:
             finished = await learner.run(stop)
+            if not learner.opened and not finished:
+                log.info("stopped before the run was open")
+                return
             status = await buffer.run_status()
             summary = summarize(journal.records, status, publisher.push_times.seconds)
             (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -18,10 +18,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from learner.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep
 from learner.errors import UnusableGroupError
@@ -41,6 +41,7 @@ from leeway.types import Evaluation, PolicyVersion, RunSpec, TrajectoryGroup, We
 from leeway.weights import weights_digest
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _LAST_EVALUATION_SECONDS: Final = 2.0
 """How long a stopping learner waits for an evaluation in flight."""
@@ -85,6 +86,11 @@ class Learner:
         self._clock_started = time.monotonic() - elapsed
 
     @property
+    def opened(self) -> bool:
+        """Whether the replay buffer knows this incarnation."""
+        return self._epoch > 0
+
+    @property
     def step(self) -> int:
         """The newest trained step."""
         return self._head.step
@@ -94,7 +100,9 @@ class Learner:
 
         However it ends, what was trained is in a durable, committed checkpoint.
         """
-        opened = await self._parts.buffer.open_run(self._spec, self._head, self._ledger)
+        opened = await _unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
+        if opened is None:
+            return False
         if opened.finished:
             return True
         self._epoch = opened.epoch
@@ -122,15 +130,9 @@ class Learner:
     async def _draw(self, step: int, stop: asyncio.Event) -> list[TrajectoryGroup] | None:
         """The step's groups, or None when `stop` came first."""
         began = time.monotonic()
-        draw = asyncio.create_task(self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait([draw, stopping], return_when=asyncio.FIRST_COMPLETED)
-        stopping.cancel()
-        if not draw.done():
-            draw.cancel()
-            return None
+        draw = self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
         try:
-            groups = await draw
+            groups = await _unless_stopped(stop, draw)
         except DeadlineError as error:
             raise DeadlineError(await self._name_blocker(step)) from error
         self._batch_wait_seconds = time.monotonic() - began
@@ -306,6 +308,17 @@ class Learner:
 
     def _record(self, record: dict[str, Any]) -> None:
         self._journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
+
+
+async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None when `stop` comes first."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if working.done():
+        return working.result()
+    await cancel_and_wait(working)
+    return None
 
 
 def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:

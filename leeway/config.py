@@ -240,6 +240,8 @@ def _explain(path: Path, name: str, error: ValidationError) -> str:
         message = "unknown key; remove it or correct its spelling"
     elif first["type"] == "missing":
         message = "required, but not set"
+    elif first["type"] == "value_error":
+        message = first["msg"].removeprefix("Value error, ")
     else:
         message = f"{message[0].lower()}{message[1:]}, but is {first['input']!r}"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

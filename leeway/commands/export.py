@@ -39,7 +39,9 @@ def _export(arguments: argparse.Namespace) -> int:
         raise PreconditionError(f"{output} exists; remove it or choose another --output")
     from learner.torch_trainer import TorchTrainer  # torch takes seconds to import
 
-    trainer = TorchTrainer.from_directory(model.directory, section(document, "sampling", SamplingOptions), options.training)
+    trainer = TorchTrainer.from_directory(
+        model.directory, section(document, "sampling", SamplingOptions), options.training
+    )
     trainer.load(checkpoint.directory)
     trainer.export(model.directory, output)
     print(f"{output}: run {run.name}, step {checkpoint.version.step}")

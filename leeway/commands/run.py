@@ -11,50 +11,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from inference_server.options import InferenceServerOptions
-from learner.options import LearnerOptions
+from learner.journal import read_journal
+from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.commands.progress import open_progress
 from leeway.commands.report import write_report
 from leeway.commands.supervisor import Outcome, Service, Supervisor
-from leeway.config import (
-    Document,
-    EvaluationOptions,
-    MetricsOptions,
-    ModelOptions,
-    NetworkOptions,
-    Options,
-    RunOptions,
-    SamplingOptions,
-    TaskOptions,
-    load_document,
-    section,
-    write_document,
-)
-from leeway.errors import ConfigError, PreconditionError
-from leeway.ports import free_port
+from leeway.config import RunOptions, load_document
+from leeway.errors import PreconditionError
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
-from leeway.tasks import load_tasks
-from replay_buffer.options import ReplayBufferOptions
-
-SECTIONS: Mapping[str, type[Options]] = {
-    "run": RunOptions,
-    "model": ModelOptions,
-    "task": TaskOptions,
-    "sampling": SamplingOptions,
-    "network": NetworkOptions,
-    "metrics": MetricsOptions,
-    "evaluation": EvaluationOptions,
-    "replay_buffer": ReplayBufferOptions,
-    "inference_server": InferenceServerOptions,
-    "learner": LearnerOptions,
-}
 
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
@@ -76,96 +47,39 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    document = load_document(arguments.config, arguments.overrides)
-    sections = resolve(document)
+    configuration = read_configuration(load_document(arguments.config, arguments.overrides))
     if arguments.check:
-        _check_references(sections)
         print(f"{arguments.config}: fine")
         return EXIT_OK
-    run = sections["run"]
-    assert isinstance(run, RunOptions)
-    _refuse_existing(run, arguments)
-    run.run_directory.mkdir(parents=True, exist_ok=True)
+    run = configuration.run
+    _prepare_folder(run, resume=arguments.resume)
     config_path = run.run_directory / "config.toml"
-    write_document(config_path, sections)
-    outcome = asyncio.run(_supervise(run, sections, config_path, plain=arguments.plain))
+    configuration = with_free_ports(configuration)
+    configuration.write(config_path)
+    outcome = asyncio.run(_supervise(configuration, config_path, plain=arguments.plain))
     return _conclude(run, arguments.config, outcome)
 
 
-def resolve(document: Document) -> dict[str, Options]:
-    """Every section validated, free ports chosen, folders named.
-
-    Raises:
-        ConfigError: naming file and key.
-    """
-    values = {name: dict(table) for name, table in document.values.items()}
-    run = section(document, "run", RunOptions)
-    values.setdefault("replay_buffer", {}).setdefault("directory", str(run.run_directory / "replay"))
-    resolved = replace(document, values=values)
-    sections = {name: section(resolved, name, options) for name, options in SECTIONS.items()}
-    network, metrics = sections["network"], sections["metrics"]
-    assert isinstance(network, NetworkOptions) and isinstance(metrics, MetricsOptions)
-    if len(network.inference_servers) != len(metrics.inference_servers):
-        raise ConfigError(
-            f"{document.path}: metrics.inference_servers: lists {len(metrics.inference_servers)} ports, "
-            f"network.inference_servers {len(network.inference_servers)} addresses; give one port per server"
-        )
-    sections["network"] = network.model_copy(
-        update={
-            "replay_buffer": _fixed_address(network.replay_buffer),
-            "policy": _fixed_address(network.policy),
-            "inference_servers": tuple(_fixed_address(address) for address in network.inference_servers),
-        }
-    )
-    sections["metrics"] = metrics.model_copy(
-        update={
-            "replay_buffer": metrics.replay_buffer or free_port(metrics.host),
-            "learner": metrics.learner or free_port(metrics.host),
-            "inference_servers": tuple(port or free_port(metrics.host) for port in metrics.inference_servers),
-        }
-    )
-    return sections
-
-
-def _check_references(sections: Mapping[str, Options]) -> None:
-    """What only shows when it is opened: the model directory and the tasks."""
-    model, task, run = sections["model"], sections["task"], sections["run"]
-    servers, learner = sections["inference_server"], sections["learner"]
-    assert isinstance(model, ModelOptions) and isinstance(task, TaskOptions) and isinstance(run, RunOptions)
-    assert isinstance(servers, InferenceServerOptions) and isinstance(learner, LearnerOptions)
-    if (servers.engine == "arithmetic") != (learner.trainer == "arithmetic"):
-        raise ConfigError(
-            f"inference_server.engine is {servers.engine}, but learner.trainer is {learner.trainer}; "
-            "a rehearsal needs arithmetic for both"
-        )
-    if learner.trainer != "arithmetic" and not (model.directory / "config.json").is_file():
-        raise ConfigError(f"model.path: {model.path} holds no Hugging Face model (no config.json)")
-    load_tasks(task, run.seed)
-
-
-def _fixed_address(address: str) -> str:
-    host, _, port = address.rpartition(":")
-    return address if int(port) else f"{host}:{free_port(host)}"
-
-
-def _refuse_existing(run: RunOptions, arguments: argparse.Namespace) -> None:
-    """A run's folder is never overwritten."""
+def _prepare_folder(run: RunOptions, *, resume: bool) -> None:
+    """Make the run's folder; one that holds anything trained or measured is never overwritten."""
     directory = run.run_directory
-    started = (directory / "config.toml").exists()
-    if arguments.resume and not started:
+    started = bool(read_journal(directory / "metrics.jsonl"))
+    if resume and not started:
         raise PreconditionError(f"{directory}: there is no run to resume; start it without --resume")
-    if not started:
-        return
-    if _finished(directory):
+    if started and _finished(directory):
         raise PreconditionError(
             f"{directory}: this run is finished; its report is {directory / 'report.html'}. "
             "To train again, choose another name with --set run.name=NAME, or remove the folder"
         )
-    if not arguments.resume:
+    if started and not resume:
         raise PreconditionError(
             f"{directory}: holds an unfinished run; continue it with --resume, "
             "or choose another name with --set run.name=NAME"
         )
+    if not started:  # what a refused start left behind
+        for name in ("replay", "checkpoints"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
 
 
 def _finished(directory: Path) -> bool:
@@ -173,9 +87,8 @@ def _finished(directory: Path) -> bool:
     return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
-async def _supervise(run: RunOptions, sections: Mapping[str, Options], config_path: Path, *, plain: bool) -> Outcome:
-    network = sections["network"]
-    assert isinstance(network, NetworkOptions)
+async def _supervise(configuration: RunConfiguration, config_path: Path, *, plain: bool) -> Outcome:
+    run, network = configuration.run, configuration.network
     arguments = ("--config", str(config_path), "--supervised")
     servers = tuple(
         Service(f"server-{index}", ("inference_server", *arguments, "--index", str(index)))
@@ -202,14 +115,13 @@ def _conclude(run: RunOptions, config: Path, outcome: Outcome) -> int:
     if outcome.error:
         print(f"leeway: {outcome.error}\nleeway: logs are in {directory / 'logs'}", file=sys.stderr)
         return EXIT_REFUSED if outcome.refused else EXIT_FAILED
-    report = write_report(directory)
-    summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-    if not summary["finished"]:
-        print(
-            f"leeway: stopped at step {summary['steps']} with a checkpoint; continue with: leeway run {config} --resume"
-        )
+    steps = sum(record["kind"] == "step" for record in read_journal(directory / "metrics.jsonl"))
+    report = write_report(directory) if steps else None
+    if not _finished(directory):
+        again = f"leeway run {config} --resume" if steps else f"leeway run {config}"
+        print(f"leeway: stopped at step {steps}{' with a checkpoint' if steps else ''}; continue with: {again}")
         return EXIT_OK
-    print(_closing_lines(summary))
+    print(_closing_lines(json.loads((directory / "summary.json").read_text(encoding="utf-8"))))
     print(f"report: {report}")
     return EXIT_OK
 

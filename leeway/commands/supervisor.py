@@ -84,6 +84,11 @@ class Supervisor:
         self._on_journal_line = on_journal_line
         self._on_event = on_event
 
+    def process_id(self, name: str) -> int | None:
+        """The running process of a service; None while it has none."""
+        child = next(child for child in [self._buffer, self._learner, *self._servers] if child.service.name == name)
+        return child.process.pid if child.process is not None and child.process.returncode is None else None
+
     async def run(self, stop: asyncio.Event) -> Outcome:
         """Run until the learner is done, a process cannot go on, or `stop` is set."""
         self._log_directory.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ class Supervisor:
     async def _stop_all(self, learner_task: asyncio.Task[Outcome], outcome: Outcome) -> Outcome:
         """The learner first, while the buffer still lives; then the servers; the buffer last."""
         if not learner_task.done():
-            self._on_event("stopping: the learner writes a checkpoint")
+            self._on_event("stopping; the learner writes a checkpoint if it has trained")
             await self._stop([self._learner], LEARNER_STOP_SECONDS)
             if learner_task.done() and not outcome.error:
                 outcome = learner_task.result()

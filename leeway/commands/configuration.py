@@ -1,0 +1,141 @@
+"""Every section of a run's configuration together: validated, free ports chosen, references opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from inference_server.options import InferenceServerOptions
+from learner.options import LearnerOptions
+from leeway.config import (
+    Document,
+    EvaluationOptions,
+    MetricsOptions,
+    ModelOptions,
+    NetworkOptions,
+    Options,
+    RunOptions,
+    SamplingOptions,
+    TaskOptions,
+    section,
+    write_document,
+)
+from leeway.errors import ConfigError
+from leeway.plugins import load_function
+from leeway.ports import free_port
+from leeway.tasks import load_tasks
+from replay_buffer.options import ReplayBufferOptions
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfiguration:
+    """One field per section."""
+
+    run: RunOptions
+    model: ModelOptions
+    task: TaskOptions
+    sampling: SamplingOptions
+    network: NetworkOptions
+    metrics: MetricsOptions
+    evaluation: EvaluationOptions
+    replay_buffer: ReplayBufferOptions
+    inference_server: InferenceServerOptions
+    learner: LearnerOptions
+
+    def write(self, path: Path) -> None:
+        """Save it as TOML that every service reads."""
+        sections: dict[str, Options] = {field.name: getattr(self, field.name) for field in fields(self)}
+        write_document(path, sections)
+
+
+def read_configuration(document: Document) -> RunConfiguration:
+    """Validate every section, and what only shows between sections or when something is opened.
+
+    Raises:
+        ConfigError: naming file and key.
+    """
+    run = section(document, "run", RunOptions)
+    configuration = RunConfiguration(
+        run=run,
+        model=section(document, "model", ModelOptions),
+        task=section(document, "task", TaskOptions),
+        sampling=section(document, "sampling", SamplingOptions),
+        network=section(document, "network", NetworkOptions),
+        metrics=section(document, "metrics", MetricsOptions),
+        evaluation=section(document, "evaluation", EvaluationOptions),
+        replay_buffer=section(_with_replay_directory(document, run), "replay_buffer", ReplayBufferOptions),
+        inference_server=section(document, "inference_server", InferenceServerOptions),
+        learner=section(document, "learner", LearnerOptions),
+    )
+    try:
+        _check_together(configuration)
+    except ConfigError as error:
+        raise ConfigError(f"{document.path}: {error.message}") from error
+    return configuration
+
+
+def with_free_ports(configuration: RunConfiguration) -> RunConfiguration:
+    """Port 0 replaced by a free port, everywhere."""
+    network, metrics = configuration.network, configuration.metrics
+    return replace(
+        configuration,
+        network=network.model_copy(
+            update={
+                "replay_buffer": _fixed_address(network.replay_buffer),
+                "policy": _fixed_address(network.policy),
+                "inference_servers": tuple(_fixed_address(address) for address in network.inference_servers),
+            }
+        ),
+        metrics=metrics.model_copy(
+            update={
+                "replay_buffer": metrics.replay_buffer or free_port(metrics.host),
+                "learner": metrics.learner or free_port(metrics.host),
+                "inference_servers": tuple(port or free_port(metrics.host) for port in metrics.inference_servers),
+            }
+        ),
+    )
+
+
+def _with_replay_directory(document: Document, run: RunOptions) -> Document:
+    """The buffer's log lies in the run's folder unless the configuration says where."""
+    table: Mapping[str, Any] = {
+        "directory": str(run.run_directory / "replay"),
+        **document.values.get("replay_buffer", {}),
+    }
+    return replace(document, values={**document.values, "replay_buffer": table})
+
+
+def _check_together(configuration: RunConfiguration) -> None:
+    network, metrics = configuration.network, configuration.metrics
+    if len(network.inference_servers) != len(metrics.inference_servers):
+        raise ConfigError(
+            f"metrics.inference_servers: lists {len(metrics.inference_servers)} ports, network.inference_servers "
+            f"{len(network.inference_servers)} addresses; give one port per server"
+        )
+    engine, trainer = configuration.inference_server.engine, configuration.learner.trainer
+    if (engine == "arithmetic") != (trainer == "arithmetic"):
+        raise ConfigError(
+            f"inference_server.engine is {engine}, but learner.trainer is {trainer}; "
+            "a rehearsal needs arithmetic for both"
+        )
+    if trainer != "arithmetic":
+        _check_model(configuration.model.directory)
+    tasks = load_tasks(configuration.task, configuration.run.seed)
+    load_function(configuration.task.reward, configuration.task.python_path)
+    if configuration.evaluation.tasks > len(tasks.heldout):
+        raise ConfigError(
+            f"evaluation.tasks: is {configuration.evaluation.tasks}, but there are {len(tasks.heldout)} held-out tasks"
+        )
+
+
+def _check_model(directory: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise ConfigError(f"model.path: {directory} is not a Hugging Face model with its tokenizer: no {name}")
+
+
+def _fixed_address(address: str) -> str:
+    host, _, port = address.rpartition(":")
+    return address if int(port) else f"{host}:{free_port(host)}"
