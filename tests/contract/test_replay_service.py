@@ -307,6 +307,8 @@ async def test_a_restart_of_the_buffer_changes_nothing(tmp_path: Path) -> None:
         assert await client.run_status() == before
         assert [record async for record in client.export_groups()] == exported
         # The open ticket's lease began afresh, and the writer repeats what it does not know to be on disk.
+        others, _ = await client.acquire_tickets("s1", version(1), 100, 5)
+        assert open_ticket.group_id not in {ticket.group_id for ticket in others}
         results = await write(client, filled(open_ticket))
         assert {result.status for result in results} == {ACKNOWLEDGED}
         assert len(await client.draw_batch(1, 2, WAIT_SECONDS)) == 2

@@ -111,6 +111,7 @@ def test_an_expired_group_with_used_up_attempts_is_a_dead_letter() -> None:
     ticket = machine.acquire(max_members=2)[0]
     assert decide_expired(machine.state, lambda _: True) == []
     machine.acquire(max_members=2, expired=lambda _: True)
+    assert machine.acquire(max_members=2, expired=lambda _: True)[0].group_id != ticket.group_id
     assert decide_expired(machine.state, lambda _: False) == []
     machine.record(*decide_expired(machine.state, lambda _: True))
     assert machine.state.groups[ticket.group_id].drop_reason is DropReason.DEAD_LETTER

@@ -1,0 +1,116 @@
+"""`python -m replay_buffer` as a process: how it refuses to start, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from leeway.rpc import check_health
+from replay_buffer.log import Log, LogOptions
+from replay_buffer.segments import segment_path
+from tests.contract.buffer_server import PLAIN, connected
+from tests.unit.replay_buffer.builders import ROOT, spec
+
+WAIT_SECONDS = 30
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:
+    config = directory / "run.toml"
+    config.write_text('[replay_buffer]\ndirectory = "log"\n')
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "replay_buffer", "--config", str(config), *arguments),
+        stderr=asyncio.subprocess.PIPE,
+    )
+
+
+async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, list[str]]:
+    async with asyncio.timeout(WAIT_SECONDS):
+        _, stderr = await process.communicate()
+    return process.returncode, [line for line in stderr.decode().splitlines() if line.startswith("replay_buffer: ")]
+
+
+@pytest.fixture
+def ports() -> tuple[int, list[str]]:
+    port = free_port()
+    return port, [f"--set=network.replay_buffer=127.0.0.1:{port}", f"--set=metrics.replay_buffer={free_port()}"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_it_serves_until_it_is_told_to_stop(
+    tmp_path: Path, ports: tuple[int, list[str]], how: signal.Signals
+) -> None:
+    port, arguments = ports
+    process = await start(tmp_path, *arguments)
+    await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
+    async with connected(f"127.0.0.1:{port}") as client:
+        await client.open_run(spec(), ROOT, [])
+        waiting = asyncio.create_task(client.acquire_tickets("s0", ROOT, 1, WAIT_SECONDS))
+        process.send_signal(how)
+        assert await ended(process) == (0, [])
+        waiting.cancel()
+
+
+async def test_check_reads_the_configuration_and_nothing_else(tmp_path: Path) -> None:
+    assert await ended(await start(tmp_path, "--check")) == (0, [])
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "--set=replay_buffer.lease_seconds=0",
+            "replay_buffer.lease_seconds: input should be greater than 0, but is 0",
+        ),
+        ("--set=replay_buffer.leese_seconds=1", "replay_buffer.leese_seconds: unknown key"),
+        ("--set=replay_buffer.soft_free_bytes=1", "hard_free_bytes must not be above soft_free_bytes"),
+        ("--set=network.replay_buffer=0.0.0.0:7999", "refusing to listen on 0.0.0.0:7999 without mutual TLS"),
+    ],
+)
+async def test_a_bad_configuration_is_one_line_and_not_worth_a_restart(
+    tmp_path: Path, ports: tuple[int, list[str]], argument: str, message: str
+) -> None:
+    code, lines = await ended(await start(tmp_path, *ports[1], argument))
+    assert code == 2
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+async def test_a_directory_in_use_is_named(tmp_path: Path, ports: tuple[int, list[str]]) -> None:
+    holder = Log(LogOptions(tmp_path / "log"))
+    code, lines = await ended(await start(tmp_path, *ports[1]))
+    await holder.aclose()
+    assert (code, lines) == (
+        2,
+        [
+            f"replay_buffer: replay_buffer.directory: {tmp_path}/log is in use by another replay buffer; "
+            "stop that one first"
+        ],
+    )
+
+
+async def test_a_damaged_log_is_named_with_its_place(tmp_path: Path, ports: tuple[int, list[str]]) -> None:
+    log = Log(LogOptions(tmp_path / "log"))
+    log.recover(lambda _payload, _location: None)
+    log.start()
+    for _ in range(3):
+        log.append(b"x" * 10)
+    await log.durable()
+    await log.aclose()
+    path = segment_path(tmp_path / "log", 1)
+    path.write_bytes(path.read_bytes().replace(b"xx", b"xy", 1))
+    code, lines = await ended(await start(tmp_path, *ports[1]))
+    assert code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith(f"replay_buffer: {path}: the record at byte 0 is damaged")

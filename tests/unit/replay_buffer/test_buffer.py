@@ -1,0 +1,82 @@
+"""The buffer without a network, on a clock that the test moves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from leeway.types import DropReason, GroupState, WriteItem
+from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.log import Log, LogOptions
+from replay_buffer.options import ReplayBufferOptions
+from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec
+
+LEASE_SECONDS = 10.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [1000.0]
+    monkeypatch.setattr(ReplayBuffer, "_now", staticmethod(lambda: now[0]))
+    return now
+
+
+@pytest.fixture
+async def buffer(tmp_path: Path, clock: list[float]) -> AsyncIterator[ReplayBuffer]:
+    log = Log(LogOptions(tmp_path))
+    buffer = ReplayBuffer(ReplayBufferOptions(directory=tmp_path, lease_seconds=LEASE_SECONDS), log)
+    buffer.start()
+    await buffer.open_run(spec(max_staleness=0, groups_per_step=1, max_attempts=2), ROOT, [])
+    yield buffer
+    buffer.stop()
+    await log.aclose()
+
+
+async def lent_to(buffer: ReplayBuffer, server_id: str) -> list[tuple[str, int]]:
+    tickets, _ = await buffer.acquire_tickets(RUN, server_id, ROOT, 2, 0)
+    return [(ticket.group_id, ticket.attempt) for ticket in tickets]
+
+
+GROUP = f"{RUN}-g1"
+
+
+async def test_silence_lets_a_group_go(buffer: ReplayBuffer, clock: list[float]) -> None:
+    assert await lent_to(buffer, "s0") == [(GROUP, 1)]
+    clock[0] += LEASE_SECONDS - 1
+    assert await lent_to(buffer, "s1") == []
+    clock[0] += 1
+    assert await lent_to(buffer, "s1") == [(GROUP, 2)]
+
+
+async def test_accepted_writes_extend_a_lease(buffer: ReplayBuffer, clock: list[float]) -> None:
+    await lent_to(buffer, "s0")
+    clock[0] += LEASE_SECONDS - 1
+    buffer.write(RUN, [WriteItem(f"{GROUP}.0", 1, 0, chunk())])
+    clock[0] += LEASE_SECONDS - 1
+    buffer.write(RUN, [WriteItem(f"{GROUP}.1", 1, 5, chunk())])  # out of order: not accepted
+    assert await lent_to(buffer, "s1") == []
+    clock[0] += 1
+    assert await lent_to(buffer, "s1") == [(GROUP, 2)]
+
+
+async def test_a_renewal_extends_a_lease(buffer: ReplayBuffer, clock: list[float]) -> None:
+    await lent_to(buffer, "s0")
+    clock[0] += LEASE_SECONDS - 1
+    assert await buffer.renew_leases(RUN, [(GROUP, 1)]) == []
+    clock[0] += LEASE_SECONDS - 1
+    assert await lent_to(buffer, "s1") == []
+    assert await buffer.renew_leases(RUN, [(GROUP, 2)]) == [(GROUP, 2)]
+
+
+async def test_the_last_attempt_ends_as_a_dead_letter_although_nobody_asks(
+    buffer: ReplayBuffer, clock: list[float]
+) -> None:
+    await lent_to(buffer, "s0")
+    clock[0] += LEASE_SECONDS
+    await lent_to(buffer, "s1")
+    clock[0] += LEASE_SECONDS
+    await buffer.join_run(RUN, "s1", SIGNATURE, DATASET, 0)
+    (group,) = buffer.select(RUN, None, GroupState.DROPPED, 0, 0)
+    assert group.drop_reason is DropReason.DEAD_LETTER
