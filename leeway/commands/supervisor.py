@@ -83,6 +83,7 @@ class Supervisor:
         self._log_directory = log_directory
         self._on_journal_line = on_journal_line
         self._on_event = on_event
+        self._trained = False  # whether the learner has anything to save
 
     def process_id(self, name: str) -> int | None:
         """The running process of a service; None while it has none."""
@@ -109,8 +110,9 @@ class Supervisor:
     async def _stop_all(self, learner_task: asyncio.Task[Outcome], outcome: Outcome) -> Outcome:
         """The learner first, while the buffer still lives; then the servers; the buffer last."""
         if not learner_task.done():
-            self._on_event("stopping; the learner writes a checkpoint if it has trained")
-            await self._stop([self._learner], LEARNER_STOP_SECONDS)
+            if self._trained:
+                self._on_event("stopping: the learner writes a checkpoint")
+            await self._stop([self._learner], LEARNER_STOP_SECONDS if self._trained else OTHERS_STOP_SECONDS)
             if learner_task.done() and not outcome.error:
                 outcome = learner_task.result()
         await self._stop(self._servers, OTHERS_STOP_SECONDS)
@@ -129,7 +131,8 @@ class Supervisor:
         _, late = await asyncio.wait(exits, timeout=grace_seconds)
         for child in running:
             if child.process is not None and child.process.returncode is None:
-                self._on_event(f"{child.service.name} did not stop within {grace_seconds:g} s and was killed")
+                if self._trained:
+                    self._on_event(f"{child.service.name} did not stop within {grace_seconds:g} s and was killed")
                 _signal(child, signal.SIGKILL)
         if late:
             await asyncio.wait(late)
@@ -157,6 +160,10 @@ class Supervisor:
             self._on_event(f"{name} {_how_it_ended(code)}; starting it again in {backoff:g} s")
             await asyncio.sleep(backoff)
 
+    def _journal_line(self, line: str) -> None:
+        self._trained = True
+        self._on_journal_line(line)
+
     async def _run_once(self, child: _Child) -> int:
         process = await asyncio.create_subprocess_exec(
             sys.executable,
@@ -170,7 +177,7 @@ class Supervisor:
         )
         child.process = process
         assert process.stdout is not None and process.stderr is not None
-        on_line = self._on_journal_line if child is self._learner else None
+        on_line = self._journal_line if child is self._learner else None
         with (self._log_directory / f"{child.service.name}.log").open("a", encoding="utf-8") as log_file:
 
             def on_stderr(line: str) -> None:
