@@ -24,7 +24,11 @@ log = logging.getLogger("replay_buffer")
 
 
 async def run(
-    network: NetworkOptions, metrics_options: MetricsOptions, options: ReplayBufferOptions, stop: asyncio.Event
+    network: NetworkOptions,
+    security: Security,
+    metrics_options: MetricsOptions,
+    options: ReplayBufferOptions,
+    stop: asyncio.Event,
 ) -> None:
     """Serve until `stop` is set or the log dies.
 
@@ -49,9 +53,7 @@ async def run(
         buffer.start()
         serve_metrics(registry, metrics_options.host, metrics_options.replay_buffer)
         service = ReplayService(buffer)
-        server = await start_server(
-            network.replay_buffer, service.add_to, [SERVICE_NAME], Security(insecure=network.insecure)
-        )
+        server = await start_server(network.replay_buffer, service.add_to, [SERVICE_NAME], security)
         log.info("serving %s on %s", options.directory, network.replay_buffer)
         try:
             await _stopped_or_failed(stop, durable_log)
@@ -81,11 +83,12 @@ def main(arguments: Namespace) -> int:
         network = section(document, "network", NetworkOptions)
         metrics_options = section(document, "metrics", MetricsOptions)
         options = section(document, "replay_buffer", ReplayBufferOptions)
+        security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
     except LeewayError as error:
         return report_error("replay_buffer", error)
     if arguments.check:
         return 0
-    return serve("replay_buffer", lambda stop: run(network, metrics_options, options, stop), arguments)
+    return serve("replay_buffer", lambda stop: run(network, security, metrics_options, options, stop), arguments)
 
 
 if __name__ == "__main__":
