@@ -4,9 +4,9 @@
     learner's stdout ──> on_journal_line          every stderr ──> logs/NAME.log
 
     the end    learner exits 0           the run is finished (or it was stopped): servers, then the buffer are stopped
-               `stop` is set             the learner is stopped first, so that its checkpoint reaches a living buffer
-               a process exits 2         a restart would meet the same error: everything stops, its last line is the
-               outcome too many restarts         likewise
+               `stop` is set             the buffer is stopped last, so that checkpoint and rollouts reach it
+               a process exits 2         a restart would meet the same error: everything stops with its last line
+               too many restarts         likewise
 
 Services wait for each other by themselves, so they start together. Children hold the other end of a pipe: they stop
 when the supervisor is gone.
@@ -108,14 +108,16 @@ class Supervisor:
         return outcome
 
     async def _stop_all(self, learner_task: asyncio.Task[Outcome], outcome: Outcome) -> Outcome:
-        """The learner first, while the buffer still lives; then the servers; the buffer last."""
-        if not learner_task.done():
+        """Learner and servers while the buffer still lives; the buffer last."""
+        if learner_task.done():
+            await self._stop(self._servers, OTHERS_STOP_SECONDS)
+        else:
             if self._trained:
                 self._on_event("stopping: the learner writes a checkpoint")
-            await self._stop([self._learner], LEARNER_STOP_SECONDS if self._trained else OTHERS_STOP_SECONDS)
+            grace_seconds = LEARNER_STOP_SECONDS if self._trained else OTHERS_STOP_SECONDS
+            await self._stop([self._learner, *self._servers], grace_seconds)
             if learner_task.done() and not outcome.error:
                 outcome = learner_task.result()
-        await self._stop(self._servers, OTHERS_STOP_SECONDS)
         await self._stop([self._buffer], OTHERS_STOP_SECONDS)
         return outcome
 
