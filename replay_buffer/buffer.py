@@ -8,7 +8,7 @@
     JoinRun                       the run                            OpenRun
     AcquireTickets                work: admission, a lapsed loan     Advance, OpenRun, drops, failures, the lease timer,
                                                                      the same server asking at a newer version
-    DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun
+    DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun, the lease timer
     every answer                  the log up to what it shows        fsync
 
 Nothing is read into memory but the index; chunks stay in the log.
@@ -57,7 +57,7 @@ from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
 from replay_buffer.signals import Signal
 from replay_buffer.state import Group, Location, RunState
-from replay_buffer.tickets import TicketOffice, decide_expired
+from replay_buffer.tickets import Expired, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
     RunOpened,
@@ -179,7 +179,7 @@ class ReplayBuffer:
         """
         run, began = self._run(name), self._now()
         while (batch := drawn_batch(run.state, epoch, step)) is None:
-            drawn = decide_draw(run.state, epoch, step)
+            drawn = decide_draw(run.state, epoch, step, self._expired(run))
             if drawn is not None:
                 self._record(name, drawn)
             elif not await run.results.wait(deadline):
@@ -271,14 +271,8 @@ class ReplayBuffer:
         run.asked[server_id] = max(asked_at, run.asked.get(server_id, asked_at))
         while not run.state.finished:
             self._check_soft_mark()
-            now = self._now()
-            office = TicketOffice(
-                run.state,
-                server_id,
-                version,
-                lambda group_id, now=now: run.leases.expired(group_id, now),
-                self._options.lease_seconds,
-            )
+            lease_seconds = self._options.lease_seconds
+            office = TicketOffice(run.state, server_id, version, self._expired(run), lease_seconds)
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
@@ -388,11 +382,15 @@ class ReplayBuffer:
         self._apply(record, location)
         run = self._runs[name]
         match transition:
-            case ChunkWritten() | StepsCommitted():
+            case StepsCommitted():
                 return
+            case ChunkWritten():
+                if transition.versions:
+                    run.results.notify()  # now that its tokens are known, the group may not be due yet
             case TicketIssued():
                 run.leases.renew(transition.ticket.group_id, self._now())
                 self._arm_lease_timer()
+                run.results.notify()
             case TrajectoryClosed():
                 found = run.state.find(transition.trajectory_id)
                 if found is not None and found[0].state is not GroupState.OPEN:
@@ -461,10 +459,14 @@ class ReplayBuffer:
         self._arm_lease_timer()
 
     def _drop_expired(self, run: _Run) -> None:
-        now = self._now()
-        for drop in decide_expired(run.state, lambda group_id: run.leases.expired(group_id, now)):
+        for drop in decide_expired(run.state, self._expired(run)):
             self._record(run.state.spec.run, drop)
         run.work.notify()
+        run.results.notify()  # a draw waits for nobody whose lease ran out
+
+    def _expired(self, run: _Run) -> Expired:
+        now = self._now()
+        return lambda group_id: run.leases.expired(group_id, now)
 
     @staticmethod
     def _now() -> float:

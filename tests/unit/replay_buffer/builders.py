@@ -198,10 +198,11 @@ class Machine:
             for result in self.write(*filled(ticket, versions or [self.state.head])):
                 assert result.status is WriteStatus.ACKNOWLEDGED, result
 
-    def draw(self) -> tuple[str, ...] | None:
+    def draw(self, expired: Expired = lambda _: True) -> tuple[str, ...] | None:
+        """The next step's batch; by default nobody who is at work is waited for."""
         step = self.state.head.step + 1
         if drawn_batch(self.state, self.state.epoch, step) is None:
-            self.record(decide_draw(self.state, self.state.epoch, step))
+            self.record(decide_draw(self.state, self.state.epoch, step, expired))
         batch = drawn_batch(self.state, self.state.epoch, step)
         return None if batch is None else batch.group_ids
 
