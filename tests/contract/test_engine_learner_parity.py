@@ -78,6 +78,7 @@ async def sample_group(
                 content = recorder.chunk(item).content
                 assert isinstance(content, bytes)
                 chunks.append(content)
+                recorder.written()
         record = TrajectoryRecord(member.trajectory_id, member.member, 1, "server-0", close, "", tuple(chunks))
         return assemble_trajectory(record)
 
