@@ -223,6 +223,28 @@ async def test_a_restarted_learner_is_followed() -> None:
         await second.stop()
 
 
+async def test_a_fetch_ends_when_its_learner_is_gone(tmp_path: Path) -> None:
+    context = zmq.asyncio.Context()
+    silent = context.socket(zmq.ROUTER)
+    silent.bind(f"ipc://{tmp_path / 'silent'}")
+    try:
+        async with pair() as (learner, server, address):
+            server.receiver._fetcher._local_timeout_seconds = 600.0
+            assert learner.local is not None
+            learner.local.endpoint = f"ipc://{tmp_path / 'silent'}"
+            await learner.publisher.publish(snapshot(7))
+            await silent.recv_multipart()  # the fetch has begun, and will have no answer
+            await learner.stop()
+            second = Learner(local=True)
+            await second.publisher.publish(snapshot(5, publisher_epoch=2))
+            await second.start(address)
+            await server.reaches(snapshot(5).version)
+            await second.stop()
+    finally:
+        silent.close(linger=0)
+        context.term()
+
+
 async def test_a_version_already_served_is_acknowledged_without_a_transfer() -> None:
     async with pair() as (learner, server, address):
         await learner.publisher.publish(snapshot(7))
