@@ -22,6 +22,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -294,7 +295,7 @@ class Oracle:
 
     def fenced(self) -> Iterator[str]:
         fences = [(call.ended or 0, call.reply.epoch) for call in self.record.of("OpenRun") if not call.reply.finished]
-        for earlier, later in zip(fences, fences[1:], strict=False):
+        for earlier, later in pairwise(fences):
             if later[1] <= earlier[1]:
                 yield f"epoch {later[1]} was allocated after epoch {earlier[1]}"
         for call in self.record.calls:

@@ -60,6 +60,7 @@ class Write:
     """One item of a stream of writes."""
 
     item: replay_pb2.WriteItem
+    server_id: str
     sent: int
     result: replay_pb2.WriteResult | None = None  # None: nobody knows what became of it
     answered: int | None = None
@@ -186,8 +187,9 @@ class _WriteObserver(_Silent):
         self._unanswered: deque[Write] = deque()
 
     def on_request(self, data: bytes) -> None:
-        for item in replay_pb2.WriteTrajectoriesRequest.FromString(data).items:
-            write = Write(item, self._record.stamp())
+        request = replay_pb2.WriteTrajectoriesRequest.FromString(data)
+        for item in request.items:
+            write = Write(item, request.server_id, self._record.stamp())
             self._record.writes.append(write)
             self._unanswered.append(write)
             self._record.tell("write.sent", write)
