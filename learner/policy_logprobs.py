@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import numpy as safetensors_numpy
+
 from leeway.types import Float32Array
 
 
@@ -18,8 +20,6 @@ def policy_logprobs_path(run_directory: Path, step: int) -> Path:
 
 def write_policy_logprobs(run_directory: Path, step: int, logprobs: Mapping[str, Float32Array]) -> None:
     """Write one step's file, replacing one of an abandoned branch."""
-    from safetensors import numpy as safetensors_numpy  # comes with torch's extra; a rehearsal has none of them
-
     path = policy_logprobs_path(run_directory, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     safetensors_numpy.save_file(dict(logprobs), path)
@@ -27,7 +27,5 @@ def write_policy_logprobs(run_directory: Path, step: int, logprobs: Mapping[str,
 
 def read_policy_logprobs(run_directory: Path, step: int) -> dict[str, Float32Array]:
     """One step's log-probs; empty when none were kept."""
-    from safetensors import numpy as safetensors_numpy
-
     path = policy_logprobs_path(run_directory, step)
     return safetensors_numpy.load_file(path) if path.exists() else {}
