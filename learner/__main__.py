@@ -14,8 +14,10 @@ from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.journal import Journal
 from learner.local_weights import LocalWeights
 from learner.loop import Learner, Parts
+from learner.making import make_trainer
 from learner.options import LearnerOptions
 from learner.publisher import Publisher
+from learner.receipts import ReceiptBook, deciding_options
 from learner.summary import summarize
 from learner.trainer import Trainer
 from leeway.config import (
@@ -65,7 +67,7 @@ class LearnerProcess:
         registry = CollectorRegistry()
         metrics = LearnerMetrics(registry)
         serve_metrics(registry, self.metrics.host, self.metrics.learner)
-        trainer = self._make_trainer()
+        trainer = make_trainer(self.options, self.model, self.sampling)
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
         spec = self._spec(trainer, root)
@@ -80,8 +82,13 @@ class LearnerProcess:
         )
         buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor)
+        receipts = ReceiptBook(
+            self.directory,
+            deciding_options(self.options, trainer.signature, seed=self.run.seed, ranks=1),
+            resume_step=restored.version.step,
+        )
         learner = Learner(
-            Parts(trainer, buffer, publisher, checkpoints, metrics, self.directory),
+            Parts(trainer, buffer, publisher, checkpoints, metrics, receipts, self.directory),
             spec,
             self.options,
             self.evaluation,
@@ -99,23 +106,11 @@ class LearnerProcess:
             log.info("%s at step %d", "finished" if finished else "stopped with a checkpoint", learner.step)
         finally:
             journal.close()
+            receipts.close()
             await server.stop(grace_seconds=1.0)
             await buffer.aclose()
             if local is not None:
                 await local.aclose()
-
-    def _make_trainer(self) -> Trainer:
-        if self.options.trainer == "arithmetic":
-            from learner.arithmetic_trainer import ArithmeticTrainer
-
-            return ArithmeticTrainer()
-        import torch
-
-        from learner.torch_trainer import TorchTrainer
-
-        torch.set_num_threads(self.options.num_threads)
-
-        return TorchTrainer.from_directory(self.model.directory, self.sampling, self.options.training)
 
     def _restore(self, trainer: Trainer, checkpoints: CheckpointStore, root: PolicyVersion) -> Checkpoint:
         """The newest checkpoint, loaded; a fresh run makes one of its first weights."""

@@ -29,6 +29,7 @@ from learner.journal import Journal
 from learner.options import LearnerOptions
 from learner.policy_logprobs import write_policy_logprobs
 from learner.publisher import Publisher
+from learner.receipts import ReceiptBook, make_receipt
 from learner.staleness import token_staleness
 from learner.summary import merge_intervals
 from learner.trainer import StepResult, Trainer
@@ -56,6 +57,7 @@ class Parts:
     publisher: Publisher
     checkpoints: CheckpointStore
     metrics: LearnerMetrics
+    receipts: ReceiptBook
     run_directory: Path
 
 
@@ -162,7 +164,9 @@ class Learner:
             return False
         step_seconds = time.monotonic() - began
         staleness = token_staleness(groups, self._head.step, self._branches)
+        parent = self._head
         await self._advance(step)
+        self._write_receipt(parent, groups, result)
         self._ledger.append((step, tuple(group.group_id for group in groups)))
         if step % self._options.publish_every == 0 or step == self._spec.total_steps or self._evaluation_due(step):
             await self._publish()
@@ -183,6 +187,10 @@ class Learner:
         )
         self._observe(step, result, staleness, step_seconds)
         return True
+
+    def _write_receipt(self, parent: PolicyVersion, groups: Sequence[TrajectoryGroup], result: StepResult) -> None:
+        receipts, manifest = self._parts.receipts, self._current_snapshot().manifest
+        receipts.append(make_receipt(receipts.options, parent, self._head, groups, result.statistics, manifest))
 
     def _observe(self, step: int, result: StepResult, staleness: Counter[int], step_seconds: float) -> None:
         metrics = self._parts.metrics
@@ -227,6 +235,7 @@ class Learner:
             return
         began = time.monotonic()
         self._journal.sync()
+        self._parts.receipts.sync()
         await asyncio.to_thread(
             self._parts.checkpoints.save, self._head, self._ledger, self._branches, self._parts.trainer.save
         )

@@ -176,6 +176,7 @@ def join_chunks(chunks: Sequence[TrajectoryChunk], record: TrajectoryRecord, clo
         routing=None if routing is None else routing[0],
         topk_token_ids=None if topk_ids is None else topk_ids[0],
         topk_logprobs=None if topk_logprobs is None else topk_logprobs[0],
+        digest=close.digest,
     )
 
 

@@ -267,6 +267,7 @@ class Trajectory:
     routing: Array | None = None  # [n - 1, L, k] uint8 or uint16
     topk_token_ids: Int32Array | None = None  # [n, K], 0 where no token was sampled
     topk_logprobs: Float32Array | None = None  # [n, K]
+    digest: bytes = b""  # chain over its chunks, as its close sealed them
 
     @property
     def num_tokens(self) -> int:
