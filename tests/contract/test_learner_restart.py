@@ -1,0 +1,53 @@
+"""Over a fixed log of groups, a learner stopped or killed comes to the same bits as one that went through."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learner.journal import read_journal
+from learner.receipts import read_receipts
+from tests.contract.buffer_server import serving
+from tests.contract.learner_run import STEPS, CrashError, LearnerRun
+
+
+def tensors(run: LearnerRun) -> dict[str, torch.Tensor]:
+    """Every tensor of the last checkpoint: weights and moments."""
+    folder = run.directory / "checkpoints" / f"step-{STEPS:08d}"
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    return {f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()}
+
+
+def story(run: LearnerRun) -> list[Any]:
+    """Per step: its groups, its statistics, and the digest of what came out."""
+    steps = read_receipts(run.directory).steps
+    return [(steps[s].groups, steps[s].statistics, steps[s].version.split("@")[1]) for s in sorted(steps)]
+
+
+@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("interruption", [{"until": 2}, {"until": 3}, {"crash_at": 4}], ids=str)
+async def test_a_restart_changes_no_bit(tmp_path: Path, interruption: dict[str, int], moe: bool) -> None:
+    async with serving(tmp_path / "straight-log") as address:
+        straight = LearnerRun(tmp_path / "straight", address, moe=moe)
+        assert await straight.train()
+    async with serving(tmp_path / "restarted-log") as address:
+        restarted = LearnerRun(tmp_path / "restarted", address, moe=moe)
+        if "until" in interruption:
+            assert not await restarted.train(until=interruption["until"])
+        else:
+            with pytest.raises(CrashError):
+                await restarted.train(crash_at=interruption["crash_at"])
+        assert await restarted.train()
+        assert await restarted.replay(STEPS) is None
+    assert story(straight) == story(restarted)
+    expected, found = tensors(straight), tensors(restarted)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, found[name]), name
+    journals = [read_journal(run.directory / "metrics.jsonl") for run in (straight, restarted)]
+    assert [record["step"] for record in journals[0]] == [record["step"] for record in journals[1]] == [1, 2, 3, 4]
