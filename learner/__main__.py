@@ -149,6 +149,7 @@ class LearnerProcess:
             dataset_digest=tasks.digest,
             root=root,
             max_attempts=self.run.max_attempts,
+            drop_no_signal=self.run.drop_no_signal,
         )
 
     def _local_weights(self) -> bool:

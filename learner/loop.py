@@ -38,7 +38,7 @@ from leeway.errors import DeadlineError, LeewayError
 from leeway.metrics import STALENESS_BUCKETS, LearnerMetrics
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
-from leeway.types import Evaluation, PolicyVersion, RunSpec, TrajectoryGroup, WeightSnapshot
+from leeway.types import DropReason, Evaluation, PolicyVersion, RunSpec, RunStatus, TrajectoryGroup, WeightSnapshot
 from leeway.weights import weights_digest
 
 log = logging.getLogger(__name__)
@@ -148,6 +148,7 @@ class Learner:
         return (
             f"no batch for step {step} within {self._options.draw_timeout_seconds:g} s: "
             f"{status.ready} groups are ready and {status.open} open, {self._spec.groups_per_step} are needed; "
+            f"{_filtered(status)}"
             f"connected servers: {servers or 'none'}"
         )
 
@@ -328,6 +329,11 @@ async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> 
         return working.result()
     await cancel_and_wait(working)
     return None
+
+
+def _filtered(status: RunStatus) -> str:
+    dropped = status.dropped.get(DropReason.NO_SIGNAL, 0)
+    return f"{dropped} of {status.issued} groups had equal rewards and were dropped; " if dropped else ""
 
 
 def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:

@@ -307,6 +307,7 @@ def spec_to_proto(spec: RunSpec) -> replay_pb2.RunSpec:
         dataset_digest=spec.dataset_digest,
         root=version_to_proto(spec.root),
         max_attempts=spec.max_attempts,
+        drop_no_signal=spec.drop_no_signal,
     )
 
 
@@ -315,6 +316,8 @@ def spec_from_proto(message: replay_pb2.RunSpec) -> RunSpec:
     for name in positive:
         if getattr(message, name) < 1:
             raise InvalidDataError(f"run {message.run!r}: {name} must be at least 1")
+    if message.drop_no_signal and message.members < 2:
+        raise InvalidDataError(f"run {message.run!r}: groups of one member never have a signal; unset drop_no_signal")
     root = version_from_proto(message.root)
     if root.run != message.run or root.epoch or root.step:
         raise InvalidDataError(f"run {message.run!r}: the root version must be epoch 0, step 0 of the same run")
@@ -331,6 +334,7 @@ def spec_from_proto(message: replay_pb2.RunSpec) -> RunSpec:
         dataset_digest=message.dataset_digest,
         root=root,
         max_attempts=message.max_attempts,
+        drop_no_signal=message.drop_no_signal,
     )
 
 

@@ -72,6 +72,16 @@ class RunOptions(Options):
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="seeds task order, sampling and training")
     max_attempts: int = Field(default=5, ge=1, description="tickets a group may cost before it is a dead letter")
+    drop_no_signal: bool = Field(
+        default=False,
+        description="drop groups whose rewards are all equal in the buffer; each step then has groups_per_step others",
+    )
+
+    @model_validator(mode="after")
+    def _signal_needs_members(self) -> RunOptions:
+        if self.drop_no_signal and self.members < 2:
+            raise ValueError("drop_no_signal needs at least 2 members: the reward of one is always equal to itself")
+        return self
 
     @property
     def run_directory(self) -> Path:

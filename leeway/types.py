@@ -328,6 +328,7 @@ class RunSpec:
     dataset_digest: bytes
     root: PolicyVersion
     max_attempts: int
+    drop_no_signal: bool = False  # groups with equal rewards are dropped when complete
 
 
 @dataclass(frozen=True, slots=True)

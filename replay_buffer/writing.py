@@ -143,11 +143,23 @@ def _closed(
             return WriteDecision(
                 _acknowledge(item), (closed, GroupsDropped((group.group_id,), DropReason.STALE, message))
             )
+        if group.missing == [index] and _has_no_signal(run, group, index, close.reward):
+            message = f"the rewards of its {len(group.members)} members are all {close.reward:g}"
+            return WriteDecision(
+                _acknowledge(item), (closed, GroupsDropped((group.group_id,), DropReason.NO_SIGNAL, message))
+            )
         return WriteDecision(_acknowledge(item), (closed,))
     # Set aside with its reason first: the first durable one stands.
     drop = GroupsDropped((group.group_id,), DropReason.INVALID, cause)
     failed = TrajectoryFailed(item.trajectory_id, item.attempt, TrajectoryFailure(cause, retryable=False))
     return WriteDecision(_acknowledge(item), (drop, failed))
+
+
+def _has_no_signal(run: RunState, group: Group, index: int, reward: float) -> bool:
+    """Whether the run filters this group, whose last member closes with `reward`."""
+    if not run.spec.drop_no_signal or group.purpose is not Purpose.TRAIN:
+        return False
+    return all(member.reward == reward for place, member in enumerate(group.members) if place != index)
 
 
 def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, read: Read) -> None:

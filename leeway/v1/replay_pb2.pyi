@@ -201,6 +201,7 @@ class RunSpec(_message.Message):
     DATASET_DIGEST_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    DROP_NO_SIGNAL_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """Name of the run."""
     groups_per_step: _builtins.int
@@ -219,6 +220,10 @@ class RunSpec(_message.Message):
     """SHA-256 of the tasks, prompts and verifier name."""
     max_attempts: _builtins.int
     """Tickets a group may cost before it is set aside as dead letter; at least 1."""
+    drop_no_signal: _builtins.bool
+    """Whether a training group whose rewards are all equal is dropped as no_signal when it is complete, its place given to
+    a new group of another task. Needs at least 2 members.
+    """
     @_builtins.property
     def sampling(self) -> _common_pb2.SamplingParams:
         """How training trajectories are sampled and recorded; its seed is ignored."""
@@ -246,10 +251,11 @@ class RunSpec(_message.Message):
         dataset_digest: _builtins.bytes = ...,
         root: _common_pb2.PolicyVersion | None = ...,
         max_attempts: _builtins.int = ...,
+        drop_no_signal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["root", b"root", "sampling", b"sampling", "signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "groups_per_step", b"groups_per_step", "max_attempts", b"max_attempts", "max_staleness", b"max_staleness", "members", b"members", "root", b"root", "run", b"run", "sampling", b"sampling", "seed", b"seed", "signature", b"signature", "total_steps", b"total_steps", "train_task_count", b"train_task_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset_digest", b"dataset_digest", "drop_no_signal", b"drop_no_signal", "groups_per_step", b"groups_per_step", "max_attempts", b"max_attempts", "max_staleness", b"max_staleness", "members", b"members", "root", b"root", "run", b"run", "sampling", b"sampling", "seed", b"seed", "signature", b"signature", "total_steps", b"total_steps", "train_task_count", b"train_task_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -97,6 +97,20 @@ async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
     assert [record.state for record in exported] == [GroupState.CONSUMED] * 4
 
 
+async def test_a_group_without_signal_never_reaches_the_learner(client: ReplayClient) -> None:
+    run_spec = spec(groups_per_step=1, max_staleness=0, drop_no_signal=True)
+    await client.open_run(run_spec, ROOT, [])
+    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == run_spec
+    dull = (await fill(client, ROOT, 1))[0]  # all rewards are 1
+    drawing = asyncio.create_task(client.draw_batch(1, 1, WAIT_SECONDS))
+    (ticket,), _ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)  # its place is free at once
+    for member in ticket.members:
+        await write(client, whole(member, ticket.attempt, reward=float(member.member)))
+    assert [group.group_id for group in await drawing] == [ticket.group_id]
+    (record,) = [record async for record in client.export_groups(state=GroupState.DROPPED)]
+    assert (record.group_id, record.drop_reason) == (dull.group_id, DropReason.NO_SIGNAL)
+
+
 async def test_chunks_come_back_byte_for_byte(client: ReplayClient) -> None:
     await client.open_run(spec(members=1, groups_per_step=1), ROOT, [])
     ticket = (await client.acquire_tickets("s0", ROOT, 1, 5))[0][0]

@@ -76,3 +76,9 @@ def test_a_saved_document_reads_back_equal(config: Path, tmp_path: Path) -> None
     again = load_document(elsewhere / "config.toml")
     assert section(again, "run", RunOptions) == sections["run"]
     assert section(again, "network", NetworkOptions) == sections["network"]
+
+
+def test_a_filter_of_groups_without_signal_needs_members(config: Path) -> None:
+    with pytest.raises(ConfigError, match="drop_no_signal needs at least 2 members"):
+        section(load_document(config, ["run.drop_no_signal=true", "run.members=1"]), "run", RunOptions)
+    assert section(load_document(config, ["run.drop_no_signal=true"]), "run", RunOptions).drop_no_signal

@@ -71,6 +71,7 @@ def spec(
     total_steps: int = 100,
     max_attempts: int = 3,
     train_task_count: int = 10,
+    drop_no_signal: bool = False,
 ) -> RunSpec:
     return RunSpec(
         run=run,
@@ -85,6 +86,7 @@ def spec(
         dataset_digest=DATASET,
         root=version(0, epoch=0, run=run),
         max_attempts=max_attempts,
+        drop_no_signal=drop_no_signal,
     )
 
 

@@ -253,6 +253,54 @@ def test_a_group_that_closes_too_old_is_dropped_and_its_task_comes_again() -> No
     assert machine.acquire(max_members=2)[0].task_index == late.task_index
 
 
+# Groups without a signal
+
+
+def rewarded(ticket: Ticket, *rewards: float) -> list[WriteItem]:
+    pairs = zip(ticket.members, rewards, strict=True)
+    return [item for member, reward in pairs for item in whole(member, ticket.attempt, reward=reward)]
+
+
+@pytest.fixture
+def filtering() -> Machine:
+    return Machine(spec(members=3, max_staleness=0, drop_no_signal=True))
+
+
+def test_equal_rewards_drop_a_group_and_free_its_place(filtering: Machine) -> None:
+    first, second = filtering.acquire()
+    assert filtering.acquire() == []  # admission: two groups per step, nothing in advance
+    assert statuses(filtering.write(*rewarded(first, 0.5, 0.5, 0.5))) == [ACKNOWLEDGED] * 6
+    assert drop_of(filtering, first) == (DropReason.NO_SIGNAL, "the rewards of its 3 members are all 0.5")
+    (refill,) = filtering.acquire()
+    assert refill.task_index not in (first.task_index, second.task_index)  # the task is not repeated
+    assert not filtering.state.requeued
+    filtering.write(*rewarded(second, 1, 0, 0))
+    filtering.write(*rewarded(refill, 0, 0, 1))
+    assert filtering.draw() == (second.group_id, refill.group_id)
+    assert filtering.state.status().dropped == {DropReason.NO_SIGNAL: 1}
+    assert snapshot(filtering.refolded()) == snapshot(filtering.state)
+
+
+def test_one_different_reward_is_a_signal(filtering: Machine) -> None:
+    for rewards in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 1e-12)):
+        ticket = filtering.acquire(max_members=3)[0]
+        filtering.write(*rewarded(ticket, *rewards))
+        assert filtering.state.groups[ticket.group_id].state is GroupState.READY
+        filtering = Machine(filtering.spec)
+
+
+def test_without_the_option_equal_rewards_are_ready(machine: Machine, ticket: Ticket) -> None:
+    machine.write(*rewarded(ticket, 1, 1))
+    assert machine.states() == {GroupState.READY: 1}
+
+
+def test_the_close_of_a_filtered_group_may_be_repeated(filtering: Machine) -> None:
+    ticket = filtering.acquire(max_members=3)[0]
+    items = rewarded(ticket, 0, 0, 0)
+    filtering.write(*items)
+    assert statuses(filtering.write(*items)) == [ACKNOWLEDGED] * 6
+
+
 # Failures
 
 
