@@ -48,7 +48,15 @@ from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
-from leeway.huggingface import load_model, load_tokenizer, model_signature, published_tensors, save_model, tensor_bytes
+from leeway.huggingface import (
+    load_model,
+    load_tokenizer,
+    model_signature,
+    published_tensors,
+    save_model,
+    tensor_bytes,
+    tensor_dtype_name,
+)
 from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
 
@@ -142,13 +150,13 @@ class TorchTrainer:
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
 
     def published(self) -> tuple[WeightManifest, list[bytes]]:
-        dtype = self._options.publish_dtype
-        tensors = [
-            (name, tuple(tensor.shape), tensor_bytes(tensor))
-            for name, tensor in published_tensors(self._policy.model, dtype)
+        tensors = published_tensors(self._policy.model, self._options.publish_dtype)
+        buffers = [tensor_bytes(tensor) for _, tensor in tensors]
+        entries = [
+            tensor_entry(name, tensor_dtype_name(tensor), tuple(tensor.shape), data)
+            for (name, tensor), data in zip(tensors, buffers, strict=True)
         ]
-        manifest = WeightManifest(tuple(tensor_entry(name, dtype, shape, data) for name, shape, data in tensors))
-        return manifest, [data for _, _, data in tensors]
+        return WeightManifest(tuple(entries)), buffers
 
     def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
         batch = self._prepare(step, groups, branches)
