@@ -191,7 +191,9 @@ class Learner:
 
     def _write_receipt(self, parent: PolicyVersion, groups: Sequence[TrajectoryGroup], result: StepResult) -> None:
         receipts, manifest = self._parts.receipts, self._current_snapshot().manifest
-        receipts.append(make_receipt(receipts.options, parent, self._head, groups, result.statistics, manifest))
+        receipts.append(
+            make_receipt(receipts.options, self._branches, parent, self._head, groups, result.statistics, manifest)
+        )
 
     def _observe(self, step: int, result: StepResult, staleness: Counter[int], step_seconds: float) -> None:
         metrics = self._parts.metrics

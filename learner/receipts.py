@@ -1,8 +1,8 @@
 """Step receipts, `receipts.jsonl`: what each step was computed from and what came out, to be checked again later.
 
     {"kind": "options", "digest", "options": {key: value, ...}}   before the first step under these options
-    {"kind": "step", "step", "epoch", "options": digest, "parent", "version", "versions", "groups", "statistics",
-     "tensors"}   after each step
+    {"kind": "step", "step", "epoch", "options": digest, "branches", "parent", "version", "versions", "groups",
+     "statistics", "tensors"}   after each step
 
 `groups` are in the order of training. Per trajectory: its id, the chain digest of its bytes, its sampling seed, and
 which of `versions` sampled it. `tensors` holds the first bytes of each published tensor's digest, in the manifest's
@@ -22,6 +22,7 @@ from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any, Final
 
+from learner.checkpoint import Branch
 from learner.journal import read_journal
 from learner.options import LearnerOptions
 from leeway.errors import CorruptDataError, NotFoundError
@@ -60,6 +61,7 @@ class StepReceipt:
     step: int
     epoch: int
     options: str  # digest
+    branches: tuple[Branch, ...]  # where each epoch so far started, for the staleness of tokens
     parent: str  # version that was trained
     version: str  # version that came out
     versions: tuple[str, ...]  # that sampled the step's tokens
@@ -75,6 +77,7 @@ def full_name(version: PolicyVersion) -> str:
 
 def make_receipt(
     options: Options,
+    branches: Sequence[Branch],
     parent: PolicyVersion,
     version: PolicyVersion,
     groups: Sequence[TrajectoryGroup],
@@ -89,6 +92,7 @@ def make_receipt(
         step=version.step,
         epoch=version.epoch,
         options=options_digest(options),
+        branches=tuple(branches),
         parent=full_name(parent),
         version=full_name(version),
         versions=tuple(used),
@@ -231,6 +235,7 @@ def _step_from_json(record: Mapping[str, Any]) -> StepReceipt:
         for group in record["groups"]
     )
     fields: dict[str, Any] = {key: value for key, value in record.items() if key != "kind"}
+    fields |= {"branches": tuple((epoch, step) for epoch, step in record["branches"])}
     fields |= {"versions": tuple(record["versions"]), "groups": groups}
     return StepReceipt(**fields)
 

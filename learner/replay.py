@@ -165,7 +165,7 @@ def _verified(step: int, recorded: GroupReceipt, record: GroupRecord) -> Traject
 
 def _train_and_compare(trainer: Trainer, receipt: StepReceipt, groups: list[TrajectoryGroup]) -> None:
     try:
-        result = trainer.train_step(receipt.step, groups)
+        result = trainer.train_step(receipt.step, groups, receipt.branches)
     except UnusableGroupError as error:
         raise _Differs(
             Difference(receipt.step, "group", error.group_id, "trained on", f"refused: {error.message}")

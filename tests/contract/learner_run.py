@@ -225,8 +225,8 @@ class _StoppingTrainer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
 
-    def train_step(self, step: int, groups: Any) -> Any:
-        result = self._trainer.train_step(step, groups)
+    def train_step(self, step: int, groups: Any, branches: Any) -> Any:
+        result = self._trainer.train_step(step, groups, branches)
         if step == self._crash_at:
             raise CrashError
         if step == self._until:

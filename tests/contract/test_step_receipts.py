@@ -97,8 +97,8 @@ class _Disturbed:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._trainer, name)
 
-    def train_step(self, step: int, groups: Any) -> StepResult:
-        result = self._trainer.train_step(step, groups)
+    def train_step(self, step: int, groups: Any, branches: Any) -> StepResult:
+        result = self._trainer.train_step(step, groups, branches)
         if self._statistic:
             loss = result.statistics["loss"]
             return replace(result, statistics={**result.statistics, "loss": loss + 1e-15})
