@@ -139,6 +139,11 @@ class LearnerProcess:
                 f"learner.publish_every is {self.options.publish_every}; beyond run.max_staleness + 1 = "
                 f"{self.run.max_staleness + 1} no fresh enough data could ever come"
             )
+        if self.run.drop_no_signal and self.options.training.overlong_limit is not None:
+            raise ConfigError(
+                "run.drop_no_signal looks at rewards before learner.training.overlong_limit changes them, and would "
+                "drop groups that differ in length only; unset one of the two"
+            )
         return RunSpec(
             run=self.run.name,
             groups_per_step=self.run.groups_per_step,

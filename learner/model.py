@@ -36,13 +36,21 @@ class Scores:
 class PolicyModel:
     """A causal language model as the trainer uses it: no dropout, block-diagonal attention, logits for targets only."""
 
-    def __init__(self, model: PreTrainedModel, *, routing_replay: bool, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        routing_replay: bool,
+        gradient_checkpointing: bool,
+        compute_dtype: torch.dtype = torch.float32,
+    ) -> None:
         """Wrap a model; it is changed in place.
 
         Raises:
             ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce.
         """
         self.model = model.eval()
+        self._compute_dtype = compute_dtype
         self._replay = RoutingReplay(model) if routing_replay else None
         self._head = cast("nn.Module", model.get_output_embeddings())
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
@@ -71,9 +79,10 @@ class PolicyModel:
             entropy_gradient: whether the entropies are differentiable.
         """
         with self._replaying(batch):
-            hidden = self._hidden(batch)  # [R * W, D]
-            logits = self._head(hidden[torch.from_numpy(batch.target_places)]).float()  # [N, V]
-            logits = logits / torch.from_numpy(batch.temperatures).unsqueeze(-1)
+            with self._precision():
+                hidden = self._hidden(batch)  # [R * W, D]
+                logits = self._head(hidden[torch.from_numpy(batch.target_places)])  # [N, V]
+            logits = logits.float() / torch.from_numpy(batch.temperatures).unsqueeze(-1)
             logprobs = torch.log_softmax(logits, dim=-1)
             targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
             candidates = batch.topk_token_ids
@@ -87,6 +96,12 @@ class PolicyModel:
         if self._replay is None or batch.routing is None or batch.routed is None:
             return nullcontext()
         return self._replay.active(torch.from_numpy(batch.routing), torch.from_numpy(batch.routed))
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """Matrix products in the compute type; float32 weights are cast where they are used."""
+        if self._compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, self._compute_dtype)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         # A row with one trajectory needs no mask: plain causal attention never looks at the padding behind it.

@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up, its state as flat named tensors.
+"""AdamW with a schedule, its state as flat named tensors.
 
 Every trainable parameter takes part in every step and has state from the start, so the number of steps is one number
 and the state of a resumed optimizer is the state it was saved with, bit for bit.
@@ -9,18 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from learner.schedule import scheduled_learning_rate
 from learner.training_options import TrainingOptions
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-def warmed_up(learning_rate: float, warmup_steps: int, step: int) -> float:
-    """The learning rate of the step-th optimizer step, counted from 1: linear up to `warmup_steps`, then constant.
-
-    Example:
-        learning_rate 1e-3, warmup_steps 10: step 1 has 1e-4, step 10 and later 1e-3.
-    """
-    return learning_rate * min(1.0, step / max(warmup_steps, 1))
 
 
 class Optimizer:
@@ -55,7 +47,15 @@ class Optimizer:
     @property
     def learning_rate(self) -> float:
         """Of the next step."""
-        return warmed_up(self._options.learning_rate, self._options.warmup_steps, self.num_steps + 1)
+        options = self._options
+        return scheduled_learning_rate(
+            options.schedule,
+            options.learning_rate,
+            options.learning_rate_floor,
+            options.warmup_steps,
+            options.decay_steps or 0,
+            self.num_steps + 1,
+        )
 
     def zero_gradients(self) -> None:
         """Every gradient becomes zero."""

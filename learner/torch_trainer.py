@@ -7,7 +7,8 @@
 
 Losses are weighted by the whole step's counts, so micro-batches add up to the batch. Trajectories whose advantage is
 zero have a gradient of zero, unless the loss has penalties: they are scored for the statistics and skip the backward
-pass. Nothing moves until every loss and the gradient are known to be finite. Computes in float32.
+pass. Nothing moves until every loss and the gradient are known to be finite. Weights, gradients and moments are
+float32; matrix products too, unless `compute_dtype` says bfloat16.
 
 Shape legend: N trajectories of a step, T their trained tokens.
 """
@@ -38,6 +39,7 @@ from learner.mismatch import RunningMismatch
 from learner.model import PolicyModel
 from learner.older_policies import OlderPolicy
 from learner.optimizer import Optimizer
+from learner.overlong import ShapedGroup, is_overlong, shape_group, soft_penalty
 from learner.packing import MicroBatch, pack, plan_micro_batches
 from learner.policy_loss import OlderLogprobs, PolicyLoss
 from learner.r3 import check_routing
@@ -56,6 +58,7 @@ from leeway.huggingface import (
     save_model,
     tensor_bytes,
     tensor_dtype_name,
+    torch_dtype,
 )
 from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
@@ -146,6 +149,7 @@ class TorchTrainer:
             load_model(path, torch.float32),
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
+            compute_dtype=torch_dtype(options.compute_dtype),
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
 
@@ -230,10 +234,8 @@ class TorchTrainer:
         for group in groups:
             check_group(group, self._check)
         rewards = [np.array([t.reward for t in group.trajectories]) for group in groups]
-        advantages = [
-            group_advantages(r.tolist(), divide_by_std=self._options.divide_by_std, baseline=self._options.baseline)
-            for r in rewards
-        ]
+        shaped = [self._shape(group, r) for group, r in zip(groups, rewards, strict=True)]
+        advantages = [group.advantages for group in shaped]
         trajectories = tuple(trajectory for group in groups for trajectory in group.trajectories)
         trained_lengths = np.array([int(t.loss_mask.sum()) for t in trajectories], dtype=np.int64)
         num_tokens = np.array([t.num_tokens for t in trajectories], dtype=np.int64)
@@ -241,10 +243,35 @@ class TorchTrainer:
             group_ids=tuple(group.group_id for group in groups for _ in group.trajectories),
             trajectories=trajectories,
             advantages=np.concatenate(advantages),
-            weights=sequence_weights(self._options.aggregation, trained_lengths, self._options.horizon),
+            weights=self._weights(trained_lengths, np.concatenate([group.counted for group in shaped])),
             staleness=tuple(trajectory_staleness(t, step - 1, branches) for t in trajectories),
-            statistics=group_statistics(rewards, advantages, num_tokens, trained_lengths),
+            statistics={
+                **group_statistics(rewards, advantages, num_tokens, trained_lengths),
+                "overlong_fraction": float(np.mean([is_overlong(t) for t in trajectories])),
+            },
         )
+
+    def _shape(self, group: TrajectoryGroup, rewards: NDArray[np.float64]) -> ShapedGroup:
+        """Advantages of a group, over-long members treated as the options say."""
+        options = self._options
+        if options.overlong_limit is not None and options.overlong_cache is not None:
+            num_tokens = np.array([int(t.loss_mask.sum()) for t in group.trajectories], dtype=np.int64)
+            rewards = rewards + soft_penalty(num_tokens, options.overlong_limit, options.overlong_cache)
+        return shape_group(
+            group.trajectories,
+            rewards,
+            options.overlong,
+            lambda r: group_advantages(r, divide_by_std=options.divide_by_std, baseline=options.baseline),
+        )
+
+    def _weights(self, trained_lengths: NDArray[np.int64], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """[N] of each trajectory's summed token loss; 0 for those that do not count."""
+        weights = np.zeros(counted.shape, dtype=np.float64)
+        if counted.any():
+            weights[counted] = sequence_weights(
+                self._options.aggregation, trained_lengths[counted], self._options.horizon
+            )
+        return weights
 
     def _check(self, trajectory: Trajectory) -> None:
         check_trajectory(trajectory, self.signature, self._policy.longest_trajectory)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from learner.advantages import Baseline
 from learner.loss_options import LossOptions
+from learner.overlong import OverlongRule
+from learner.schedule import Schedule
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,6 +35,13 @@ class TrainingOptions(LossOptions):
         default=1e-6, gt=0, allow_inf_nan=False, description="AdamW's learning rate after warm-up"
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly")
+    schedule: Schedule = Field(default="constant", description="how the learning rate goes on after the warm-up")
+    decay_steps: int | None = Field(
+        default=None, ge=1, description="step at which linear and cosine reach the floor; usually run.steps"
+    )
+    learning_rate_floor: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="the lowest learning rate of linear and cosine"
+    )
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="AdamW's decay rates")
     epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's denominator term")
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="AdamW's decay of matrices")
@@ -40,6 +49,22 @@ class TrainingOptions(LossOptions):
         default=1.0, gt=0, description="the gradient is scaled down to this norm; `inf` for none"
     )
 
+    overlong: OverlongRule = Field(
+        default="keep",
+        description="trajectories cut off by a limit of tokens: keep; mask (no gradient, but in the baseline and in "
+        "the counts); drop (as if never sampled)",
+    )
+    overlong_limit: int | None = Field(
+        default=None, ge=1, description="L_max of the soft over-long penalty, in completion tokens; unset: no penalty"
+    )
+    overlong_cache: int | None = Field(
+        default=None, ge=1, description="L_cache: tokens before the limit over which the penalty grows from 0 to 1"
+    )
+
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="precision of matrix products; weights, gradients and moments are float32 in any case",
+    )
     micro_batch_tokens: int = Field(
         default=16384, ge=1, description="most tokens, padding included, in one forward pass"
     )
@@ -55,3 +80,21 @@ class TrainingOptions(LossOptions):
     publish_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="precision of the weights that are sent to inference servers"
     )
+
+    @model_validator(mode="after")
+    def _schedule_has_an_end(self) -> TrainingOptions:
+        if (self.schedule == "constant") != (self.decay_steps is None):
+            raise ValueError("set `decay_steps` with schedule = linear or cosine, and only then")
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            raise ValueError("`decay_steps` must be more than `warmup_steps`")
+        if self.learning_rate_floor > self.learning_rate:
+            raise ValueError("`learning_rate_floor` must not be above `learning_rate`")
+        return self
+
+    @model_validator(mode="after")
+    def _penalty_is_whole(self) -> TrainingOptions:
+        if (self.overlong_limit is None) != (self.overlong_cache is None):
+            raise ValueError("set `overlong_limit` and `overlong_cache` together")
+        if (self.overlong_cache or 0) > (self.overlong_limit or 0):
+            raise ValueError("`overlong_cache` must not be above `overlong_limit`")
+        return self

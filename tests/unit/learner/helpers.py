@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3Mo
 from learner.model import PolicyModel
 from learner.torch_trainer import TorchTrainer
 from learner.training_options import TrainingOptions
+from leeway.huggingface import torch_dtype
 from leeway.types import (
     Array,
     FinishReason,
@@ -152,6 +153,7 @@ def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
         model,
         routing_replay=options.routing_replay and signature is MOE,
         gradient_checkpointing=options.gradient_checkpointing,
+        compute_dtype=torch_dtype(options.compute_dtype),
     )
     return TorchTrainer(policy, signature, options)
 

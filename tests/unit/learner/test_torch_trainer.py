@@ -18,7 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from learner.errors import UnusableGroupError
 from learner.model import PolicyModel
-from learner.optimizer import warmed_up
 from learner.packing import pack
 from learner.torch_trainer import TorchTrainer
 from learner.trainer import Trainer
@@ -400,12 +399,6 @@ def test_replay_without_recorded_routing_is_refused(tmp_path: Path) -> None:
     recorded = SamplingOptions(max_tokens=4, routing=True)
     taught = TorchTrainer.from_directory(path, recorded, options(routing_replay=True))
     taught.train_step(1, groups(routing=True))
-
-
-@pytest.mark.parametrize(("step", "expected"), [(1, 1e-4), (5, 5e-4), (10, 1e-3), (11, 1e-3)])
-def test_linear_warm_up(step: int, expected: float) -> None:
-    assert warmed_up(1e-3, 10, step) == pytest.approx(expected)
-    assert warmed_up(1e-3, 0, step) == 1e-3
 
 
 @pytest.mark.parametrize(
