@@ -31,7 +31,7 @@ def gradients(step: list[TrajectoryGroup], **changes: Any) -> list[torch.Tensor]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.allclose(x, y, rtol=1e-5, atol=1e-8) for x, y in zip(a, b, strict=True))
+    return len(a) == len(b) and all(torch.allclose(x, y, rtol=1e-4, atol=1e-6) for x, y in zip(a, b, strict=True))
 
 
 def cut_off(step: list[TrajectoryGroup], group: int, member: int) -> list[TrajectoryGroup]:
@@ -141,5 +141,5 @@ def test_bfloat16_products_leave_weights_and_moments_in_float32(moe: bool) -> No
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     before = {name: p.clone() for name, p in model.named_parameters()}
     taught.train_step(2, step)
-    moved = [float((p - before[name]).abs().max()) for name, p in model.named_parameters()]
+    moved = [float((p.detach() - before[name].detach()).abs().max()) for name, p in model.named_parameters()]
     assert 0 < max(moved) < 1e-2  # smaller than bfloat16 could tell apart around 1
