@@ -19,7 +19,7 @@ import numpy as np
 from learner.checkpoint import Branch
 from learner.checks import check_group, check_trajectory
 from learner.packing import token_temperatures
-from learner.trainer import StepResult
+from learner.trainer import FinishSave, StepResult
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import CorruptDataError
@@ -63,6 +63,10 @@ class ArithmeticTrainer:
             },
             policy_logprobs=logprobs,
         )
+
+    def begin_save(self, directory: Path) -> FinishSave:
+        self.save(directory)
+        return lambda: None
 
     def save(self, directory: Path) -> None:
         state = {"history": self._history, "step": self._step}

@@ -43,6 +43,16 @@ class Checkpoint:
     branches: tuple[Branch, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PendingCheckpoint:
+    """A checkpoint whose files are still being written."""
+
+    partial: Path
+    version: PolicyVersion
+    ledger: tuple[LedgerStep, ...]
+    branches: tuple[Branch, ...]
+
+
 class CheckpointStore:
     """The checkpoints of one run."""
 
@@ -62,19 +72,34 @@ class CheckpointStore:
         Raises:
             OSError: the disk is full or fails; no checkpoint was made.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
+        pending = self.begin(version, ledger, branches)
+        write(pending.partial)
+        return self.finish(pending)
+
+    def begin(
+        self, version: PolicyVersion, ledger: Sequence[LedgerStep], branches: Sequence[Branch]
+    ) -> PendingCheckpoint:
+        """Make the folder for the trainer's files; nothing exists until `finish`."""
         partial = self._directory / f"{_PARTIAL}{version.step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        write(partial)
+        partial.mkdir(parents=True)
+        return PendingCheckpoint(partial, version, tuple(ledger), tuple(branches))
+
+    def finish(self, pending: PendingCheckpoint) -> Checkpoint:
+        """Make a checkpoint durable whose files are written.
+
+        Raises:
+            OSError: the disk is full or fails; no checkpoint was made.
+        """
+        partial, version = pending.partial, pending.version
         files = sorted(path for path in partial.rglob("*") if path.is_file())
         manifest = {
             "run": version.run,
             "epoch": version.epoch,
             "step": version.step,
             "digest": version.digest.hex(),
-            "ledger": [[step, list(group_ids)] for step, group_ids in ledger],
-            "branches": [list(branch) for branch in branches],
+            "ledger": [[step, list(group_ids)] for step, group_ids in pending.ledger],
+            "branches": [list(branch) for branch in pending.branches],
             "files": {str(path.relative_to(partial)): _file_digest(path) for path in files},
         }
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -87,7 +112,7 @@ class CheckpointStore:
         partial.rename(final)
         _fsync(self._directory)
         self._remove_old(version.step)
-        return Checkpoint(final, version, tuple(ledger), tuple(branches))
+        return Checkpoint(final, version, pending.ledger, pending.branches)
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; None when there is none.

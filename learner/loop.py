@@ -8,8 +8,9 @@
     unblocks     admission in the buffer (Advance moves the head), servers (publish)
     order        draw, train, Advance, publish; a checkpoint holds only advanced steps; commit comes after it is durable
 
-Training runs in a thread, so that weights are served and evaluations awaited meanwhile. An evaluation pins a version:
-it holds back newer ones until its tickets are done, while training goes on as far as the staleness bound lets it.
+Training runs in a thread, so that weights are served and evaluations awaited meanwhile. A checkpoint is copied between
+two steps and written while the next ones are trained; its commit follows when it is durable. An evaluation pins a
+version: it holds back newer ones until its tickets are done, while training goes on as far as the bound lets it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from learner.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep
+from learner.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep, PendingCheckpoint
 from learner.errors import UnusableGroupError
 from learner.journal import Journal
 from learner.options import LearnerOptions
@@ -32,7 +33,7 @@ from learner.publisher import Publisher
 from learner.receipts import ReceiptBook, make_receipt
 from learner.staleness import token_staleness
 from learner.summary import merge_intervals
-from learner.trainer import StepResult, Trainer
+from learner.trainer import FinishSave, StepResult, Trainer
 from leeway.config import EvaluationOptions
 from leeway.errors import DeadlineError, LeewayError
 from leeway.metrics import STALENESS_BUCKETS, LearnerMetrics
@@ -84,6 +85,7 @@ class Learner:
         self._branches: list[Branch] = list(restored.branches)
         self._checkpointed_step = restored.version.step
         self._evaluating: asyncio.Task[None] | None = None
+        self._saving: asyncio.Task[None] | None = None  # the checkpoint on its way
         elapsed = max((record["elapsed_seconds"] for record in journal.records), default=0.0)
         self._clock_started = time.monotonic() - elapsed
 
@@ -91,6 +93,11 @@ class Learner:
     def opened(self) -> bool:
         """Whether the replay buffer knows this incarnation."""
         return self._epoch > 0
+
+    @property
+    def epoch(self) -> int:
+        """Of this incarnation; 0 until the run is open."""
+        return self._epoch
 
     @property
     def step(self) -> int:
@@ -125,6 +132,7 @@ class Learner:
             if stop.is_set():
                 return await self._stop_early()
         await self._checkpoint()
+        await self._checkpoint_is_durable()
         await self._finish_evaluation()
         await self._parts.buffer.finish_run(self._epoch)
         return True
@@ -233,23 +241,41 @@ class Learner:
             await self._checkpoint()
 
     async def _checkpoint(self) -> None:
-        """Make the head durable, then tell the buffer that its groups are consumed."""
+        """Begin to make the head durable; training may go on meanwhile. One checkpoint is on its way at a time."""
         if self._checkpointed_step == self._head.step:
             return
+        await self._checkpoint_is_durable()
         began = time.monotonic()
         self._journal.sync()
         self._parts.receipts.sync()
-        await asyncio.to_thread(
-            self._parts.checkpoints.save, self._head, self._ledger, self._branches, self._parts.trainer.save
-        )
+        pending = self._parts.checkpoints.begin(self._head, self._ledger, self._branches)
+        finish_save = await asyncio.to_thread(self._parts.trainer.begin_save, pending.partial)
         self._checkpointed_step = self._head.step
-        await self._parts.buffer.commit(self._epoch, self._head.step)
-        self._ledger = []
+        self._saving = asyncio.create_task(self._commit(pending, finish_save, began))
+
+    async def _commit(self, pending: PendingCheckpoint, finish_save: FinishSave, began: float) -> None:
+        """Once a checkpoint is durable, tell the buffer that its groups are consumed."""
+
+        def finish() -> None:
+            finish_save()
+            self._parts.checkpoints.finish(pending)
+
+        await asyncio.to_thread(finish)
+        step = pending.version.step
+        await self._parts.buffer.commit(self._epoch, step)
+        self._ledger = [entry for entry in self._ledger if entry[0] > step]
         self._parts.metrics.checkpoint_seconds.observe(time.monotonic() - began)
+
+    async def _checkpoint_is_durable(self) -> None:
+        """Wait for the checkpoint on its way, if there is one."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            await saving
 
     async def _stop_early(self) -> bool:
         """A clean stop: a checkpoint now; an evaluation in flight gets a moment to end."""
         await self._checkpoint()
+        await self._checkpoint_is_durable()
         if self._evaluating is not None:
             await asyncio.wait([self._evaluating], timeout=_LAST_EVALUATION_SECONDS)
             await cancel_and_wait(self._evaluating)

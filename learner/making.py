@@ -8,7 +8,7 @@ from leeway.config import ModelOptions, SamplingOptions
 
 
 def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: SamplingOptions) -> Trainer:
-    """The trainer at the run's first weights.
+    """The trainer of a learner in one process, at the run's first weights.
 
     Raises:
         ConfigError: the model is not whole, or cannot be trained with these options.

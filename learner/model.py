@@ -7,7 +7,7 @@ Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorde
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -31,6 +33,14 @@ class Scores:
     logprobs: Tensor  # [N] float32 log pi at the sampling temperature, with gradient
     entropies: Tensor  # [N] float32, of the same distribution, with gradient where asked for
     topk_logprobs: Tensor | None = None  # [N, K] float32 log pi of the recorded candidates, without gradient
+
+
+ScoreFields = tuple[Tensor, Tensor, Tensor | None]
+InForward = Callable[[Callable[[], ScoreFields]], ScoreFields]
+
+
+def _call(compute: Callable[[], ScoreFields]) -> ScoreFields:
+    return compute()
 
 
 class PolicyModel:
@@ -59,6 +69,24 @@ class PolicyModel:
         self._check_head()
         if gradient_checkpointing:
             _enable_checkpointing(model)
+        self._in_forward: InForward = _call
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Shard the weights over the ranks of a mesh (FSDP2), layer by layer; gradients are sums over the ranks.
+
+        Afterwards every rank scores equally many micro-batches, or the others wait for it.
+        """
+        layers = cast("Iterable[nn.Module]", getattr(self.model.base_model, "layers", ()))
+        for module in (*layers, self.model):
+            sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
+            # Losses are weighted by the counts of the whole step.
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)  # what gloo can
+        # Scoring runs parts of the model by themselves; FSDP has to see that as the model's forward pass.
+        model = cast("Any", self.model)
+        model.run_in_forward = _call
+        register_fsdp_forward_method(self.model, "run_in_forward")
+        self._in_forward = cast("InForward", model.run_in_forward)
 
     @property
     def longest_trajectory(self) -> int | None:
@@ -79,18 +107,23 @@ class PolicyModel:
             entropy_gradient: whether the entropies are differentiable.
         """
         with self._replaying(batch):
-            with self._precision():
-                hidden = self._hidden(batch)  # [R * W, D]
-                logits = self._head(hidden[torch.from_numpy(batch.target_places)])  # [N, V]
-            logits = logits.float() / torch.from_numpy(batch.temperatures).unsqueeze(-1)
-            logprobs = torch.log_softmax(logits, dim=-1)
-            targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
-            candidates = batch.topk_token_ids
-            yield Scores(
-                logprobs.gather(-1, targets).squeeze(-1),
-                _differentiable_entropy(logprobs) if entropy_gradient else _entropy(logprobs.detach()),
-                None if candidates is None else logprobs.detach().gather(-1, torch.from_numpy(candidates)),
-            )
+            logprobs, entropies, topk = self._in_forward(lambda: self._score(batch, entropy_gradient))
+            yield Scores(logprobs, entropies, topk)
+
+    def _score(self, batch: MicroBatch, entropy_gradient: bool) -> ScoreFields:
+        """The fields of Scores."""
+        with self._precision():
+            hidden = self._hidden(batch)  # [R * W, D]
+            logits = self._head(hidden[torch.from_numpy(batch.target_places)])  # [N, V]
+        logits = logits.float() / torch.from_numpy(batch.temperatures).unsqueeze(-1)
+        logprobs = torch.log_softmax(logits, dim=-1)
+        targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
+        candidates = batch.topk_token_ids
+        return (
+            logprobs.gather(-1, targets).squeeze(-1),
+            _differentiable_entropy(logprobs) if entropy_gradient else _entropy(logprobs.detach()),
+            None if candidates is None else logprobs.detach().gather(-1, torch.from_numpy(candidates)),
+        )
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from learner.schedule import scheduled_learning_rate
 from learner.training_options import TrainingOptions
+from learner.world import whole
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -68,7 +69,7 @@ class Optimizer:
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
         """The L2 norm over all gradients; not finite as soon as one entry is not."""
-        return torch.nn.utils.get_total_norm(self._gradients())
+        return whole(torch.nn.utils.get_total_norm(self._gradients()))
 
     def step(self, gradient_norm: Tensor) -> None:
         """Scale gradients down to the largest norm allowed, and move the parameters."""

@@ -18,6 +18,11 @@ class LearnerOptions(Options):
     )
     training: TrainingOptions = Field(default_factory=TrainingOptions)
     num_threads: int = Field(default=1, ge=1, le=1024, description="torch threads of the trainer on a CPU")
+    ranks: int = Field(
+        default=1,
+        ge=1,
+        description="processes that share the weights (FSDP2); `leeway run` starts them with torchrun",
+    )
     publish_every: int = Field(
         default=1,
         ge=1,

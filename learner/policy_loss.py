@@ -74,9 +74,14 @@ class PolicyLoss:
         advantages: Tensor,
         older: OlderLogprobs,
         statistics: BatchStatistics | None = None,
+        *,
+        first_sequence: int = 0,
     ) -> TokenBatch:
-        """Put together what the loss sees; advantages [T]."""
-        sequences = torch.from_numpy(micro_batch.target_sequences)
+        """Put together what the loss sees; advantages [T].
+
+        `first_sequence` is the place of this rank's first trajectory among those of all ranks.
+        """
+        sequences = torch.from_numpy(micro_batch.target_sequences) + first_sequence
         proximal = older.proximal
         if proximal is None and self.needs_proximal:
             proximal = scores.logprobs.detach()

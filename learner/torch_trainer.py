@@ -15,8 +15,9 @@ Shape legend: N trajectories of a step, T their trained tokens.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -33,7 +34,7 @@ from learner.checks import check_candidates, check_group, check_trajectory
 from learner.errors import UnusableGroupError
 from learner.loss_options import check_recorded_topk
 from learner.losses.aggregation import sequence_weights
-from learner.losses.batch_statistics import BatchStatistics, Reduce, single_process
+from learner.losses.batch_statistics import BatchStatistics
 from learner.losses.form import TokenBatch, TokenTerms, TokenValues, token_values
 from learner.mismatch import RunningMismatch
 from learner.model import PolicyModel
@@ -45,35 +46,38 @@ from learner.policy_loss import OlderLogprobs, PolicyLoss
 from learner.r3 import check_routing
 from learner.staleness import trajectory_staleness
 from learner.statistics import group_statistics, token_statistics
-from learner.trainer import StepResult
+from learner.trainer import FinishSave, StepResult
 from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
+from learner.world import TorchWorld, World, gather_arrays, gather_tensor, local_part, whole
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
 from leeway.huggingface import (
     load_model,
     load_tokenizer,
     model_signature,
-    published_tensors,
+    published_parts,
     save_model,
     tensor_bytes,
     tensor_dtype_name,
     torch_dtype,
 )
-from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
+from leeway.types import Float32Array, ModelSignature, TensorEntry, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
 
 
 @dataclass(frozen=True, slots=True)
 class _StepBatch:
-    """The trajectories of a step, all groups one after the other."""
+    """The trajectories of a step that this rank trains on, all groups one after the other."""
 
     group_ids: tuple[str, ...]  # [N]
     trajectories: tuple[Trajectory, ...]  # [N]
     advantages: NDArray[np.float64]  # [N]
     weights: NDArray[np.float64]  # [N] of each trajectory's summed token loss
     staleness: tuple[NDArray[np.int64], ...]  # [N] arrays, one entry per token
-    statistics: Mapping[str, float]
+    statistics: Mapping[str, float]  # of all ranks
+    first: int  # this rank's first trajectory among those of all ranks
+    num_sequences: int  # of all ranks
 
     def blame(self, sequence: int, message: str) -> UnusableGroupError:
         """The error that names a trajectory and its group."""
@@ -88,6 +92,7 @@ class _Part:
     micro_batch: MicroBatch
     with_gradient: bool
     older: OlderLogprobs
+    is_filler: bool = False  # computed for nothing, because another rank has one more
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +104,7 @@ class _ScoredTokens:
     values: TokenValues
     terms: TokenTerms
     entropies: Tensor
+    culprit: int | None  # index of a trajectory whose loss is not finite
 
 
 class TorchTrainer:
@@ -113,25 +119,31 @@ class TorchTrainer:
         signature: ModelSignature,
         options: TrainingOptions,
         stop_token_ids: tuple[int, ...] = (),
-        reduce: Reduce = single_process,
+        world: World | None = None,
     ) -> None:
         """Train `policy`, which `signature` describes and whose weights are the run's first ones.
 
-        `from_directory` makes both. `reduce` combines what the ranks of a distributed learner measure.
+        `from_directory` makes both. In a `world` of several ranks each trains on its own groups of a step; together
+        they take the step that one process would take on all of them.
         """
         self.signature = signature
         self.stop_token_ids = stop_token_ids
         self._policy = policy
         self._options = options
+        self._world = world or World()
+        if isinstance(self._world, TorchWorld):
+            policy.shard(self._world.mesh())
         self._optimizer = Optimizer(policy.model, options)
-        self._loss = PolicyLoss(options, reduce)
+        self._loss = PolicyLoss(options, self._world.reduce)
         self._reference = OlderPolicy(policy.weights()) if options.penalties.reference_kl else None
         keeps_proximal = self._loss.needs_proximal and options.proximal_every_steps > 1
         self._proximal = OlderPolicy(policy.weights()) if keeps_proximal else None
         self._replays_routing = _replays_routing(signature, options)
 
     @classmethod
-    def from_directory(cls, path: Path, sampling: SamplingOptions, options: TrainingOptions) -> TorchTrainer:
+    def from_directory(
+        cls, path: Path, sampling: SamplingOptions, options: TrainingOptions, world: World | None = None
+    ) -> TorchTrainer:
         """Start from a Hugging Face model directory with its tokenizer.
 
         Raises:
@@ -151,16 +163,19 @@ class TorchTrainer:
             gradient_checkpointing=options.gradient_checkpointing,
             compute_dtype=torch_dtype(options.compute_dtype),
         )
-        return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
+        return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,), world)
 
     def published(self) -> tuple[WeightManifest, list[bytes]]:
-        tensors = published_tensors(self._policy.model, self._options.publish_dtype)
-        buffers = [tensor_bytes(tensor) for _, tensor in tensors]
-        entries = [
-            tensor_entry(name, tensor_dtype_name(tensor), tuple(tensor.shape), data)
-            for (name, tensor), data in zip(tensors, buffers, strict=True)
-        ]
-        return WeightManifest(tuple(entries)), buffers
+        published: list[tuple[TensorEntry, bytes]] = []
+        for name, sharded in self._policy.weights().items():
+            tensor = whole(sharded)  # one at a time: the whole model need not fit beside its shards
+            if self._world.rank:
+                continue
+            for published_name, part in published_parts(self._policy.model, name, tensor, self._options.publish_dtype):
+                data = tensor_bytes(part)
+                published.append((tensor_entry(published_name, tensor_dtype_name(part), tuple(part.shape), data), data))
+        published.sort(key=lambda item: item[0].name.encode())
+        return WeightManifest(tuple(entry for entry, _ in published)), [data for _, data in published]
 
     def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
         batch = self._prepare(step, groups, branches)
@@ -170,29 +185,43 @@ class TorchTrainer:
         parts = self._parts(batch, self._has_gradient(batch))
         statistics = self._measured(batch, parts)
         self._optimizer.zero_gradients()
-        scored = [self._accumulate(batch, part, statistics) for part in parts]
+        scored = [part for part in (self._accumulate(batch, part, statistics) for part in parts) if part is not None]
+        self._require_finite(batch, scored)
         gradient_norm = self._optimizer.gradient_norm()
         if not torch.isfinite(gradient_norm):
             raise self._explain_gradient(batch, statistics)
         self._optimizer.step(gradient_norm)
         return StepResult(
             statistics={
-                "loss": sum(float(part.loss) for part in scored),
+                "loss": self._sum(sum(float(part.loss) for part in scored)),
                 "grad_norm": float(gradient_norm),
                 "learning_rate": learning_rate,
                 **batch.statistics,
-                **_token_statistics(scored),
+                **_token_statistics(scored, self._world),
                 **self._loss.observed([(part.values, part.terms) for part in scored]),
             },
-            policy_logprobs=_policy_logprobs(batch, scored),
+            policy_logprobs=_gathered(_policy_logprobs(batch, scored), self._world),
         )
 
-    def save(self, directory: Path) -> None:
-        training_state.save_tensors(directory / "weights", self._policy.weights())
-        training_state.save_tensors(directory / "optimizer", self._optimizer.state())
+    def begin_save(self, directory: Path) -> FinishSave:
+        kinds = {"weights": self._policy.weights(), "optimizer": self._optimizer.state()}
         if self._proximal is not None:
-            training_state.save_tensors(directory / "proximal", self._proximal.weights)
-        training_state.save_scalars(directory, self._scalars())
+            kinds["proximal"] = self._proximal.weights
+        waits = [
+            training_state.begin_save_tensors(directory / kind, tensors, self._world.save_group(kind))
+            for kind, tensors in kinds.items()
+        ]
+        if not self._world.rank:
+            training_state.save_scalars(directory, self._scalars())
+
+        def finish() -> None:
+            for wait in waits:
+                wait()
+
+        return finish
+
+    def save(self, directory: Path) -> None:
+        self.begin_save(directory)()
 
     def load(self, directory: Path) -> None:
         """Become what `save` wrote there.
@@ -227,28 +256,52 @@ class TorchTrainer:
             mismatch.tokens,
         )
 
-    def _prepare(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch]) -> _StepBatch:
-        """Check every group, and give every trajectory its advantage, weight and staleness."""
+    def check(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
+        """Refuse groups that cannot be trained on.
+
+        Raises:
+            UnusableGroupError: names the group and the trajectory.
+        """
         if not groups:
             raise PreconditionError(f"step {step} has no groups to train on")
         for group in groups:
             check_group(group, self._check)
+
+    def _prepare(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch]) -> _StepBatch:
+        """Check every group, and give every trajectory its advantage, weight and staleness.
+
+        What depends on the whole step is computed from the numbers of all ranks.
+        """
+        self.check(step, groups)
         rewards = [np.array([t.reward for t in group.trajectories]) for group in groups]
         shaped = [self._shape(group, r) for group, r in zip(groups, rewards, strict=True)]
         advantages = [group.advantages for group in shaped]
         trajectories = tuple(trajectory for group in groups for trajectory in group.trajectories)
         trained_lengths = np.array([int(t.loss_mask.sum()) for t in trajectories], dtype=np.int64)
         num_tokens = np.array([t.num_tokens for t in trajectories], dtype=np.int64)
+        overlong = np.array([is_overlong(t) for t in trajectories], dtype=np.bool_)
+        everyone = self._world.gather(trained_lengths)
+        first = sum(len(lengths) for lengths in everyone[: self._world.rank])
+        here = slice(first, first + len(trajectories))
+        all_lengths = np.concatenate(everyone)
+        counted = np.concatenate(self._world.gather(np.concatenate([group.counted for group in shaped])))
         return _StepBatch(
             group_ids=tuple(group.group_id for group in groups for _ in group.trajectories),
             trajectories=trajectories,
             advantages=np.concatenate(advantages),
-            weights=self._weights(trained_lengths, np.concatenate([group.counted for group in shaped])),
+            weights=self._weights(all_lengths, counted)[here],
             staleness=tuple(trajectory_staleness(t, step - 1, branches) for t in trajectories),
             statistics={
-                **group_statistics(rewards, advantages, num_tokens, trained_lengths),
-                "overlong_fraction": float(np.mean([is_overlong(t) for t in trajectories])),
+                **group_statistics(
+                    gather_arrays(self._world, rewards),
+                    gather_arrays(self._world, advantages),
+                    np.concatenate(self._world.gather(num_tokens)),
+                    all_lengths,
+                ),
+                "overlong_fraction": float(np.mean(np.concatenate(self._world.gather(overlong)))),
             },
+            first=first,
+            num_sequences=len(all_lengths),
         )
 
     def _shape(self, group: TrajectoryGroup, rewards: NDArray[np.float64]) -> ShapedGroup:
@@ -290,17 +343,30 @@ class TorchTrainer:
         """Micro-batches of the chosen trajectories [N], or all, those with a gradient first."""
         everywhere = np.ones_like(has_gradient) if chosen is None else chosen
         packed = [
-            (micro_batch, with_gradient)
+            (micro_batch, with_gradient, is_filler)
             for with_gradient in (True, False)
-            for micro_batch in self._micro_batches(batch, everywhere & (has_gradient == with_gradient))
+            for micro_batch, is_filler in self._as_many_as_others(
+                batch, self._micro_batches(batch, everywhere & (has_gradient == with_gradient))
+            )
         ]
-        micro_batches = [micro_batch for micro_batch, _ in packed]
+        micro_batches = [micro_batch for micro_batch, _, _ in packed]
         proximal = self._logprobs_of(self._proximal, micro_batches)
         reference = self._logprobs_of(self._reference, micro_batches)
         return [
-            _Part(micro_batch, with_gradient, OlderLogprobs(old, first))
-            for (micro_batch, with_gradient), old, first in zip(packed, proximal, reference, strict=True)
+            _Part(micro_batch, with_gradient, OlderLogprobs(old, first), is_filler)
+            for (micro_batch, with_gradient, is_filler), old, first in zip(packed, proximal, reference, strict=True)
         ]
+
+    def _as_many_as_others(
+        self, batch: _StepBatch, micro_batches: Sequence[MicroBatch]
+    ) -> Iterator[tuple[MicroBatch, bool]]:
+        """The micro-batches, and fillers up to the number that the busiest rank has: sharded layers meet in each."""
+        for micro_batch in micro_batches:
+            yield micro_batch, False
+        most = int(self._world.reduce(torch.tensor(len(micro_batches)), "max"))
+        for _ in range(most - len(micro_batches)):
+            shortest = np.arange(len(batch.trajectories)) == np.argmin([t.num_tokens for t in batch.trajectories])
+            yield self._micro_batches(batch, shortest)[0], True
 
     @torch.no_grad()
     def _logprobs_of(self, older: OlderPolicy | None, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
@@ -323,9 +389,12 @@ class TorchTrainer:
         def scored() -> Generator[TokenBatch]:
             for part in parts:
                 with self._policy.scored(part.micro_batch) as scores:
-                    yield self._loss.token_batch(part.micro_batch, scores, _advantages(batch, part), part.older)
+                    if not part.is_filler:
+                        yield self._loss.token_batch(
+                            part.micro_batch, scores, _advantages(batch, part), part.older, first_sequence=batch.first
+                        )
 
-        return self._loss.measured(scored(), len(batch.trajectories))
+        return self._loss.measured(scored(), batch.num_sequences)
 
     def _micro_batches(self, batch: _StepBatch, chosen: NDArray[np.bool_]) -> list[MicroBatch]:
         """Pack the chosen trajectories [N]."""
@@ -346,42 +415,57 @@ class TorchTrainer:
             for rows in plan
         ]
 
-    def _accumulate(self, batch: _StepBatch, part: _Part, statistics: BatchStatistics | None) -> _ScoredTokens:
-        """Score one micro-batch and add its gradient.
-
-        Raises:
-            UnusableGroupError: a trajectory's loss is not finite.
-        """
+    def _accumulate(self, batch: _StepBatch, part: _Part, statistics: BatchStatistics | None) -> _ScoredTokens | None:
+        """Score one micro-batch and add its gradient; a filler adds nothing."""
         sequences = torch.from_numpy(part.micro_batch.target_sequences)
         entropy_gradient = part.with_gradient and self._loss.penalties.entropy != 0
         with (
             torch.set_grad_enabled(part.with_gradient),
             self._policy.scored(part.micro_batch, entropy_gradient=entropy_gradient) as scores,
         ):
+            if part.is_filler:
+                if part.with_gradient:
+                    (scores.logprobs * 0.0).sum().backward()  # pyright: ignore[reportUnknownMemberType]
+                return None
             advantages = _advantages(batch, part)
-            tokens = self._loss.token_batch(part.micro_batch, scores, advantages, part.older, statistics)
+            tokens = self._loss.token_batch(
+                part.micro_batch, scores, advantages, part.older, statistics, first_sequence=batch.first
+            )
             losses, terms = self._loss.losses(tokens)
-            self._require_finite(batch, sequences, losses)
+            unusable = ~torch.isfinite(losses.detach())
+            culprit = int(sequences[unusable][0]) if unusable.any() else None
             loss = (losses * torch.from_numpy(batch.weights).float()[sequences]).sum()
             if part.with_gradient:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies.detach())
+        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies.detach(), culprit)
 
-    def _require_finite(self, batch: _StepBatch, sequences: Tensor, losses: Tensor) -> None:
-        finite = torch.isfinite(losses)
-        if not finite.all():
+    def _require_finite(self, batch: _StepBatch, scored: Sequence[_ScoredTokens]) -> None:
+        """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""
+        culprit = next((part.culprit for part in scored if part.culprit is not None), None)
+        if culprit is not None:
             self._require_finite_weights()
-            culprit = int(sequences[~finite][0])
-            raise batch.blame(culprit, "has a loss that is not finite; nothing was changed")
+        blame = None if culprit is None else batch.blame(culprit, "has a loss that is not finite; nothing was changed")
+        if (error := self._agreed(blame)) is not None:
+            self._optimizer.zero_gradients()
+            raise error
 
-    def _explain_gradient(self, batch: _StepBatch, statistics: BatchStatistics | None) -> Exception:
+    def _agreed(self, error: UnusableGroupError | None) -> UnusableGroupError | None:
+        """The first rank's error that has one, on every rank."""
+        mine = "" if error is None else json.dumps([error.group_id, error.message])
+        texts = [text for text in self._world.gather_text(mine) if text]
+        return UnusableGroupError(*json.loads(texts[0])) if texts else None
+
+    def _sum(self, value: float) -> float:
+        return float(self._world.reduce(torch.tensor(value, dtype=torch.float64), "sum"))
+
+    def _explain_gradient(self, batch: _StepBatch, statistics: BatchStatistics | None) -> UnusableGroupError:
         """Find who makes the gradient not finite: each trajectory alone, the worst is named."""
         self._require_finite_weights()
         worst, worst_norm = 0, -1.0
         has_gradient = self._has_gradient(batch)
-        for index in np.flatnonzero(has_gradient).tolist():
+        for index in np.flatnonzero(np.concatenate(self._world.gather(has_gradient))).tolist():
             self._optimizer.zero_gradients()
-            alone = np.arange(len(batch.trajectories)) == index
+            alone = np.arange(len(batch.trajectories)) == index - batch.first
             for part in self._parts(batch, has_gradient, alone):
                 self._accumulate(batch, part, statistics)
             norm = float(self._optimizer.gradient_norm())
@@ -389,11 +473,15 @@ class TorchTrainer:
             if norm > worst_norm:
                 worst, worst_norm = index, norm
         self._optimizer.zero_gradients()
-        return batch.blame(worst, "makes the gradient not finite; nothing was changed")
+        mine = 0 <= worst - batch.first < len(batch.trajectories)
+        message = "makes the gradient not finite; nothing was changed"
+        error = self._agreed(batch.blame(worst - batch.first, message) if mine else None)
+        assert error is not None
+        return error
 
     def _require_finite_weights(self) -> None:
         for name, tensor in self._policy.weights().items():
-            if not torch.isfinite(tensor).all():
+            if not torch.isfinite(local_part(tensor)).all():
                 raise PreconditionError(f"the learner's weight {name} is not finite; resume from a checkpoint")
 
 
@@ -407,17 +495,26 @@ def _advantages(batch: _StepBatch, part: _Part) -> Tensor:
     return torch.from_numpy(batch.advantages).float()[torch.from_numpy(part.micro_batch.target_sequences)]
 
 
-def _token_statistics(scored: Sequence[_ScoredTokens]) -> dict[str, float]:
+def _token_statistics(scored: Sequence[_ScoredTokens], world: World) -> dict[str, float]:
+    """Over the tokens of all ranks."""
+
+    def joined(of: Callable[[_ScoredTokens], Tensor]) -> Tensor:
+        return gather_tensor(world, torch.cat([of(part) for part in scored]))
+
     values = TokenValues(
-        policy_logprobs=torch.cat([part.values.policy_logprobs for part in scored]),
-        behavior_logprobs=torch.cat([part.values.behavior_logprobs for part in scored]),
-        ratio=torch.cat([part.values.ratio for part in scored]),
-        advantages=torch.cat([part.values.advantages for part in scored]),
+        policy_logprobs=joined(lambda part: part.values.policy_logprobs),
+        behavior_logprobs=joined(lambda part: part.values.behavior_logprobs),
+        ratio=joined(lambda part: part.values.ratio),
+        advantages=joined(lambda part: part.values.advantages),
     )
-    terms = TokenTerms(
-        kept=torch.cat([part.terms.kept for part in scored]), weight=torch.cat([part.terms.weight for part in scored])
-    )
-    return token_statistics(values, terms, torch.cat([part.entropies for part in scored]))
+    terms = TokenTerms(kept=joined(lambda part: part.terms.kept), weight=joined(lambda part: part.terms.weight))
+    return token_statistics(values, terms, joined(lambda part: part.entropies))
+
+
+def _gathered(logprobs: Mapping[str, Float32Array], world: World) -> dict[str, Float32Array]:
+    """The trajectories of all ranks."""
+    names = [name for text in world.gather_text(json.dumps(list(logprobs))) for name in json.loads(text)]
+    return dict(zip(names, gather_arrays(world, list(logprobs.values())), strict=True))
 
 
 def _policy_logprobs(batch: _StepBatch, scored: Sequence[_ScoredTokens]) -> dict[str, Float32Array]:

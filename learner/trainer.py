@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,10 @@ class StepResult:
 
     statistics: Mapping[str, float]  # by name
     policy_logprobs: Mapping[str, Float32Array]  # trajectory id -> [tokens in the loss], before the step
+
+
+FinishSave = Callable[[], None]
+"""Waits until everything of a checkpoint is written; to be called once, from any thread."""
 
 
 class Trainer(Protocol):
@@ -47,6 +51,10 @@ class Trainer(Protocol):
         Raises:
             UnusableGroupError: a group cannot be trained on; nothing has changed.
         """
+        ...
+
+    def begin_save(self, directory: Path) -> FinishSave:
+        """Copy what is to be saved, and write it while training goes on; see `save`."""
         ...
 
     def save(self, directory: Path) -> None:

@@ -10,17 +10,22 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load  # pyright: ignore[reportUnknownVariableType]
-from torch.distributed.checkpoint.state_dict_saver import save  # pyright: ignore[reportUnknownVariableType]
+from torch.distributed.checkpoint.state_dict_saver import (
+    async_save,  # pyright: ignore[reportUnknownVariableType]
+    save,  # pyright: ignore[reportUnknownVariableType]
+)
 
 from leeway.errors import CorruptDataError
 
@@ -39,15 +44,38 @@ class TrainerScalars:
     mismatch_tokens: float = 0.0
 
 
-def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Write named tensors into a new directory and make them durable."""
-    directory.mkdir()
+def begin_save_tensors(
+    directory: Path, tensors: dict[str, Tensor], group: ProcessGroup | None = None
+) -> Callable[[], None]:
+    """Copy named tensors, and write them into a directory while the originals may change.
+
+    Args:
+        directory: where to; of one kind of tensors.
+        tensors: by name; sharded ones are written by each rank for itself.
+        group: of all ranks, in use for nothing else; None in a single process.
+
+    Returns:
+        Waits until every rank has written, and raises what went wrong.
+    """
+    directory.mkdir(exist_ok=True)
+    if group is not None:
+        writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
+        saving = cast("Future[None]", async_save(tensors, storage_writer=writer, process_group=group))
+        return saving.result
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    executor = ThreadPoolExecutor(1, thread_name_prefix="save")
+    writing = executor.submit(_save_alone, directory, copies)
+    executor.shutdown(wait=False)
+    return writing.result
+
+
+def _save_alone(directory: Path, tensors: dict[str, Tensor]) -> None:
     with _single_process():
         save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
 
 
 def load_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
-    """Fill named tensors in place.
+    """Fill named tensors in place; each rank reads what its shards need, however many ranks wrote.
 
     Raises:
         CorruptDataError: the directory does not hold these tensors.

@@ -184,6 +184,22 @@ def published_tensors(model: PreTrainedModel, dtype_name: str) -> list[tuple[str
     ]
 
 
+def published_parts(
+    model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype_name: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What is published of one tensor of `model.state_dict()`, tied names left out: as in `published_tensors`.
+
+    `tensor` is the whole tensor, which need not be the model's own: so a sharded model is published piece by piece.
+
+    Raises:
+        ConfigError: the architecture fuses experts in a way that is not known here.
+    """
+    dtype = torch_dtype(dtype_name)
+    for published_name, view in _unfused(model, name, tensor):
+        wanted = _published_dtype(model, published_name, dtype)
+        yield published_name, view.detach().to(device="cpu", dtype=wanted).contiguous()
+
+
 def check_published(model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that published names and shapes are exactly the model's.
 

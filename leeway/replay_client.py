@@ -111,8 +111,12 @@ class ReplayClient:
             reply = await self.stub.OpenRun(request, timeout=self.patience_seconds)
         return OpenedRun(reply.epoch, codec.version_from_proto(reply.head), reply.finished)
 
-    async def draw_batch(self, epoch: int, step: int, timeout_seconds: float) -> list[TrajectoryGroup]:
+    async def draw_batch(
+        self, epoch: int, step: int, timeout_seconds: float, *, rank: int = 0, world_size: int = 1
+    ) -> list[TrajectoryGroup]:
         """The whole groups of a step, in their order; waits for them, also while the buffer restarts.
+
+        Of `world_size` ranks each gets every world_size-th group, from the one of its own number on.
 
         Raises:
             DeadlineError: there were not enough groups in time; call again.
@@ -120,7 +124,7 @@ class ReplayClient:
             CorruptDataError: a trajectory is not what its close sealed.
         """
         deadline = time.monotonic() + timeout_seconds
-        request = replay_pb2.DrawBatchRequest(run=self.run, epoch=epoch, step=step)
+        request = replay_pb2.DrawBatchRequest(run=self.run, epoch=epoch, step=step, rank=rank, world_size=world_size)
         while True:
             try:
                 with mapped_errors(f"DrawBatch at {self.address}"):

@@ -1,0 +1,159 @@
+"""The ranks of one learner, and what they tell each other.
+
+    rank 0 ── send(command) ──> receive() of every other rank          gloo, on the host; JSON, never pickle
+    every rank ── gather, gather_text ──> the same list on every rank
+    every rank ── reduce ──> the same tensor on every rank
+
+A learner of one process is a world of size 1, where all of this costs nothing. Collectives of the model's own tensors
+(FSDP) and of checkpoints have process groups of their own, so that they may overlap.
+
+Shape legend: n elements of an array, which may differ between ranks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from learner.losses.batch_statistics import Reduction
+from leeway.errors import InvalidDataError
+
+Number = TypeVar("Number", bound=np.generic)
+
+
+class World:
+    """A learner of one process."""
+
+    rank = 0
+    size = 1
+
+    def reduce(self, tensor: Tensor, reduction: Reduction) -> Tensor:
+        """Sum or maximum over the ranks; a `learner.losses.batch_statistics.Reduce`."""
+        return tensor
+
+    def gather(self, array: NDArray[Number]) -> list[NDArray[Number]]:
+        """Every rank's array [n], in the order of ranks; of one type everywhere."""
+        return [array]
+
+    def gather_text(self, text: str) -> list[str]:
+        """Every rank's text, in the order of ranks."""
+        return [text]
+
+    def save_group(self, name: str) -> dist.ProcessGroup | None:
+        """The process group for saving one kind of tensors; None in a single process."""
+        return None
+
+
+class TorchWorld(World):
+    """The processes that torchrun started."""
+
+    def __init__(self, idle_seconds: float) -> None:
+        """Join the others.
+
+        Args:
+            idle_seconds: longest time that rank 0 may leave the others without a command.
+        """
+        cuda = torch.cuda.is_available()
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        self.rank = dist.get_rank()
+        self.size = dist.get_world_size()
+        self.device = torch.device("cuda", self.rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        self._control = _group(idle_seconds)
+        self._save_groups = {name: _group(idle_seconds) for name in ("weights", "optimizer", "proximal")}
+
+    def mesh(self) -> DeviceMesh:
+        """All ranks as one dimension of data parallelism."""
+        return init_device_mesh(self.device.type, (self.size,), mesh_dim_names=("data",))
+
+    def reduce(self, tensor: Tensor, reduction: Reduction) -> Tensor:
+        reduced = tensor.detach().clone().cpu()
+        operation = dist.ReduceOp.SUM if reduction == "sum" else dist.ReduceOp.MAX
+        dist.all_reduce(reduced, op=operation, group=self._control)
+        return reduced.to(tensor.device)
+
+    def gather(self, array: NDArray[Number]) -> list[NDArray[Number]]:
+        return [np.frombuffer(data, dtype=array.dtype) for data in self._gather_bytes(array.tobytes())]
+
+    def gather_text(self, text: str) -> list[str]:
+        return [data.decode() for data in self._gather_bytes(text.encode())]
+
+    def save_group(self, name: str) -> dist.ProcessGroup | None:
+        return self._save_groups[name]
+
+    def send(self, command: Mapping[str, Any]) -> None:
+        """Rank 0: tell every other rank what to do next."""
+        payload = json.dumps(command).encode()
+        dist.broadcast(torch.tensor([len(payload)]), src=0, group=self._control)
+        dist.broadcast(_bytes_tensor(payload), src=0, group=self._control)
+
+    def receive(self) -> dict[str, Any]:
+        """The others: wait for the next command.
+
+        Raises:
+            InvalidDataError: it is not one.
+        """
+        size = torch.zeros(1, dtype=torch.int64)
+        dist.broadcast(size, src=0, group=self._control)
+        payload = torch.zeros(int(size), dtype=torch.uint8)
+        dist.broadcast(payload, src=0, group=self._control)
+        command: Any = json.loads(payload.numpy().tobytes())
+        if not isinstance(command, dict):
+            raise InvalidDataError("rank 0 sent something that is not a command")
+        return cast("dict[str, Any]", command)
+
+    def close(self) -> None:
+        """Leave the others."""
+        dist.destroy_process_group()
+
+    def _gather_bytes(self, data: bytes) -> list[bytes]:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self._control)
+        longest = max(int(size) for size in sizes)
+        padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(padded, _bytes_tensor(data.ljust(longest, b"\0")), group=self._control)
+        return [piece[: int(size)].numpy().tobytes() for piece, size in zip(padded, sizes, strict=True)]
+
+
+def gather_arrays(world: World, arrays: Sequence[NDArray[Number]]) -> list[NDArray[Number]]:
+    """Every rank's arrays, one list after the other; at least one per rank."""
+    sizes = np.concatenate(world.gather(np.array([len(array) for array in arrays], dtype=np.int64)))
+    flat = np.concatenate(world.gather(np.concatenate(arrays)))
+    return np.split(flat, np.cumsum(sizes)[:-1])
+
+
+def gather_tensor(world: World, tensor: Tensor) -> Tensor:
+    """[sum of n] every rank's tensor [n], one after the other, on the host."""
+    if world.size == 1:
+        return tensor
+    return torch.cat([torch.from_numpy(array.copy()) for array in world.gather(tensor.detach().cpu().numpy())])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, by all ranks at once; any other one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _group(idle_seconds: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=idle_seconds))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _bytes_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
