@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
@@ -58,6 +60,11 @@ class LearnerProcess:
         self.metrics = section(document, "metrics", MetricsOptions)
         self.evaluation = section(document, "evaluation", EvaluationOptions)
         self.options = section(document, "learner", LearnerOptions)
+        if self.options.ranks > self.run.groups_per_step:
+            raise ConfigError(
+                f"learner.ranks is {self.options.ranks}, but run.groups_per_step is {self.run.groups_per_step}; "
+                "every rank needs a group"
+            )
         if self.options.trainer == "torch":
             check_recorded_topk(self.options.training, self.sampling)
         self.directory = self.run.run_directory
@@ -66,11 +73,30 @@ class LearnerProcess:
         )
 
     async def main(self, stop: asyncio.Event) -> None:
+        """Be the learner, or one of its ranks."""
+        if self.options.ranks == 1:
+            await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
+            return
+        from learner.distributed import DistributedTrainer, follow
+        from learner.making import join_world, make_ranked_trainer
+
+        world = join_world(self.options)
+        ranked = make_ranked_trainer(self.options, self.model, self.sampling, world)
+        if world.rank:
+            # Signals reach every rank; rank 0 decides when all of them stop.
+            async with self._replay_client() as buffer:
+                await follow(ranked, world, buffer, draw_timeout_seconds=self.options.draw_timeout_seconds)
+        else:
+            trainer = DistributedTrainer(ranked, world)
+            await self._lead(trainer, stop)
+            trainer.stop()
+        world.close()
+
+    async def _lead(self, trainer: Trainer, stop: asyncio.Event) -> None:
         """Restore, open, train, and leave a checkpoint and a summary behind."""
         registry = CollectorRegistry()
         metrics = LearnerMetrics(registry)
         serve_metrics(registry, self.metrics.host, self.metrics.learner)
-        trainer = make_trainer(self.options, self.model, self.sampling)
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
         spec = self._spec(trainer, root)
@@ -87,7 +113,7 @@ class LearnerProcess:
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor)
         receipts = ReceiptBook(
             self.directory,
-            deciding_options(self.options, trainer.signature, seed=self.run.seed, ranks=1),
+            deciding_options(self.options, trainer.signature, seed=self.run.seed),
             resume_step=restored.version.step,
         )
         learner = Learner(
@@ -114,6 +140,14 @@ class LearnerProcess:
             await buffer.aclose()
             if local is not None:
                 await local.aclose()
+
+    @asynccontextmanager
+    async def _replay_client(self) -> AsyncGenerator[ReplayClient]:
+        client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+        try:
+            yield client
+        finally:
+            await client.aclose()
 
     def _restore(self, trainer: Trainer, checkpoints: CheckpointStore, root: PolicyVersion) -> Checkpoint:
         """The newest checkpoint, loaded; a fresh run makes one of its first weights."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from learner.checkpoint import Branch
@@ -35,11 +35,10 @@ log = logging.getLogger(__name__)
 class DistributedTrainer:
     """Rank 0's trainer: has the others do what it does. Implements `learner.trainer.Trainer`."""
 
-    def __init__(self, trainer: TorchTrainer, world: TorchWorld, epoch: Callable[[], int]) -> None:
-        """Lead the other ranks; `epoch` tells under which epoch they may draw."""
+    def __init__(self, trainer: TorchTrainer, world: TorchWorld) -> None:
+        """Lead the other ranks."""
         self._trainer = trainer
         self._world = world
-        self._epoch = epoch
 
     @property
     def signature(self) -> ModelSignature:
@@ -55,7 +54,7 @@ class DistributedTrainer:
 
     def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
         self._trainer.check(step, groups)
-        self._world.send({"do": "train", "step": step, "epoch": self._epoch(), "branches": list(branches)})
+        self._world.send({"do": "train", "step": step, "branches": list(branches)})
         return self._trainer.train_step(step, groups[:: self._world.size], branches)
 
     def begin_save(self, directory: Path) -> FinishSave:
@@ -88,8 +87,9 @@ async def follow(
         match command["do"]:
             case "train":
                 step, branches = command["step"], [(epoch, start) for epoch, start in command["branches"]]
+                newest_epoch = max(epoch for epoch, _ in branches)
                 groups = await buffer.draw_batch(
-                    command["epoch"], step, draw_timeout_seconds, rank=world.rank, world_size=world.size
+                    newest_epoch, step, draw_timeout_seconds, rank=world.rank, world_size=world.size
                 )
                 try:
                     await asyncio.to_thread(trainer.train_step, step, groups, branches)

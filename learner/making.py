@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Final
+
 from learner.options import LearnerOptions
 from learner.trainer import Trainer
 from leeway.config import ModelOptions, SamplingOptions
+from leeway.errors import ConfigError
+
+if TYPE_CHECKING:
+    from learner.torch_trainer import TorchTrainer
+    from learner.world import TorchWorld
+
+_IDLE_MARGIN_SECONDS: Final = 600.0
+"""Added to the longest waits of rank 0: opening the run, publishing, evaluations."""
 
 
 def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: SamplingOptions) -> Trainer:
@@ -23,3 +33,37 @@ def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: Samplin
 
     torch.set_num_threads(options.num_threads)
     return TorchTrainer.from_directory(model.directory, sampling, options.training)
+
+
+def join_world(options: LearnerOptions) -> TorchWorld:
+    """The ranks of this learner, which torchrun has started.
+
+    Raises:
+        ConfigError: it was not torchrun, or it started another number.
+    """
+    import torch.distributed as dist
+
+    from learner.world import TorchWorld
+
+    start = f"torchrun --nproc-per-node {options.ranks} -m learner ..."
+    if not dist.is_torchelastic_launched():
+        raise ConfigError(f"learner.ranks is {options.ranks}, but this is one process; start it with: {start}")
+    idle_seconds = options.draw_timeout_seconds + options.evaluation_timeout_seconds + _IDLE_MARGIN_SECONDS
+    world = TorchWorld(idle_seconds)
+    if world.size != options.ranks:
+        raise ConfigError(
+            f"learner.ranks is {options.ranks}, but torchrun started {world.size}; start it with: {start}"
+        )
+    return world
+
+
+def make_ranked_trainer(
+    options: LearnerOptions, model: ModelOptions, sampling: SamplingOptions, world: TorchWorld
+) -> TorchTrainer:
+    """One rank's trainer, at the run's first weights."""
+    import torch
+
+    from learner.torch_trainer import TorchTrainer
+
+    torch.set_num_threads(options.num_threads)
+    return TorchTrainer.from_directory(model.directory, sampling, options.training, world)

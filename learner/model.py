@@ -108,7 +108,7 @@ class PolicyModel:
         """
         with self._replaying(batch):
             logprobs, entropies, topk = self._in_forward(lambda: self._score(batch, entropy_gradient))
-            yield Scores(logprobs, entropies, topk)
+            yield Scores(logprobs.squeeze(-1), entropies, topk)
 
     def _score(self, batch: MicroBatch, entropy_gradient: bool) -> ScoreFields:
         """The fields of Scores."""
@@ -120,7 +120,7 @@ class PolicyModel:
         targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
         candidates = batch.topk_token_ids
         return (
-            logprobs.gather(-1, targets).squeeze(-1),
+            logprobs.gather(-1, targets),  # [N, 1]; FSDP wants no views
             _differentiable_entropy(logprobs) if entropy_gradient else _entropy(logprobs.detach()),
             None if candidates is None else logprobs.detach().gather(-1, torch.from_numpy(candidates)),
         )

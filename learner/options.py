@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from learner.training_options import TrainingOptions
 from leeway.config import Options
@@ -41,3 +41,9 @@ class LearnerOptions(Options):
     record_policy_logprobs: bool = Field(
         default=True, description="keep the learner's log-prob of every trained token, for `leeway rollouts`"
     )
+
+    @model_validator(mode="after")
+    def _ranks_train_with_torch(self) -> LearnerOptions:
+        if self.ranks > 1 and self.trainer != "torch":
+            raise ValueError("`ranks` above 1 needs trainer = torch")
+        return self

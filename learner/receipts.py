@@ -128,14 +128,14 @@ def first_different_tensor(manifest: WeightManifest, recorded: str) -> str | Non
     return None if len(before) == len(now) else "(the number of tensors)"
 
 
-def deciding_options(options: LearnerOptions, signature: ModelSignature, *, seed: int, ranks: int) -> Options:
+def deciding_options(options: LearnerOptions, signature: ModelSignature, *, seed: int) -> Options:
     """Flatten everything that decides a step's numbers besides data and weights."""
     values: dict[str, Any] = {
         "run.seed": seed,
         "model": signature.model_digest.hex(),
         "learner.trainer": options.trainer,
         "learner.num_threads": options.num_threads,
-        "ranks": ranks,
+        "learner.ranks": options.ranks,
     }
     if options.trainer == "torch":
         values |= {name: library_version(name) for name in ("torch", "transformers")}

@@ -21,6 +21,7 @@ from learner.replay import Difference, find_start, replay
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import load_run_document
 from leeway.config import Document, ModelOptions, RunOptions, SamplingOptions, section
+from leeway.errors import PreconditionError
 from leeway.process import EXIT_FAILED, EXIT_OK
 from leeway.types import GroupRecord, Purpose
 
@@ -47,6 +48,11 @@ def _replay_step(arguments: argparse.Namespace) -> int:
 async def _replay(directory: Path, step: int, document: Document) -> Difference | None:
     options = section(document, "learner", LearnerOptions)
     run = section(document, "run", RunOptions)
+    if options.ranks > 1:
+        raise PreconditionError(
+            f"{directory} was trained by {options.ranks} ranks; their sums have another order than one process's, "
+            "so its steps cannot be computed again to the bit"
+        )
     receipts = read_receipts(directory)
     store = CheckpointStore(directory / "checkpoints", keep=options.keep_checkpoints)
     checkpoint = find_start(store, receipts, step)
@@ -64,7 +70,7 @@ async def _replay(directory: Path, step: int, document: Document) -> Difference 
             checkpoint,
             receipts,
             step,
-            deciding_options(options, trainer.signature, seed=run.seed, ranks=1),
+            deciding_options(options, trainer.signature, seed=run.seed),
             export_step,
             print,
         )

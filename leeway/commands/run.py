@@ -25,6 +25,7 @@ from leeway.commands.report import write_report
 from leeway.commands.supervisor import Outcome, Service, Supervisor
 from leeway.config import RunOptions, load_document
 from leeway.errors import PreconditionError
+from leeway.ports import free_port
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 
 
@@ -101,13 +102,27 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
     with open_progress(run, plain=plain or not sys.stderr.isatty()) as progress:
         supervisor = Supervisor(
             replay_buffer=Service("replay-buffer", ("replay_buffer", *arguments)),
-            learner=Service("learner", ("learner", *arguments)),
+            learner=Service("learner", (*_launcher(configuration.learner.ranks), "learner", *arguments)),
             servers=servers,
             log_directory=run.run_directory / "logs",
             on_journal_line=progress.on_journal_line,
             on_event=progress.on_event,
         )
         return await supervisor.run(stop)
+
+
+def _launcher(ranks: int) -> tuple[str, ...]:
+    """What comes before a module's name to start it as several ranks on this host."""
+    if ranks == 1:
+        return ()
+    port = free_port("127.0.0.1")
+    return (
+        "torch.distributed.run",
+        f"--nproc-per-node={ranks}",
+        "--master-addr=127.0.0.1",
+        f"--master-port={port}",
+        "-m",
+    )
 
 
 def _conclude(run: RunOptions, config: Path, outcome: Outcome) -> int:

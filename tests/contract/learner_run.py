@@ -120,7 +120,7 @@ class LearnerRun:
         return make_trainer(self.model(), self.options.training)
 
     def deciding(self, options: LearnerOptions | None = None) -> Options:
-        return deciding_options(options or self.options, self.trainer().signature, seed=7, ranks=1)
+        return deciding_options(options or self.options, self.trainer().signature, seed=7)
 
     async def fill(self) -> None:
         """Write every group that the run will ever train on; returns when they are on disk."""

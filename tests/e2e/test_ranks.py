@@ -1,0 +1,55 @@
+"""A learner of two ranks in a whole run: real processes, the model of the first example."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "run.steps=4",
+    "run.groups_per_step=3",
+    "evaluation.tasks=0",
+    "learner.ranks=2",
+    "learner.checkpoint_every_steps=2",
+    "network.replay_buffer=127.0.0.1:0",
+    "network.policy=127.0.0.1:0",
+    'network.inference_servers=["127.0.0.1:0"]',
+    "metrics.replay_buffer=0",
+    "metrics.learner=0",
+    "metrics.inference_servers=[0]",
+)
+
+
+def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "leeway.commands.main", *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+    )
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(200)
+def test_a_run_with_two_ranks(tmp_path: Path) -> None:
+    overrides = [part for key in (*SMALL, f"run.directory={tmp_path}") for part in ("--set", key)]
+    finished = leeway("run", "examples/sortmix8.toml", *overrides)
+    assert finished.returncode == 0, finished.stderr
+    run = tmp_path / "sortmix8"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["groups_consumed"] == 12
+    assert len(list((run / "checkpoints" / "step-00000004" / "weights").glob("shard-*"))) == 2
+    exported = leeway("export", str(run), "4")  # one process reads what two wrote
+    assert exported.returncode == 0, exported.stderr
+    assert (run / "export" / "step-4" / "model.safetensors").is_file()
+    replayed = leeway("replay-step", str(run), "4")
+    assert replayed.returncode == 2
+    assert "trained by 2 ranks" in replayed.stderr
