@@ -7,7 +7,7 @@ Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,8 +21,10 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.lora import add_adapters, is_adapter, merged_weights
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
+from learner.training_options import LoraOptions
 from leeway.errors import ConfigError
 
 
@@ -53,6 +55,7 @@ class PolicyModel:
         routing_replay: bool,
         gradient_checkpointing: bool,
         compute_dtype: torch.dtype = torch.float32,
+        lora: LoraOptions | None = None,
     ) -> None:
         """Wrap a model; it is changed in place.
 
@@ -67,6 +70,9 @@ class PolicyModel:
         if cast("Any", model.config)._attn_implementation != "sdpa":
             raise ConfigError(f"{type(model).__name__} must attend with sdpa, which takes the mask of packed rows")
         self._check_head()
+        self._adapted = lora is not None
+        if lora is not None:
+            add_adapters(model, self._head, lora)
         if gradient_checkpointing:
             _enable_checkpointing(model)
         self._in_forward: InForward = _call
@@ -94,9 +100,23 @@ class PolicyModel:
         return self._sliding_window
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters and buffers by module name, tied ones once; the model's own memory."""
-        tied = set(cast("Mapping[str, str]", self.model.all_tied_weights_keys or {}))
-        return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
+        """What training changes, and buffers, by module name, tied ones once; the model's own memory.
+
+        With adapters these alone: the rest stays what model.path holds.
+        """
+        return {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if name not in self._tied and (is_adapter(name) or not self._adapted)
+        }
+
+    def merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The model as a plain one has it: tied weights once, adapters merged, sharded tensors whole, one at a time."""
+        return ((name, tensor) for name, tensor in merged_weights(self.model) if name not in self._tied)
+
+    @property
+    def _tied(self) -> set[str]:
+        return set(cast("Mapping[str, str]", self.model.all_tied_weights_keys or {}))
 
     @contextmanager
     def scored(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> Generator[Scores]:

@@ -49,7 +49,7 @@ from learner.statistics import group_statistics, token_statistics
 from learner.trainer import FinishSave, StepResult
 from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
-from learner.world import TorchWorld, World, gather_arrays, gather_tensor, local_part, whole
+from learner.world import TorchWorld, World, gather_arrays, gather_tensor, local_part
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
 from leeway.huggingface import (
@@ -162,13 +162,13 @@ class TorchTrainer:
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
             compute_dtype=torch_dtype(options.compute_dtype),
+            lora=options.lora,
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,), world)
 
     def published(self) -> tuple[WeightManifest, list[bytes]]:
         published: list[tuple[TensorEntry, bytes]] = []
-        for name, sharded in self._policy.weights().items():
-            tensor = whole(sharded)  # one at a time: the whole model need not fit beside its shards
+        for name, tensor in self._policy.merged_weights():  # one at a time: not the whole model beside its shards
             if self._world.rank:
                 continue
             for published_name, part in published_parts(self._policy.model, name, tensor, self._options.publish_dtype):
@@ -244,7 +244,8 @@ class TorchTrainer:
 
     def export(self, tokenizer_directory: Path, directory: Path) -> None:
         """Write the weights, as published, as a directory that `from_pretrained` loads."""
-        save_model(self._policy.model, tokenizer_directory, directory, self._options.publish_dtype)
+        tensors = dict(self._policy.merged_weights())
+        save_model(self._policy.model, tokenizer_directory, directory, self._options.publish_dtype, tensors)
 
     def _scalars(self) -> TrainerScalars:
         mismatch = self._loss.mismatch

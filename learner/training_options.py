@@ -10,8 +10,23 @@ from learner.advantages import Baseline
 from learner.loss_options import LossOptions
 from learner.overlong import OverlongRule
 from learner.schedule import Schedule
+from leeway.config import Options
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class LoraOptions(Options):
+    """[learner.training.lora]: train low-rank adapters instead of the weights themselves."""
+
+    rank: int = Field(default=16, ge=1, description="r: the rank of what an adapter adds to a weight")
+    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False, description="an adapter is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj"),
+        strict=False,
+        min_length=1,
+        description="names of the linear layers that get an adapter; fused experts cannot",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seeds the adapters' first weights")
 
 
 class TrainingOptions(LossOptions):
@@ -77,6 +92,7 @@ class TrainingOptions(LossOptions):
         default=False, description="recompute layers in the backward pass to save memory"
     )
     routing_replay: bool = Field(default=False, description="R3: train with the expert choices that the engine made")
+    lora: LoraOptions | None = Field(default=None, description="unset: every weight is trained")
     publish_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="precision of the weights that are sent to inference servers"
     )

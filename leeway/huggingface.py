@@ -258,7 +258,13 @@ def tensor_from_bytes(dtype_name: str, shape: tuple[int, ...], buffer: bytes | m
     return torch.frombuffer(bytearray(buffer), dtype=dtype).reshape(shape)
 
 
-def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Path, dtype_name: str) -> None:
+def save_model(
+    model: PreTrainedModel,
+    tokenizer_directory: Path,
+    directory: Path,
+    dtype_name: str,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Write a directory that `from_pretrained` loads: config, weights as published, the tokenizer's files unchanged.
 
     Args:
@@ -266,6 +272,7 @@ def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Pat
         tokenizer_directory: where the tokenizer's files are copied from.
         directory: where to write; created when missing.
         dtype_name: element type of the saved weights.
+        state: the weights to save, as `model.state_dict()` names them, tied ones left out; unset: the model's own.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = cast("Any", copy.deepcopy(model.config))
@@ -274,7 +281,12 @@ def save_model(model: PreTrainedModel, tokenizer_directory: Path, directory: Pat
     config.save_pretrained(directory)
     cast("Any", model).generation_config.save_pretrained(directory)
     # Cloned, because experts that are still views of one parameter cannot be saved under their own names.
-    tensors = {name: tensor.clone() for name, tensor in published_tensors(model, dtype_name)}
+    published = (
+        published_tensors(model, dtype_name)
+        if state is None
+        else [part for name, tensor in state.items() for part in published_parts(model, name, tensor, dtype_name)]
+    )
+    tensors = {name: tensor.clone() for name, tensor in published}
     save_torch_state_dict(tensors, directory, metadata={"format": "pt"})
     for name in _TOKENIZER_FILES:
         source = tokenizer_directory / name

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense-token-mean": {"aggregation": "token-mean"},
     "dense-batch-aware": {"algorithm": "trm", "delta_low": 0.3, "delta_high": 0.3},
     "dense-proximal": {"algorithm": "minirl", "proximal_every_steps": 2},
+    "dense-lora": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}},
     "moe": {"routing_replay": True},
     "moe-checkpointing": {"routing_replay": True, "gradient_checkpointing": True},
 }
@@ -56,6 +57,7 @@ def make(case: str, world: World | None) -> TorchTrainer:
         moe_model() if moe else dense_model(),
         routing_replay=moe,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        lora=chosen.lora,
     )
     return TorchTrainer(policy, MOE if moe else DENSE, chosen, world=world)
 

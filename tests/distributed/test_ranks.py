@@ -79,7 +79,7 @@ def test_two_ranks_equal_one_process(two_ranks: Path, case: str) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("case", ["dense", "dense-proximal", "moe"])
+@pytest.mark.parametrize("case", ["dense", "dense-proximal", "dense-lora", "moe"])
 def test_what_two_ranks_saved_one_process_continues(two_ranks: Path, case: str) -> None:
     saved = two_ranks / f"{case}-saved"
     # Written by each rank for itself, and while steps 3 and 4 were trained.

@@ -154,6 +154,7 @@ def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
         routing_replay=options.routing_replay and signature is MOE,
         gradient_checkpointing=options.gradient_checkpointing,
         compute_dtype=torch_dtype(options.compute_dtype),
+        lora=options.lora,
     )
     return TorchTrainer(policy, signature, options)
 
