@@ -47,6 +47,8 @@ T = TypeVar("T")
 
 _LAST_EVALUATION_SECONDS: Final = 2.0
 """How long a stopping learner waits for an evaluation in flight."""
+_LAST_CHECKPOINT_SECONDS: Final = 60.0
+"""How long a failing learner waits for a checkpoint on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,12 @@ class Learner:
 
         However it ends, what was trained is in a durable, committed checkpoint.
         """
+        try:
+            return await self._run(stop)
+        finally:
+            await self._leave_checkpoint()
+
+    async def _run(self, stop: asyncio.Event) -> bool:
         opened = await _unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
         if opened is None:
             return False
@@ -271,6 +279,14 @@ class Learner:
         if self._saving is not None:
             saving, self._saving = self._saving, None
             await saving
+
+    async def _leave_checkpoint(self) -> None:
+        """After an error: let the checkpoint on its way end, so that the next incarnation need not repeat its steps."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        await asyncio.wait([saving], timeout=_LAST_CHECKPOINT_SECONDS)
+        await cancel_and_wait(saving)
 
     async def _stop_early(self) -> bool:
         """A clean stop: a checkpoint now; an evaluation in flight gets a moment to end."""

@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -62,6 +61,7 @@ def begin_save_tensors(
         writer = HuggingFaceStorageWriter(str(directory), save_distributed=True)
         saving = cast("Future[None]", async_save(tensors, storage_writer=writer, process_group=group))
         return saving.result
+    _expect_single_process()
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     executor = ThreadPoolExecutor(1, thread_name_prefix="save")
     writing = executor.submit(_save_alone, directory, copies)
@@ -70,8 +70,7 @@ def begin_save_tensors(
 
 
 def _save_alone(directory: Path, tensors: dict[str, Tensor]) -> None:
-    with _single_process():
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
+    save(tensors, storage_writer=HuggingFaceStorageWriter(str(directory)), no_dist=True)
 
 
 def load_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
@@ -83,8 +82,8 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
     if not directory.is_dir():
         raise CorruptDataError(f"{directory} is missing from the checkpoint; use an older one")
     try:
-        with _single_process():
-            load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
+        _expect_single_process()
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(directory)), no_dist=True)
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise CorruptDataError(f"{directory} does not hold this trainer's tensors: {_one_line(cause)}") from error
@@ -119,9 +118,9 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-@contextmanager
-def _single_process() -> Generator[None]:
-    """Saving without a process group is meant; torch warns about it each time."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield
+def _expect_single_process() -> None:
+    """Saving without a process group is meant; torch warns about it each time.
+
+    Filters belong to the process, so a filter for a while would not do: files are written in threads.
+    """
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)

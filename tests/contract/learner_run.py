@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,10 +141,11 @@ class LearnerRun:
                 ],
             )
 
-    async def train(self, *, until: int | None = None, crash_at: int | None = None) -> bool:
+    async def train(self, *, until: int | None = None, crash_at: int | None = None, slow_save: bool = False) -> bool:
         """One incarnation of the learner; returns whether the run is finished.
 
-        It is stopped cleanly after step `until`, and dies in the middle of step `crash_at`.
+        It is stopped cleanly after step `until`, and dies in the middle of step `crash_at`. With `slow_save` the
+        checkpoint of step 2 is not written before step 3 is trained.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         trainer = self.trainer()
@@ -157,7 +159,7 @@ class LearnerRun:
         async with connected(self.address, RUN) as client:
             learner = Learner(
                 Parts(
-                    cast("Trainer", _StoppingTrainer(trainer, until, crash_at, stop)),
+                    cast("Trainer", _StoppingTrainer(trainer, until, crash_at, stop, slow_save=slow_save)),
                     client,
                     Publisher(RUN, trainer.signature, metrics, None),
                     self.store,
@@ -215,7 +217,11 @@ class CrashError(Exception):
 class _StoppingTrainer:
     """A trainer that sets the stop event once it has trained a step, or dies in one."""
 
-    def __init__(self, trainer: Trainer, until: int | None, crash_at: int | None, stop: asyncio.Event) -> None:
+    def __init__(
+        self, trainer: Trainer, until: int | None, crash_at: int | None, stop: asyncio.Event, *, slow_save: bool
+    ) -> None:
+        self._trained_3 = threading.Event()
+        self._slow_save = slow_save
         self._trainer = trainer
         self._until = until
         self._crash_at = crash_at
@@ -227,11 +233,22 @@ class _StoppingTrainer:
 
     def train_step(self, step: int, groups: Any, branches: Any) -> Any:
         result = self._trainer.train_step(step, groups, branches)
+        if step == 3:
+            self._trained_3.set()
         if step == self._crash_at:
             raise CrashError
         if step == self._until:
             self._loop.call_soon_threadsafe(self._stop.set)
         return result
+
+    def begin_save(self, directory: Path) -> Callable[[], None]:
+        finish_save = self._trainer.begin_save(directory)
+
+        def finish() -> None:
+            assert not self._slow_save or self._trained_3.wait(20), "training waits for the checkpoint"
+            finish_save()
+
+        return finish
 
 
 def with_flipped_byte(record: GroupRecord, trajectory_id: str) -> GroupRecord:

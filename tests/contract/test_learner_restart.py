@@ -51,3 +51,16 @@ async def test_a_restart_changes_no_bit(tmp_path: Path, interruption: dict[str, 
         assert torch.equal(value, found[name]), name
     journals = [read_journal(run.directory / "metrics.jsonl") for run in (straight, restarted)]
     assert [record["step"] for record in journals[0]] == [record["step"] for record in journals[1]] == [1, 2, 3, 4]
+
+
+async def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """The checkpoint of step 2 is durable only after step 3; it holds step 2, and no step is lost from the ledger."""
+    async with serving(tmp_path / "log") as address:
+        run = LearnerRun(tmp_path / "run", address)
+        assert await run.train(slow_save=True)
+        assert run.store.load(2).version.step == 2
+        groups = {step: receipt.groups for step, receipt in read_receipts(run.directory).steps.items()}
+        ledger = {step: tuple(group.group_id for group in groups[step]) for step in groups}
+        assert dict(run.store.load(2).ledger) == {1: ledger[1], 2: ledger[2]}
+        assert dict(run.store.load(4).ledger) == {3: ledger[3], 4: ledger[4]}
+        assert await run.replay(3) is None  # from the checkpoint of step 2

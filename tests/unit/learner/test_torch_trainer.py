@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from learner import training_state
 from learner.errors import UnusableGroupError
 from learner.model import PolicyModel
 from learner.packing import pack
@@ -426,3 +428,26 @@ def test_unset_numbers_are_the_algorithms_own() -> None:
     parameters = TrainingOptions(algorithm="grpo-clip-higher", delta_low=0.1).loss_parameters
     assert (parameters.delta_low, parameters.delta_high, parameters.truncation) == (0.1, 0.28, math.inf)
     assert TrainingOptions(truncation=math.inf).loss_parameters.truncation == math.inf
+
+
+def test_a_checkpoint_is_of_the_moment_it_was_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written later, while training goes on, is what was there at the beginning."""
+    trained, write = threading.Event(), training_state._save_alone
+
+    def write_late(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert trained.wait(20)
+        write(directory, tensors)
+
+    monkeypatch.setattr(training_state, "_save_alone", write_late)
+    taught, restored = trainer(dense_model(), options()), trainer(dense_model(), options())
+    taught.train_step(1, groups())
+    manifest, _ = taught.published()
+    finish = taught.begin_save(tmp_path)
+    taught.train_step(2, groups())
+    trained.set()
+    finish()
+    assert taught.published()[0] != manifest
+    restored.load(tmp_path)
+    assert restored.published()[0] == manifest
+    restored.train_step(2, groups())  # the moments are of that moment, too
+    assert restored.published() == taught.published()
