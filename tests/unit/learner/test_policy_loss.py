@@ -6,26 +6,33 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from learner.checkpoint import Checkpoint
 from learner.errors import UnusableGroupError
+from learner.journal import Journal
+from learner.loop import Learner
 from learner.loss_options import check_recorded_topk
 from learner.losses import ALGORITHMS
 from learner.losses.batch_statistics import Reduction
 from learner.mismatch import RunningMismatch
 from learner.model import PolicyModel
+from learner.options import LearnerOptions
 from learner.packing import pack
 from learner.staleness import trajectory_staleness
 from learner.torch_trainer import TorchTrainer
 from learner.training_options import TrainingOptions
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError
+from leeway.metrics import LearnerMetrics
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
 from tests.unit.learner import oracle
 from tests.unit.learner.helpers import DENSE, VOCABULARY, dense_model, groups, trainer
@@ -411,3 +418,36 @@ def test_resuming_gives_the_same_bits(chosen: dict[str, Any], tmp_path: Path) ->
     assert [resumed.train_step(n, step).statistics for n, step in enumerate(steps[3:], 4)] == expected[3:]
     for name, tensor in straight_model.state_dict().items():
         assert torch.equal(tensor, resumed_model.state_dict()[name]), name
+
+
+def test_staleness_stays_with_its_tokens_when_packed() -> None:
+    trajectories = [groups()[0].trajectories[i] for i in range(3)]
+    staleness = [100 * i + np.arange(t.num_tokens) for i, t in enumerate(trajectories)]
+    batch = pack([[2, 0], [1]], trajectories, staleness=staleness)
+    expected = np.concatenate([staleness[i][trajectories[i].loss_mask] for i in (2, 0, 1)])
+    assert batch.staleness is not None
+    np.testing.assert_array_equal(batch.staleness, expected)
+
+
+async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Refusing:
+        def train_step(self, step: int, groups: object, branches: object) -> None:
+            seen.append((step, branches))
+            raise UnusableGroupError("group-0", "is a test")
+
+    class Buffer:
+        async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
+            seen.append(group_id)
+
+    head = PolicyVersion("run", 2, 6, b"")
+    journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
+    metrics = LearnerMetrics(CollectorRegistry())
+    parts: Any = SimpleNamespace(trainer=Refusing(), buffer=Buffer(), metrics=metrics)
+    nothing: Any = None
+    restored = Checkpoint(tmp_path, head, (), ((1, 0), (2, 4)))
+    learner = Learner(parts, nothing, LearnerOptions(), nothing, journal, restored)
+    assert await learner._train(recorded_groups()) is False
+    journal.close()
+    assert seen == [(7, ((1, 0), (2, 4))), "group-0"]
