@@ -105,7 +105,11 @@ def test_replaying_the_native_choice_changes_no_bit(
     family: str, renormalise: bool, dtype: torch.dtype, checkpointing: bool
 ) -> None:
     """Neither of the log-probs nor of any gradient, the routers' included; several trajectories share a row."""
-    make = lambda: moe_model(family=family, renormalise=renormalise).to(dtype).eval()  # noqa: E731
+
+    def make() -> PreTrainedModel:
+        model: Any = moe_model(family=family, renormalise=renormalise)
+        return model.to(dtype).eval()
+
     trajectories = [with_native_routing(make(), trajectory(str(i), n, seed=i)) for i, n in enumerate((6, 11, 8))]
     batch = pack([[1], [0, 2]], trajectories, with_routing=True)
     native, native_gradients = scored_gradient(make(), batch, replayed=False)
