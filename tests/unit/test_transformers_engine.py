@@ -34,7 +34,7 @@ from leeway.types import (
     WeightManifest,
     WeightSnapshot,
 )
-from tests.unit.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save, snapshot
+from tests.unit.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
 
 NUM_LAYERS, EXPERTS_PER_TOKEN = 2, 2
 MakeEngine = Callable[..., Awaitable[TransformersEngine]]
@@ -244,6 +244,23 @@ async def test_logprobs_and_routing_match_a_full_forward_with_requests_joining_i
             np.testing.assert_array_equal(routing, full_routing(model, completion.token_ids))
         else:
             assert all(column.kind != ColumnKind.ROUTING for chunk in completion.chunks for column in chunk.columns)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+async def test_rows_of_prompts_padded_together_are_their_own(
+    family: str, tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    """Padding is routed too: rows counted before it is taken off would be a neighbour's, or repeat."""
+    model = make_model(0, family=family)
+    engine = await make_engine(save(model, tmp_path / family), served=model)
+    await engine.pause()  # so that all are fed together
+    prompts = random_prompts([2, 13, 5, 13])
+    tasks = await started(engine, [make_request(p, seed=i, routing=True) for i, p in enumerate(prompts)])
+    await engine.resume()
+    for completion in await asyncio.gather(*tasks):
+        expected = full_routing(model, completion.token_ids)
+        np.testing.assert_array_equal(completion.column(ColumnKind.ROUTING), expected)
+        assert (np.diff(np.sort(expected), axis=-1) > 0).all()
 
 
 @torch.no_grad()
