@@ -2,7 +2,7 @@
 
 The learner's one module that imports transformers.
 
-Shape legend: R rows, W width, D hidden size, V vocabulary, N targets.
+Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, S trajectories.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.load_balancing import RouterLogits, load_balancing_losses
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
 from leeway.errors import ConfigError
@@ -30,19 +31,29 @@ class Scores:
 
     logprobs: Tensor  # [N] float32 log pi at the sampling temperature, with gradient
     entropies: Tensor  # [N] float32, of the same distribution, without gradient
+    load_balancing: Tensor | None = None  # [S] float32 of each trajectory, with gradient; None where not wished
 
 
 class PolicyModel:
     """A causal language model as the trainer uses it: no dropout, block-diagonal attention, logits for targets only."""
 
-    def __init__(self, model: PreTrainedModel, *, routing_replay: bool, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        routing_replay: bool,
+        gradient_checkpointing: bool,
+        load_balancing: bool = False,
+    ) -> None:
         """Wrap a model; it is changed in place.
 
         Raises:
-            ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce.
+            ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce, or
+                has no load-balancing loss where it is wished.
         """
         self.model = model.eval()
         self._replay = RoutingReplay(model) if routing_replay else None
+        self._router_logits = RouterLogits(model) if load_balancing else None
         self._head = cast("nn.Module", model.get_output_embeddings())
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
         if cast("Any", model.config)._attn_implementation != "sdpa":
@@ -65,17 +76,27 @@ class PolicyModel:
     def scored(self, batch: MicroBatch) -> Generator[Scores]:
         """Score a micro-batch; run its backward pass inside, while routing is still replayed."""
         with self._replaying(batch):
-            hidden = self._hidden(batch)  # [R * W, D]
+            hidden, load_balancing = self._forward(batch)  # [R * W, D], [S]
             logits = self._head(hidden[torch.from_numpy(batch.target_places)]).float()  # [N, V]
             logits = logits / torch.from_numpy(batch.temperatures).unsqueeze(-1)
             logprobs = torch.log_softmax(logits, dim=-1)
             targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
-            yield Scores(logprobs.gather(-1, targets).squeeze(-1), _entropy(logprobs.detach()))
+            yield Scores(logprobs.gather(-1, targets).squeeze(-1), _entropy(logprobs.detach()), load_balancing)
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
             return nullcontext()
         return self._replay.active(torch.from_numpy(batch.routing), torch.from_numpy(batch.routed))
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of every place, and the load-balancing loss of every trajectory where it is wished."""
+        if self._router_logits is None:
+            return self._hidden(batch), None
+        with self._router_logits.kept() as logits:
+            hidden = self._hidden(batch)
+        sequences, count = batch.place_sequences()
+        experts_per_token = self._router_logits.experts_per_token
+        return hidden, load_balancing_losses(logits.values(), torch.from_numpy(sequences), count, experts_per_token)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         # A row with one trajectory needs no mask: plain causal attention never looks at the padding behind it.

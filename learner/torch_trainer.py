@@ -5,8 +5,8 @@
     statistics <────────────────────────── AdamW <────────────────── finite? <────────────────────── gradient
 
 Losses are weighted by the whole step's counts, so micro-batches add up to the batch. Trajectories whose advantage is
-zero have a gradient of zero: they are scored for the statistics and skip the backward pass. Nothing moves until every
-loss and the gradient are known to be finite. Computes in float32.
+zero have a gradient of zero: they are scored for the statistics and skip the backward pass, unless routers are
+balanced. Nothing moves until every loss and the gradient are known to be finite. Computes in float32.
 
 Shape legend: N trajectories of a step, T their trained tokens.
 """
@@ -78,6 +78,7 @@ class _ScoredTokens:
     values: TokenValues
     terms: TokenTerms
     entropies: Tensor
+    load_balancing: float = 0.0  # this micro-batch's share of the step's mean
 
 
 class TorchTrainer:
@@ -120,6 +121,7 @@ class TorchTrainer:
             load_model(path, torch.float32),
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
+            load_balancing=options.load_balancing > 0,
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
 
@@ -136,10 +138,11 @@ class TorchTrainer:
         batch = self._prepare(step, groups)
         learning_rate = self._optimizer.learning_rate
         self._optimizer.zero_gradients()
+        needs_gradient = (batch.advantages != 0) | (self._options.load_balancing > 0)
         scored = [
             self._accumulate(batch, micro_batch, with_gradient)
             for with_gradient in (True, False)
-            for micro_batch in self._micro_batches(batch, batch.advantages.astype(bool) == with_gradient)
+            for micro_batch in self._micro_batches(batch, needs_gradient == with_gradient)
         ]
         gradient_norm = self._optimizer.gradient_norm()
         if not torch.isfinite(gradient_norm):
@@ -152,6 +155,7 @@ class TorchTrainer:
                 "learning_rate": learning_rate,
                 **batch.statistics,
                 **_token_statistics(scored),
+                **self._router_statistics(scored),
             },
             policy_logprobs=_policy_logprobs(batch, scored),
         )
@@ -241,9 +245,18 @@ class TorchTrainer:
             losses, terms = token_losses(tokens, self._decide, self._options.loss_parameters)
             self._require_finite(batch, sequences, losses)
             loss = (losses * torch.from_numpy(batch.weights).float()[sequences]).sum()
+            load_balancing = 0.0
+            if scores.load_balancing is not None:
+                mean = scores.load_balancing.sum() / len(batch.trajectories)
+                loss, load_balancing = loss + self._options.load_balancing * mean, float(mean.detach())
             if with_gradient:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies)
+        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies, load_balancing)
+
+    def _router_statistics(self, scored: Sequence[_ScoredTokens]) -> dict[str, float]:
+        if self._options.load_balancing == 0:
+            return {}
+        return {"load_balancing_loss": sum(part.load_balancing for part in scored)}
 
     def _require_finite(self, batch: _StepBatch, sequences: Tensor, losses: Tensor) -> None:
         finite = torch.isfinite(losses)

@@ -181,6 +181,7 @@ def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
         model,
         routing_replay=options.routing_replay and signature is MOE,
         gradient_checkpointing=options.gradient_checkpointing,
+        load_balancing=options.load_balancing > 0,
     )
     return TorchTrainer(policy, signature, options)
 
