@@ -2,7 +2,7 @@
 
 SIGTERM and SIGINT set the stop event that `main` watches; a clean stop follows. A second signal ends the process at
 once. A LeewayError ends it with one line on stderr: exit code 2 where a restart would meet the same error
-(configuration, precondition), 1 where it may not. A supervisor restarts on any code but 0 and 2.
+(configuration, precondition, corrupt data), 1 where it may not. A supervisor restarts on any code but 0 and 2.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
-from leeway.errors import ConfigError, LeewayError, PreconditionError
+from leeway.errors import ConfigError, CorruptDataError, LeewayError, PreconditionError
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -69,7 +69,7 @@ def serve(service: str, main: Main, arguments: argparse.Namespace) -> int:
 
 def exit_code(error: LeewayError) -> int:
     """2 for what a restart cannot mend, 1 otherwise."""
-    return EXIT_REFUSED if isinstance(error, (ConfigError, PreconditionError)) else EXIT_FAILED
+    return EXIT_REFUSED if isinstance(error, (ConfigError, PreconditionError, CorruptDataError)) else EXIT_FAILED
 
 
 def report_error(service: str, error: LeewayError) -> int:
