@@ -15,15 +15,16 @@ from pathlib import Path
 import pytest
 
 from learner.journal import read_journal
-from tests.e2e.rehearsal import EXAMPLE, SMALL, STEPS
+from tests.e2e.rehearsal import EXAMPLE, SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 STOP_SECONDS = 10
+STEPS = 15
 
 
 def arguments(directory: Path) -> list[str]:
-    overrides = [*SMALL, f"run.directory={directory}"]
+    overrides = [*SMALL, f"run.steps={STEPS}", f"run.directory={directory}"]
     return ["run", str(EXAMPLE), *(part for override in overrides for part in ("--set", override))]
 
 
