@@ -35,6 +35,7 @@ from learner.trainer import StepResult, Trainer
 from leeway.config import EvaluationOptions
 from leeway.errors import DeadlineError, LeewayError
 from leeway.metrics import STALENESS_BUCKETS, LearnerMetrics
+from leeway.process import unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.types import Evaluation, PolicyVersion, RunSpec, TrajectoryGroup, WeightSnapshot
@@ -104,7 +105,7 @@ class Learner:
         However it ends, what was trained is in a durable, committed checkpoint.
         """
         self._stop = stop
-        opened = await _unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
+        opened = await unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
         if opened is None:
             return False
         if opened.finished:
@@ -137,7 +138,7 @@ class Learner:
         began = time.monotonic()
         draw = self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
         try:
-            groups = await _unless_stopped(stop, draw)
+            groups = await unless_stopped(stop, draw)
         except DeadlineError as error:
             raise DeadlineError(await self._name_blocker(step)) from error
         self._batch_wait_seconds = time.monotonic() - began
@@ -310,7 +311,7 @@ class Learner:
     async def _finish_evaluation(self) -> bool:
         """Wait for the evaluation in flight; false when a stop comes first."""
         if self._evaluating is not None:
-            if await _unless_stopped(self._stop, _ended(self._evaluating)) is None:
+            if await unless_stopped(self._stop, _ended(self._evaluating)) is None:
                 return False
             self._evaluating = None
         return True
@@ -340,17 +341,6 @@ class Learner:
 async def _ended(task: asyncio.Task[None]) -> bool:
     await asyncio.wait([task])
     return True
-
-
-async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None when `stop` comes first."""
-    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if working.done():
-        return working.result()
-    await cancel_and_wait(working)
-    return None
 
 
 def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:

@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.reward import RewardLimits, RewardRunner
+from inference_server.rollout_worker import RolloutWorker, WorkerLimits
 from inference_server.served_policy import ServedPolicy
 from inference_server.trajectory_writer import WriterLimits
-from inference_server.worker import RolloutWorker, WorkerLimits
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
 from leeway.metrics import InferenceServerMetrics
