@@ -110,6 +110,15 @@ def _check_together(configuration: RunConfiguration) -> None:
         )
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
+    servers = configuration.inference_server
+    slots = (
+        servers.transformers if engine == "transformers" else servers.arithmetic
+    ).max_concurrency + servers.prefetch
+    if configuration.evaluation.members > slots:
+        raise ConfigError(
+            f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} trajectories, "
+            "and a group goes whole to one server; raise the engine's max_concurrency"
+        )
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):

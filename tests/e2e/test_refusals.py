@@ -35,6 +35,7 @@ def refused(capsys: pytest.CaptureFixture[str], config: Path, directory: Path, *
         ("task.reward=sortmix8.task:missing", "sortmix8.task has no function missing"),
         ("task.reward=sortmix9:reward", "cannot import sortmix9"),
         ("evaluation.tasks=100000", "evaluation.tasks: is 100000, but there are 256 held-out tasks"),
+        ("evaluation.members=500", "evaluation.members: is 500, but a server takes at most"),
         ("metrics.inference_servers=[9403]", "metrics.inference_servers: lists 1 ports"),
         ("learner.trainer=arithmetic", "a rehearsal needs arithmetic for both"),
     ],
