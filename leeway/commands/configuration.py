@@ -116,8 +116,8 @@ def _check_together(configuration: RunConfiguration) -> None:
     ).max_concurrency + servers.prefetch
     if configuration.evaluation.members > slots:
         raise ConfigError(
-            f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} trajectories, "
-            "and a group goes whole to one server; raise the engine's max_concurrency"
+            f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
+            "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"
         )
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
