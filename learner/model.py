@@ -2,7 +2,7 @@
 
 The learner's one module that imports transformers.
 
-Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorded candidates per target.
+Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorded candidates per target, S trajectories.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.load_balancing import RouterLogits, load_balancing_losses
 from learner.lora import add_adapters, is_adapter, merged_weights
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
@@ -35,9 +36,10 @@ class Scores:
     logprobs: Tensor  # [N] float32 log pi at the sampling temperature, with gradient
     entropies: Tensor  # [N] float32, of the same distribution, with gradient where asked for
     topk_logprobs: Tensor | None = None  # [N, K] float32 log pi of the recorded candidates, without gradient
+    load_balancing: Tensor | None = None  # [S] float32 of each trajectory, with gradient; None where not wished
 
 
-ScoreFields = tuple[Tensor, Tensor, Tensor | None]
+ScoreFields = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 InForward = Callable[[Callable[[], ScoreFields]], ScoreFields]
 
 
@@ -56,15 +58,18 @@ class PolicyModel:
         gradient_checkpointing: bool,
         compute_dtype: torch.dtype = torch.float32,
         lora: LoraOptions | None = None,
+        load_balancing: bool = False,
     ) -> None:
         """Wrap a model; it is changed in place.
 
         Raises:
-            ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce.
+            ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce, or
+                has no load-balancing loss where it is wished.
         """
         self.model = model.eval()
         self._compute_dtype = compute_dtype
         self._replay = RoutingReplay(model) if routing_replay else None
+        self._router_logits = RouterLogits(model) if load_balancing else None
         self._head = cast("nn.Module", model.get_output_embeddings())
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
         if cast("Any", model.config)._attn_implementation != "sdpa":
@@ -127,13 +132,13 @@ class PolicyModel:
             entropy_gradient: whether the entropies are differentiable.
         """
         with self._replaying(batch):
-            logprobs, entropies, topk = self._in_forward(lambda: self._score(batch, entropy_gradient))
-            yield Scores(logprobs.squeeze(-1), entropies, topk)
+            logprobs, entropies, topk, load_balancing = self._in_forward(lambda: self._score(batch, entropy_gradient))
+            yield Scores(logprobs.squeeze(-1), entropies, topk, load_balancing)
 
     def _score(self, batch: MicroBatch, entropy_gradient: bool) -> ScoreFields:
         """The fields of Scores."""
         with self._precision():
-            hidden = self._hidden(batch)  # [R * W, D]
+            hidden, load_balancing = self._forward(batch)  # [R * W, D], [S]
             logits = self._head(hidden[torch.from_numpy(batch.target_places)])  # [N, V]
         logits = logits.float() / torch.from_numpy(batch.temperatures).unsqueeze(-1)
         logprobs = torch.log_softmax(logits, dim=-1)
@@ -143,6 +148,7 @@ class PolicyModel:
             logprobs.gather(-1, targets),  # [N, 1]; FSDP wants no views
             _differentiable_entropy(logprobs) if entropy_gradient else _entropy(logprobs.detach()),
             None if candidates is None else logprobs.detach().gather(-1, torch.from_numpy(candidates)),
+            load_balancing,
         )
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
@@ -155,6 +161,16 @@ class PolicyModel:
         if self._compute_dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.model.device.type, self._compute_dtype)
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of every place, and the load-balancing loss of every trajectory where it is wished."""
+        if self._router_logits is None:
+            return self._hidden(batch), None
+        with self._router_logits.kept() as logits:
+            hidden = self._hidden(batch)
+        sequences, count = batch.place_sequences()
+        experts_per_token = self._router_logits.experts_per_token
+        return hidden, load_balancing_losses(logits.values(), torch.from_numpy(sequences), count, experts_per_token)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         # A row with one trajectory needs no mask: plain causal attention never looks at the padding behind it.

@@ -161,8 +161,13 @@ def check_routing(trajectory: Trajectory, signature: ModelSignature) -> None:
         )
     if routing.size == 0:
         return
-    if int(routing.max()) >= signature.experts:
-        raise InvalidDataError(f"{name} was routed to expert {int(routing.max())} of a model with {signature.experts}")
+    outside = (routing < 0) | (routing >= signature.experts)
+    if outside.any():
+        token, layer, slot = (int(place) for place in np.argwhere(outside)[0])
+        raise InvalidDataError(
+            f"{name}: token {token} was routed to expert {int(routing[token, layer, slot])} of a model with "
+            f"{signature.experts} in MoE layer {layer}; it was recorded with another model"
+        )
     ordered = np.sort(routing, axis=-1)
     repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
     if repeated.any():

@@ -6,9 +6,9 @@
     statistics <────────────────────────── AdamW <────────────────── finite? <─────────────────────────┘
 
 Losses are weighted by the whole step's counts, so micro-batches add up to the batch. Trajectories whose advantage is
-zero have a gradient of zero, unless the loss has penalties: they are scored for the statistics and skip the backward
-pass. Nothing moves until every loss and the gradient are known to be finite. Weights, gradients and moments are
-float32; matrix products too, unless `compute_dtype` says bfloat16.
+zero have a gradient of zero, unless the loss has penalties or routers are balanced: they are scored for the statistics
+and skip the backward pass. Nothing moves until every loss and the gradient are known to be finite. Weights, gradients
+and moments are float32; matrix products too, unless `compute_dtype` says bfloat16.
 
 Shape legend: N trajectories of a step, T their trained tokens.
 """
@@ -105,6 +105,7 @@ class _ScoredTokens:
     terms: TokenTerms
     entropies: Tensor
     culprit: int | None  # index of a trajectory whose loss is not finite
+    load_balancing: float = 0.0  # this micro-batch's share of the step's mean
 
 
 class TorchTrainer:
@@ -163,6 +164,7 @@ class TorchTrainer:
             gradient_checkpointing=options.gradient_checkpointing,
             compute_dtype=torch_dtype(options.compute_dtype),
             lora=options.lora,
+            load_balancing=options.load_balancing > 0,
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,), world)
 
@@ -199,6 +201,7 @@ class TorchTrainer:
                 **batch.statistics,
                 **_token_statistics(scored, self._world),
                 **self._loss.observed([(part.values, part.terms) for part in scored]),
+                **self._router_statistics(scored),
             },
             policy_logprobs=_gathered(_policy_logprobs(batch, scored), self._world),
         )
@@ -335,8 +338,9 @@ class TorchTrainer:
             check_candidates(trajectory, self.signature, self._loss.topk)
 
     def _has_gradient(self, batch: _StepBatch) -> NDArray[np.bool_]:
-        """[N] whether a trajectory can have one: penalties act on tokens without advantage too."""
-        return batch.advantages.astype(bool) | self._loss.penalties.active
+        """[N] whether a trajectory can have one: penalties and balancing act on tokens without advantage too."""
+        everywhere = self._loss.penalties.active or self._options.load_balancing > 0
+        return batch.advantages.astype(bool) | everywhere
 
     def _parts(
         self, batch: _StepBatch, has_gradient: NDArray[np.bool_], chosen: NDArray[np.bool_] | None = None
@@ -436,9 +440,26 @@ class TorchTrainer:
             unusable = ~torch.isfinite(losses.detach())
             culprit = int(sequences[unusable][0]) if unusable.any() else None
             loss = (losses * torch.from_numpy(batch.weights).float()[sequences]).sum()
+            load_balancing = 0.0
+            if scores.load_balancing is not None:
+                mean = scores.load_balancing.sum() / batch.num_sequences
+                loss, load_balancing = loss + self._options.load_balancing * mean, float(mean.detach())
             if part.with_gradient:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies.detach(), culprit)
+        return _ScoredTokens(
+            loss.detach(),
+            sequences,
+            token_values(tokens),
+            terms,
+            scores.entropies.detach(),
+            culprit,
+            load_balancing,
+        )
+
+    def _router_statistics(self, scored: Sequence[_ScoredTokens]) -> dict[str, float]:
+        if self._options.load_balancing == 0:
+            return {}
+        return {"load_balancing_loss": self._sum(sum(part.load_balancing for part in scored))}
 
     def _require_finite(self, batch: _StepBatch, scored: Sequence[_ScoredTokens]) -> None:
         """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""

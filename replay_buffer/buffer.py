@@ -57,7 +57,7 @@ from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
 from replay_buffer.signals import Signal
 from replay_buffer.state import Group, Location, RunState
-from replay_buffer.tickets import Expired, TicketOffice, decide_expired
+from replay_buffer.tickets import Expired, Server, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
     RunOpened,
@@ -78,6 +78,7 @@ class _Run:
 
     state: RunState
     leases: Leases
+    capacities: dict[str, int] = field(default_factory=dict[str, int])  # most members each server asked for at once
     work: Signal = field(default_factory=Signal)  # tickets may have become available
     results: Signal = field(default_factory=Signal)  # a group is ready or has ended
     asked: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
@@ -269,10 +270,11 @@ class ReplayBuffer:
         if asked_at > run.asked.get(server_id, asked_at):
             run.work.notify()
         run.asked[server_id] = max(asked_at, run.asked.get(server_id, asked_at))
+        run.capacities[server_id] = max(max_members, run.capacities.get(server_id, 0))
         while not run.state.finished:
             self._check_soft_mark()
-            lease_seconds = self._options.lease_seconds
-            office = TicketOffice(run.state, server_id, version, self._expired(run), lease_seconds)
+            server = Server(server_id, version, run.capacities[server_id])
+            office = TicketOffice(run.state, server, self._expired(run), self._options.lease_seconds)
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
@@ -435,8 +437,10 @@ class ReplayBuffer:
 
     def _check_soft_mark(self) -> None:
         directory, wanted = self._options.directory, self._options.soft_free_bytes
+        if self._log.stalled:
+            raise ExhaustedError(f"{directory}: the disk is full; no new work is given out until there is room")
         free = self._free_bytes(directory)
-        if free < wanted or self._log.stalled:
+        if free < wanted:
             raise ExhaustedError(
                 f"{directory}: {free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
                 "no new work is given out until there is room"

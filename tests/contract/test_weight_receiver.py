@@ -264,13 +264,14 @@ async def test_zeromq_that_never_answers_falls_back_to_grpc(monkeypatch: pytest.
     async with pair() as (learner, server, _):
         server.receiver._fetcher._local_timeout_seconds = 0.05
         assert learner.local is not None
-        monkeypatch.setattr(learner.local, "_reply", lambda _request: [b"ok"] * 7)  # nonsense: too many frames
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
-        assert learner.fetched_over_grpc == 1
+        with monkeypatch.context() as broken:
+            broken.setattr(learner.local, "_reply", lambda _request: [b"ok"] * 7)  # nonsense: too many frames
+            await learner.publisher.publish(snapshot(0))
+            await server.reaches(snapshot(0).version)
+            assert learner.fetched_over_grpc == 1
         await learner.publisher.publish(snapshot(1))
         await server.reaches(snapshot(1).version)
-        assert learner.fetched_over_grpc == 2  # the endpoint is not tried again
+        assert learner.fetched_over_grpc == 2  # the endpoint is not tried again, though it would answer now
 
 
 async def test_a_silent_or_missing_endpoint_falls_back_to_grpc(tmp_path: Path) -> None:

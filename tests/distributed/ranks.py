@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense-proximal": {"algorithm": "minirl", "proximal_every_steps": 2},
     "dense-lora": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}},
     "moe": {"routing_replay": True},
+    "moe-balanced": {"routing_replay": True, "load_balancing": 0.1},
     "moe-checkpointing": {"routing_replay": True, "gradient_checkpointing": True},
 }
 
@@ -58,6 +59,7 @@ def make(case: str, world: World | None) -> TorchTrainer:
         routing_replay=moe,
         gradient_checkpointing=chosen.gradient_checkpointing,
         lora=chosen.lora,
+        load_balancing=chosen.load_balancing > 0,
     )
     return TorchTrainer(policy, MOE if moe else DENSE, chosen, world=world)
 

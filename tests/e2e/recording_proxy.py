@@ -125,8 +125,12 @@ class _Handler(grpc.GenericRpcHandler):
                     observer.on_reply(reply)
                     yield reply
             except grpc.aio.AioRpcError as error:
-                observer.on_end(error.code())
-                await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+                metadata = tuple(error.trailing_metadata() or ())
+                # A stream that breaks while it is written to is INTERNAL for gRPC; the services explain theirs.
+                broken = error.code() is grpc.StatusCode.INTERNAL and not metadata
+                code = grpc.StatusCode.UNAVAILABLE if broken else error.code()
+                observer.on_end(code)
+                await context.abort(code, error.details() or "", metadata)
             else:
                 observer.on_end(await upstream.code())
             finally:

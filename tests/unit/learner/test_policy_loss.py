@@ -27,6 +27,7 @@ from learner.mismatch import RunningMismatch
 from learner.model import PolicyModel
 from learner.options import LearnerOptions
 from learner.packing import pack
+from learner.policy_loss import PolicyLoss
 from learner.staleness import trajectory_staleness
 from learner.torch_trainer import TorchTrainer
 from learner.training_options import TrainingOptions
@@ -35,7 +36,7 @@ from leeway.errors import ConfigError
 from leeway.metrics import LearnerMetrics
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
 from tests.unit.learner import oracle
-from tests.unit.learner.helpers import DENSE, VOCABULARY, dense_model, groups, trainer
+from tests.unit.learner.helpers import VOCABULARY, dense_model, groups, trainer
 from tests.unit.learner.oracle import Numbers, Token
 
 RECORDED = 4
@@ -328,10 +329,9 @@ def test_what_is_measured_is_reduced_over_ranks() -> None:
         seen.append(reduction)
         return tensor * 2 if reduction == "sum" else tensor
 
-    policy = PolicyModel(dense_model(), routing_replay=False, gradient_checkpointing=False)
     chosen = options(algorithm="trm")
-    taught = TorchTrainer(policy, DENSE, chosen, reduce=twice)
-    alone = trainer(dense_model(), chosen)
+    taught, alone = trainer(dense_model(), chosen), trainer(dense_model(), chosen)
+    taught._loss = PolicyLoss(chosen, twice)
     assert taught.train_step(1, recorded_groups()).statistics == alone.train_step(1, recorded_groups()).statistics
     assert seen == ["max", "sum"]
 
