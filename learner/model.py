@@ -2,7 +2,7 @@
 
 The learner's one module that imports transformers.
 
-Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, S trajectories.
+Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorded candidates per target, S trajectories.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class Scores:
     """What the policy says about the targets of a micro-batch."""
 
     logprobs: Tensor  # [N] float32 log pi at the sampling temperature, with gradient
-    entropies: Tensor  # [N] float32, of the same distribution, without gradient
+    entropies: Tensor  # [N] float32, of the same distribution, with gradient where asked for
+    topk_logprobs: Tensor | None = None  # [N, K] float32 log pi of the recorded candidates, without gradient
     load_balancing: Tensor | None = None  # [S] float32 of each trajectory, with gradient; None where not wished
 
 
@@ -73,15 +74,26 @@ class PolicyModel:
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
 
     @contextmanager
-    def scored(self, batch: MicroBatch) -> Generator[Scores]:
-        """Score a micro-batch; run its backward pass inside, while routing is still replayed."""
+    def scored(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> Generator[Scores]:
+        """Score a micro-batch; run its backward pass inside, while routing is still replayed.
+
+        Args:
+            batch: packed; its candidates, if it has any, are scored too.
+            entropy_gradient: whether the entropies are differentiable.
+        """
         with self._replaying(batch):
             hidden, load_balancing = self._forward(batch)  # [R * W, D], [S]
             logits = self._head(hidden[torch.from_numpy(batch.target_places)]).float()  # [N, V]
             logits = logits / torch.from_numpy(batch.temperatures).unsqueeze(-1)
             logprobs = torch.log_softmax(logits, dim=-1)
             targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
-            yield Scores(logprobs.gather(-1, targets).squeeze(-1), _entropy(logprobs.detach()), load_balancing)
+            candidates = batch.topk_token_ids
+            yield Scores(
+                logprobs.gather(-1, targets).squeeze(-1),
+                _differentiable_entropy(logprobs) if entropy_gradient else _entropy(logprobs.detach()),
+                None if candidates is None else logprobs.detach().gather(-1, torch.from_numpy(candidates)),
+                load_balancing,
+            )
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
@@ -140,6 +152,11 @@ def attention_mask(segment_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
 def _entropy(logprobs: Tensor) -> Tensor:
     """[N] entropy of rows of log-probabilities [N, V], with 0 log 0 = 0."""
     return cast("Tensor", torch.special.entr(logprobs.exp()).sum(dim=-1))
+
+
+def _differentiable_entropy(logprobs: Tensor) -> Tensor:
+    """[N] the same, with a finite gradient where a probability is 0."""
+    return -(logprobs.exp() * logprobs).sum(dim=-1)
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from inference_server.options import InferenceServerOptions
+from learner.loss_options import check_recorded_topk
 from learner.options import LearnerOptions
 from leeway.config import (
     Document,
@@ -110,6 +111,7 @@ def _check_together(configuration: RunConfiguration) -> None:
         )
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
+        check_recorded_topk(configuration.learner.training, configuration.sampling)
     servers = configuration.inference_server
     slots = (
         servers.transformers if engine == "transformers" else servers.arithmetic
