@@ -82,7 +82,8 @@ def main() -> int:
             runs[name].append(Run(**json.loads(output.splitlines()[-1])))
             print(f"round {number + 1} {name}: {runs[name][-1].cpu:.2f} s", file=sys.stderr, flush=True)
     print(
-        f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary}, hidden {arguments.hidden}, {sizes_note(runs)}\n"
+        f"{arguments.tokens} tokens, vocabulary {arguments.vocabulary}, hidden {arguments.hidden}, float32, 1 thread; "
+        f"median [least, most] of {arguments.repeat} runs\n"
     )
     errors = {name: gradient_error(arguments.output, name) for name in (*PEERS, "leeway")}
     print_table(runs, errors)
@@ -107,7 +108,7 @@ def contender(python: Path, name: str, folder: Path, sizes: Sequence[str]) -> st
 
 
 def gradient_error(folder: Path, name: str) -> float:
-    """|g - naive| / |naive| in the L2 norm and in the largest element, of both gradients (some rows of the weight's)."""
+    """|g - naive| / |naive|, the worst of both gradients (some rows of the weight's), L2 and in the largest element."""
     with np.load(folder / f"{name}.npz") as own, np.load(folder / "naive.npz") as naive:
         errors = [
             float(
