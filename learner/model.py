@@ -7,10 +7,10 @@ Shape legend: R rows, W width, D hidden size, V vocabulary, N targets.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,23 +19,36 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.fused_head import fused_head
+from learner.head import Head, Targets, TokenLoss, TokenScores
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
+from learner.reference_head import scores_of_logits
 from leeway.errors import ConfigError
+
+HeadImplementation = Literal["fused", "reference"]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
     """What the policy says about the targets of a micro-batch."""
 
-    logprobs: Tensor  # [N] float32 log pi at the sampling temperature, with gradient
+    logprobs: Tensor  # [N] float32 log pi at the sampling temperature; with gradient from the reference head
     entropies: Tensor  # [N] float32, of the same distribution, without gradient
+    backward: Callable[[], None]  # adds the gradient of the loss that was given to the parameters'
 
 
 class PolicyModel:
     """A causal language model as the trainer uses it: no dropout, block-diagonal attention, logits for targets only."""
 
-    def __init__(self, model: PreTrainedModel, *, routing_replay: bool, gradient_checkpointing: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        routing_replay: bool,
+        gradient_checkpointing: bool,
+        head: HeadImplementation = "reference",
+    ) -> None:
         """Wrap a model; it is changed in place.
 
         Raises:
@@ -47,6 +60,11 @@ class PolicyModel:
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
         if cast("Any", model.config)._attn_implementation != "sdpa":
             raise ConfigError(f"{type(model).__name__} must attend with sdpa, which takes the mask of packed rows")
+        if head == "fused" and type(self._head) is not nn.Linear:
+            raise ConfigError(
+                f'the output layer is a {type(self._head).__name__}; set learner.training.head = "reference"'
+            )
+        self._fused = head == "fused"
         self._check_head()
         if gradient_checkpointing:
             _enable_checkpointing(model)
@@ -62,15 +80,44 @@ class PolicyModel:
         return {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
 
     @contextmanager
-    def scored(self, batch: MicroBatch) -> Generator[Scores]:
-        """Score a micro-batch; run its backward pass inside, while routing is still replayed."""
+    def scored(self, batch: MicroBatch, loss: TokenLoss | None = None) -> Generator[Scores]:
+        """Score a micro-batch; run its backward pass inside, while routing is still replayed.
+
+        Args:
+            batch: what to score.
+            loss: what `backward` differentiates. The fused head needs it before it can tell a gradient; without one
+                its scores have none.
+        """
         with self._replaying(batch):
-            hidden = self._hidden(batch)  # [R * W, D]
-            logits = self._head(hidden[torch.from_numpy(batch.target_places)]).float()  # [N, V]
-            logits = logits / torch.from_numpy(batch.temperatures).unsqueeze(-1)
-            logprobs = torch.log_softmax(logits, dim=-1)
-            targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
-            yield Scores(logprobs.gather(-1, targets).squeeze(-1), _entropy(logprobs.detach()))
+            hidden = self._hidden(batch)[torch.from_numpy(batch.target_places)]  # [N, D]
+            targets = Targets(torch.from_numpy(batch.target_token_ids), torch.from_numpy(batch.temperatures))
+            if self._fused:
+                yield self._fused_scores(hidden, targets, loss)
+            else:
+                scores = scores_of_logits(self._head(hidden).float(), targets)
+                yield Scores(scores.logprobs, scores.entropies.detach(), lambda: _differentiate(loss, scores))
+
+    def _fused_scores(self, hidden: Tensor, targets: Targets, loss: TokenLoss | None) -> Scores:
+        linear = cast("nn.Linear", self._head)
+        bias = cast("Tensor | None", linear.bias)
+        weight_gradient = None if loss is None else _room_for_gradient(linear.weight)
+        bias_gradient = None if loss is None or bias is None else _room_for_gradient(bias)
+        result = fused_head(
+            hidden.detach(),
+            Head(linear.weight.detach(), None if bias is None else bias.detach()),
+            targets,
+            loss,
+            weight_gradient=weight_gradient,
+            bias_gradient=bias_gradient,
+        )
+
+        def backward() -> None:
+            _add_gradient(linear.weight, weight_gradient)
+            _add_gradient(bias, bias_gradient)
+            if result.gradients is not None and hidden.requires_grad:
+                hidden.backward(result.gradients.hidden.to(hidden.dtype))
+
+        return Scores(result.scores.logprobs, result.scores.entropies, backward)
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
@@ -116,9 +163,30 @@ def attention_mask(segment_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
     return mask
 
 
-def _entropy(logprobs: Tensor) -> Tensor:
-    """[N] entropy of rows of log-probabilities [N, V], with 0 log 0 = 0."""
-    return cast("Tensor", torch.special.entr(logprobs.exp()).sum(dim=-1))
+def _room_for_gradient(parameter: Tensor) -> Tensor | None:
+    """Where the head adds a parameter's gradient: its own, or float32 where that is less. None for a frozen one."""
+    if not parameter.requires_grad:
+        return None
+    if torch.finfo(parameter.dtype).bits < 32:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _add_gradient(parameter: Tensor | None, gradient: Tensor | None) -> None:
+    """Hand over what is not there yet."""
+    if parameter is None or gradient is None or gradient is parameter.grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad += gradient
+
+
+def _differentiate(loss: TokenLoss | None, scores: TokenScores) -> None:
+    if loss is not None:
+        loss(slice(None), scores).backward()
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

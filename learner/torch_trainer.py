@@ -28,6 +28,7 @@ from learner import training_state
 from learner.advantages import group_advantages
 from learner.checks import check_group, check_trajectory
 from learner.errors import UnusableGroupError
+from learner.head import TokenScores
 from learner.losses.aggregation import sequence_weights
 from learner.losses.form import TokenBatch, TokenTerms, TokenValues, load_algorithm, token_losses, token_values
 from learner.model import PolicyModel
@@ -112,6 +113,7 @@ class TorchTrainer:
             load_model(path, torch.float32),
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
+            head=options.head,
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
 
@@ -222,20 +224,33 @@ class TorchTrainer:
             UnusableGroupError: a trajectory's loss is not finite.
         """
         sequences = torch.from_numpy(micro_batch.target_sequences)
-        with torch.set_grad_enabled(with_gradient), self._policy.scored(micro_batch) as scores:
-            tokens = TokenBatch(
-                policy_logprobs=scores.logprobs,
-                behavior_logprobs=torch.from_numpy(micro_batch.behavior_logprobs),
-                advantages=torch.from_numpy(batch.advantages).float()[sequences],
-                loss_mask=torch.ones_like(sequences, dtype=torch.bool),
-                sequence_ids=sequences,
+        behavior_logprobs = torch.from_numpy(micro_batch.behavior_logprobs)
+        advantages = torch.from_numpy(batch.advantages).float()[sequences]
+        weights = torch.from_numpy(batch.weights).float()[sequences]
+
+        def tokens_at(places: slice, policy_logprobs: Tensor) -> TokenBatch:
+            return TokenBatch(
+                policy_logprobs=policy_logprobs,
+                behavior_logprobs=behavior_logprobs[places],
+                advantages=advantages[places],
+                loss_mask=torch.ones_like(policy_logprobs, dtype=torch.bool),
+                sequence_ids=sequences[places],
             )
+
+        def summed_loss(places: slice, scores: TokenScores) -> Tensor:
+            losses, _ = token_losses(tokens_at(places, scores.logprobs), self._decide, self._options.loss_parameters)
+            return (losses * weights[places]).sum()
+
+        with (
+            torch.set_grad_enabled(with_gradient),
+            self._policy.scored(micro_batch, summed_loss if with_gradient else None) as scores,
+        ):
+            tokens = tokens_at(slice(None), scores.logprobs.detach())
             losses, terms = token_losses(tokens, self._decide, self._options.loss_parameters)
             self._require_finite(batch, sequences, losses)
-            loss = (losses * torch.from_numpy(batch.weights).float()[sequences]).sum()
             if with_gradient:
-                loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        return _ScoredTokens(loss.detach(), sequences, token_values(tokens), terms, scores.entropies)
+                scores.backward()
+        return _ScoredTokens((losses * weights).sum(), sequences, token_values(tokens), terms, scores.entropies)
 
     def _require_finite(self, batch: _StepBatch, sequences: Tensor, losses: Tensor) -> None:
         finite = torch.isfinite(losses)

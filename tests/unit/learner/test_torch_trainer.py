@@ -129,6 +129,25 @@ def test_micro_batches_add_up_to_the_batch(
 
 
 @pytest.mark.parametrize(("make", "routing"), MODELS)
+@pytest.mark.parametrize("algorithm", ["dppo-binary-tv", "cispo"])
+def test_both_heads_train_alike(make: Callable[[], PreTrainedModel], routing: bool, algorithm: str) -> None:
+    """Weights are tied, so the head's gradient and the embedding's meet in one tensor; micro-batches add up in it."""
+    step = groups(routing=routing)
+    results: list[tuple[Mapping[str, float], dict[str, torch.Tensor]]] = []
+    for head in ("reference", "fused"):
+        model = make()
+        chosen = options(head=head, algorithm=algorithm, micro_batch_tokens=40, routing_replay=routing)
+        statistics = learned(trainer(model, chosen), step)
+        results.append((statistics, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    (statistics, gradients), (fused_statistics, fused_gradients) = results
+    assert fused_statistics == pytest.approx(statistics, rel=1e-5, abs=1e-7)
+    assert fused_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-5, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize(("make", "routing"), MODELS)
 def test_resuming_gives_the_same_bits(make: Callable[[], PreTrainedModel], routing: bool, tmp_path: Path) -> None:
     chosen = options(routing_replay=routing, weight_decay=0.1)
     steps = [groups(routing=routing, seed=seed) for seed in range(6)]
