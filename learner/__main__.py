@@ -14,6 +14,7 @@ from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.journal import Journal
 from learner.local_weights import LocalWeights
 from learner.loop import Learner, Parts
+from learner.loss_options import check_recorded_topk
 from learner.options import LearnerOptions
 from learner.publisher import Publisher
 from learner.summary import summarize
@@ -55,6 +56,8 @@ class LearnerProcess:
         self.metrics = section(document, "metrics", MetricsOptions)
         self.evaluation = section(document, "evaluation", EvaluationOptions)
         self.options = section(document, "learner", LearnerOptions)
+        if self.options.trainer == "torch":
+            check_recorded_topk(self.options.training, self.sampling)
         self.directory = self.run.run_directory
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure

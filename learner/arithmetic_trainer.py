@@ -16,6 +16,7 @@ from typing import Final
 
 import numpy as np
 
+from learner.checkpoint import Branch
 from learner.checks import check_group, check_trajectory
 from learner.packing import token_temperatures
 from learner.trainer import StepResult
@@ -40,7 +41,7 @@ class ArithmeticTrainer:
     def published(self) -> tuple[WeightManifest, list[bytes]]:
         return arithmetic.published_weights(self._history, self._step)
 
-    def train_step(self, step: int, groups: Sequence[TrajectoryGroup]) -> StepResult:
+    def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
         for group in groups:
             check_group(group, lambda trajectory: check_trajectory(trajectory, self.signature, None))
         weights = arithmetic.read_weights(*self.published())

@@ -15,6 +15,9 @@ from leeway.types import ModelSignature, Trajectory, TrajectoryGroup
 LOGPROB_ROUNDING = 1e-4
 """How far above 0 an engine's float32 rounding may push a log-probability near 0."""
 
+MASS_ROUNDING = 1e-3
+"""How far above 1 the probabilities of the candidates may add up."""
+
 
 def check_group(group: TrajectoryGroup, check: Callable[[Trajectory], None]) -> None:
     """Apply a check to every member.
@@ -80,3 +83,47 @@ def _check_trained_tokens(trajectory: Trajectory, name: str) -> None:
         raise InvalidDataError(
             f"{name} was sampled at temperature {temperatures.min()}; only positive ones can be trained on"
         )
+
+
+def check_candidates(trajectory: Trajectory, signature: ModelSignature, topk: int) -> None:
+    """Refuse recorded candidates that a top-K loss cannot use.
+
+    Args:
+        trajectory: as drawn.
+        signature: of the model.
+        topk: K of the loss.
+
+    Raises:
+        InvalidDataError: missing, fewer than K, shapes that disagree, or not K different tokens with log-probs.
+    """
+    name = f"trajectory {trajectory.trajectory_id}"
+    token_ids, logprobs = trajectory.topk_token_ids, trajectory.topk_logprobs
+    if token_ids is None or logprobs is None:
+        raise InvalidDataError(
+            f"{name} has no recorded candidates; set sampling.topk = {topk}, or choose an algorithm without top-K"
+        )
+    if token_ids.ndim != 2 or token_ids.shape != logprobs.shape or token_ids.shape[0] != trajectory.num_tokens:
+        raise InvalidDataError(
+            f"{name}: candidates have shapes {list(token_ids.shape)} (ids) and {list(logprobs.shape)} (log-probs) "
+            f"where both are [{trajectory.num_tokens}, K]"
+        )
+    if token_ids.shape[1] < topk:
+        raise InvalidDataError(
+            f"{name} has {token_ids.shape[1]} recorded candidates per token where the loss takes {topk}; "
+            f"set sampling.topk = {topk}, or learner.training.topk = {token_ids.shape[1]}"
+        )
+    trained = np.flatnonzero(trajectory.loss_mask)
+    token_ids, logprobs = token_ids[trained], logprobs[trained]
+    ordered = np.sort(token_ids, axis=-1)
+    faults = {
+        "a candidate outside the vocabulary": ((token_ids < 0) | (token_ids >= signature.vocab_size)).any(axis=-1),
+        "the same candidate twice": (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1),
+        "a candidate whose log-prob is not a finite number of at most 0": ~(
+            np.isfinite(logprobs) & (logprobs <= LOGPROB_ROUNDING)
+        ).all(axis=-1),
+        "candidates of more than all probability": np.exp(logprobs.astype(np.float64)).sum(axis=-1) > 1 + MASS_ROUNDING,
+    }
+    for fault, tokens in faults.items():
+        if tokens.any():
+            token = int(trained[np.argmax(tokens)])
+            raise InvalidDataError(f"{name}: token {token} has {fault}; the engine must record what it sampled from")

@@ -80,7 +80,7 @@ def fused_head(
     dtype = compute_dtype(hidden, head.weight)
     num_tokens = targets.num_tokens
     size = _chunk_size(num_tokens, chunk_tokens)
-    num_wanted = 1 if targets.top_token_ids is None else 1 + targets.top_token_ids.shape[1]
+    num_wanted = 1 if targets.topk_token_ids is None else 1 + targets.topk_token_ids.shape[1]
     wanted_logprobs = hidden.new_empty((num_tokens, num_wanted), dtype=dtype)
     entropies = hidden.new_empty(num_tokens, dtype=dtype)
     gradients = (
@@ -126,7 +126,7 @@ def _differentiate(loss: TokenLoss, places: slice, sums: ChunkSums) -> tuple[Ten
     logprobs = scores.logprobs.clone().requires_grad_()
     entropies = scores.entropies.clone().requires_grad_()
     with torch.enable_grad():
-        value = loss(places, TokenScores(logprobs, entropies, scores.top_logprobs))
+        value = loss(places, TokenScores(logprobs, entropies, scores.topk_logprobs))
         if not value.requires_grad:
             return value, Coefficients(torch.zeros_like(logprobs), None)
         by_logprob, by_entropy = cast(

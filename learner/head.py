@@ -32,7 +32,7 @@ class Targets:
 
     token_ids: Tensor  # [T] int64, the sampled tokens
     temperatures: Tensor  # [T] float32, positive; logits are divided by them
-    top_token_ids: Tensor | None = None  # [T, K] int64, further ids whose log-probs are wanted
+    topk_token_ids: Tensor | None = None  # [T, K] int64, further ids whose log-probs are wanted
 
     @property
     def num_tokens(self) -> int:
@@ -41,7 +41,7 @@ class Targets:
     def wanted(self, places: slice) -> Tensor:
         """[C, 1 + K] ids of some tokens, the sampled one first."""
         sampled = self.token_ids[places].unsqueeze(-1)
-        return sampled if self.top_token_ids is None else torch.cat([sampled, self.top_token_ids[places]], dim=-1)
+        return sampled if self.topk_token_ids is None else torch.cat([sampled, self.topk_token_ids[places]], dim=-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class TokenScores:
 
     logprobs: Tensor  # [T] log pi of the sampled tokens
     entropies: Tensor  # [T] of the same distributions
-    top_logprobs: Tensor | None = None  # [T, K] log pi of the further ids; decides, and has no gradient
+    topk_logprobs: Tensor | None = None  # [T, K] log pi of the further ids; decides, and has no gradient
 
-    def __getitem__(self, places: slice) -> TokenScores:
-        top = None if self.top_logprobs is None else self.top_logprobs[places]
-        return TokenScores(self.logprobs[places], self.entropies[places], top)
+    def detached(self) -> TokenScores:
+        """The same numbers without gradient."""
+        return TokenScores(self.logprobs.detach(), self.entropies.detach(), self.topk_logprobs)
 
 
 TokenLoss = Callable[[slice, TokenScores], Tensor]

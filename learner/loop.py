@@ -154,7 +154,7 @@ class Learner:
         step = self._head.step + 1
         wall_began, began = time.time(), time.monotonic()
         try:
-            result = await asyncio.to_thread(self._parts.trainer.train_step, step, groups)
+            result = await asyncio.to_thread(self._parts.trainer.train_step, step, groups, tuple(self._branches))
         except UnusableGroupError as error:
             log.error("group %s is set aside: %s", error.group_id, error.message)
             self._parts.metrics.rejected_groups.inc()

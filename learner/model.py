@@ -2,7 +2,7 @@
 
 The learner's one module that imports transformers.
 
-Shape legend: R rows, W width, D hidden size, V vocabulary, N targets.
+Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorded candidates per target.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from leeway.errors import ConfigError
 HeadImplementation = Literal["fused", "reference"]
 
 
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What the policy says about the targets of a micro-batch."""
+def _nothing() -> None:
+    """There is no gradient to add."""
 
-    logprobs: Tensor  # [N] float32 log pi at the sampling temperature; with gradient from the reference head
-    entropies: Tensor  # [N] float32, of the same distribution, without gradient
-    backward: Callable[[], None]  # adds the gradient of the loss that was given to the parameters'
+
+@dataclass(frozen=True, slots=True)
+class Scores(TokenScores):
+    """What the policy says about the N targets of a micro-batch and their K recorded candidates, in float32.
+
+    Log-probs have a gradient of their own only from the reference head.
+    """
+
+    backward: Callable[[], None] = _nothing  # adds the gradient of the loss that was given to the parameters'
 
 
 class PolicyModel:
@@ -84,18 +89,27 @@ class PolicyModel:
         """Score a micro-batch; run its backward pass inside, while routing is still replayed.
 
         Args:
-            batch: what to score.
+            batch: packed; its candidates, if it has any, are scored too.
             loss: what `backward` differentiates. The fused head needs it before it can tell a gradient; without one
                 its scores have none.
         """
         with self._replaying(batch):
             hidden = self._hidden(batch)[torch.from_numpy(batch.target_places)]  # [N, D]
-            targets = Targets(torch.from_numpy(batch.target_token_ids), torch.from_numpy(batch.temperatures))
-            if self._fused:
-                yield self._fused_scores(hidden, targets, loss)
-            else:
-                scores = scores_of_logits(self._head(hidden).float(), targets)
-                yield Scores(scores.logprobs, scores.entropies.detach(), lambda: _differentiate(loss, scores))
+            targets = Targets(
+                token_ids=torch.from_numpy(batch.target_token_ids),
+                temperatures=torch.from_numpy(batch.temperatures),
+                topk_token_ids=None if batch.topk_token_ids is None else torch.from_numpy(batch.topk_token_ids),
+            )
+            yield self._fused_scores(hidden, targets, loss) if self._fused else self._scores(hidden, targets, loss)
+
+    def _scores(self, hidden: Tensor, targets: Targets, loss: TokenLoss | None) -> Scores:
+        scores = scores_of_logits(self._head(hidden).float(), targets)
+
+        def backward() -> None:
+            if loss is not None:
+                loss(slice(None), scores).backward()  # pyright: ignore[reportUnknownMemberType]
+
+        return Scores(scores.logprobs, scores.entropies.detach(), scores.topk_logprobs, backward)
 
     def _fused_scores(self, hidden: Tensor, targets: Targets, loss: TokenLoss | None) -> Scores:
         linear = cast("nn.Linear", self._head)
@@ -117,7 +131,8 @@ class PolicyModel:
             if result.gradients is not None and hidden.requires_grad:
                 hidden.backward(result.gradients.hidden.to(hidden.dtype))
 
-        return Scores(result.scores.logprobs, result.scores.entropies, backward)
+        scores = result.scores
+        return Scores(scores.logprobs, scores.entropies, scores.topk_logprobs, backward)
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
@@ -182,11 +197,6 @@ def _add_gradient(parameter: Tensor | None, gradient: Tensor | None) -> None:
         parameter.grad = gradient.to(parameter.dtype)
     else:
         parameter.grad += gradient
-
-
-def _differentiate(loss: TokenLoss | None, scores: TokenScores) -> None:
-    if loss is not None:
-        loss(slice(None), scores).backward()
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

@@ -8,7 +8,8 @@ spans the batch. Within a row every trajectory is its own segment with positions
 The log-probability of token i is predicted at position i - 1, so targets carry both places; a trajectory's first
 token is never a target.
 
-Shape legend: R rows, W width of a row, N targets of a micro-batch, L MoE layers, k experts per token.
+Shape legend: R rows, W width of a row, N targets of a micro-batch, L MoE layers, k experts per token, K candidates per
+token.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from leeway.errors import InvalidDataError
 from leeway.types import SegmentKind, Trajectory
 
 Int64Array = NDArray[np.int64]
@@ -41,6 +43,9 @@ class MicroBatch:
     temperatures: NDArray[np.float32]  # [N] at which the targets were sampled
     routing: Int64Array | None  # [R * W, L, k] expert ids, 0 where nothing was routed
     routed: NDArray[np.bool_] | None  # [R * W] whether a place has routing; not the last tokens, not padding
+    topk_token_ids: Int64Array | None = None  # [N, K] recorded candidates of the targets, the likeliest first
+    topk_behavior_logprobs: NDArray[np.float32] | None = None  # [N, K] log mu of the candidates
+    staleness: Int64Array | None = None  # [N] of the targets, in optimizer steps
 
     @property
     def num_targets(self) -> int:
@@ -96,7 +101,12 @@ def plan_micro_batches(lengths: Sequence[int], row_tokens: int, micro_batch_toke
 
 
 def pack(
-    rows: Sequence[Sequence[int]], trajectories: Sequence[Trajectory], *, with_routing: bool = False
+    rows: Sequence[Sequence[int]],
+    trajectories: Sequence[Trajectory],
+    *,
+    with_routing: bool = False,
+    topk: int = 0,
+    staleness: Sequence[Int64Array] | None = None,
 ) -> MicroBatch:
     """Lay the trajectories of some rows out as rectangles.
 
@@ -104,6 +114,8 @@ def pack(
         rows: indices into `trajectories`, as planned.
         trajectories: all of the step's.
         with_routing: whether to carry routing; then every trajectory has it.
+        topk: K of the candidates to carry, 0 for none; every trajectory has recorded at least as many.
+        staleness: [n] of each of `trajectories`, to be carried.
     """
     width = max(sum(trajectories[index].num_tokens for index in row) for row in rows)
     shape = (len(rows), width)
@@ -131,6 +143,7 @@ def pack(
             column = end
     packed = [trajectories[index] for index in order]
     masks = [trajectory.loss_mask for trajectory in packed]
+    candidates = [likeliest_candidates(trajectory, topk) for trajectory in packed] if topk else None
     return MicroBatch(
         token_ids=token_ids,
         position_ids=position_ids,
@@ -142,7 +155,26 @@ def pack(
         temperatures=np.concatenate([token_temperatures(t)[m] for t, m in zip(packed, masks, strict=True)]),
         routing=routing,
         routed=routed,
+        topk_token_ids=None if candidates is None else np.concatenate([ids for ids, _ in candidates]),
+        topk_behavior_logprobs=None if candidates is None else np.concatenate([logs for _, logs in candidates]),
+        staleness=None
+        if staleness is None
+        else np.concatenate([staleness[index][mask] for index, mask in zip(order, masks, strict=True)]),
     )
+
+
+def likeliest_candidates(trajectory: Trajectory, topk: int) -> tuple[Int64Array, NDArray[np.float32]]:
+    """Ids and behavior log-probs [trained tokens, K] of the K likeliest recorded candidates; ties keep their order.
+
+    Raises:
+        InvalidDataError: the trajectory has no candidates.
+    """
+    if trajectory.topk_token_ids is None or trajectory.topk_logprobs is None:
+        raise InvalidDataError(f"trajectory {trajectory.trajectory_id} has no recorded candidates; set sampling.topk")
+    token_ids = trajectory.topk_token_ids[trajectory.loss_mask].astype(np.int64)
+    logprobs = trajectory.topk_logprobs[trajectory.loss_mask]
+    order = np.argsort(-logprobs, axis=-1, kind="stable")[:, :topk]
+    return np.take_along_axis(token_ids, order, axis=-1), np.take_along_axis(logprobs, order, axis=-1)
 
 
 def token_temperatures(trajectory: Trajectory) -> NDArray[np.float32]:

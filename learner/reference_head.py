@@ -28,7 +28,7 @@ def reference_head(hidden: Tensor, head: Head, targets: Targets) -> TokenScores:
 def scores_of_logits(logits: Tensor, targets: Targets) -> TokenScores:
     """Score tokens from logits [T, V] of at least float32, before the temperature."""
     logprobs = torch.log_softmax(logits / targets.temperatures.to(logits.dtype).unsqueeze(-1), dim=-1)
-    top = None if targets.top_token_ids is None else logprobs.detach().gather(-1, targets.top_token_ids)
+    top = None if targets.topk_token_ids is None else logprobs.detach().gather(-1, targets.topk_token_ids)
     return TokenScores(
         logprobs.gather(-1, targets.token_ids.unsqueeze(-1)).squeeze(-1),
         -(logprobs.exp() * logprobs).sum(dim=-1),  # entr would have no gradient where a probability is below the dtype

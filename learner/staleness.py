@@ -11,8 +11,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from learner.checkpoint import Branch
-from leeway.types import PolicyVersion, TrajectoryGroup
+from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup
 
 
 def lineage_step(version: PolicyVersion, branches: Sequence[Branch]) -> int:
@@ -29,3 +32,16 @@ def token_staleness(groups: Sequence[TrajectoryGroup], head_step: int, branches:
                 in_loss = int(trajectory.loss_mask[span.start_token : span.end_token].sum())
                 histogram[head_step - lineage_step(span.version, branches)] += in_loss
     return histogram
+
+
+def trajectory_staleness(trajectory: Trajectory, head_step: int, branches: Sequence[Branch]) -> NDArray[np.int64]:
+    """[n] staleness of each token, 0 where no version sampled it.
+
+    Example:
+        head step 5, tokens [3, 5) sampled by step 4 and [5, 7) by step 5: [0, 0, 0, 1, 1, 0, 0].
+    """
+    staleness = np.zeros(trajectory.num_tokens, dtype=np.int64)
+    for span in trajectory.version_spans:
+        age = max(head_step - lineage_step(span.version, branches), 0)
+        staleness[span.start_token : span.end_token] = age
+    return staleness

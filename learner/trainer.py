@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from learner.checkpoint import Branch
 from leeway.types import Float32Array, ModelSignature, TrajectoryGroup, WeightManifest
 
 
@@ -35,8 +36,13 @@ class Trainer(Protocol):
         """The current weights as they are published: manifest and each tensor's bytes in its order."""
         ...
 
-    def train_step(self, step: int, groups: Sequence[TrajectoryGroup]) -> StepResult:
+    def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
         """Take one optimizer step.
+
+        Args:
+            step: its number; the head is the version before it.
+            groups: what to train on.
+            branches: where each of the run's epochs started, for the staleness of tokens.
 
         Raises:
             UnusableGroupError: a group cannot be trained on; nothing has changed.

@@ -4,50 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field
 
-from learner.losses import Algorithm, LossParameters, find_algorithm
-from learner.losses.aggregation import Aggregation
-from leeway.config import Options
-from leeway.errors import ConfigError
-
-
-def _registered(name: str) -> str:
-    try:
-        find_algorithm(name)
-    except ConfigError as error:
-        raise ValueError(error.message) from error
-    return name
-
+from learner.advantages import Baseline
+from learner.loss_options import LossOptions
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class TrainingOptions(Options):
-    """[learner.training]: how one optimizer step is made from a step's groups."""
+class TrainingOptions(LossOptions):
+    """[learner.training]: how one optimizer step is made from a step's groups; the loss has the keys of LossOptions."""
 
-    algorithm: Annotated[str, AfterValidator(_registered)] = Field(
-        default="dppo-binary-tv", description="the policy loss; learner/losses/__init__.py lists the names"
-    )
-    delta_low: float | None = Field(
-        default=None,
-        ge=0,
-        description="trust-region threshold where the advantage is negative; unset: the algorithm's own",
-    )
-    delta_high: float | None = Field(
-        default=None,
-        ge=0,
-        description="trust-region threshold where the advantage is positive; unset: the algorithm's own",
-    )
-    truncation: float | None = Field(
-        default=None, gt=0, description="C: the largest weight of a ratio, `inf` for none; unset: the algorithm's own"
+    baseline: Baseline = Field(
+        default="group-mean", description="what rewards are compared with: the mean of the group, or of the others"
     )
     divide_by_std: bool = Field(default=False, description="divide advantages by their group's standard deviation")
-    aggregation: Aggregation = Field(
-        default="seq-mean-token-sum", description="how token losses become the step's loss"
+    proximal_every_steps: int = Field(
+        default=1,
+        ge=1,
+        description="steps between two copies of the learner as pi_old, for minirl, minirl-tis and decoupled-ppo; "
+        "1 is the learner itself before the step, which keeps no copy and whose ratio is 1",
     )
-    horizon: int | None = Field(
-        default=None, ge=1, description="tokens to divide by; for aggregation fixed-horizon only"
+    mismatch_memory_steps: int = Field(
+        default=100, ge=1, description="steps over which the divergence at staleness zero is averaged"
     )
 
     learning_rate: float = Field(
@@ -81,19 +60,3 @@ class TrainingOptions(Options):
     publish_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="precision of the weights that are sent to inference servers"
     )
-
-    @model_validator(mode="after")
-    def _horizon_belongs_to_its_aggregation(self) -> TrainingOptions:
-        if (self.aggregation == "fixed-horizon") != (self.horizon is not None):
-            raise ValueError("set `horizon` with aggregation = fixed-horizon, and only then")
-        return self
-
-    @property
-    def loss_algorithm(self) -> Algorithm:
-        """The registered algorithm."""
-        return find_algorithm(self.algorithm)
-
-    @property
-    def loss_parameters(self) -> LossParameters:
-        """The algorithm's numbers, with what is set here in their place."""
-        return self.loss_algorithm.parameters(self.delta_low, self.delta_high, self.truncation)

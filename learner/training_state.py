@@ -35,6 +35,8 @@ class TrainerScalars:
     format: int
     model_digest: str  # hex
     num_steps: int
+    mismatch_total: float = 0.0  # of divergences at staleness zero, older steps counting less
+    mismatch_tokens: float = 0.0
 
 
 def save_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:

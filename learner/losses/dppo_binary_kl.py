@@ -17,4 +17,4 @@ def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:
     """Mask what moves away from mu beyond delta in relative entropy."""
     divergence = binary_kl(values.behavior_logprobs, values.policy_logprobs)
     kept = ~outside_trust_region(values, divergence, parameters)
-    return truncated_terms(values.ratio, kept, parameters.truncation)
+    return truncated_terms(values.ratio, kept, parameters.truncation, divergence)

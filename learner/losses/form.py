@@ -1,12 +1,19 @@
 """The gradient form that every policy loss here has, and what a loss sees of a token.
 
-    loss_t = -A_t * sg(w_t) * log pi_t,    w_t = M_t * min(r_t, C),    r_t = pi_t / mu_t
+    loss_t = -A_t * sg(w_t) * log pi_t + penalties,    w_t = M_t * min(r_t, C),    r_t = pi_t / mu_t
 
 with sg = stop-gradient, so d loss_t / d log pi_t = -A_t * w_t exactly: C caps a weight and never removes a gradient,
 and a masked token (M_t = 0) has a gradient of exactly zero. Source: "Rethinking the Trust Region in LLM Reinforcement
 Learning", arXiv 2602.04879, equations 12 and 23. The anchor mu is always the rollout engine's own log-probability.
 
-Shape legend: T tokens, of any number of sequences one after the other.
+    head ──> TokenBatch ── token_values ──> TokenValues ── decide ──> TokenTerms ──> losses [T]
+             with gradient: log pi and entropies           without gradient
+
+A loss differentiates only log pi (and, for an entropy term, the entropy) of each token, so a head that has its own
+backward pass needs no more than d loss_t / d log pi_t and d loss_t / d entropy_t, which autograd gives over leaf
+tensors of shape [T].
+
+Shape legend: T tokens, of any number of sequences one after the other; K recorded candidates per token.
 """
 
 from __future__ import annotations
@@ -18,7 +25,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.losses import Algorithm, LossParameters
+from learner.losses import NO_PENALTIES, Algorithm, LossParameters, Penalties
+from learner.losses.batch_statistics import BatchStatistics
+from learner.losses.penalties import penalty_losses
+from learner.losses.staleness_thresholds import staleness_delta
+from leeway.errors import PreconditionError
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The likeliest tokens as the engine recorded them, and what the learner says of the same tokens."""
+
+    behavior_logprobs: Tensor  # [T, K]
+    policy_logprobs: Tensor  # [T, K]
+    valid: Tensor  # [T, K] bool, false where the candidate is the sampled token itself, which has a slot of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +50,12 @@ class TokenBatch:
     advantages: Tensor  # [T]
     loss_mask: Tensor  # [T] bool
     sequence_ids: Tensor  # [T] int64, which sequence of the step a token belongs to
+    candidates: Candidates | None = None  # for losses on top-K divergences
+    staleness: Tensor | None = None  # [T] int64, in optimizer steps; None for zero everywhere
+    proximal_logprobs: Tensor | None = None  # [T] log pi_old, the learner a few steps ago
+    reference_logprobs: Tensor | None = None  # [T] of the initial model
+    entropies: Tensor | None = None  # [T], with gradient, for an entropy term
+    statistics: BatchStatistics | None = None  # of the whole step, for batch-aware losses
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +66,11 @@ class TokenValues:
     behavior_logprobs: Tensor  # [T]
     ratio: Tensor  # [T] r = pi / mu
     advantages: Tensor  # [T]
+    sequence_ids: Tensor | None = None  # [T]
+    candidates: Candidates | None = None
+    staleness: Tensor | None = None  # [T]
+    proximal_logprobs: Tensor | None = None  # [T]
+    statistics: BatchStatistics | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +79,13 @@ class TokenTerms:
 
     kept: Tensor  # [T] bool, M
     weight: Tensor  # [T] M * min(r, C)
+    divergence: Tensor | None = None  # [T] what the loss compares with delta; None where it has no threshold
+    value: Tensor | None = None  # [T] what to report as the loss, where its source has another value but this gradient
 
 
 Decide = Callable[[TokenValues, LossParameters], TokenTerms]
+Measure = Callable[[TokenValues, LossParameters, int], BatchStatistics]
+"""(values, parameters, number of sequences in the step) -> what these tokens add to the step's statistics"""
 
 
 def load_algorithm(algorithm: Algorithm) -> Decide:
@@ -59,31 +94,60 @@ def load_algorithm(algorithm: Algorithm) -> Decide:
     return decide
 
 
+def load_measure(algorithm: Algorithm) -> Measure | None:
+    """Import the function that measures a step for a batch-aware algorithm; None for a token-local one."""
+    if not algorithm.batch_aware:
+        return None
+    measure: Measure = importlib.import_module(algorithm.module).measure
+    return measure
+
+
 def token_values(tokens: TokenBatch) -> TokenValues:
     """Detach in at least float32, and mask padding BEFORE the exponential: exp(inf) * 0 would be NaN.
 
     Log-probabilities that an engine rounded to just above 0 count as 0.
     """
     policy, behavior, advantages = (
-        torch.where(tokens.loss_mask, _at_least_float32(x.detach()), 0.0)
-        for x in (tokens.policy_logprobs, tokens.behavior_logprobs, tokens.advantages)
+        _clean(x, tokens.loss_mask) for x in (tokens.policy_logprobs, tokens.behavior_logprobs, tokens.advantages)
     )
     policy, behavior = policy.clamp(max=0.0), behavior.clamp(max=0.0)
-    return TokenValues(policy, behavior, (policy - behavior).exp(), advantages)
+    proximal = tokens.proximal_logprobs
+    return TokenValues(
+        policy_logprobs=policy,
+        behavior_logprobs=behavior,
+        ratio=(policy - behavior).exp(),
+        advantages=advantages,
+        sequence_ids=tokens.sequence_ids,
+        candidates=None if tokens.candidates is None else _clean_candidates(tokens.candidates, tokens.loss_mask),
+        staleness=tokens.staleness,
+        proximal_logprobs=None if proximal is None else _clean(proximal, tokens.loss_mask).clamp(max=0.0),
+        statistics=tokens.statistics,
+    )
 
 
-def truncated_terms(ratio: Tensor, kept: Tensor, truncation: float) -> TokenTerms:
+def truncated_terms(ratio: Tensor, kept: Tensor, truncation: float, divergence: Tensor | None = None) -> TokenTerms:
     """Weigh kept tokens by min(r, C), others by zero even where r overflowed.
 
     Args:
         ratio: [T].
         kept: [T] bool.
         truncation: C, positive, may be infinite.
+        divergence: [T] what was compared with a threshold.
 
     Example:
         r = [100, 0.4], both kept, C = 5: weight = [5, 0.4].
     """
-    return TokenTerms(kept, torch.where(kept, ratio.clamp(max=truncation), 0.0))
+    return TokenTerms(kept, torch.where(kept, ratio.clamp(max=truncation), 0.0), divergence)
+
+
+def delta_low(values: TokenValues, parameters: LossParameters) -> float | Tensor:
+    """The threshold of each token where the advantage is negative: delta_low, or [T] where staleness moves it."""
+    return staleness_delta(parameters.delta_low, values.staleness, parameters)
+
+
+def delta_high(values: TokenValues, parameters: LossParameters) -> float | Tensor:
+    """The threshold of each token where the advantage is positive."""
+    return staleness_delta(parameters.delta_high, values.staleness, parameters)
 
 
 def outside_trust_region(values: TokenValues, divergence: Tensor, parameters: LossParameters) -> Tensor:
@@ -102,13 +166,44 @@ def outside_trust_region(values: TokenValues, divergence: Tensor, parameters: Lo
     Example:
         (mu, pi, A) = (.25, .5, 1), delta_high = .25: D = |mu - pi| equals delta, inside; pi = .50001: outside.
     """
-    up = (values.advantages > 0) & (values.ratio > 1) & (divergence > parameters.delta_high)
-    down = (values.advantages < 0) & (values.ratio < 1) & (divergence > parameters.delta_low)
+    up = (values.advantages > 0) & (values.ratio > 1) & (divergence > delta_high(values, parameters))
+    down = (values.advantages < 0) & (values.ratio < 1) & (divergence > delta_low(values, parameters))
     return up | down
 
 
-def token_losses(tokens: TokenBatch, decide: Decide, parameters: LossParameters) -> tuple[Tensor, TokenTerms]:
-    """loss_t = -A * sg(w) * log pi for each token, zero at padding.
+def outside_clip_interval(ratio: Tensor, values: TokenValues, parameters: LossParameters) -> Tensor:
+    """Where PPO's clip has no gradient: (A > 0 and ratio > 1 + delta_high) or (A < 0 and ratio < 1 - delta_low).
+
+    Args:
+        ratio: [T] to whatever anchor the loss has.
+        values: [T] each.
+        parameters: both sides of the interval.
+
+    Example:
+        ratio = 1.5, A = 1, delta_high = .28: outside; A = -1: inside.
+    """
+    up = (values.advantages > 0) & (ratio > 1 + delta_high(values, parameters))
+    down = (values.advantages < 0) & (ratio < 1 - delta_low(values, parameters))
+    return up | down
+
+
+def proximal_ratio(values: TokenValues) -> Tensor:
+    """[T] pi / pi_old.
+
+    Raises:
+        PreconditionError: pi_old was not given.
+    """
+    if values.proximal_logprobs is None:
+        raise PreconditionError(
+            "this loss needs proximal log-probs: of the same tokens under pi_old, the older learner"
+        )
+    return (values.policy_logprobs - values.proximal_logprobs).exp()
+
+
+def token_losses(
+    tokens: TokenBatch, decide: Decide, parameters: LossParameters, penalties: Penalties = NO_PENALTIES
+) -> tuple[Tensor, TokenTerms]:
+    """loss_t = -A * sg(w) * log pi + penalties for each token, zero at padding.
 
     Returns:
         [T] losses before aggregation, at least float32, and the terms behind them.
@@ -119,7 +214,31 @@ def token_losses(tokens: TokenBatch, decide: Decide, parameters: LossParameters)
     values = token_values(tokens)
     terms = decide(values, parameters)
     log_pi = torch.where(tokens.loss_mask, _at_least_float32(tokens.policy_logprobs), 0.0)
-    return -(values.advantages * terms.weight) * log_pi, terms
+    losses = -(values.advantages * terms.weight) * log_pi
+    if terms.value is not None:
+        losses = losses + (torch.where(tokens.loss_mask, terms.value, 0.0) - losses).detach()
+    if penalties.active:
+        losses = losses + penalty_losses(
+            log_pi,
+            values.behavior_logprobs,
+            None if tokens.reference_logprobs is None else _clean(tokens.reference_logprobs, tokens.loss_mask),
+            None if tokens.entropies is None else torch.where(tokens.loss_mask, tokens.entropies, 0.0),
+            penalties,
+        )
+    return losses, terms
+
+
+def _clean(x: Tensor, loss_mask: Tensor) -> Tensor:
+    return torch.where(loss_mask, _at_least_float32(x.detach()), 0.0)
+
+
+def _clean_candidates(candidates: Candidates, loss_mask: Tensor) -> Candidates:
+    mask = loss_mask.unsqueeze(-1)
+    return Candidates(
+        behavior_logprobs=_clean(candidates.behavior_logprobs, mask).clamp(max=0.0),
+        policy_logprobs=_clean(candidates.policy_logprobs, mask).clamp(max=0.0),
+        valid=candidates.valid & mask,
+    )
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

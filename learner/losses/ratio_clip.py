@@ -10,11 +10,10 @@ Example: delta_low = .2, delta_high = .28: mu = .3, pi = .22, A = -.5: r = .733 
 from __future__ import annotations
 
 from learner.losses import LossParameters
-from learner.losses.form import TokenTerms, TokenValues, truncated_terms
+from learner.losses.form import TokenTerms, TokenValues, outside_clip_interval, truncated_terms
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:
     """Mask what has left the clip interval on its advantage's side."""
-    up = (values.advantages > 0) & (values.ratio > 1 + parameters.delta_high)
-    down = (values.advantages < 0) & (values.ratio < 1 - parameters.delta_low)
-    return truncated_terms(values.ratio, ~(up | down), parameters.truncation)
+    kept = ~outside_clip_interval(values.ratio, values, parameters)
+    return truncated_terms(values.ratio, kept, parameters.truncation, (values.ratio - 1).abs())

@@ -73,8 +73,8 @@ def policy_loss(algorithm: str, num_tokens: int, *, zero_every: int = 3) -> Toke
 def top_weighted(places: slice, scores: TokenScores) -> Tensor:
     """A loss whose coefficient depends on everything that a chunk knows."""
     coefficient = 1 + scores.logprobs.detach().exp()
-    if scores.top_logprobs is not None:
-        coefficient = coefficient + scores.top_logprobs.exp().sum(-1)
+    if scores.topk_logprobs is not None:
+        coefficient = coefficient + scores.topk_logprobs.exp().sum(-1)
     return -(coefficient * scores.logprobs).sum()
 
 
@@ -118,11 +118,11 @@ def assert_equal_to_reference(
     assert result.loss is not None
     close(result.scores.logprobs, scores.logprobs, tolerance)
     close(result.scores.entropies, scores.entropies, tolerance)
-    if scores.top_logprobs is None:
-        assert result.scores.top_logprobs is None
+    if scores.topk_logprobs is None:
+        assert result.scores.topk_logprobs is None
     else:
-        assert result.scores.top_logprobs is not None
-        close(result.scores.top_logprobs, scores.top_logprobs, tolerance)
+        assert result.scores.topk_logprobs is not None
+        close(result.scores.topk_logprobs, scores.topk_logprobs, tolerance)
     close(result.loss, value, tolerance)
     for gradient, expected in zip(own, gradients, strict=True):
         close(gradient, expected, tolerance)
