@@ -3,8 +3,8 @@
     python -m benchmarks.loss_head_contender NAME FOLDER --tokens 2048 --vocabulary 151936 --hidden 512
 
 `prepare` writes the inputs into FOLDER; every other name reads them, runs once after a small warm-up, and prints one
-line of JSON. All compute the same: CISPO (w = min(r, 5)), which everyone has, mean over tokens, temperature 1, float32,
-one thread; log-probs and, except Liger, which has none, entropies.
+line of JSON; `saving` compares the fused pass with itself. All compute the same: CISPO (w = min(r, 5)), which everyone
+has, mean over tokens, temperature 1, float32, one thread; log-probs and, except Liger, which has none, entropies.
 
 Extra memory is the kernel's peak of resident memory during the run (VmHWM, reset just before), less what was resident
 before it and less the two gradients that everyone has to return.
@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,12 @@ class Inputs:
             self.behavior_logprobs[:count],
             self.advantages[:count],
         )
+
+    def with_zeros(self) -> Inputs:
+        """Advantage zero for 30% of the tokens, scattered."""
+        count = self.token_ids.shape[0]
+        chosen = torch.randperm(count, generator=torch.Generator().manual_seed(1))[: round(ZERO_FRACTION * count)]
+        return replace(self, advantages=self.advantages.index_fill(0, chosen, 0.0))
 
 
 def cispo(logprobs: Tensor, inputs: Inputs, places: slice = slice(None)) -> Tensor:
@@ -139,28 +146,31 @@ def liger(inputs: Inputs) -> Tensor:
 
 def leeway(inputs: Inputs) -> Tensor:
     """The learner's fused pass."""
+    inputs.weight.grad = torch.zeros_like(inputs.weight)
+    loss, inputs.hidden.grad = fused_pass(inputs, inputs.weight.grad)
+    return loss
+
+
+def fused_pass(inputs: Inputs, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss and d loss / d hidden; the weight's gradient is added to what is given."""
     from learner.fused_head import fused_head
     from learner.head import Head
 
-    inputs.weight.grad = torch.zeros_like(inputs.weight)
     result = fused_head(
         inputs.hidden.detach(),
         Head(inputs.weight.detach()),
         _targets(inputs),
         lambda places, scores: cispo(scores.logprobs, inputs, places),
-        weight_gradient=inputs.weight.grad,
+        weight_gradient=weight_gradient,
     )
-    assert result.gradients is not None and result.loss is not None
-    inputs.hidden.grad = result.gradients.hidden
-    return result.loss
+    assert result.gradients is not None
+    assert result.loss is not None
+    return result.loss, result.gradients.hidden
 
 
 def leeway_zeros(inputs: Inputs) -> Tensor:
     """The same with advantage zero for 30% of the tokens, scattered."""
-    chosen = torch.randperm(inputs.token_ids.shape[0], generator=torch.Generator().manual_seed(1))
-    inputs.advantages = inputs.advantages.clone()
-    inputs.advantages[chosen[: round(ZERO_FRACTION * chosen.shape[0])]] = 0.0
-    return leeway(inputs)
+    return leeway(inputs.with_zeros())
 
 
 def leeway_scores(inputs: Inputs) -> Tensor:
@@ -240,6 +250,35 @@ def measure(name: str, folder: Path, vocabulary: int) -> dict[str, float]:
     return {"wall": wall, "cpu": cpu, "extra_bytes": peak - before - required, "loss": float(loss.detach())}
 
 
+def measure_saving(folder: Path, vocabulary: int, rounds: int = 7) -> dict[str, float]:
+    """CPU seconds of the fused pass on 1024 tokens: all with a gradient, 30% without, scores only; medians.
+
+    The saving is a difference of times that are close together, so they are taken in turn within one process.
+    """
+    inputs = read_inputs(folder, vocabulary)
+    some = replace(
+        inputs,
+        hidden=inputs.hidden.detach()[:1024],
+        token_ids=inputs.token_ids[:1024],
+        behavior_logprobs=inputs.behavior_logprobs[:1024],
+        advantages=inputs.advantages[:1024],
+    )
+    zeros, gradient = some.with_zeros(), torch.zeros_like(inputs.weight)
+    cases: dict[str, Callable[[], object]] = {
+        "all": lambda: fused_pass(some, gradient),
+        "zeros": lambda: fused_pass(zeros, gradient),
+        "scores": lambda: leeway_scores(some),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for number in range(rounds + 1):  # the first one warms up
+        for name, run in cases.items():
+            started = time.process_time()
+            run()
+            if number:
+                seconds[name].append(time.process_time() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
 def resident(key: str) -> int:
     """A number of bytes from the kernel's account of this process."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -251,7 +290,7 @@ def resident(key: str) -> int:
 def main() -> None:
     """Prepare, or run one contender."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=["prepare", *CONTENDERS])
+    parser.add_argument("name", choices=["prepare", "saving", *CONTENDERS])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, default=151936)
@@ -260,6 +299,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.name == "prepare":
         prepare(arguments.folder, arguments.tokens, arguments.vocabulary, arguments.hidden)
+    elif arguments.name == "saving":
+        print(json.dumps(measure_saving(arguments.folder, arguments.vocabulary)))
     else:
         print(json.dumps(measure(arguments.name, arguments.folder, arguments.vocabulary)))
 
