@@ -35,7 +35,7 @@ from learner.head_chunk import (
     accumulate_gradients,
 )
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 384
 """Enough for matrix products to run at full speed; the buffer is this many rows of the vocabulary."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,6 +176,16 @@ def test_logits_far_above_or_below_the_first_ones_do_not_overflow(height: float)
     close(scores_only.scores.entropies, reference_head(hidden, head, targets).entropies, 1e-11)
 
 
+def test_logits_that_rise_from_tile_to_tile() -> None:
+    """The second tile lies within what exp may hold above the first, the third just beyond: both count."""
+    hidden, head, targets = problem(CHUNK + 3, torch.float64)
+    head.weight.mul_(0.1)
+    head.weight[:, 0] = torch.tensor([0.0, 39.0, 42.0, 40.0]).repeat_interleave(TILE)[:VOCABULARY]
+    hidden[:, 0] = torch.tensor([1.0, 0.5]).repeat(CHUNK)[: CHUNK + 3]
+    for loss in (top_weighted, with_entropy):
+        assert_equal_to_reference(hidden, head, replace(targets, temperatures=torch.ones(CHUNK + 3)), loss, 1e-11)
+
+
 def test_without_a_loss_there_are_only_scores() -> None:
     hidden, head, targets = problem(19, top=2)
     result, _ = fused(hidden, head, targets, None)
@@ -277,7 +288,7 @@ def test_the_same_inputs_give_the_same_bits() -> None:
 def test_what_is_not_finite_shows() -> None:
     hidden, head, targets = problem(CHUNK)
     hidden[2, 3] = math.nan
-    result, (hidden_gradient, _) = fused(hidden, head, targets, lambda _, scores: -scores.logprobs.sum())
+    result, (hidden_gradient, _) = fused(hidden, head, targets, lambda _, s: -(s.logprobs.detach() * s.logprobs).sum())
     assert result.loss is not None
     assert not result.loss.isfinite()
     assert result.scores.logprobs.isnan().nonzero().flatten().tolist() == [2]

@@ -140,7 +140,7 @@ PENALTIES = {"entropy_coefficient": 0.1, "reference_kl_coefficient": 0.1, "quadr
     ("make", "chosen"),
     [
         *((dense_model, {"algorithm": algorithm}) for algorithm in ALGORITHMS),
-        (dense_model, PENALTIES),
+        (dense_model, {**PENALTIES, "aggregation": "seq-mean-token-mean"}),
         (moe_model, {"routing_replay": True}),
     ],
     ids=str,
