@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inference_server.options import InferenceServerOptions
+from learner.loss_options import check_recorded_topk
 from learner.options import LearnerOptions
 from leeway.config import (
     Document,
@@ -122,6 +123,7 @@ def _check_together(configuration: RunConfiguration) -> None:
         )
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
+        check_recorded_topk(configuration.learner.training, configuration.sampling)
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):
