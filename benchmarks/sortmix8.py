@@ -2,8 +2,8 @@
 
     python -m benchmarks.sortmix8 --seeds 0 1 2 --staleness 2 0 --output build/sortmix8
 
-The same configuration throughout: only `run.seed` and `run.max_staleness` change, and runs follow each other on the same machine.
-A ratio compares the medians of two bounds; the quickstart's promise is checked for bound 2.
+The same configuration throughout: only `run.seed` and `run.max_staleness` change, and runs follow each other on the
+same machine. A ratio compares the medians of two bounds; the quickstart's promise is checked for bound 2.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def promise_kept(summaries: Sequence[dict[str, Any]]) -> bool:
         and all(summary["wall_seconds"] <= 240 for summary in summaries)
         and all(summary["stale_token_fraction"] >= 0.5 for summary in summaries)
     )
-    print(f"bound 2: held-out mean {statistics.fmean(after):.3f}, least {min(after):.3f}; promise {'kept' if kept else 'NOT kept'}")
+    verdict = "kept" if kept else "NOT kept"
+    print(f"bound 2: held-out mean {statistics.fmean(after):.3f}, least {min(after):.3f}; promise {verdict}")
     return kept
 
 

@@ -32,8 +32,8 @@ class GenerationEnd:
 class Engine(Protocol):
     """A sampler whose weights are replaced while it samples.
 
-    Every sampled token comes with the log-probability it was really sampled with and a version span. Token columns start at
-    the prompt's length; routing starts at token 0. Columns may come later than their tokens.
+    Every sampled token comes with the log-probability it was really sampled with and a version span. Token columns
+    start at the prompt's length; routing starts at token 0. Columns may come later than their tokens.
     """
 
     def info(self) -> EngineInfo:

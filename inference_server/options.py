@@ -9,8 +9,8 @@ from pydantic import Field
 from inference_server.engines.arithmetic import ArithmeticEngineOptions
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from inference_server.reward import RewardLimits
+from inference_server.rollout_worker import WorkerLimits
 from inference_server.trajectory_writer import WriterLimits
-from inference_server.worker import WorkerLimits
 from leeway.config import Options
 
 

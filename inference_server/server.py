@@ -21,11 +21,11 @@ from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
 from inference_server.options import InferenceServerOptions
 from inference_server.reward import RewardRunner
+from inference_server.rollout_worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
 from inference_server.text import HuggingFaceTokenizer, Tokenizer
 from inference_server.weight_receiver import WeightReceiver
-from inference_server.worker import RolloutWorker
 from leeway.arithmetic import ArithmeticTokenizer
 from leeway.config import (
     Document,

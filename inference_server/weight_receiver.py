@@ -6,7 +6,8 @@
 
 Two tasks: one watches, and opens the stream again when the learner restarts; one applies. An announcement that comes
 while another is applied waits; of several only the newest remains. What is being fetched is finished, so that a learner
-that publishes faster than this server fetches cannot starve it.
+that publishes faster than this server fetches cannot starve it; but not when the stream breaks: then its learner is
+gone, and the next one announces anew.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from inference_server.weight_fetcher import Announcement, WeightFetcher
 from leeway import codec
 from leeway.errors import DeadlineError, InvalidDataError, LeewayError, NotFoundError, UnavailableError
 from leeway.metrics import InferenceServerMetrics
-from leeway.rpc import Security, from_rpc_error, open_channel
-from leeway.types import ModelSignature, PolicyVersion
+from leeway.rpc import Security, cancel_and_wait, from_rpc_error, open_channel
+from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
@@ -83,6 +84,7 @@ class WeightReceiver:
         self._call: _Call | None = None
         self._newest: tuple[Announcement, float] | None = None  # with the time it came
         self._announced = asyncio.Event()
+        self._fetching: asyncio.Task[WeightSnapshot] | None = None
 
     async def run(self) -> None:
         """Watch and apply until cancelled.
@@ -134,6 +136,8 @@ class WeightReceiver:
         finally:
             self._call = None
             call.cancel()
+            if self._fetching is not None:
+                self._fetching.cancel()
 
     async def _answer(self, answer: policy_pb2.WatchPolicyRequest) -> None:
         """Tell the learner; if its stream is gone, the next one begins with an announcement again."""
@@ -149,7 +153,8 @@ class WeightReceiver:
         while True:
             await self._announced.wait()
             self._announced.clear()
-            if self._newest is not None:
+            # Without a stream the announcement is as dead as its learner; the next stream begins with another.
+            if self._newest is not None and self._call is not None:
                 await self._apply(*self._newest)
 
     async def _apply(self, announcement: Announcement, announced_at: float) -> None:
@@ -159,7 +164,7 @@ class WeightReceiver:
         try:
             self._policy.raise_fence(announcement.publisher_epoch)
             if version != self._policy.version:
-                snapshot = await self._fetcher.fetch(announcement)
+                snapshot = await self._fetch(announcement)
                 fetched_seconds = loop.time() - announced_at
                 paused_seconds = await self._policy.update(snapshot)
                 self._metrics.weight_pause_seconds.observe(paused_seconds)
@@ -184,6 +189,22 @@ class WeightReceiver:
                 )
             )
         )
+
+    async def _fetch(self, announcement: Announcement) -> WeightSnapshot:
+        """Fetch, for as long as the learner's stream lasts.
+
+        Raises:
+            NotFoundError: another version was announced, or will be: the stream broke.
+        """
+        self._fetching = asyncio.create_task(self._fetcher.fetch(announcement))
+        try:
+            await asyncio.wait([self._fetching])
+            if self._fetching.cancelled():
+                raise NotFoundError(f"the learner that announced {announcement.version} is gone")
+            return self._fetching.result()
+        finally:
+            await cancel_and_wait(self._fetching)
+            self._fetching = None
 
     async def _announce_again(self) -> None:
         """Come back to the newest announcement in a moment, or at once when there is a newer one."""

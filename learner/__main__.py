@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from learner.checkpoint import Checkpoint, CheckpointStore
 from learner.journal import Journal
 from learner.local_weights import LocalWeights
-from learner.loop import Learner, Parts
+from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
 from learner.loss_options import check_recorded_topk
 from learner.options import LearnerOptions
 from learner.publisher import Publisher
@@ -96,6 +96,8 @@ class LearnerProcess:
             if not learner.opened and not finished:
                 log.info("stopped before the run was open")
                 return
+            if stop.is_set():
+                buffer.patience_seconds = LAST_ANSWER_SECONDS
             status = await buffer.run_status()
             summary = summarize(journal.records, status, publisher.push_times.seconds)
             (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -35,6 +35,7 @@ from learner.trainer import StepResult, Trainer
 from leeway.config import EvaluationOptions
 from leeway.errors import DeadlineError, LeewayError
 from leeway.metrics import STALENESS_BUCKETS, LearnerMetrics
+from leeway.process import unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.types import Evaluation, PolicyVersion, RunSpec, TrajectoryGroup, WeightSnapshot
@@ -45,6 +46,8 @@ T = TypeVar("T")
 
 _LAST_EVALUATION_SECONDS: Final = 2.0
 """How long a stopping learner waits for an evaluation in flight."""
+LAST_ANSWER_SECONDS: Final = 3.0
+"""How long a stopping learner waits for an answer of the buffer, which may have stopped before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class Learner:
         self._branches: list[Branch] = list(restored.branches)
         self._checkpointed_step = restored.version.step
         self._evaluating: asyncio.Task[None] | None = None
+        self._stop = asyncio.Event()  # becomes the one that `run` is given
         elapsed = max((record["elapsed_seconds"] for record in journal.records), default=0.0)
         self._clock_started = time.monotonic() - elapsed
 
@@ -100,7 +104,8 @@ class Learner:
 
         However it ends, what was trained is in a durable, committed checkpoint.
         """
-        opened = await _unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
+        self._stop = stop
+        opened = await unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
         if opened is None:
             return False
         if opened.finished:
@@ -123,8 +128,9 @@ class Learner:
             if stop.is_set():
                 return await self._stop_early()
         await self._checkpoint()
-        await self._finish_evaluation()
-        await self._parts.buffer.finish_run(self._epoch)
+        if not await self._finish_evaluation():
+            return await self._stop_early()
+        await self._answered(self._parts.buffer.finish_run(self._epoch))
         return True
 
     async def _draw(self, step: int, stop: asyncio.Event) -> list[TrajectoryGroup] | None:
@@ -132,7 +138,7 @@ class Learner:
         began = time.monotonic()
         draw = self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
         try:
-            groups = await _unless_stopped(stop, draw)
+            groups = await unless_stopped(stop, draw)
         except DeadlineError as error:
             raise DeadlineError(await self._name_blocker(step)) from error
         self._batch_wait_seconds = time.monotonic() - began
@@ -158,7 +164,7 @@ class Learner:
         except UnusableGroupError as error:
             log.error("group %s is set aside: %s", error.group_id, error.message)
             self._parts.metrics.rejected_groups.inc()
-            await self._parts.buffer.reject_group(self._epoch, error.group_id, error.message)
+            await self._answered(self._parts.buffer.reject_group(self._epoch, error.group_id, error.message))
             return False
         step_seconds = time.monotonic() - began
         staleness = token_staleness(groups, self._head.step, self._branches)
@@ -198,7 +204,7 @@ class Learner:
     async def _advance(self, step: int) -> None:
         manifest, buffers = await asyncio.to_thread(self._parts.trainer.published)
         version = PolicyVersion(self._spec.run, self._epoch, step, weights_digest(manifest))
-        await self._parts.buffer.advance(self._epoch, version, self._head)
+        await self._answered(self._parts.buffer.advance(self._epoch, version, self._head))
         self._head = version
         self._snapshot = WeightSnapshot(version, self._epoch, manifest, buffers)
 
@@ -231,7 +237,7 @@ class Learner:
             self._parts.checkpoints.save, self._head, self._ledger, self._branches, self._parts.trainer.save
         )
         self._checkpointed_step = self._head.step
-        await self._parts.buffer.commit(self._epoch, self._head.step)
+        await self._answered(self._parts.buffer.commit(self._epoch, self._head.step))
         self._ledger = []
         self._parts.metrics.checkpoint_seconds.observe(time.monotonic() - began)
 
@@ -257,7 +263,8 @@ class Learner:
             return
         if any(record["kind"] == "evaluation" and record["step"] == step for record in self._journal.records):
             return
-        await self._finish_evaluation()
+        if not await self._finish_evaluation():
+            return
         evaluation = Evaluation(
             evaluation_id=f"{self._head.epoch}.{step}",
             version=self._head,
@@ -266,7 +273,7 @@ class Learner:
             sampling=self._spec.sampling,
         )
         self._parts.publisher.hold()
-        await self._parts.buffer.create_evaluation(self._epoch, evaluation)
+        await self._answered(self._parts.buffer.create_evaluation(self._epoch, evaluation))
         self._evaluating = asyncio.create_task(self._evaluate(evaluation))
 
     async def _evaluate(self, evaluation: Evaluation) -> None:
@@ -301,24 +308,39 @@ class Learner:
             }
         )
 
-    async def _finish_evaluation(self) -> None:
+    async def _finish_evaluation(self) -> bool:
+        """Wait for the evaluation in flight; false when a stop comes first."""
         if self._evaluating is not None:
-            await self._evaluating
+            if await unless_stopped(self._stop, _ended(self._evaluating)) is None:
+                return False
             self._evaluating = None
+        return True
+
+    async def _answered(self, call: Coroutine[Any, Any, None]) -> None:
+        """Wait for an answer of the buffer, but not for long once a stop is asked for.
+
+        Raises:
+            DeadlineError: the buffer is gone as well. Nothing beyond the newest checkpoint counts.
+        """
+        answer, stopping = asyncio.create_task(call), asyncio.create_task(self._stop.wait())
+        await asyncio.wait([answer, stopping], return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        _, waiting = await asyncio.wait([answer], timeout=LAST_ANSWER_SECONDS)
+        if waiting:
+            await cancel_and_wait(answer)
+            raise DeadlineError(
+                f"stopped without an answer of the replay buffer at {self._parts.buffer.address}; "
+                f"the run goes on from its checkpoint of step {self._checkpointed_step}"
+            )
+        answer.result()
 
     def _record(self, record: dict[str, Any]) -> None:
         self._journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
 
 
-async def _unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None when `stop` comes first."""
-    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
-    await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if working.done():
-        return working.result()
-    await cancel_and_wait(working)
-    return None
+async def _ended(task: asyncio.Task[None]) -> bool:
+    await asyncio.wait([task])
+    return True
 
 
 def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:

@@ -2,14 +2,14 @@
 
 The learner's one module that imports transformers.
 
-Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorded candidates per target.
+Shape legend: R rows, W width, D hidden size, V vocabulary, N targets, K recorded candidates per target, S trajectories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.fused_head import fused_head
 from learner.head import Head, Targets, TokenLoss, TokenScores
+from learner.load_balancing import RouterLogits, load_balancing_losses
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
 from learner.reference_head import scores_of_logits
@@ -29,7 +30,7 @@ from leeway.errors import ConfigError
 HeadImplementation = Literal["fused", "reference"]
 
 
-def _nothing() -> None:
+def _nothing(_further: Tensor | None) -> None:
     """There is no gradient to add."""
 
 
@@ -40,7 +41,9 @@ class Scores(TokenScores):
     Log-probs have a gradient of their own only from the reference head.
     """
 
-    backward: Callable[[], None] = _nothing  # adds the gradient of the loss that was given to the parameters'
+    load_balancing: Tensor | None = None  # [S] float32 of each trajectory, with gradient; None where not wished
+    backward: Callable[[Tensor | None], None] = _nothing
+    """Adds the gradient of the loss that was given, and of a further scalar, to the parameters'; once."""
 
 
 class PolicyModel:
@@ -53,14 +56,17 @@ class PolicyModel:
         routing_replay: bool,
         gradient_checkpointing: bool,
         head: HeadImplementation = "reference",
+        load_balancing: bool = False,
     ) -> None:
         """Wrap a model; it is changed in place.
 
         Raises:
-            ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce.
+            ConfigError: the model computes logits or attention in a way that packed scoring would not reproduce, or
+                has no load-balancing loss where it is wished.
         """
         self.model = model.eval()
         self._replay = RoutingReplay(model) if routing_replay else None
+        self._router_logits = RouterLogits(model) if load_balancing else None
         self._head = cast("nn.Module", model.get_output_embeddings())
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
         if cast("Any", model.config)._attn_implementation != "sdpa":
@@ -94,22 +100,23 @@ class PolicyModel:
                 its scores have none.
         """
         with self._replaying(batch):
-            hidden = self._hidden(batch)[torch.from_numpy(batch.target_places)]  # [N, D]
+            places, load_balancing = self._forward(batch)  # [R * W, D], [S]
+            hidden = places[torch.from_numpy(batch.target_places)]  # [N, D]
             targets = Targets(
                 token_ids=torch.from_numpy(batch.target_token_ids),
                 temperatures=torch.from_numpy(batch.temperatures),
                 topk_token_ids=None if batch.topk_token_ids is None else torch.from_numpy(batch.topk_token_ids),
             )
-            yield self._fused_scores(hidden, targets, loss) if self._fused else self._scores(hidden, targets, loss)
+            scores = self._fused_scores(hidden, targets, loss) if self._fused else self._scores(hidden, targets, loss)
+            yield replace(scores, load_balancing=load_balancing)
 
     def _scores(self, hidden: Tensor, targets: Targets, loss: TokenLoss | None) -> Scores:
         scores = scores_of_logits(self._head(hidden).float(), targets)
 
-        def backward() -> None:
-            if loss is not None:
-                loss(slice(None), scores).backward()  # pyright: ignore[reportUnknownMemberType]
+        def backward(further: Tensor | None) -> None:
+            _backward([] if loss is None else [(loss(slice(None), scores), None)], further)
 
-        return Scores(scores.logprobs, scores.entropies.detach(), scores.topk_logprobs, backward)
+        return Scores(scores.logprobs, scores.entropies.detach(), scores.topk_logprobs, backward=backward)
 
     def _fused_scores(self, hidden: Tensor, targets: Targets, loss: TokenLoss | None) -> Scores:
         linear = cast("nn.Linear", self._head)
@@ -125,19 +132,29 @@ class PolicyModel:
             bias_gradient=bias_gradient,
         )
 
-        def backward() -> None:
+        def backward(further: Tensor | None) -> None:
             _add_gradient(linear.weight, weight_gradient)
             _add_gradient(bias, bias_gradient)
-            if result.gradients is not None and hidden.requires_grad:
-                hidden.backward(result.gradients.hidden.to(hidden.dtype))
+            gradients = result.gradients
+            _backward([] if gradients is None else [(hidden, gradients.hidden.to(hidden.dtype))], further)
 
         scores = result.scores
-        return Scores(scores.logprobs, scores.entropies, scores.topk_logprobs, backward)
+        return Scores(scores.logprobs, scores.entropies, scores.topk_logprobs, backward=backward)
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
             return nullcontext()
         return self._replay.active(torch.from_numpy(batch.routing), torch.from_numpy(batch.routed))
+
+    def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of every place, and the load-balancing loss of every trajectory where it is wished."""
+        if self._router_logits is None:
+            return self._hidden(batch), None
+        with self._router_logits.kept() as logits:
+            hidden = self._hidden(batch)
+        sequences, count = batch.place_sequences()
+        experts_per_token = self._router_logits.experts_per_token
+        return hidden, load_balancing_losses(logits.values(), torch.from_numpy(sequences), count, experts_per_token)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         # A row with one trajectory needs no mask: plain causal attention never looks at the padding behind it.
@@ -197,6 +214,15 @@ def _add_gradient(parameter: Tensor | None, gradient: Tensor | None) -> None:
         parameter.grad = gradient.to(parameter.dtype)
     else:
         parameter.grad += gradient
+
+
+def _backward(roots: list[tuple[Tensor, Tensor | None]], further: Tensor | None) -> None:
+    """One backward pass from tensors with their gradients and from a further scalar, over the graph they share."""
+    if further is not None:
+        roots = [*roots, (further, None)]
+    roots = [(root, gradient) for root, gradient in roots if root.requires_grad]
+    if roots:
+        torch.autograd.backward([root for root, _ in roots], [gradient for _, gradient in roots])
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

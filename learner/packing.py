@@ -51,6 +51,17 @@ class MicroBatch:
     def num_targets(self) -> int:
         return int(self.target_token_ids.shape[0])
 
+    def place_sequences(self) -> tuple[Int64Array, int]:
+        """[R * W] which trajectory of this micro-batch a place belongs to, -1 at padding; and how many there are.
+
+        Example:
+            segments [[0, 0, 1], [0, -1, -1]]: [0, 0, 1, 2, -1, -1] of 3.
+        """
+        per_row = self.segment_ids.max(axis=1).astype(np.int64) + 1
+        before = np.cumsum(per_row) - per_row
+        sequences = np.where(self.segment_ids == PADDING_SEGMENT, -1, self.segment_ids + before[:, None])
+        return sequences.reshape(-1), int(per_row.sum())
+
 
 def pack_rows(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
     """First-fit decreasing: each sequence goes into the first row with room, longest first; ties keep their order.

@@ -1,23 +1,28 @@
 """R3, rollout routing replay: train a mixture of experts with the choices that the engine made (arXiv 2510.11370).
 
-Only the indices are replaced. Gates come from the live router's dense softmax at the replayed experts, renormalised
-as the model does, so gradient reaches the router:
+Only the indices i are replaced. Gates g come from the live router's logits z, as each family makes them from its own
+choice, so gradient reaches the router:
 
-    native:  p = softmax(router logits), i = top-k(p), g = p[i] / sum p[i]
-    replay:  p = softmax(router logits), i = recorded, g = p[i] / sum p[i]
+    Qwen3-MoE    p = softmax(z) in float32,  g = p[i], divided by sum p[i] where norm_topk_prob
+    Mixtral      the same, always divided; equal to softmax(z[i]), softmax after top-k
+    DeepSeek-V3  p = sigmoid(z) without the correction bias,  g = c p[i], p[i] divided by its sum where norm_topk_prob
+
+    native: i = the router's top k    replay: i = recorded
+
+DeepSeek-V3's groups and correction bias decide which experts are chosen, never their gates; c is its
+routed_scaling_factor. The logits pass unchanged, so a load-balancing loss sees the native choice.
 
 A forward hook on each router replaces its output. It finds its layer by the module it hangs on, and it fires again when
 gradient checkpointing recomputes a layer, with the same indices, as long as the replay is active: keep it active
 through the backward pass. Tokens without a record (the last token of a trajectory, padding) are routed natively.
 
-A router family is one function in `_GATES`, under the name of its Hugging Face class.
+A router family is one function in `_GATES`, under the name of its Hugging Face class, and one row in leeway.moe.
 
 Shape legend: P places of a micro-batch, L MoE layers, k experts per token, E experts, n tokens of a trajectory.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import cast
@@ -26,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from leeway import moe
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
 from leeway.types import ModelSignature, Trajectory
 
@@ -39,7 +45,31 @@ def _softmax_before_topk(router: nn.Module, logits: Tensor, experts: Tensor) -> 
     return gates / gates.sum(dim=-1, keepdim=True) if router.norm_topk_prob else gates
 
 
+def _softmax_after_topk(router: nn.Module, logits: Tensor, experts: Tensor) -> Tensor:
+    """[P, k] softmax(z[i]), computed as the model does: p[i] / sum p[i].
+
+    Example:
+        z = [0, 1, 3], i = [2, 0]: g = softmax([3, 0]) = [.9526, .0474].
+    """
+    gates = torch.softmax(logits.float(), dim=-1).gather(-1, experts)
+    return gates / gates.sum(dim=-1, keepdim=True)
+
+
+def _scaled_sigmoid(router: nn.Module, logits: Tensor, experts: Tensor) -> Tensor:
+    """[P, k] gates of a sigmoid router whose bias takes part in the choice only.
+
+    Example:
+        z = [0, 2, -1], i = [0, 1], c = 2.5: p[i] = [.5, .8808], g = 2.5 p[i] / 1.3808 = [.9053, 1.5947].
+    """
+    gates = logits.sigmoid().gather(-1, experts)
+    if router.norm_topk_prob:
+        gates = gates / (gates.sum(dim=-1, keepdim=True) + 1e-20)
+    return gates * cast("float", router.routed_scaling_factor)
+
+
 _GATES: dict[str, Gates] = {
+    "DeepseekV3TopkRouter": _scaled_sigmoid,
+    "MixtralTopKRouter": _softmax_after_topk,
     "Qwen3MoeTopKRouter": _softmax_before_topk,
 }
 
@@ -103,14 +133,8 @@ class RoutingReplay:
 
 def find_routers(model: nn.Module) -> list[tuple[nn.Module, Gates]]:
     """The model's routers in the order of their layers' numbers, each with the law of its gates."""
-    found: list[tuple[list[int], nn.Module, Gates]] = []
-    for name, module in cast("Iterable[tuple[str, nn.Module]]", model.named_modules()):
-        for ancestor in type(module).__mro__:
-            if ancestor.__name__ in _GATES:
-                layer_numbers = [int(number) for number in re.findall(r"\d+", name)]
-                found.append((layer_numbers, module, _GATES[ancestor.__name__]))
-                break
-    return [(module, gates) for _, module, gates in sorted(found, key=lambda item: item[0])]
+    named_modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
+    return [(router, _GATES[family]) for family, router in moe.find_routers(named_modules)]
 
 
 def check_routing(trajectory: Trajectory, signature: ModelSignature) -> None:
@@ -137,8 +161,13 @@ def check_routing(trajectory: Trajectory, signature: ModelSignature) -> None:
         )
     if routing.size == 0:
         return
-    if int(routing.max()) >= signature.experts:
-        raise InvalidDataError(f"{name} was routed to expert {int(routing.max())} of a model with {signature.experts}")
+    outside = (routing < 0) | (routing >= signature.experts)
+    if outside.any():
+        token, layer, slot = (int(place) for place in np.argwhere(outside)[0])
+        raise InvalidDataError(
+            f"{name}: token {token} was routed to expert {int(routing[token, layer, slot])} of a model with "
+            f"{signature.experts} in MoE layer {layer}; it was recorded with another model"
+        )
     ordered = np.sort(routing, axis=-1)
     repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
     if repeated.any():

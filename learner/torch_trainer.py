@@ -6,8 +6,8 @@
     statistics <────────────────────────── AdamW <────────────────── finite? <─────────────────────────┘
 
 Losses are weighted by the whole step's counts, so micro-batches add up to the batch. Trajectories whose advantage is
-zero have a gradient of zero, unless the loss has penalties: they are scored for the statistics and skip the backward
-pass. Nothing moves until every loss and the gradient are known to be finite. Computes in float32.
+zero have a gradient of zero, unless the loss has penalties or routers are balanced: they are scored for the statistics
+and skip the backward pass. Nothing moves until every loss and the gradient are known to be finite. Computes in float32.
 
 Shape legend: N trajectories of a step, T their trained tokens.
 """
@@ -49,7 +49,15 @@ from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
-from leeway.huggingface import load_model, load_tokenizer, model_signature, published_tensors, save_model, tensor_bytes
+from leeway.huggingface import (
+    load_model,
+    load_tokenizer,
+    model_signature,
+    published_tensors,
+    save_model,
+    tensor_bytes,
+    tensor_dtype_name,
+)
 from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
 
@@ -89,6 +97,7 @@ class _ScoredTokens:
     values: TokenValues
     terms: TokenTerms
     entropies: Tensor
+    load_balancing: float = 0.0  # this micro-batch's share of the step's mean
 
 
 class TorchTrainer:
@@ -140,17 +149,18 @@ class TorchTrainer:
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
             head=options.head,
+            load_balancing=options.load_balancing > 0,
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,))
 
     def published(self) -> tuple[WeightManifest, list[bytes]]:
-        dtype = self._options.publish_dtype
-        tensors = [
-            (name, tuple(tensor.shape), tensor_bytes(tensor))
-            for name, tensor in published_tensors(self._policy.model, dtype)
+        tensors = published_tensors(self._policy.model, self._options.publish_dtype)
+        buffers = [tensor_bytes(tensor) for _, tensor in tensors]
+        entries = [
+            tensor_entry(name, tensor_dtype_name(tensor), tuple(tensor.shape), data)
+            for (name, tensor), data in zip(tensors, buffers, strict=True)
         ]
-        manifest = WeightManifest(tuple(tensor_entry(name, dtype, shape, data) for name, shape, data in tensors))
-        return manifest, [data for _, _, data in tensors]
+        return WeightManifest(tuple(entries)), buffers
 
     def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
         batch = self._prepare(step, groups, branches)
@@ -172,6 +182,7 @@ class TorchTrainer:
                 "learning_rate": learning_rate,
                 **batch.statistics,
                 **_token_statistics(scored),
+                **self._router_statistics(scored),
                 **self._loss.observed([(part.values, part.terms) for part in scored]),
             },
             policy_logprobs=_policy_logprobs(batch, scored),
@@ -248,8 +259,8 @@ class TorchTrainer:
             check_candidates(trajectory, self.signature, self._loss.topk)
 
     def _has_gradient(self, batch: _StepBatch) -> NDArray[np.bool_]:
-        """[N] whether a trajectory can have one: penalties act on tokens without advantage too."""
-        return batch.advantages.astype(bool) | self._loss.penalties.active
+        """[N] whether a trajectory can have one: penalties and balancing act on tokens without advantage too."""
+        return batch.advantages.astype(bool) | self._loss.penalties.active | (self._options.load_balancing > 0)
 
     def _parts(
         self, batch: _StepBatch, has_gradient: NDArray[np.bool_], chosen: NDArray[np.bool_] | None = None
@@ -337,9 +348,21 @@ class TorchTrainer:
             tokens = tokens_at(slice(None), scores.detached())
             losses, terms = self._loss.losses(tokens)
             self._require_finite(batch, sequences, losses)
+            further, load_balancing = None, 0.0
+            if scores.load_balancing is not None:
+                mean = scores.load_balancing.sum() / len(batch.trajectories)
+                further, load_balancing = self._options.load_balancing * mean, float(mean.detach())
             if part.with_gradient:
-                scores.backward()
-        return _ScoredTokens((losses * weights).sum(), sequences, token_values(tokens), terms, scores.entropies)
+                scores.backward(further)
+        loss = (losses * weights).sum()
+        if further is not None:
+            loss = loss + further.detach()
+        return _ScoredTokens(loss, sequences, token_values(tokens), terms, scores.entropies, load_balancing)
+
+    def _router_statistics(self, scored: Sequence[_ScoredTokens]) -> dict[str, float]:
+        if self._options.load_balancing == 0:
+            return {}
+        return {"load_balancing_loss": sum(part.load_balancing for part in scored)}
 
     def _require_finite(self, batch: _StepBatch, sequences: Tensor, losses: Tensor) -> None:
         finite = torch.isfinite(losses)

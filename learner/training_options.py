@@ -57,6 +57,12 @@ class TrainingOptions(LossOptions):
         "autograd over all of a micro-batch's logits, which gives the same numbers",
     )
     routing_replay: bool = Field(default=False, description="R3: train with the expert choices that the engine made")
+    load_balancing: float = Field(
+        default=0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="coefficient of the routers' load-balancing loss, for Qwen3-MoE and Mixtral; 0 for none",
+    )
     publish_dtype: Literal["bfloat16", "float16", "float32"] = Field(
         default="bfloat16", description="precision of the weights that are sent to inference servers"
     )

@@ -8,6 +8,9 @@ in two parameters; here they are views, one per expert and projection (E experts
 
     experts.gate_up_proj [E, 2I, H]  ->  experts.{e}.gate_proj.weight [I, H],  experts.{e}.up_proj.weight [I, H]
     experts.down_proj    [E, H, I]   ->  experts.{e}.down_proj.weight [H, I]
+
+Mixtral's are block_sparse_moe.experts.{e}.w1, .w3 and .w2. What a model keeps in float32 whatever it computes in, such
+as the correction bias of DeepSeek-V3's routers, is published in float32.
 """
 
 from __future__ import annotations
@@ -29,10 +32,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from leeway.dtypes import element_size_bytes
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
+from leeway.moe import FAMILIES, checkpoint_name, moe_shape
 from leeway.types import ModelSignature
-
-# Architectures whose checkpoints name experts as the module's docstring says.
-_FUSED_MODEL_TYPES: Final = ("qwen2_moe", "qwen3_moe", "olmoe")
 
 _TORCH_DTYPE: Final = {
     "uint8": torch.uint8,
@@ -154,23 +155,14 @@ def model_signature(path: Path) -> ModelSignature:
         config = cast("Any", AutoConfig).from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path / 'config.json'} cannot be used: {_one_line(error)}") from error
-    num_experts = int(getattr(config, "num_experts", 0) or 0)
-    moe_layers = (
-        _num_moe_layers(
-            int(config.num_hidden_layers),
-            frozenset(getattr(config, "mlp_only_layers", None) or ()),
-            int(getattr(config, "decoder_sparse_step", 1)),
-        )
-        if num_experts
-        else 0
-    )
+    moe = moe_shape(config)
     return ModelSignature(
         model_digest=hashlib.sha256(_canonical(raw, _NON_FUNCTIONAL_CONFIG_KEYS)).digest(),
         tokenizer_digest=_tokenizer_digest(path),
         vocab_size=int(config.vocab_size),
-        moe_layers=moe_layers,
-        experts=num_experts if moe_layers else 0,
-        experts_per_token=int(config.num_experts_per_tok) if moe_layers else 0,
+        moe_layers=moe.layers,
+        experts=moe.experts,
+        experts_per_token=moe.experts_per_token,
         context_length=int(config.max_position_embeddings),
     )
 
@@ -178,7 +170,8 @@ def model_signature(path: Path) -> ModelSignature:
 def published_tensors(model: PreTrainedModel, dtype_name: str) -> list[tuple[str, torch.Tensor]]:
     """The weights as they are published: contiguous CPU copies or views of type `dtype_name`, in byte order of name.
 
-    Names are those of a Hugging Face checkpoint, one tensor per expert, tied weights once.
+    Names are those of a Hugging Face checkpoint, one tensor per expert, tied weights once. What the model keeps in
+    float32 at a smaller type stays in float32.
 
     Raises:
         ConfigError: the architecture fuses experts in a way that is not known here.
@@ -186,7 +179,7 @@ def published_tensors(model: PreTrainedModel, dtype_name: str) -> list[tuple[str
     dtype = torch_dtype(dtype_name)
     views = _published_views(model)
     return [
-        (name, views[name].detach().to(device="cpu", dtype=dtype).contiguous())
+        (name, views[name].detach().to(device="cpu", dtype=_published_dtype(model, name, dtype)).contiguous())
         for name in sorted(views, key=lambda name: name.encode())
     ]
 
@@ -223,6 +216,11 @@ def load_published(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor]) 
     check_published(model, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     for name, view in _published_views(model).items():
         view.copy_(tensors[name])
+
+
+def tensor_dtype_name(tensor: torch.Tensor) -> str:
+    """The name in leeway.dtypes of a tensor's element type."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -280,32 +278,36 @@ def _published_views(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def _unfused(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """The published views of one parameter: itself, or one per expert and projection."""
+    model_type = model.config.model_type
     prefix, _, last = name.rpartition(".")
     if not prefix.endswith(".experts") or tensor.dim() != 3:
-        yield name, tensor
+        yield checkpoint_name(model_type, name), tensor
         return
-    if model.config.model_type not in _FUSED_MODEL_TYPES or last not in ("gate_up_proj", "down_proj"):
+    family = FAMILIES.get(model_type)
+    if family is None or last not in ("gate_up_proj", "down_proj"):
         raise ConfigError(
-            f"the checkpoint names of {model.config.model_type}'s fused {name} are not known; "
-            f"models with fused experts that can be published: {', '.join(_FUSED_MODEL_TYPES)}"
+            f"the checkpoint names of {model_type}'s fused {name} are not known; "
+            f"models with fused experts that can be published: {', '.join(FAMILIES)}"
         )
+    prefix = checkpoint_name(model_type, prefix)
+    gate_proj, up_proj, down_proj = family.projections
     for expert in range(tensor.shape[0]):
         if last == "down_proj":
-            yield f"{prefix}.{expert}.down_proj.weight", tensor[expert]
+            yield f"{prefix}.{expert}.{down_proj}.weight", tensor[expert]
         else:
             gate, up = tensor[expert].chunk(2, dim=0)
-            yield f"{prefix}.{expert}.gate_proj.weight", gate
-            yield f"{prefix}.{expert}.up_proj.weight", up
+            yield f"{prefix}.{expert}.{gate_proj}.weight", gate
+            yield f"{prefix}.{expert}.{up_proj}.weight", up
+
+
+def _published_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    kept = cast("Iterable[str]", getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    return torch.float32 if dtype.itemsize < 4 and not set(kept).isdisjoint(name.split(".")) else dtype
 
 
 def _tied_names(model: PreTrainedModel) -> set[str]:
     """Names that share another name's weights and are not published."""
     return set(cast("Any", model).all_tied_weights_keys or ())
-
-
-def _num_moe_layers(num_layers: int, dense: frozenset[int], every: int) -> int:
-    """Layers with experts, by the rule of transformers' Qwen MoE models."""
-    return sum(layer not in dense and (layer + 1) % every == 0 for layer in range(num_layers))
 
 
 def _tokenizer_digest(path: Path) -> bytes:

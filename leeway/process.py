@@ -2,7 +2,7 @@
 
 SIGTERM and SIGINT set the stop event that `main` watches; a clean stop follows. A second signal ends the process at
 once. A LeewayError ends it with one line on stderr: exit code 2 where a restart would meet the same error
-(configuration, precondition), 1 where it may not. A supervisor restarts on any code but 0 and 2.
+(configuration, precondition, corrupt data), 1 where it may not. A supervisor restarts on any code but 0 and 2.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import asyncio
 import logging
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
-from leeway.errors import ConfigError, LeewayError, PreconditionError
+from leeway.errors import ConfigError, CorruptDataError, LeewayError, PreconditionError
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_REFUSED: Final = 2
 
+T = TypeVar("T")
 Main = Callable[[asyncio.Event], Awaitable[None]]
 
 
@@ -69,7 +70,7 @@ def serve(service: str, main: Main, arguments: argparse.Namespace) -> int:
 
 def exit_code(error: LeewayError) -> int:
     """2 for what a restart cannot mend, 1 otherwise."""
-    return EXIT_REFUSED if isinstance(error, (ConfigError, PreconditionError)) else EXIT_FAILED
+    return EXIT_REFUSED if isinstance(error, (ConfigError, PreconditionError, CorruptDataError)) else EXIT_FAILED
 
 
 def report_error(service: str, error: LeewayError) -> int:
@@ -106,6 +107,18 @@ class _StopAtEnd(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop.set()
+
+
+async def unless_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None when `stop` comes first; `work` is cancelled then."""
+    working, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([working, stopping], return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        for task in (working, stopping):
+            task.cancel()
+        await asyncio.wait([working, stopping])
 
 
 def _report(service: str, errors: list[LeewayError]) -> int:

@@ -12,8 +12,8 @@ import asyncio
 import ipaddress
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -278,12 +278,13 @@ def _unary(behavior: Callable[[Any, _Context], Awaitable[Any]]) -> Callable[[Any
 
 
 def _streaming(
-    behavior: Callable[[Any, _Context], AsyncIterator[Any]],
+    behavior: Callable[[Any, _Context], AsyncGenerator[Any]],
 ) -> Callable[[Any, _Context], AsyncIterator[object]]:
     async def call(request: object, context: _Context) -> AsyncIterator[object]:
         try:
-            async for response in behavior(request, context):
-                yield response
+            async with aclosing(behavior(request, context)) as responses:  # also when the call is cancelled at a yield
+                async for response in responses:
+                    yield response
         except LeewayError as error:
             await context.abort_with_status(_status_of(error))
 

@@ -17,7 +17,7 @@ from leeway.rpc import Security, start_server
 from replay_buffer.buffer import ReplayBuffer, free_bytes_of
 from replay_buffer.log import Log, LogOptions
 from replay_buffer.metrics import observer
-from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.options import ReplayBufferOptions, read_options
 from replay_buffer.service import SERVICE_NAME, ReplayService
 
 log = logging.getLogger("replay_buffer")
@@ -82,7 +82,7 @@ def main(arguments: Namespace) -> int:
         document = load_document(arguments.config, arguments.overrides)
         network = section(document, "network", NetworkOptions)
         metrics_options = section(document, "metrics", MetricsOptions)
-        options = section(document, "replay_buffer", ReplayBufferOptions)
+        options = read_options(document)
         security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
     except LeewayError as error:
         return report_error("replay_buffer", error)

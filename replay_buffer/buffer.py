@@ -8,7 +8,7 @@
     JoinRun                       the run                            OpenRun
     AcquireTickets                work: admission, a lapsed loan     Advance, OpenRun, drops, failures, the lease timer,
                                                                      the same server asking at a newer version
-    DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun
+    DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun, the lease timer
     every answer                  the log up to what it shows        fsync
 
 Nothing is read into memory but the index; chunks stay in the log.
@@ -57,7 +57,7 @@ from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
 from replay_buffer.signals import Signal
 from replay_buffer.state import Group, Location, RunState
-from replay_buffer.tickets import TicketOffice, decide_expired
+from replay_buffer.tickets import Expired, Server, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
     RunOpened,
@@ -78,6 +78,7 @@ class _Run:
 
     state: RunState
     leases: Leases
+    capacities: dict[str, int] = field(default_factory=dict[str, int])  # most members each server asked for at once
     work: Signal = field(default_factory=Signal)  # tickets may have become available
     results: Signal = field(default_factory=Signal)  # a group is ready or has ended
     asked: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
@@ -179,7 +180,7 @@ class ReplayBuffer:
         """
         run, began = self._run(name), self._now()
         while (batch := drawn_batch(run.state, epoch, step)) is None:
-            drawn = decide_draw(run.state, epoch, step)
+            drawn = decide_draw(run.state, epoch, step, self._expired(run))
             if drawn is not None:
                 self._record(name, drawn)
             elif not await run.results.wait(deadline):
@@ -269,16 +270,11 @@ class ReplayBuffer:
         if asked_at > run.asked.get(server_id, asked_at):
             run.work.notify()
         run.asked[server_id] = max(asked_at, run.asked.get(server_id, asked_at))
+        run.capacities[server_id] = max(max_members, run.capacities.get(server_id, 0))
         while not run.state.finished:
             self._check_soft_mark()
-            now = self._now()
-            office = TicketOffice(
-                run.state,
-                server_id,
-                version,
-                lambda group_id, now=now: run.leases.expired(group_id, now),
-                self._options.lease_seconds,
-            )
+            server = Server(server_id, version, run.capacities[server_id])
+            office = TicketOffice(run.state, server, self._expired(run), self._options.lease_seconds)
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
@@ -388,11 +384,15 @@ class ReplayBuffer:
         self._apply(record, location)
         run = self._runs[name]
         match transition:
-            case ChunkWritten() | StepsCommitted():
+            case StepsCommitted():
                 return
+            case ChunkWritten():
+                if transition.versions:
+                    run.results.notify()  # now that its tokens are known, the group may not be due yet
             case TicketIssued():
                 run.leases.renew(transition.ticket.group_id, self._now())
                 self._arm_lease_timer()
+                run.results.notify()
             case TrajectoryClosed():
                 found = run.state.find(transition.trajectory_id)
                 if found is not None and found[0].state is not GroupState.OPEN:
@@ -437,8 +437,10 @@ class ReplayBuffer:
 
     def _check_soft_mark(self) -> None:
         directory, wanted = self._options.directory, self._options.soft_free_bytes
+        if self._log.stalled:
+            raise ExhaustedError(f"{directory}: the disk is full; no new work is given out until there is room")
         free = self._free_bytes(directory)
-        if free < wanted or self._log.stalled:
+        if free < wanted:
             raise ExhaustedError(
                 f"{directory}: {free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
                 "no new work is given out until there is room"
@@ -461,10 +463,14 @@ class ReplayBuffer:
         self._arm_lease_timer()
 
     def _drop_expired(self, run: _Run) -> None:
-        now = self._now()
-        for drop in decide_expired(run.state, lambda group_id: run.leases.expired(group_id, now)):
+        for drop in decide_expired(run.state, self._expired(run)):
             self._record(run.state.spec.run, drop)
         run.work.notify()
+        run.results.notify()  # a draw waits for nobody whose lease ran out
+
+    def _expired(self, run: _Run) -> Expired:
+        now = self._now()
+        return lambda group_id: run.leases.expired(group_id, now)
 
     @staticmethod
     def _now() -> float:

@@ -2,18 +2,24 @@
 
     READY groups inside the window ── earliest deadline first ──> batch of step h + 1, checked against the head h
 
-The window is anchored at the oldest group that is still OPEN and spans (S + 1) * B groups in the order of issue.
-Younger groups wait, so that a long rollout is waited for within bounds instead of being overtaken for ever. READY
-groups older than the anchor can always be drawn, hence the window never locks.
+A long rollout is waited for within bounds instead of being overtaken for ever, as long as a server is at work on it:
+
+    due       at its deadline (D = h), until it is ready: it would be too old for every later step, the others not
+    window    groups that were issued (S + 1) * B or more after the oldest one at work wait for it
+
+Both bounds end with the rollout's lease, so a dead server holds nothing up for longer.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.types import DropReason, GroupState, Purpose
 from replay_buffer.admission import deadline
 from replay_buffer.lifecycle import check_epoch, check_live
 from replay_buffer.state import Batch, Group, RunState
+from replay_buffer.tickets import Expired
 from replay_buffer.transitions import BatchDrawn, GroupsDropped
 
 
@@ -36,7 +42,7 @@ def drawn_batch(run: RunState, epoch: int, step: int) -> Batch | None:
     return batch
 
 
-def decide_draw(run: RunState, epoch: int, step: int) -> BatchDrawn | None:
+def decide_draw(run: RunState, epoch: int, step: int, expired: Expired) -> BatchDrawn | None:
     """A batch for a step that has none, or one in place of one that lost groups; None while groups are missing."""
     batch = run.batches.get(step)
     # What is left of an earlier draw keeps its place, so that the other ranks' slices stand.
@@ -45,25 +51,41 @@ def decide_draw(run: RunState, epoch: int, step: int) -> BatchDrawn | None:
         [None] * run.spec.groups_per_step
     )
     wanted = places.count(None)
-    chosen = _earliest_deadlines(run)[:wanted]
+    at_work = [group for group in run.live.values() if _is_at_work(group, expired)]
+    chosen = _ready(run, at_work)[:wanted]
     if len(chosen) < wanted:
         return None
-    refill = iter(chosen)
-    return BatchDrawn(epoch, step, tuple(place if place is not None else next(refill).group_id for place in places))
-
-
-def _earliest_deadlines(run: RunState) -> list[Group]:
-    """The groups that may be drawn at the head, in the order in which they should be."""
     head_step = run.head.step
-    anchor = next((group.number for group in run.live.values() if group.state is GroupState.OPEN), None)
+    takes_younger = chosen[-1].deadline > head_step
+    if takes_younger and any(deadline(run, group) == head_step for group in at_work):
+        return None
+    refill = iter(chosen)
+    return BatchDrawn(
+        epoch, step, tuple(place if place is not None else next(refill).group.group_id for place in places)
+    )
+
+
+class _Due(NamedTuple):
+    deadline: int
+    number: int  # in the order of issue
+    group: Group
+
+
+def _ready(run: RunState, at_work: list[Group]) -> list[_Due]:
+    """The groups that may be drawn at the head, in the order in which they should be."""
     window = (run.spec.max_staleness + 1) * run.spec.groups_per_step
+    end = at_work[0].number + window if at_work else None
     due = [
-        (deadline(run, group), group.number, group)
+        _Due(deadline(run, group), group.number, group)
         for group in run.live.values()
-        if group.state is GroupState.READY and (anchor is None or group.number < anchor + window)
+        if group.state is GroupState.READY and (end is None or group.number < end)
     ]
     due.sort(key=lambda entry: entry[:2])
-    return [group for group_deadline, _, group in due if group_deadline >= head_step]
+    return [entry for entry in due if entry.deadline >= run.head.step]
+
+
+def _is_at_work(group: Group, expired: Expired) -> bool:
+    return group.state is GroupState.OPEN and group.at_work and not expired(group.group_id)
 
 
 def decide_reject(run: RunState, epoch: int, group_id: str, message: str) -> GroupsDropped | None:

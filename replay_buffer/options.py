@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from pydantic import Field, model_validator
 
-from leeway.config import ConfigPath, Options
+from leeway.config import ConfigPath, Document, Options, RunOptions, section
 
 MIB = 1 << 20
 
@@ -14,11 +16,7 @@ MIB = 1 << 20
 class ReplayBufferOptions(Options):
     """[replay_buffer]: where the log lives, how long loans last, what happens when the disk fills up."""
 
-    directory: ConfigPath = Field(
-        default=Path("replay_buffer_log"),
-        description="folder of the durable log; one process at a time",
-        validate_default=True,
-    )
+    directory: ConfigPath = Field(description="folder of the durable log; RUN/replay unless set; one process at a time")
     lease_seconds: float = Field(
         default=30.0, gt=0, le=3600, description="silence after which a server's groups may be lent to another"
     )
@@ -46,3 +44,17 @@ class ReplayBufferOptions(Options):
         if self.hard_free_bytes > self.soft_free_bytes:
             raise ValueError("hard_free_bytes must not be above soft_free_bytes")
         return self
+
+
+def read_options(document: Document) -> ReplayBufferOptions:
+    """The section; the log lies in the run's folder unless it says where.
+
+    Raises:
+        ConfigError: naming file and key.
+    """
+    given: Mapping[str, Any] = document.values.get("replay_buffer", {})
+    if "directory" not in given:
+        run = section(document, "run", RunOptions)
+        given = {**given, "directory": str(run.run_directory / "replay")}
+    with_directory = replace(document, values={**document.values, "replay_buffer": given})
+    return section(with_directory, "replay_buffer", ReplayBufferOptions)

@@ -1,13 +1,14 @@
 """Which work a server gets: evaluation first, then groups that another ticket did not finish, then new groups.
 
-A group goes whole to one server, since its attempt is one fence: a server that cannot take all of its missing members
-waits.
+A group goes whole to one server, since its attempt is one fence: a server without room for all of its missing members
+waits until it has, and one that never had so much room is passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from random import Random
 
@@ -30,25 +31,32 @@ Expired = Callable[[str], bool]
 """Whether a group's lease has run out."""
 
 
-class TicketOffice:
-    """Issues tickets to one server at one version, as long as members and admission allow."""
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Who asks for work."""
 
-    def __init__(
-        self, run: RunState, server_id: str, version: PolicyVersion, expired: Expired, lease_seconds: float
-    ) -> None:
+    server_id: str
+    version: PolicyVersion  # what it has acknowledged and samples from
+    capacity: int  # most members it has ever asked for at once
+
+
+class TicketOffice:
+    """Issues tickets to one server, as long as members and admission allow."""
+
+    def __init__(self, run: RunState, server: Server, expired: Expired, lease_seconds: float) -> None:
         """Look at the run as it is now.
 
         Raises:
-            PreconditionError: the version was never registered.
+            PreconditionError: the server's version was never registered.
         """
-        if version not in run.lineage:
+        if server.version not in run.lineage:
             raise PreconditionError(
-                f"server {server_id!r} asks for work at {version}, which run {run.spec.run!r} never registered; "
-                "let it fetch the weights that the learner publishes"
+                f"server {server.server_id!r} asks for work at {server.version}, which run {run.spec.run!r} "
+                "never registered; let it fetch the weights that the learner publishes"
             )
         self._run = run
-        self._server_id = server_id
-        self._version = version
+        self._server = server
+        self._version = server.version
         self._expired = expired
         self._lease_seconds = lease_seconds
         self._next_number = len(run.groups) + 1
@@ -61,7 +69,7 @@ class TicketOffice:
         """
         if max_members < 1:
             raise InvalidDataError(
-                f"server {self._server_id!r} asks for work for {max_members} members; ask for at least 1"
+                f"server {self._server.server_id!r} asks for work for {max_members} members; ask for at least 1"
             )
         issued: list[TicketIssued] = []
         for ticket in self._candidates():
@@ -85,13 +93,13 @@ class TicketOffice:
             [groups[group_id] for group_id in state.group_ids.values() if not groups[group_id].ended], state.evaluation
         )
         for task_index in range(state.evaluation.task_count):
-            if task_index not in state.group_ids:
+            if task_index not in state.group_ids and state.evaluation.members <= self._server.capacity:
                 yield self._new_group(task_index, self._run.task_cursor, state.evaluation)
 
     def _reissues(self, groups: Iterable[Group], evaluation: Evaluation | None = None) -> Iterator[TicketIssued]:
         run = self._run
         for group in groups:
-            if not may_be_lent_again(run, group, self._expired):
+            if not may_be_lent_again(run, group, self._expired) or len(group.missing) > self._server.capacity:
                 continue
             if evaluation is None:
                 closed = {version for index in _closed(group) for version in group.members[index].versions}
@@ -143,7 +151,9 @@ class TicketOffice:
             pinned_version=None if evaluation is None else evaluation.version,
             evaluation_id="" if evaluation is None else evaluation.evaluation_id,
         )
-        return TicketIssued(ticket, self._server_id, self._version, self._run.task_cursor if cursor is None else cursor)
+        return TicketIssued(
+            ticket, self._server.server_id, self._version, self._run.task_cursor if cursor is None else cursor
+        )
 
 
 def may_be_lent_again(run: RunState, group: Group, expired: Expired) -> bool:

@@ -104,7 +104,7 @@ def demonstrations(count: int, seed: int, tokenizer: PreTrainedTokenizerFast) ->
 
 def train(model: PreTrainedModel, token_ids: torch.Tensor, batch_size: int, learning_rate: float) -> None:
     """One pass over the demonstrations; the rate rises over the first twentieth of the steps, then stays."""
-    batches = token_ids.split(batch_size)
+    batches: Sequence[torch.Tensor] = torch.split(token_ids, batch_size)  # pyright: ignore[reportUnknownVariableType]
     num_rising = max(1, len(batches) // 20)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / num_rising))

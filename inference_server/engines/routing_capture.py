@@ -1,29 +1,30 @@
 """Which experts each MoE layer chose, read where they are chosen.
 
 A forward hook on every router keeps the chosen indices of the forward that has just run, in slot order. Routers are
-bound by module, and `take` hands a forward's rows out once: a forward that did not pass through every layer is an
-error, never a repeat of older rows.
+bound by module, in the order of their layers' numbers. `take` hands a forward's rows out once: a forward that did not
+pass through every layer is an error, never a repeat of older rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Final, cast
 
 import numpy as np
 import torch
 
+from leeway.moe import find_routers
 from leeway.types import Array
 
-_ROUTER: Final = "Qwen3MoeTopKRouter"  # a module of this class returns (logits, scores, indices)
-_INDICES: Final = 2
+_EXPERTS: Final = 2  # of what a router returns: logits, gates, experts
 
 
 class RoutingCapture:
-    """Records the routing of a Qwen3-MoE model; `num_layers` is 0 for a model without such routers."""
+    """Records the routing of a model of a family in leeway.moe; `num_layers` is 0 for one without known routers."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        routers = [cast("Any", module) for module in model.modules() if type(module).__name__ == _ROUTER]
+        named_modules = cast("Iterable[tuple[str, Any]]", model.named_modules())
+        routers = [router for _, router in find_routers(named_modules)]
         self.num_layers = len(routers)
         self.experts_per_token = int(routers[0].top_k) if routers else 0
         num_experts = int(routers[0].num_experts) if routers else 0
@@ -52,6 +53,6 @@ class RoutingCapture:
 
     def _hook(self, layer: int) -> Callable[[torch.nn.Module, tuple[Any, ...], tuple[torch.Tensor, ...]], None]:
         def keep(module: torch.nn.Module, args: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-            self._captured[layer] = output[_INDICES]
+            self._captured[layer] = output[_EXPERTS]
 
         return keep

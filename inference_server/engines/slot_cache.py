@@ -33,7 +33,11 @@ class _Forward:
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, [rows, kv_heads, capacity, head_dim]."""
+    """Keys and values of one layer, [rows, kv_heads, capacity, head_dim].
+
+    Their sizes may differ: latent attention (DeepSeek-V3) keeps one head of [kv_lora_rank] latents and one of
+    [qk_rope_head_dim] rotary keys instead, from which each forward computes keys and values with its own weights.
+    """
 
     is_sliding = False
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from inference_server.options import InferenceServerOptions
 from learner.loss_options import check_recorded_topk
@@ -27,7 +25,7 @@ from leeway.errors import ConfigError
 from leeway.plugins import load_function
 from leeway.ports import free_port
 from leeway.tasks import load_tasks
-from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.options import ReplayBufferOptions, read_options
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +55,15 @@ def read_configuration(document: Document) -> RunConfiguration:
     Raises:
         ConfigError: naming file and key.
     """
-    run = section(document, "run", RunOptions)
     configuration = RunConfiguration(
-        run=run,
+        run=section(document, "run", RunOptions),
         model=section(document, "model", ModelOptions),
         task=section(document, "task", TaskOptions),
         sampling=section(document, "sampling", SamplingOptions),
         network=section(document, "network", NetworkOptions),
         metrics=section(document, "metrics", MetricsOptions),
         evaluation=section(document, "evaluation", EvaluationOptions),
-        replay_buffer=section(_with_replay_directory(document, run), "replay_buffer", ReplayBufferOptions),
+        replay_buffer=read_options(document),
         inference_server=section(document, "inference_server", InferenceServerOptions),
         learner=section(document, "learner", LearnerOptions),
     )
@@ -99,15 +96,6 @@ def with_free_ports(configuration: RunConfiguration) -> RunConfiguration:
     )
 
 
-def _with_replay_directory(document: Document, run: RunOptions) -> Document:
-    """The buffer's log lies in the run's folder unless the configuration says where."""
-    table: Mapping[str, Any] = {
-        "directory": str(run.run_directory / "replay"),
-        **document.values.get("replay_buffer", {}),
-    }
-    return replace(document, values={**document.values, "replay_buffer": table})
-
-
 def _check_together(configuration: RunConfiguration) -> None:
     network, metrics = configuration.network, configuration.metrics
     if len(network.inference_servers) != len(metrics.inference_servers):
@@ -124,6 +112,15 @@ def _check_together(configuration: RunConfiguration) -> None:
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
         check_recorded_topk(configuration.learner.training, configuration.sampling)
+    servers = configuration.inference_server
+    slots = (
+        servers.transformers if engine == "transformers" else servers.arithmetic
+    ).max_concurrency + servers.prefetch
+    if configuration.evaluation.members > slots:
+        raise ConfigError(
+            f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
+            "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"
+        )
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):

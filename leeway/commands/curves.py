@@ -49,22 +49,23 @@ def draw_curves(records: Records) -> Iterator[tuple[str, str]]:
 
 
 def draw_reward_curve(records: Records) -> str:
-    """The reward curve alone, as SVG."""
+    """The reward curve alone, as SVG on white."""
     steps = [record for record in records if record["kind"] == "step"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    return _draw(partial(_reward, steps=steps, evaluations=evaluations))
+    return _draw(partial(_reward, steps=steps, evaluations=evaluations), background="white")
 
 
-def _draw(paint: Callable[[Axes], None]) -> str:
+def _draw(paint: Callable[[Axes], None], background: str = "none") -> str:
     with mpl.rc_context(cast("dict[Any, Any]", _STYLE)):  # pyright: ignore[reportUnknownVariableType]
-        figure = Figure(figsize=(6.2, 3.1), layout="constrained")
+        figure = Figure(facecolor=background, figsize=(6.2, 3.1), layout="constrained")
         axes = figure.subplots()
+        axes.set_facecolor(background)
         paint(axes)
         axes.set_xlabel("step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(x=0.01)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", facecolor=background, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :]
 

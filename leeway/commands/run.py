@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import shlex
 import shutil
 import signal
 import sys
@@ -57,7 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
     configuration = with_free_ports(configuration)
     configuration.write(config_path)
     outcome = asyncio.run(_supervise(configuration, config_path, plain=arguments.plain))
-    return _conclude(run, arguments.config, outcome)
+    return _conclude(run, _command(arguments), outcome)
 
 
 def _prepare_folder(run: RunOptions, *, resume: bool) -> None:
@@ -110,7 +111,13 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
         return await supervisor.run(stop)
 
 
-def _conclude(run: RunOptions, config: Path, outcome: Outcome) -> int:
+def _command(arguments: argparse.Namespace) -> str:
+    """What starts this run again, with every override."""
+    overrides = [part for override in arguments.overrides for part in ("--set", override)]
+    return shlex.join(["leeway", "run", str(arguments.config), *overrides])
+
+
+def _conclude(run: RunOptions, command: str, outcome: Outcome) -> int:
     directory = run.run_directory
     if outcome.error:
         print(f"leeway: {outcome.error}\nleeway: logs are in {directory / 'logs'}", file=sys.stderr)
@@ -118,7 +125,7 @@ def _conclude(run: RunOptions, config: Path, outcome: Outcome) -> int:
     steps = sum(record["kind"] == "step" for record in read_journal(directory / "metrics.jsonl"))
     report = write_report(directory) if steps else None
     if not _finished(directory):
-        again = f"leeway run {config} --resume" if steps else f"leeway run {config}"
+        again = f"{command} --resume" if steps else command
         print(f"leeway: stopped at step {steps}{' with a checkpoint' if steps else ''}; continue with: {again}")
         return EXIT_OK
     print(_closing_lines(json.loads((directory / "summary.json").read_text(encoding="utf-8"))))

@@ -161,6 +161,8 @@ class Supervisor:
             backoff = min(_FIRST_BACKOFF_SECONDS * 2 ** (len(child.restarts) - 1), _MAX_BACKOFF_SECONDS)
             self._on_event(f"{name} {_how_it_ended(code)}; starting it again in {backoff:g} s")
             await asyncio.sleep(backoff)
+            if child.stopping:
+                return Outcome()
 
     def _journal_line(self, line: str) -> None:
         self._trained = True

@@ -146,7 +146,8 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AcquireTickets(self, request, context):
-        """Lends work, evaluation first; waits up to `wait` for some, and may return none. What is issued obeys the admission
+        """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
+        newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
         inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
         nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
         """

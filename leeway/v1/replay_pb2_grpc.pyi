@@ -53,7 +53,8 @@ class ReplayServiceStub:
     what differs (model, tokenizer, data set, log-prob mode); DEADLINE_EXCEEDED: no learner has opened the run yet, call again.
     """
     AcquireTickets: _grpc.UnaryUnaryMultiCallable[_replay_pb2.AcquireTicketsRequest, _replay_pb2.AcquireTicketsResponse]
-    """Lends work, evaluation first; waits up to `wait` for some, and may return none. What is issued obeys the admission
+    """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
+    newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
     inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
     nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
     """
@@ -122,7 +123,8 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     what differs (model, tokenizer, data set, log-prob mode); DEADLINE_EXCEEDED: no learner has opened the run yet, call again.
     """
     AcquireTickets: _aio.UnaryUnaryMultiCallable[_replay_pb2.AcquireTicketsRequest, _replay_pb2.AcquireTicketsResponse]  # type: ignore[assignment]
-    """Lends work, evaluation first; waits up to `wait` for some, and may return none. What is issued obeys the admission
+    """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
+    newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
     inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
     nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
     """
@@ -206,7 +208,8 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.AcquireTicketsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.AcquireTicketsResponse, _abc.Awaitable[_replay_pb2.AcquireTicketsResponse]]:
-        """Lends work, evaluation first; waits up to `wait` for some, and may return none. What is issued obeys the admission
+        """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
+        newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
         inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
         nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
         """

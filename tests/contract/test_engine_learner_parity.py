@@ -13,38 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from examples.sortmix8.task import reward, tasks
-from inference_server.engine import GenerationEnd, GenerationRequest
+from examples.sortmix8.task import tasks
 from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.engines.transformers_options import TransformersEngineOptions
-from inference_server.recorder import TrajectoryRecorder
 from inference_server.text import HuggingFaceTokenizer, prompt_token_ids
 from learner.torch_trainer import TorchTrainer
 from learner.training_options import TrainingOptions
-from leeway.assembly import assemble_trajectory
 from leeway.config import SamplingOptions
-from leeway.tasks import Task
-from leeway.types import (
-    PolicyVersion,
-    Purpose,
-    SamplingParams,
-    Ticket,
-    TicketMember,
-    Trajectory,
-    TrajectoryClose,
-    TrajectoryGroup,
-    TrajectoryRecord,
-    WeightSnapshot,
-)
-from leeway.weights import weights_digest
+from leeway.types import SamplingParams, TrajectoryGroup
+from tests.contract.sampled_groups import largest_difference, sample_group, snapshot
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sortmix8"
 MEMBERS = 4
-
-
-def snapshot(trainer: TorchTrainer, step: int) -> WeightSnapshot:
-    manifest, buffers = trainer.published()
-    return WeightSnapshot(PolicyVersion("demo", 1, step, weights_digest(manifest)), 1, manifest, buffers)
 
 
 def make_trainer(model: str, **options: object) -> TorchTrainer:
@@ -54,53 +34,20 @@ def make_trainer(model: str, **options: object) -> TorchTrainer:
     return TorchTrainer.from_directory(EXAMPLE / model, sampling, TrainingOptions.model_validate(settings))
 
 
-async def sample_group(
-    engine: TransformersEngine, index: int, task: Task, sampling: SamplingParams, first_chunk: asyncio.Event
-) -> TrajectoryGroup:
-    """One group, through the same recorder and assembly as in a run."""
-    tokenizer = HuggingFaceTokenizer(EXAMPLE / "model-moe", chat=False)
-    prompt = prompt_token_ids(tokenizer, task)
-    members = tuple(TicketMember(f"g{index}.{member}", member, 100 * index + member) for member in range(MEMBERS))
-    ticket = Ticket(f"g{index}", 1, Purpose.TRAIN, index, members, sampling, 30.0)
-
-    async def sample(member: TicketMember) -> Trajectory:
-        recorder = TrajectoryRecorder(ticket, member, prompt, engine.info().engine)
-        chunks: list[bytes] = []
-        close: TrajectoryClose | None = None
-        async for item in engine.generate(GenerationRequest(member.trajectory_id, prompt, recorder.sampling)):
-            if isinstance(item, GenerationEnd):
-                # Rewards that differ within the group, so that every trajectory carries a gradient.
-                content = recorder.close(item, reward(task, "") + member.member).content
-                assert isinstance(content, TrajectoryClose)
-                close = content
-            else:
-                first_chunk.set()
-                content = recorder.chunk(item).content
-                assert isinstance(content, bytes)
-                chunks.append(content)
-        record = TrajectoryRecord(member.trajectory_id, member.member, 1, "server-0", close, "", tuple(chunks))
-        return assemble_trajectory(record)
-
-    return TrajectoryGroup(f"g{index}", index, tuple(await asyncio.gather(*map(sample, members))))
-
-
 async def sample_groups(
     engine: TransformersEngine,
     count: int,
     sampling: SamplingParams | None = None,
     first_chunk: asyncio.Event | None = None,
 ) -> list[TrajectoryGroup]:
+    """One group per task; rewards differ within a group, so that every trajectory carries a gradient."""
+    tokenizer = HuggingFaceTokenizer(EXAMPLE / "model-moe", chat=False)
     sampling = sampling or SamplingParams(1.0, 9, (1,), routing=engine.info().routing)
-    first_chunk = first_chunk or asyncio.Event()
-    drawn = enumerate(tasks("train", count, seed=3))
-    return list(await asyncio.gather(*(sample_group(engine, i, task, sampling, first_chunk) for i, task in drawn)))
-
-
-def largest_difference(policy: dict[str, np.ndarray], groups: list[TrajectoryGroup]) -> float:
-    return max(
-        float(np.abs(policy[trajectory.trajectory_id] - trajectory.behavior_logprobs[trajectory.loss_mask]).max())
-        for group in groups
-        for trajectory in group.trajectories
+    on_chunk = (first_chunk or asyncio.Event()).set
+    rewards = [float(member) for member in range(MEMBERS)]
+    prompts = [prompt_token_ids(tokenizer, task) for task in tasks("train", count, seed=3)]
+    return await asyncio.gather(
+        *(sample_group(engine, index, prompt, rewards, sampling, on_chunk) for index, prompt in enumerate(prompts))
     )
 
 

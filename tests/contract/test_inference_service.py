@@ -219,7 +219,8 @@ async def test_pause_keeps_sequences_and_resume_goes_on() -> None:
 
 
 async def test_cancelling_frees_the_slot() -> None:
-    async with backend(max_concurrency=1, chunk_tokens=1) as (remote, engine):
+    # At this pace the two would take minutes.
+    async with backend(max_concurrency=1, chunk_tokens=1, token_seconds=0.05) as (remote, engine):
         endless = asyncio.create_task(Completion(request(4000)).collect(remote))
         queued = asyncio.create_task(Completion(request(4000)).collect(remote))
         while len(engine._waiting) < 1:  # both have arrived

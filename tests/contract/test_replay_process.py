@@ -111,6 +111,6 @@ async def test_a_damaged_log_is_named_with_its_place(tmp_path: Path, ports: tupl
     path = segment_path(tmp_path / "log", 1)
     path.write_bytes(path.read_bytes().replace(b"xx", b"xy", 1))
     code, lines = await ended(await start(tmp_path, *ports[1]))
-    assert code == 1
+    assert code == 2  # a restart would meet the same bytes
     assert len(lines) == 1
     assert lines[0].startswith(f"replay_buffer: {path}: the record at byte 0 is damaged")

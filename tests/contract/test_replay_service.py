@@ -276,6 +276,21 @@ async def test_a_draw_is_idempotent_and_ranks_partition_it(client: ReplayClient)
         await ids(2)
 
 
+async def test_a_dead_server_holds_a_draw_up_no_longer_than_its_lease(tmp_path: Path) -> None:
+    async with serving(tmp_path, lease_seconds=0.3) as address, connected(address) as client:
+        await client.open_run(spec(max_staleness=1, groups_per_step=1, members=1), ROOT, [])
+        (first,), _ = await client.acquire_tickets("s0", ROOT, 1, 5)
+        await client.acquire_tickets("dead", ROOT, 1, 5)
+        await write(client, filled(first))
+        await client.draw_batch(1, 1, WAIT_SECONDS)
+        await client.advance(1, version(1), ROOT)
+        (young,), _ = await client.acquire_tickets("s0", version(1), 1, 5)
+        await write(client, filled(young, [version(1)]))
+        # The dead server's group is at its deadline, so the younger one waits for it at first.
+        (drawn,) = await client.draw_batch(1, 2, WAIT_SECONDS)
+        assert drawn.group_id == young.group_id
+
+
 async def test_a_rejected_group_is_replaced(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
     await fill(client, ROOT, 3)

@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 from inference_server.engine import Engine
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.reward import RewardLimits, RewardRunner
+from inference_server.rollout_worker import RolloutWorker, WorkerLimits
 from inference_server.served_policy import ServedPolicy
 from inference_server.trajectory_writer import WriterLimits
-from inference_server.worker import RolloutWorker, WorkerLimits
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
 from leeway.errors import ExhaustedError, PreconditionError, UnavailableError
@@ -246,9 +246,10 @@ async def test_an_aborted_group_is_given_up_and_others_go_on() -> None:
 
     replay.judge = judge
     await replay.add(ticket(1, sampling=endless))
-    async with working(replay, chunk_tokens=1, max_concurrency=4, token_seconds=0.001) as rig:
+    async with working(replay, chunk_tokens=1, max_concurrency=4, token_seconds=0.01) as rig:
         await until(lambda: bool(replay.arrived))
-        await until(lambda: not rig.engine._active)  # long before 4000 tokens
+        await until(lambda: not rig.engine._active)
+        assert max(item.seq for item in replay.arrived) < 3999  # given up, not sampled to the end
         await replay.add(ticket(2))
         await rig.ended(4)
         assert not any(isinstance(item.content, TrajectoryFailure) for item in replay.arrived)

@@ -223,6 +223,28 @@ async def test_a_restarted_learner_is_followed() -> None:
         await second.stop()
 
 
+async def test_a_fetch_ends_when_its_learner_is_gone(tmp_path: Path) -> None:
+    context = zmq.asyncio.Context()
+    silent = context.socket(zmq.ROUTER)
+    silent.bind(f"ipc://{tmp_path / 'silent'}")
+    try:
+        async with pair() as (learner, server, address):
+            server.receiver._fetcher._local_timeout_seconds = 600.0
+            assert learner.local is not None
+            learner.local.endpoint = f"ipc://{tmp_path / 'silent'}"
+            await learner.publisher.publish(snapshot(7))
+            await silent.recv_multipart()  # the fetch has begun, and will have no answer
+            await learner.stop()
+            second = Learner(local=True)
+            await second.publisher.publish(snapshot(5, publisher_epoch=2))
+            await second.start(address)
+            await server.reaches(snapshot(5).version)
+            await second.stop()
+    finally:
+        silent.close(linger=0)
+        context.term()
+
+
 async def test_a_version_already_served_is_acknowledged_without_a_transfer() -> None:
     async with pair() as (learner, server, address):
         await learner.publisher.publish(snapshot(7))
@@ -242,13 +264,14 @@ async def test_zeromq_that_never_answers_falls_back_to_grpc(monkeypatch: pytest.
     async with pair() as (learner, server, _):
         server.receiver._fetcher._local_timeout_seconds = 0.05
         assert learner.local is not None
-        monkeypatch.setattr(learner.local, "_reply", lambda _request: [b"ok"] * 7)  # nonsense: too many frames
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
-        assert learner.fetched_over_grpc == 1
+        with monkeypatch.context() as broken:
+            broken.setattr(learner.local, "_reply", lambda _request: [b"ok"] * 7)  # nonsense: too many frames
+            await learner.publisher.publish(snapshot(0))
+            await server.reaches(snapshot(0).version)
+            assert learner.fetched_over_grpc == 1
         await learner.publisher.publish(snapshot(1))
         await server.reaches(snapshot(1).version)
-        assert learner.fetched_over_grpc == 2  # the endpoint is not tried again
+        assert learner.fetched_over_grpc == 2  # the endpoint is not tried again, though it would answer now
 
 
 async def test_a_silent_or_missing_endpoint_falls_back_to_grpc(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@
 It shares no code with the replay buffer: versions form its own tree, and mu is recomputed from labels alone. What no
 reply was seen for may or may not have happened, and counts for nothing.
 
-    1 kept        an acknowledged item is exported with the same bytes, unless a later attempt took its place
+    1 kept        an acknowledged item is exported with the same bytes, unless a later attempt took its place; the
+                  buffer never asks for one again
     2 once        a group is in at most one surviving step; buffer, checkpoints and learner name the same groups
     3 balanced    issued = consumed + dropped when the run has ended, every drop with a reason that can occur here
     4 true        every mu is the law's at its label, and every pi the law's at the version the step was trained from
@@ -22,6 +23,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ from leeway.types import (
     Trajectory,
     TrajectoryRecord,
 )
+from leeway.v1 import replay_pb2
 from tests.e2e.recording_proxy import Call, Record, Write
 
 LEGAL_DROPS = {
@@ -92,9 +95,24 @@ class Oracle:
         for write in self.record.writes:
             if write.acknowledged and (problem := self._lost(write)):
                 yield f"{_name(write)} was acknowledged, but {problem}"
+        yield from self._forgotten()
         for group in self.groups.values():
             if group.drop_reason is not None and group.drop_reason not in LEGAL_DROPS[group.purpose]:
                 yield f"{group.group_id} was dropped as {group.drop_reason.name}: {group.drop_message}"
+
+    def _forgotten(self) -> Iterator[str]:
+        acknowledged: dict[tuple[str, int], int] = {}
+        for write in sorted(self.record.writes, key=lambda write: write.answered or 0):
+            item, result = write.item, write.result
+            attempt = (item.trajectory_id, item.attempt)
+            if write.acknowledged:
+                acknowledged[attempt] = max(item.seq, acknowledged.get(attempt, -1))
+            elif (
+                result is not None
+                and result.status == replay_pb2.WRITE_STATUS_OUT_OF_RANGE
+                and result.expected_seq <= acknowledged.get(attempt, -1)
+            ):
+                yield f"{_name(write)} was refused for seq {result.expected_seq}, which had been acknowledged"
 
     def _lost(self, write: Write) -> str:
         item = write.item
@@ -190,7 +208,7 @@ class Oracle:
         for ticket_group in {ticket.group_id for _, ticket in self._tickets()} - set(self.groups):
             yield f"group {ticket_group} was lent and is not exported"
 
-    def _tickets(self) -> Iterator[tuple[Call, codec.replay_pb2.Ticket]]:
+    def _tickets(self) -> Iterator[tuple[Call, replay_pb2.Ticket]]:
         for call in self.record.of("AcquireTickets"):
             for ticket in call.reply.tickets:
                 yield call, ticket
@@ -294,7 +312,7 @@ class Oracle:
 
     def fenced(self) -> Iterator[str]:
         fences = [(call.ended or 0, call.reply.epoch) for call in self.record.of("OpenRun") if not call.reply.finished]
-        for earlier, later in zip(fences, fences[1:], strict=False):
+        for earlier, later in pairwise(fences):
             if later[1] <= earlier[1]:
                 yield f"epoch {later[1]} was allocated after epoch {earlier[1]}"
         for call in self.record.calls:

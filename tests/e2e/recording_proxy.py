@@ -60,6 +60,7 @@ class Write:
     """One item of a stream of writes."""
 
     item: replay_pb2.WriteItem
+    server_id: str
     sent: int
     result: replay_pb2.WriteResult | None = None  # None: nobody knows what became of it
     answered: int | None = None
@@ -124,8 +125,12 @@ class _Handler(grpc.GenericRpcHandler):
                     observer.on_reply(reply)
                     yield reply
             except grpc.aio.AioRpcError as error:
-                observer.on_end(error.code())
-                await context.abort(error.code(), error.details() or "", tuple(error.trailing_metadata() or ()))
+                metadata = tuple(error.trailing_metadata() or ())
+                # A stream that breaks while it is written to is INTERNAL for gRPC; the services explain theirs.
+                broken = error.code() is grpc.StatusCode.INTERNAL and not metadata
+                code = grpc.StatusCode.UNAVAILABLE if broken else error.code()
+                observer.on_end(code)
+                await context.abort(code, error.details() or "", metadata)
             else:
                 observer.on_end(await upstream.code())
             finally:
@@ -186,8 +191,9 @@ class _WriteObserver(_Silent):
         self._unanswered: deque[Write] = deque()
 
     def on_request(self, data: bytes) -> None:
-        for item in replay_pb2.WriteTrajectoriesRequest.FromString(data).items:
-            write = Write(item, self._record.stamp())
+        request = replay_pb2.WriteTrajectoriesRequest.FromString(data)
+        for item in request.items:
+            write = Write(item, request.server_id, self._record.stamp())
             self._record.writes.append(write)
             self._unanswered.append(write)
             self._record.tell("write.sent", write)

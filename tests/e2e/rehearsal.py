@@ -41,7 +41,10 @@ SMALL = (
     "evaluation.every_steps=20",
     "evaluation.tasks=4",
     "evaluation.members=1",
-    "inference_server.arithmetic.token_seconds=0.005",
+    # A server takes on two groups, which last a step: every kill finds both servers at work.
+    "inference_server.prefetch=0",
+    "inference_server.arithmetic.max_concurrency=4",
+    "inference_server.arithmetic.token_seconds=0.004",
     "inference_server.arithmetic.chunk_tokens=4",
     "learner.checkpoint_every_steps=7",
 )
@@ -50,7 +53,10 @@ _GHOST_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class KillPoint:
-    """Once the journal has reached `step`, kill at the next `event`; "line" is the journal line itself."""
+    """Once the journal has reached `step`, kill at the next `event`, if it is the victim's own when that is a server.
+
+    "line" is the journal line itself.
+    """
 
     step: int
     event: str
@@ -69,11 +75,7 @@ class KillPlan:
     def on_event(self, event: str, subject: Call | Write | None = None) -> None:
         if not self.points or self.step < self.points[0].step or event != self.points[0].event:
             return
-        if (
-            isinstance(subject, Call)
-            and event.startswith("AcquireTickets")
-            and subject.request.server_id != self.victim
-        ):
+        if subject is not None and self.victim.startswith("server") and _server_of(subject) != self.victim:
             return
         assert self.supervisor is not None
         process_id = self.supervisor.process_id(self.victim)
@@ -177,6 +179,10 @@ async def rehearse(
         groups = [group async for group in client.export_groups()]
         evidence = Evidence(record, groups, await client.run_status(), run_directory)
     return outcome, plan, events, evidence
+
+
+def _server_of(subject: Call | Write) -> str:
+    return subject.server_id if isinstance(subject, Write) else subject.request.server_id
 
 
 def _step_of(line: str) -> int:

@@ -18,12 +18,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
     [
         (
             "replay-buffer",
-            [KillPoint(8, "write.sent"), KillPoint(18, "DrawBatch.ended"), KillPoint(30, "Commit.begun")],
+            [KillPoint(8, "write.answered"), KillPoint(18, "DrawBatch.ended"), KillPoint(30, "Commit.begun")],
         ),
         ("learner", [KillPoint(13, "line"), KillPoint(19, "Commit.ended"), KillPoint(33, "Advance.ended")]),
         (
             "server-0",
-            [KillPoint(8, "write.answered"), KillPoint(18, "AcquireTickets.ended"), KillPoint(30, "line")],
+            [KillPoint(8, "write.answered"), KillPoint(18, "AcquireTickets.ended"), KillPoint(30, "write.sent")],
         ),
     ],
     ids=["replay-buffer", "learner", "server"],
@@ -34,6 +34,8 @@ async def test_a_run_survives_kills(tmp_path: Path, victim: str, points: list[Ki
     assert plan.kills == len(points)
     assert sum("was killed by SIGKILL" in event for event in events) == len(points)
     assert violations(evidence) == []
+    if victim == "server-0":
+        assert any(write.item.attempt > 1 and write.acknowledged for write in evidence.record.writes)
     summary = json.loads((evidence.run_directory / "summary.json").read_text())
     assert summary["finished"]
     assert summary["steps"] == STEPS

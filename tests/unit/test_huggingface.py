@@ -20,8 +20,10 @@ from leeway.huggingface import (
     published_tensors,
     save_model,
     tensor_bytes,
+    tensor_dtype_name,
     tensor_from_bytes,
 )
+from leeway.moe import find_routers
 from tests.unit.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save, save_tokenizer
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -30,6 +32,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"moe": False},
     "tied": {"moe": False, "tie_word_embeddings": True},
     "tied-moe": {"moe": True, "tie_word_embeddings": True},
+    "mixtral": {"family": "mixtral"},
+    "deepseek-v3": {"family": "deepseek_v3"},
+    "deepseek-v3-plain-queries": {"family": "deepseek_v3", "q_lora_rank": None, "first_k_dense_replace": 0},
 }
 
 
@@ -68,6 +73,23 @@ def test_published_bfloat16_rounds_and_arrives_rounded() -> None:
     rounded = parameter.detach().to(torch.bfloat16).float()
     assert not torch.equal(rounded, parameter)
     assert torch.equal(target.state_dict()[name], rounded)
+
+
+def test_what_the_model_keeps_in_float32_is_published_in_float32(tmp_path: Path) -> None:
+    """As transformers saves it; a rounded correction bias would choose other experts than the learner's does."""
+    model = load_model(save(make_model(0, family="deepseek_v3"), tmp_path / "model"), torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    checkpoint = load_file(tmp_path / "saved" / "model.safetensors")
+
+    for source in (model, make_model(0, family="deepseek_v3")):
+        published = dict(published_tensors(source, "bfloat16"))
+        assert {name: tensor.dtype for name, tensor in published.items()} == {
+            name: tensor.dtype for name, tensor in checkpoint.items()
+        }
+        assert all(torch.equal(tensor, checkpoint[name]) for name, tensor in published.items())
+    kept = {name for name, tensor in checkpoint.items() if tensor.dtype == torch.float32}
+    assert kept == {f"model.layers.{layer}.mlp.gate.e_score_correction_bias" for layer in (1, 2)}
+    assert {tensor_dtype_name(tensor) for tensor in checkpoint.values()} == {"bfloat16", "float32"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "extra", "misshapen"])
@@ -121,7 +143,8 @@ def test_saved_directory_loads_with_from_pretrained(settings: dict[str, Any], tm
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert loaded.dtype == torch.bfloat16
     for name, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value.to(torch.bfloat16)), name
+        kept = name.endswith("e_score_correction_bias")
+        assert torch.equal(loaded.state_dict()[name], value if kept else value.to(torch.bfloat16)), name
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert tokenizer.convert_tokens_to_ids("t7") == 7
 
@@ -145,6 +168,28 @@ def test_signature_describes_the_model(tmp_path: Path) -> None:
     assert moe.tokenizer_digest == dense.tokenizer_digest
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides", "layers"),
+    [
+        ("qwen3_moe", {"num_hidden_layers": 5, "mlp_only_layers": [1]}, 4),
+        ("qwen3_moe", {"num_hidden_layers": 5, "decoder_sparse_step": 2}, 2),
+        ("qwen3_moe", {"num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3, 4]}, 2),
+        ("mixtral", {"num_hidden_layers": 3}, 3),
+        ("deepseek_v3", {"num_hidden_layers": 5, "first_k_dense_replace": 2}, 3),
+        ("deepseek_v3", {"num_hidden_layers": 2, "first_k_dense_replace": 0}, 2),
+        ("deepseek_v3", {"num_hidden_layers": 2, "first_k_dense_replace": 3}, 0),
+    ],
+)
+def test_signature_counts_the_layers_that_have_a_router(
+    family: str, overrides: dict[str, Any], layers: int, tmp_path: Path
+) -> None:
+    model = make_model(0, family=family, **overrides)
+    signature = model_signature(save(model, tmp_path))
+    assert len(find_routers(model.named_modules())) == layers
+    expected = (layers, 6, 2) if layers else (0, 0, 0)
+    assert (signature.moe_layers, signature.experts, signature.experts_per_token) == expected
+
+
 def test_signature_sees_the_function_and_nothing_else(tmp_path: Path) -> None:
     path = save(make_model(0), tmp_path / "model")
     original = model_signature(path)
@@ -162,6 +207,13 @@ def test_load_model_gives_the_type_asked_for(tmp_path: Path) -> None:
     model = load_model(save(make_model(0), tmp_path / "model", "bfloat16"), torch.float32)
     assert model.dtype == torch.float32
     assert not model.training
+
+
+def test_experts_whose_checkpoint_names_are_unknown_are_refused() -> None:
+    model = make_model(0)
+    model.config.model_type = "another_moe"  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(ConfigError, match=r"another_moe's fused model\.layers\.0\.mlp\.experts\.gate_up_proj"):
+        published_tensors(model, "float32")
 
 
 def _remove(name: str) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OF_A_MODEL = ("torch", "transformers", "safetensors", "tokenizers")
+OF_A_MODEL = ("torch", "transformers", "tokenizers")
 OF_THE_REPORT = ("matplotlib",)
 
 # Runs a module as `python -m` does, with some packages made impossible to import.

@@ -34,7 +34,7 @@ from leeway.types import (
     WeightManifest,
     WeightSnapshot,
 )
-from tests.unit.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save, snapshot
+from tests.unit.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
 
 NUM_LAYERS, EXPERTS_PER_TOKEN = 2, 2
 MakeEngine = Callable[..., Awaitable[TransformersEngine]]
@@ -145,10 +145,14 @@ def full_forward(model: PreTrainedModel, token_ids: Sequence[int], temperature: 
 
 @torch.no_grad()
 def full_routing(model: PreTrainedModel, token_ids: Sequence[int]) -> Array:
-    """Routing [n - 1, L, k] of one forward without a cache, from the router's own logits."""
-    output = model(input_ids=torch.tensor([token_ids[:-1]]), use_cache=False, output_router_logits=True)
-    layers = [torch.softmax(logits, dim=-1).topk(EXPERTS_PER_TOKEN).indices for logits in output.router_logits]
-    return torch.stack(layers, dim=1).numpy()
+    """Routing [n - 1, L, k] that the routers choose in one forward without a cache, in slot order."""
+    chosen: list[torch.Tensor] = []
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    handles = [gate.register_forward_hook(lambda _m, _i, output: chosen.append(output[2])) for gate in gates]
+    model(input_ids=torch.tensor([token_ids[:-1]]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(chosen, dim=1).numpy()
 
 
 def expected_logprobs(model: PreTrainedModel, completion: Completion, temperature: float = 1.0) -> Array:
@@ -196,10 +200,23 @@ async def started(engine: TransformersEngine, requests: Sequence[GenerationReque
     return tasks
 
 
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [
+        ("qwen3_moe", {}),
+        ("qwen3_moe", {"num_hidden_layers": 4, "decoder_sparse_step": 2}),
+        ("mixtral", {}),
+        ("deepseek_v3", {}),
+        ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False}),
+    ],
+)
 async def test_logprobs_and_routing_match_a_full_forward_with_requests_joining_in_flight(
-    make_engine: MakeEngine, model: PreTrainedModel
+    family: str, overrides: dict[str, Any], tmp_path: Path, make_engine: MakeEngine
 ) -> None:
-    engine = await make_engine(max_concurrency=5, chunk_tokens=3, prefill_tokens=16)
+    """A prompt's rows are its own: not its padding's, not its neighbour's, not an earlier forward's."""
+    model = make_model(0, family=family, **overrides)
+    path = save(model, tmp_path / family)
+    engine = await make_engine(path, served=model, max_concurrency=5, chunk_tokens=3, prefill_tokens=16)
     stepper = Stepper(engine, 4, 9)
     prompts = random_prompts([3, 9, 1, 7, 7, 12, 2, 30, 5])
     prompts[4] = prompts[3]  # fed once, sampled twice
@@ -229,6 +246,23 @@ async def test_logprobs_and_routing_match_a_full_forward_with_requests_joining_i
             assert all(column.kind != ColumnKind.ROUTING for chunk in completion.chunks for column in chunk.columns)
 
 
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+async def test_rows_of_prompts_padded_together_are_their_own(
+    family: str, tmp_path: Path, make_engine: MakeEngine
+) -> None:
+    """Padding is routed too: rows counted before it is taken off would be a neighbour's, or repeat."""
+    model = make_model(0, family=family)
+    engine = await make_engine(save(model, tmp_path / family), served=model)
+    await engine.pause()  # so that all are fed together
+    prompts = random_prompts([2, 13, 5, 13])
+    tasks = await started(engine, [make_request(p, seed=i, routing=True) for i, p in enumerate(prompts)])
+    await engine.resume()
+    for completion in await asyncio.gather(*tasks):
+        expected = full_routing(model, completion.token_ids)
+        np.testing.assert_array_equal(completion.column(ColumnKind.ROUTING), expected)
+        assert (np.diff(np.sort(expected), axis=-1) > 0).all()
+
+
 @torch.no_grad()
 def logprobs_across_swap(
     old: PreTrainedModel, new: PreTrainedModel, token_ids: Sequence[int], fed: int
@@ -240,12 +274,14 @@ def logprobs_across_swap(
     return torch.log_softmax(torch.cat([first, then], dim=1)[0], dim=-1)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+@pytest.mark.parametrize(
+    ("family", "chunk_tokens"), [("qwen3_moe", 1), ("qwen3_moe", 4), ("qwen3_moe", 100), ("deepseek_v3", 4)]
+)
 async def test_a_swap_in_mid_sequence_splits_spans_where_the_weights_changed(
-    chunk_tokens: int, make_engine: MakeEngine, model: PreTrainedModel
+    family: str, chunk_tokens: int, tmp_path: Path, make_engine: MakeEngine
 ) -> None:
-    engine = await make_engine(chunk_tokens=chunk_tokens)
-    other = make_model(1)
+    model, other = make_model(0, family=family), make_model(1, family=family)
+    engine = await make_engine(save(model, tmp_path / family), served=model, chunk_tokens=chunk_tokens)
     old, new = snapshot(model), snapshot(other, 1)
     num_steps = 8
     stepper = Stepper(engine, num_steps)
@@ -322,8 +358,9 @@ async def test_candidates_match_a_full_forward(make_engine: MakeEngine, model: P
     assert kinds == {ColumnKind.TOKEN_IDS, ColumnKind.BEHAVIOR_LOGPROBS}
 
 
-async def test_the_cache_grows_up_to_the_context(tmp_path: Path, make_engine: MakeEngine) -> None:
-    long = make_model(0, max_position_embeddings=200)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])  # the latter caches latents of two sizes
+async def test_the_cache_grows_up_to_the_context(family: str, tmp_path: Path, make_engine: MakeEngine) -> None:
+    long = make_model(0, family=family, max_position_embeddings=200)
     engine = await make_engine(save(long, tmp_path / "long"), served=long)
     short_prompt, long_prompt = random_prompts([10, 90])
     completions = await asyncio.gather(

@@ -7,16 +7,9 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from leeway.huggingface import published_tensors, save_model, tensor_bytes
+from leeway.huggingface import published_tensors, save_model, tensor_bytes, tensor_dtype_name
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.weights import tensor_entry, weights_digest
 
@@ -24,8 +17,43 @@ VOCAB_SIZE = 32
 CONTEXT_LENGTH = 48
 
 
-def make_model(seed: int, *, moe: bool = True, **overrides: Any) -> PreTrainedModel:
-    """A model whose logits spread widely, so that different weights disagree grossly."""
+QWEN_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+MIXTRAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 3,
+    "topk_group": 2,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+}
+DEEPSEEK_ATTENTION = {
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+}
+# Each has 2 MoE layers, 6 experts, 2 per token.
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": QWEN_EXPERTS,
+    "mixtral": MIXTRAL_EXPERTS,
+    "deepseek_v3": DEEPSEEK_EXPERTS | DEEPSEEK_ATTENTION,
+}
+
+
+def make_model(seed: int, *, moe: bool = True, family: str = "qwen3_moe", **overrides: Any) -> PreTrainedModel:
+    """A model whose logits spread widely, so that different weights disagree grossly.
+
+    Args:
+        seed: of its weights.
+        moe: false for a dense Qwen3.
+        family: a key of MOE_FAMILIES.
+        overrides: of its configuration.
+    """
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -39,11 +67,15 @@ def make_model(seed: int, *, moe: bool = True, **overrides: Any) -> PreTrainedMo
         "initializer_range": 0.4,
     }
     if moe:
-        settings |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+        settings |= MOE_FAMILIES[family]
     settings |= overrides
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings)) if moe else Qwen3ForCausalLM(Qwen3Config(**settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family if moe else "qwen3", **settings)).float()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)  # zero in a fresh model, which would hide the bias
     return model.eval()
 
 
@@ -64,7 +96,7 @@ def snapshot(model: PreTrainedModel, step: int = 0, *, epoch: int = 1, dtype_nam
     tensors = published_tensors(model, dtype_name)
     buffers = [tensor_bytes(tensor) for _, tensor in tensors]
     entries = [
-        tensor_entry(name, dtype_name, tuple(tensor.shape), buffer)
+        tensor_entry(name, tensor_dtype_name(tensor), tuple(tensor.shape), buffer)
         for (name, tensor), buffer in zip(tensors, buffers, strict=True)
     ]
     manifest = WeightManifest(tuple(entries))

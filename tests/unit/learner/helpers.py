@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from learner.model import PolicyModel
 from learner.torch_trainer import TorchTrainer
@@ -27,7 +28,7 @@ VOCABULARY = 32
 CONTEXT = 64
 EXPERTS = 6
 SLOTS = 2
-# Layer 1 of three is dense, so an MoE layer's place differs from its layer's number.
+# Of every family. Where a family can have dense layers, an MoE layer's place differs from its layer's number.
 MOE = ModelSignature(b"moe", b"tokenizer", VOCABULARY, 2, EXPERTS, SLOTS, CONTEXT)
 DENSE = ModelSignature(b"dense", b"tokenizer", VOCABULARY, 0, 0, 0, CONTEXT)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -52,29 +53,57 @@ def dense_model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:
     ).float()
 
 
-def moe_model(seed: int = 0, *, renormalise: bool = True) -> PreTrainedModel:
+MOE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+    },
+    "mixtral": {"num_local_experts": EXPERTS, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 12},
+    "deepseek_v3": {
+        "n_routed_experts": EXPERTS,
+        "n_group": 3,
+        "topk_group": 2,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 2,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 8,
+    },
+}
+
+
+def moe_model(seed: int = 0, *, family: str = "qwen3_moe", renormalise: bool = True) -> PreTrainedModel:
+    """A model that MOE describes; `renormalise` says nothing to Mixtral, which always does."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=24,
-            intermediate_size=48,
-            moe_intermediate_size=16,
-            num_hidden_layers=3,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=12,  # pyright: ignore[reportCallIssue]
-            num_experts=EXPERTS,
-            num_experts_per_tok=SLOTS,
-            norm_topk_prob=renormalise,
-            mlp_only_layers=[1],
-            decoder_sparse_step=1,
-            max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
-            initializer_range=0.2,
-        )
-    ).float()
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=48,
+        num_attention_heads=2,
+        num_experts_per_tok=SLOTS,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        **({} if family == "mixtral" else {"norm_topk_prob": renormalise}),
+        **MOE_FAMILIES[family],
+    )
+    model = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)  # zero in a fresh model
+    return model
 
 
 def trajectory(
@@ -147,12 +176,13 @@ def groups(*, routing: bool = False, seed: int = 0, count: int = 3, members: int
 
 
 def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
-    signature = MOE if "Moe" in type(model).__name__ else DENSE
+    signature = MOE if model.config.model_type in MOE_FAMILIES else DENSE
     policy = PolicyModel(
         model,
         routing_replay=options.routing_replay and signature is MOE,
         gradient_checkpointing=options.gradient_checkpointing,
         head=options.head,
+        load_balancing=options.load_balancing > 0,
     )
     return TorchTrainer(policy, signature, options)
 

@@ -87,7 +87,7 @@ def test_the_fused_head_never_runs_the_output_layer() -> None:
         pass
     model.get_submodule("lm_head").register_forward_hook(lambda *_: pytest.fail("logits of a whole micro-batch"))
     with policies[1].scored(batch) as scores:
-        scores.backward()
+        scores.backward(None)
     torch.testing.assert_close(scores.logprobs, reference.logprobs, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(scores.entropies, reference.entropies, rtol=1e-5, atol=1e-5)
     assert not scores.logprobs.requires_grad
@@ -104,7 +104,7 @@ def test_frozen_parts_get_no_gradient(frozen: str) -> None:
         model.get_submodule(frozen).requires_grad_(False)
         policy = PolicyModel(model, routing_replay=False, gradient_checkpointing=False, head=head)
         with policy.scored(batch, lambda _, scores: -scores.logprobs.sum()) as scores:
-            scores.backward()
+            scores.backward(None)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     assert not any(name.startswith(frozen + ".") for name in gradients[1])
@@ -121,7 +121,7 @@ def test_bfloat16_weights_collect_their_gradient_in_float32() -> None:
         for batch in batches:
             with policy.scored(batch, lambda _, scores: -scores.logprobs.sum()) as scores:
                 assert scores.logprobs.dtype == torch.float32
-                scores.backward()
+                scores.backward(None)
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, gradient in gradients[0].items():
         assert gradients[1][name].dtype == torch.bfloat16

@@ -328,8 +328,8 @@ def test_what_is_measured_is_reduced_over_ranks() -> None:
         seen.append(reduction)
         return tensor * 2 if reduction == "sum" else tensor
 
-    policy = PolicyModel(dense_model(), routing_replay=False, gradient_checkpointing=False)
     chosen = options(algorithm="trm")
+    policy = PolicyModel(dense_model(), routing_replay=False, gradient_checkpointing=False, head=chosen.head)
     taught = TorchTrainer(policy, DENSE, chosen, reduce=twice)
     alone = trainer(dense_model(), chosen)
     assert taught.train_step(1, recorded_groups()).statistics == alone.train_step(1, recorded_groups()).statistics

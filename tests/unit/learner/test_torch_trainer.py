@@ -141,7 +141,7 @@ PENALTIES = {"entropy_coefficient": 0.1, "reference_kl_coefficient": 0.1, "quadr
     [
         *((dense_model, {"algorithm": algorithm}) for algorithm in ALGORITHMS),
         (dense_model, {**PENALTIES, "aggregation": "seq-mean-token-mean"}),
-        (moe_model, {"routing_replay": True}),
+        (moe_model, {"routing_replay": True, "load_balancing": 0.5}),
     ],
     ids=str,
 )

@@ -35,7 +35,7 @@ from replay_buffer.draw import decide_draw, drawn_batch
 from replay_buffer.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
 from replay_buffer.records import Record, decode, encode
 from replay_buffer.state import Location, RunState
-from replay_buffer.tickets import Expired, TicketOffice
+from replay_buffer.tickets import Expired, Server, TicketOffice
 from replay_buffer.transitions import Transition
 from replay_buffer.views import view_group
 from replay_buffer.writing import decide_write
@@ -177,9 +177,11 @@ class Machine:
         max_members: int = 10_000,
         *,
         server_id: str = "s0",
+        capacity: int = 10_000,
         expired: Expired = lambda _: False,
     ) -> list[Ticket]:
-        office = TicketOffice(self.state, server_id, version or self.state.head, expired, 30.0)
+        server = Server(server_id, version or self.state.head, capacity)
+        office = TicketOffice(self.state, server, expired, 30.0)
         issued = office.issue(max_members)
         self.record(*issued)
         return [entry.ticket for entry in issued]
@@ -198,10 +200,11 @@ class Machine:
             for result in self.write(*filled(ticket, versions or [self.state.head])):
                 assert result.status is WriteStatus.ACKNOWLEDGED, result
 
-    def draw(self) -> tuple[str, ...] | None:
+    def draw(self, expired: Expired = lambda _: True) -> tuple[str, ...] | None:
+        """The next step's batch; by default nobody who is at work is waited for."""
         step = self.state.head.step + 1
         if drawn_batch(self.state, self.state.epoch, step) is None:
-            self.record(decide_draw(self.state, self.state.epoch, step))
+            self.record(decide_draw(self.state, self.state.epoch, step, expired))
         batch = drawn_batch(self.state, self.state.epoch, step)
         return None if batch is None else batch.group_ids
 

@@ -121,9 +121,9 @@ class Histories(RuleBasedStateMachine):
         self.machine.record(*decide_expired(self.machine.state, lambda _: lapsed))
 
     @precondition(lambda self: self.machine.state.head.step < TOTAL_STEPS)
-    @rule(seal=st.booleans())
-    def draw(self, seal: bool) -> None:
-        groups = self.machine.draw()
+    @rule(seal=st.booleans(), lapsed=st.booleans())
+    def draw(self, seal: bool, lapsed: bool) -> None:
+        groups = self.machine.draw(lambda _: lapsed)
         if groups is None:
             return
         assert len(set(groups)) == self.machine.spec.groups_per_step

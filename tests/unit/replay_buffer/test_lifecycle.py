@@ -260,17 +260,46 @@ def test_the_oldest_deadline_is_drawn_first() -> None:
     assert machine.draw() == tuple(ticket.group_id for ticket in early)
 
 
-def test_a_long_rollout_is_waited_for_within_the_window() -> None:
+def test_the_oldest_rollout_is_waited_for_within_the_window() -> None:
     machine = Machine(spec(max_staleness=1, groups_per_step=2))
     slow, *others = machine.acquire()
     machine.fill(others)
-    assert machine.draw() == ("test-run-g2", "test-run-g3")
+    assert machine.draw(held) == ("test-run-g2", "test-run-g3")
     machine.advance()
+    machine.write(WriteItem(slow.members[0].trajectory_id, 1, 0, chunk([version(1)])))
     machine.fill(machine.acquire())
     # Groups 4 to 6 are ready, but 5 and 6 are beyond the window that begins at group 1.
-    assert machine.draw() is None
-    machine.fill([slow], [version(1)])
-    assert machine.draw() is not None
+    assert machine.draw(held) is None
+    assert machine.draw() == ("test-run-g4", "test-run-g5")
+
+
+def test_a_group_at_its_deadline_is_waited_for_while_its_server_is_at_work() -> None:
+    machine = Machine(spec(max_staleness=1, groups_per_step=2))
+    *others, slow = machine.acquire()
+    machine.fill(others)
+    assert machine.draw(held) is not None
+    machine.advance()
+    machine.fill(machine.acquire())
+    # Group 3 is due now and ready, group 4 is due and not ready; 5 and 6 can be taken later.
+    assert machine.draw(held) is None
+    machine.fill([slow], [ROOT])
+    assert machine.draw(held) == ("test-run-g3", "test-run-g4")
+
+
+def test_a_group_whose_first_tokens_are_young_is_not_waited_for() -> None:
+    machine = Machine(spec(max_staleness=1, groups_per_step=2))
+    *others, slow = machine.acquire()
+    machine.fill(others)
+    machine.draw(held)
+    machine.advance()
+    machine.fill(machine.acquire())
+    machine.write(WriteItem(slow.members[0].trajectory_id, 1, 0, chunk([version(1)])))
+    assert machine.draw(held) == ("test-run-g3", "test-run-g5")
+
+
+def held(_: str) -> bool:
+    """Every lease stands."""
+    return False
 
 
 def test_a_draw_is_stable_and_ready_groups_are_drawn_once() -> None:

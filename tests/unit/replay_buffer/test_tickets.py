@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from leeway.errors import InvalidDataError, PreconditionError
-from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem
+from leeway.types import DropReason, Evaluation, GroupState, Purpose, TrajectoryFailure, WriteItem
 from replay_buffer.admission import Admission, deadline
+from replay_buffer.evaluation import decide_evaluation
 from replay_buffer.tickets import decide_expired, member_seed, task_at
 from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, spec, version, whole
 
@@ -190,6 +189,12 @@ def test_the_inequality_counts_what_is_due_early() -> None:
     assert not Admission(state).admits(0)
 
 
-def test_evaluation_members_take_their_own_number() -> None:
-    machine = Machine(replace(spec(), members=1))
-    assert [len(ticket.members) for ticket in machine.acquire(max_members=2)] == [1, 1]
+def test_a_server_that_is_too_small_for_an_evaluation_waits_or_is_passed_over() -> None:
+    machine = Machine(spec(members=1))
+    evaluation = Evaluation("wide", ROOT, task_count=1, members=4, sampling=machine.spec.sampling)
+    machine.record(decide_evaluation(machine.state, 1, evaluation))
+    # A server that is busy at the moment keeps its room for the evaluation ...
+    assert machine.acquire(max_members=3, capacity=4) == []
+    # ... one that never has enough goes on with training.
+    assert {ticket.purpose for ticket in machine.acquire(max_members=3, capacity=3)} == {Purpose.TRAIN}
+    assert machine.acquire(max_members=4, capacity=4)[0].purpose is Purpose.EVAL

@@ -1,0 +1,67 @@
+"""What `leeway run` refuses: one line that names the file, key or address, exit code 2, and nothing left in the way."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from leeway.commands.main import main
+from tests.e2e.rehearsal import EXAMPLE
+
+pytestmark = pytest.mark.e2e
+
+SORTMIX8 = Path(__file__).parents[2] / "examples" / "sortmix8.toml"
+
+
+def refused(capsys: pytest.CaptureFixture[str], config: Path, directory: Path, *overrides: str) -> str:
+    """Run, expect a refusal, return what it said."""
+    arguments = ["run", str(config), "--plain", "--set", f"run.directory={directory}"]
+    for override in overrides:
+        arguments += ["--set", override]
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.lr=1e-3", "learner.lr: unknown key"),
+        ("lerner.seed=1", "unknown section [lerner]"),
+        ('run.steps="many"', "run.steps: input should be a valid integer, but is 'many'"),
+        ("learner.training.algorithm=ppo2", "learner.training.algorithm: there is no algorithm 'ppo2'"),
+        ("model.path=/nonexistent", "model.path: /nonexistent is not a Hugging Face model"),
+        ("task.reward=sortmix8.task:missing", "sortmix8.task has no function missing"),
+        ("task.reward=sortmix9:reward", "cannot import sortmix9"),
+        ("evaluation.tasks=100000", "evaluation.tasks: is 100000, but there are 256 held-out tasks"),
+        ("evaluation.members=500", "evaluation.members: is 500, but a server takes at most"),
+        ("metrics.inference_servers=[9403]", "metrics.inference_servers: lists 1 ports"),
+        ("learner.trainer=arithmetic", "a rehearsal needs arithmetic for both"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_refused_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str, expected: str
+) -> None:
+    said = refused(capsys, SORTMIX8, tmp_path / "runs", override)
+    assert said.count("\n") == 1
+    assert said.startswith(f"leeway: {SORTMIX8}: ")
+    assert expected in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_port_in_use_is_named_and_the_next_start_is_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        said = refused(capsys, EXAMPLE, tmp_path, f"network.replay_buffer={address}")
+    assert f"cannot listen on {address}: is the port in use?" in said
+    arguments = ["run", str(EXAMPLE), "--plain", "--set", f"run.directory={tmp_path}", "--set", "run.steps=2"]
+    assert main(arguments) == 0
+
+
+def test_listening_beyond_loopback_without_certificates_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, EXAMPLE, tmp_path, "network.replay_buffer=0.0.0.0:0")
+    assert "refusing to listen on 0.0.0.0" in said
+    assert "network.certificate" in said

@@ -1,0 +1,115 @@
+"""`leeway run` as a process: Ctrl-C leaves a checkpoint, SIGKILL leaves no orphans, --resume continues the curve."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from learner.journal import read_journal
+from tests.e2e.rehearsal import EXAMPLE, SMALL
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+STOP_SECONDS = 10
+STEPS = 15
+
+
+def arguments(directory: Path) -> list[str]:
+    overrides = [*SMALL, f"run.steps={STEPS}", f"run.directory={directory}"]
+    return ["run", str(EXAMPLE), *(part for override in overrides for part in ("--set", override))]
+
+
+@asynccontextmanager
+async def leeway(arguments: Sequence[str]) -> AsyncGenerator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "leeway.commands.main", *arguments, "--plain"),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        # Its children hold its pipes' other ends no longer than they live.
+        await process.communicate()
+
+
+async def training_begins(process: asyncio.subprocess.Process) -> None:
+    assert process.stderr is not None
+    while line := (await process.stderr.readline()).decode():
+        if line.startswith("step 1/"):
+            return
+    raise AssertionError("the run ended before its first step")
+
+
+async def resume(arguments: Sequence[str], run_directory: Path) -> None:
+    """Finish an interrupted run, and look at what it left behind."""
+    async with leeway(arguments) as process:
+        _, stderr = await process.communicate()
+    assert process.returncode == 0, stderr.decode()
+    records = read_journal(run_directory / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "step"] == list(range(1, STEPS + 1))
+    elapsed = [record["elapsed_seconds"] for record in records if record["kind"] == "step"]
+    assert elapsed == sorted(elapsed)
+    summary = json.loads((run_directory / "summary.json").read_text())
+    assert (summary["finished"], summary["steps"], summary["learner_epochs"]) == (True, STEPS, 2)
+    assert summary["groups_issued"] == summary["groups_consumed"] + sum(summary["dropped_groups"].values())
+    assert summary["groups_consumed"] == 4 * STEPS
+
+
+async def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
+    run_directory = tmp_path / "rehearsal"
+    async with leeway(arguments(tmp_path)) as process:
+        await training_begins(process)
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(STOP_SECONDS):
+            stdout, stderr = await process.communicate()
+    assert process.returncode == 0, stderr.decode()
+    (line,) = [line for line in stdout.decode().splitlines() if line.startswith("leeway: stopped")]
+    said, _, command = line.partition("; continue with: ")
+    steps = len([record for record in read_journal(run_directory / "metrics.jsonl") if record["kind"] == "step"])
+    assert said == f"leeway: stopped at step {steps} with a checkpoint"
+    assert 1 <= steps < STEPS
+    assert (run_directory / "checkpoints" / f"step-{steps:08d}" / "manifest.json").exists()
+    assert not json.loads((run_directory / "summary.json").read_text())["finished"]
+    program, *again = shlex.split(command)
+    assert program == "leeway"
+    await resume(again, run_directory)
+
+
+async def test_a_killed_supervisor_leaves_nothing_running_and_the_run_resumes(tmp_path: Path) -> None:
+    async with leeway(arguments(tmp_path)) as process:
+        await training_begins(process)
+        descriptors = [os.pidfd_open(child) for child in children(process.pid)]
+        assert len(descriptors) == 4
+        process.kill()
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.gather(*(_ended(descriptor) for descriptor in descriptors))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+    await resume([*arguments(tmp_path), "--resume"], tmp_path / "rehearsal")
+
+
+def children(process_id: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+
+
+async def _ended(descriptor: int) -> None:
+    """Wait for the process behind a pidfd."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(descriptor, ended.set)
+    await ended.wait()
+    loop.remove_reader(descriptor)
