@@ -30,6 +30,15 @@ def service_parser(module: str, description: str) -> argparse.ArgumentParser:
     """The arguments that every service takes."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML configuration of the run")
+    add_override_option(parser)
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--supervised", action="store_true", help="stop when stdin ends, as it does with `leeway run`")
+    parser.add_argument("--verbose", action="store_true", help="log details")
+    return parser
+
+
+def add_override_option(parser: argparse.ArgumentParser) -> None:
+    """Declare `--set`, for `leeway.config.load_document`."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -38,10 +47,6 @@ def service_parser(module: str, description: str) -> argparse.ArgumentParser:
         metavar="SECTION.KEY=VALUE",
         help="override one key; may be repeated",
     )
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
-    parser.add_argument("--supervised", action="store_true", help="stop when stdin ends, as it does with `leeway run`")
-    parser.add_argument("--verbose", action="store_true", help="log details")
-    return parser
 
 
 def configure_logging(service: str, *, verbose: bool = False) -> None:

@@ -27,21 +27,14 @@ from leeway.commands.supervisor import Outcome, Service, Supervisor
 from leeway.config import RunOptions, load_document
 from leeway.errors import PreconditionError
 from leeway.ports import free_port
-from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
+from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
 
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
     """Declare the command."""
     parser = subparsers.add_parser("run", help="run every service of a configuration", description=__doc__)
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML configuration")
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="override one key; may be repeated",
-    )
+    add_override_option(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument("--plain", action="store_true", help="log lines instead of the live display")
