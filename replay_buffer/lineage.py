@@ -23,6 +23,7 @@ class Lineage:
         self.head = root
         self._parents: dict[PolicyVersion, PolicyVersion | None] = {root: None}
         self._lineage_steps: dict[PolicyVersion, int] = {root: root.step}
+        self._discarded: set[PolicyVersion] = set()
 
     def __contains__(self, version: PolicyVersion) -> bool:
         return version in self._parents
@@ -40,6 +41,15 @@ class Lineage:
         self._parents[version] = parent
         self._lineage_steps[version] = version.step
         self.head = version
+
+    def discard_after(self, head: PolicyVersion) -> None:
+        """Roll back to an ancestor of the head because a person said so: nobody wants what later versions sampled."""
+        self._discarded.update(version for version in self._parents if self._lineage_steps[version] > head.step)
+        self.rollback(head)
+
+    def is_discarded(self, version: PolicyVersion) -> bool:
+        """Whether an explicit rollback left this version behind."""
+        return version in self._discarded
 
     def rollback(self, head: PolicyVersion) -> None:
         """Make a registered version the head again; what descends from it is abandoned."""

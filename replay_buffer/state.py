@@ -14,12 +14,14 @@ from enum import Enum, auto
 from typing import Final, NamedTuple, assert_never
 
 from leeway.types import (
+    DeadLetter,
     DropReason,
     Evaluation,
     EvaluationResult,
     GroupState,
     PolicyVersion,
     Purpose,
+    Rollback,
     RunSpec,
     RunStatus,
     Ticket,
@@ -28,11 +30,13 @@ from replay_buffer.lineage import Lineage
 from replay_buffer.transitions import (
     BatchDrawn,
     ChunkWritten,
+    DeadLettersRequeued,
     EvaluationCreated,
     GroupsDropped,
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRolledBack,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
@@ -40,8 +44,19 @@ from replay_buffer.transitions import (
     Transition,
 )
 
-REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST})
+REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
 """A group dropped for one of these gives its task back."""
+
+SET_ASIDE: Final = frozenset(
+    {
+        DropReason.DEAD_LETTER,
+        DropReason.FAILED,
+        DropReason.INVALID,
+        DropReason.CONFLICT,
+        DropReason.UNKNOWN_VERSION,
+    }
+)
+"""A group dropped for one of these is a dead letter until a person queues its task again."""
 
 
 class Location(NamedTuple):
@@ -200,6 +215,9 @@ class RunState:
         self.evaluations: dict[str, EvaluationState] = {}
         self.task_cursor = 0
         self.requeued: deque[int] = deque()
+        self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
+        self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first
+        self.rollback: Rollback | None = None  # the newest explicit one
         self.issued = 0
         self.consumed = 0
         self.dropped: Counter[DropReason] = Counter()
@@ -207,6 +225,16 @@ class RunState:
     @property
     def head(self) -> PolicyVersion:
         return self.lineage.head
+
+    @property
+    def must_open_at(self) -> PolicyVersion | None:
+        """The version that the next learner has to bring: after an explicit rollback."""
+        return self.rollback.version if self.rollback is not None and self.rollback.epoch == self.epoch else None
+
+    def attempts(self, group: Group) -> int:
+        """Tickets that a group's task has cost since it last gave a whole group."""
+        lost = self.lost_attempts[group.task_index] if group.purpose is Purpose.TRAIN else 0
+        return lost + group.attempt
 
     def find(self, trajectory_id: str) -> tuple[Group, int] | None:
         """The group of a trajectory and its place in it; None when it was never issued."""
@@ -241,6 +269,8 @@ class RunState:
             drawn=states[GroupState.DRAWN],
             consumed=self.consumed,
             dropped=dict(self.dropped),
+            rollback=self.rollback,
+            dead_letters=len(self.dead_letters),
         )
 
     def evaluation_result(self, evaluation_id: str) -> EvaluationResult:
@@ -301,6 +331,13 @@ class RunState:
                 self.finished = True
                 for evaluation_state in self.evaluations.values():
                     evaluation_state.closed = True
+            case RunRolledBack():
+                self._roll_back(transition)
+            case DeadLettersRequeued():
+                for group_id in transition.group_ids:
+                    task_index = self.dead_letters.pop(group_id).task_index
+                    self.lost_attempts.pop(task_index, None)
+                    self.requeued.append(task_index)
             case _:
                 assert_never(transition)
 
@@ -342,6 +379,7 @@ class RunState:
             return
         if group.purpose is Purpose.TRAIN:
             group.state = GroupState.READY
+            self.lost_attempts.pop(group.task_index, None)
         else:
             self._consume(group)
 
@@ -362,12 +400,25 @@ class RunState:
             group = self.groups[group_id]
             if group.ended:
                 continue  # the first durable reason stands
-            group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
             if group.purpose is Purpose.TRAIN:
                 self.dropped[reason] += 1
                 if reason in REQUEUED:
                     self.requeued.append(group.task_index)
+                    self._count_lost(group, reason)
+                elif reason in SET_ASIDE:
+                    self.dead_letters[group_id] = DeadLetter(
+                        group_id, group.task_index, reason, message, self.attempts(group), group.server_id
+                    )
+            group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
             self._retire(group)
+
+    def _count_lost(self, group: Group, reason: DropReason) -> None:
+        """Remember in vain attempts beyond their group, so that a task that kills its servers cannot come for ever."""
+        if group.state is not GroupState.OPEN or reason is DropReason.ROLLED_BACK:
+            return
+        still_tried = group.at_work and reason is DropReason.STALE
+        if lost := group.attempt - still_tried:
+            self.lost_attempts[group.task_index] += lost
 
     def _consume(self, group: Group) -> None:
         group.state = GroupState.CONSUMED
@@ -392,12 +443,30 @@ class RunState:
     def _open(self, opened: RunOpened) -> None:
         self.epoch = opened.epoch
         self._commit(opened.checkpoint.step)
-        for step in [step for step in self.batches if step > opened.checkpoint.step]:
+        self._void_batches(opened.checkpoint)
+        self.lineage.rollback(opened.checkpoint)
+
+    def _void_batches(self, head: PolicyVersion) -> None:
+        """Return what was drawn after the new head; nobody measures another version any more."""
+        for step in [step for step in self.batches if step > head.step]:
             for group_id in self.batches.pop(step).group_ids:
                 group = self.groups[group_id]
                 if group.state is GroupState.DRAWN:
                     group.state, group.step = GroupState.READY, 0
-        self.lineage.rollback(opened.checkpoint)
         for evaluation in self.evaluations.values():
-            if evaluation.evaluation.version != opened.checkpoint:
+            if evaluation.evaluation.version != head:
                 evaluation.closed = True
+
+    def _roll_back(self, rolled_back: RunRolledBack) -> None:
+        self.epoch = rolled_back.epoch
+        self.rollback = Rollback(rolled_back.version, rolled_back.epoch)
+        self._void_batches(rolled_back.version)
+        self.committed_step = min(self.committed_step, rolled_back.version.step)
+        self.lineage.discard_after(rolled_back.version)
+        for group_id in rolled_back.group_ids:
+            group = self.groups[group_id]
+            if group.state is GroupState.CONSUMED:
+                self.consumed -= 1
+                group.state = GroupState.READY  # for the moment: what has ended is not dropped
+            group.step = 0
+        self._drop(rolled_back.group_ids, DropReason.ROLLED_BACK, f"the run was rolled back to {rolled_back.version}")
