@@ -24,9 +24,9 @@ from leeway.commands.configuration import RunConfiguration, read_configuration, 
 from leeway.commands.progress import open_progress
 from leeway.commands.report import write_report
 from leeway.commands.supervisor import Outcome, Service, Supervisor
+from leeway.commands.torchrun import launcher
 from leeway.config import RunOptions, load_document
 from leeway.errors import PreconditionError
-from leeway.ports import free_port
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
 
 
@@ -96,27 +96,13 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
     with open_progress(run, plain=plain or not sys.stderr.isatty()) as progress:
         supervisor = Supervisor(
             replay_buffer=Service("replay-buffer", ("replay_buffer", *arguments)),
-            learner=Service("learner", (*_launcher(configuration.learner.ranks), "learner", *arguments)),
+            learner=Service("learner", (*launcher(configuration.learner.ranks), "learner", *arguments)),
             servers=servers,
             log_directory=run.run_directory / "logs",
             on_journal_line=progress.on_journal_line,
             on_event=progress.on_event,
         )
         return await supervisor.run(stop)
-
-
-def _launcher(ranks: int) -> tuple[str, ...]:
-    """What comes before a module's name to start it as several ranks on this host."""
-    if ranks == 1:
-        return ()
-    port = free_port("127.0.0.1")
-    return (
-        "torch.distributed.run",
-        f"--nproc-per-node={ranks}",
-        "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-        "-m",
-    )
 
 
 def _command(arguments: argparse.Namespace) -> str:
