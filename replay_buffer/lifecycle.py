@@ -119,8 +119,10 @@ def _check_ledger(run: RunState, checkpoint: PolicyVersion, ledger: Ledger) -> N
                 "the checkpoint is damaged: resume from another"
             )
     for step, group_ids in steps.items():
-        batch = run.batches.get(step)
-        if step > checkpoint.step or batch is None or batch.group_ids != group_ids:
+        drawn = run.batch(step)
+        # What is left of a committed step whose groups are partly retired has to fit.
+        is_retired = step <= run.committed_step and len(drawn) < len(group_ids) and set(drawn) <= set(group_ids)
+        if step > checkpoint.step or (drawn != group_ids and not is_retired):
             raise PreconditionError(
                 f"run {name!r}: step {step} of the ledger is not what was drawn for it; "
                 f"checkpoint {checkpoint} does not belong to this buffer's history"
@@ -167,7 +169,7 @@ def decide_advance(run: RunState, epoch: int, version: PolicyVersion, parent: Po
             f"run {name!r}: epoch {epoch} goes from {head} to step {head.step + 1}, not to {version}"
         )
     batch = run.batches.get(version.step)
-    if batch is None or any(run.groups[group_id].ended for group_id in batch.group_ids):
+    if batch is None or any(group_id not in run.live for group_id in batch.group_ids):
         raise PreconditionError(f"run {name!r}: step {version.step} has no whole batch; draw it (again) first")
     bound, in_batch = run.spec.max_staleness, set(batch.group_ids)
     stale = tuple(

@@ -76,6 +76,7 @@ def encode(record: Record) -> bytes:
             message.policy_advanced.stale_group_ids.extend(advanced.stale_group_ids)
         case StepsCommitted() as committed:
             message.steps_committed.step = committed.step
+            message.steps_committed.oldest_kept_step = committed.oldest_kept_step
         case RunOpened() as opened:
             message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
             message.run_opened.epoch = opened.epoch
@@ -141,7 +142,7 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
                 tuple(advanced.stale_group_ids),
             )
         case "steps_committed":
-            return StepsCommitted(message.steps_committed.step)
+            return StepsCommitted(message.steps_committed.step, message.steps_committed.oldest_kept_step)
         case "run_opened":
             opened = message.run_opened
             return RunOpened(

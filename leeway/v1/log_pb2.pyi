@@ -397,16 +397,20 @@ class StepsCommitted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
+    OLDEST_KEPT_STEP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step."""
+    oldest_kept_step: _builtins.int
+    """Step of the oldest checkpoint that the learner keeps; 0 while it has not said."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
+        oldest_kept_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["oldest_kept_step", b"oldest_kept_step", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

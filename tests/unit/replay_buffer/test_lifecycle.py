@@ -79,7 +79,8 @@ def test_open_commits_the_ledger_and_returns_the_rest() -> None:
         assert {state.groups[group_id].state for group_id in group_ids} == {GroupState.CONSUMED}
     assert fourth is not None
     assert {state.groups[group_id].state for group_id in (*third, *fourth)} == {GroupState.READY}
-    assert list(state.batches) == [1, 2]
+    assert not state.batches
+    assert [(step, state.batch(step)) for step in (1, 2)] == ledger
     # The surviving history goes on with other versions of the same steps.
     assert machine.draw() == third
     assert machine.advance() == version(3, 2)
