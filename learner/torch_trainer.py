@@ -32,6 +32,7 @@ from learner.advantages import group_advantages
 from learner.checkpoint import Branch
 from learner.checks import check_candidates, check_group, check_trajectory
 from learner.errors import UnusableGroupError
+from learner.head import TokenScores
 from learner.loss_options import check_recorded_topk
 from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import BatchStatistics
@@ -162,6 +163,7 @@ class TorchTrainer:
             load_model(path, torch.float32),
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
+            head=options.head,
             compute_dtype=torch_dtype(options.compute_dtype),
             lora=options.lora,
             load_balancing=options.load_balancing > 0,
@@ -423,36 +425,49 @@ class TorchTrainer:
     def _accumulate(self, batch: _StepBatch, part: _Part, statistics: BatchStatistics | None) -> _ScoredTokens | None:
         """Score one micro-batch and add its gradient; a filler adds nothing."""
         sequences = torch.from_numpy(part.micro_batch.target_sequences)
-        entropy_gradient = part.with_gradient and self._loss.penalties.entropy != 0
+        advantages = _advantages(batch, part)
+        weights = torch.from_numpy(batch.weights).float()[sequences]
+
+        def tokens_at(places: slice, scores: TokenScores) -> TokenBatch:
+            return self._loss.token_batch(
+                part.micro_batch,
+                scores,
+                advantages,
+                part.older,
+                statistics,
+                places=places,
+                first_sequence=batch.first,
+            )
+
+        def summed_loss(places: slice, scores: TokenScores) -> Tensor:
+            if part.is_filler:
+                return (scores.logprobs * 0.0).sum()
+            losses, _ = self._loss.losses(tokens_at(places, scores))
+            return (losses * weights[places]).sum()
+
         with (
             torch.set_grad_enabled(part.with_gradient),
-            self._policy.scored(part.micro_batch, entropy_gradient=entropy_gradient) as scores,
+            self._policy.scored(part.micro_batch, summed_loss if part.with_gradient else None) as scores,
         ):
-            if part.is_filler:
-                if part.with_gradient:
-                    (scores.logprobs * 0.0).sum().backward()  # pyright: ignore[reportUnknownMemberType]
-                return None
-            advantages = _advantages(batch, part)
-            tokens = self._loss.token_batch(
-                part.micro_batch, scores, advantages, part.older, statistics, first_sequence=batch.first
-            )
-            losses, terms = self._loss.losses(tokens)
-            unusable = ~torch.isfinite(losses.detach())
-            culprit = int(sequences[unusable][0]) if unusable.any() else None
-            loss = (losses * torch.from_numpy(batch.weights).float()[sequences]).sum()
-            load_balancing = 0.0
-            if scores.load_balancing is not None:
+            further, load_balancing = None, 0.0
+            if scores.load_balancing is not None and not part.is_filler:
                 mean = scores.load_balancing.sum() / batch.num_sequences
-                loss, load_balancing = loss + self._options.load_balancing * mean, float(mean.detach())
+                further, load_balancing = self._options.load_balancing * mean, float(mean.detach())
             if part.with_gradient:
-                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+                scores.backward(further)
+        if part.is_filler:
+            return None
+        tokens = tokens_at(slice(None), scores.detached())
+        losses, terms = self._loss.losses(tokens)
+        unusable = ~torch.isfinite(losses)
+        loss = (losses * weights).sum()
         return _ScoredTokens(
-            loss.detach(),
+            loss if further is None else loss + further.detach(),
             sequences,
             token_values(tokens),
             terms,
-            scores.entropies.detach(),
-            culprit,
+            scores.entropies,
+            int(sequences[unusable][0]) if unusable.any() else None,
             load_balancing,
         )
 
