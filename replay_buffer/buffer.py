@@ -26,6 +26,7 @@ from pathlib import Path
 
 from leeway.errors import CorruptDataError, DeadlineError, ExhaustedError, NotFoundError, UnavailableError
 from leeway.types import (
+    DeadLetter,
     Evaluation,
     EvaluationResult,
     GroupState,
@@ -40,6 +41,8 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.completion import decide_after_restart
+from replay_buffer.dead_letters import decide_requeue
 from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
@@ -53,6 +56,7 @@ from replay_buffer.lifecycle import (
     decide_commit,
     decide_finish,
     decide_open_run,
+    decide_rollback,
 )
 from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
@@ -131,6 +135,8 @@ class ReplayBuffer:
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
             self._observer.run_opened(run.state)
+            for drop in decide_after_restart(run.state):
+                self._record(run.state.spec.run, drop)
             self._drop_expired(run)
         self._arm_lease_timer()
 
@@ -197,7 +203,12 @@ class ReplayBuffer:
 
     async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
         """Seal a step. Raises: see ReplayService.Advance."""
-        await self._decided(name, decide_advance(self._run(name).state, epoch, version, parent))
+        run = self._run(name)
+        advanced = decide_advance(run.state, epoch, version, parent, self._expired(run))
+        if advanced is not None:
+            self._record(name, advanced)
+            self._drop_expired(run)
+        await self._log.durable()
 
     async def commit(self, name: str, epoch: int, step: int) -> None:
         """Consume steps for good. Raises: see ReplayService.Commit."""
@@ -325,6 +336,35 @@ class ReplayBuffer:
         return aborted
 
     # For people and tools
+
+    async def rollback_run(self, name: str, version: PolicyVersion) -> tuple[int, int]:
+        """Return to an older version; returns the raised epoch and how many groups this call dropped.
+
+        Raises:
+            PreconditionError: see ReplayService.RollbackRun.
+        """
+        run = self._run(name)
+        rolled_back = decide_rollback(run.state, version)
+        if rolled_back is not None:
+            self._record(name, rolled_back)
+            for drop in decide_after_open(run.state):
+                self._record(name, drop)
+            log.warning("run %s is rolled back to %s; %d groups are dropped", name, version, len(rolled_back.group_ids))
+        epoch = run.state.epoch
+        await self._log.durable()
+        return epoch, len(rolled_back.group_ids) if rolled_back is not None else 0
+
+    async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
+        """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""
+        letters = list(self._run(name).state.dead_letters.values())
+        await self._log.durable()
+        return letters[-limit:] if limit else letters
+
+    async def requeue_dead_letters(self, name: str, group_ids: Sequence[str]) -> int:
+        """Queue tasks again; returns how many this call queued. Raises: see ReplayService.RequeueDeadLetters."""
+        requeued = decide_requeue(self._run(name).state, group_ids)
+        await self._decided(name, requeued)
+        return 0 if requeued is None else len(requeued.group_ids)
 
     async def status(self, name: str) -> RunStatus:
         """Counts and versions. Raises NotFoundError for an unknown run."""

@@ -14,11 +14,13 @@ from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.transitions import (
     BatchDrawn,
     ChunkWritten,
+    DeadLettersRequeued,
     EvaluationCreated,
     GroupsDropped,
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRolledBack,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
@@ -87,6 +89,13 @@ def encode(record: Record) -> bytes:
             # An empty message still has to say which transition it is.
             message.run_finished.SetInParent()
             message.run_finished.group_ids.extend(finished.group_ids)
+        case RunRolledBack() as rolled_back:
+            message.run_rolled_back.version.CopyFrom(codec.version_to_proto(rolled_back.version))
+            message.run_rolled_back.epoch = rolled_back.epoch
+            message.run_rolled_back.group_ids.extend(rolled_back.group_ids)
+            message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
+        case DeadLettersRequeued() as requeued:
+            message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
         case _:
             assert_never(record.transition)
     return message.SerializeToString()
@@ -153,6 +162,16 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             return EvaluationCreated(codec.evaluation_from_proto(request), request.epoch)
         case "run_finished":
             return RunFinished(tuple(message.run_finished.group_ids))
+        case "run_rolled_back":
+            rolled_back = message.run_rolled_back
+            return RunRolledBack(
+                codec.version_from_proto(rolled_back.version),
+                rolled_back.epoch,
+                tuple(rolled_back.group_ids),
+                tuple(rolled_back.task_indices),
+            )
+        case "dead_letters_requeued":
+            return DeadLettersRequeued(tuple(message.dead_letters_requeued.group_ids))
         case _:
             raise InvalidDataError("the record holds no known transition")
 

@@ -189,6 +189,24 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     # For people and tools
 
+    async def RollbackRun(
+        self, request: replay_pb2.RollbackRunRequest, context: _Context
+    ) -> replay_pb2.RollbackRunResponse:
+        epoch, dropped = await self._buffer.rollback_run(request.run, codec.version_from_proto(request.version))
+        return replay_pb2.RollbackRunResponse(epoch=epoch, dropped_count=dropped)
+
+    async def ListDeadLetters(
+        self, request: replay_pb2.ListDeadLettersRequest, context: _Context
+    ) -> replay_pb2.ListDeadLettersResponse:
+        letters = await self._buffer.dead_letters(request.run, request.limit)
+        return replay_pb2.ListDeadLettersResponse(letters=[codec.letter_to_proto(letter) for letter in letters])
+
+    async def RequeueDeadLetters(
+        self, request: replay_pb2.RequeueDeadLettersRequest, context: _Context
+    ) -> replay_pb2.RequeueDeadLettersResponse:
+        requeued = await self._buffer.requeue_dead_letters(request.run, list(request.group_ids))
+        return replay_pb2.RequeueDeadLettersResponse(requeued_count=requeued)
+
     async def GetRunStatus(
         self, request: replay_pb2.GetRunStatusRequest, context: _Context
     ) -> replay_pb2.GetRunStatusResponse:

@@ -16,11 +16,13 @@ from collections.abc import Iterable, Iterator
 from typing import Final, assert_never
 
 from leeway.types import (
+    DeadLetter,
     DropReason,
     EvaluationResult,
     GroupState,
     PolicyVersion,
     Purpose,
+    Rollback,
     RunSpec,
     RunStatus,
 )
@@ -29,11 +31,13 @@ from replay_buffer.lineage import Lineage
 from replay_buffer.transitions import (
     BatchDrawn,
     ChunkWritten,
+    DeadLettersRequeued,
     EvaluationCreated,
     GroupsDropped,
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRolledBack,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
@@ -41,8 +45,19 @@ from replay_buffer.transitions import (
     Transition,
 )
 
-REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST})
+REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
 """A group dropped for one of these gives its task back."""
+
+SET_ASIDE: Final = frozenset(
+    {
+        DropReason.DEAD_LETTER,
+        DropReason.FAILED,
+        DropReason.INVALID,
+        DropReason.CONFLICT,
+        DropReason.UNKNOWN_VERSION,
+    }
+)
+"""A group dropped for one of these is a dead letter until a person queues its task again."""
 
 
 class RunState:
@@ -63,6 +78,9 @@ class RunState:
         self.evaluations: dict[str, EvaluationState] = {}  # that have not ended
         self.task_cursor = 0
         self.requeued: deque[int] = deque()
+        self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
+        self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first
+        self.rollback: Rollback | None = None  # the newest explicit one
         self.created = 0  # groups of both purposes
         self.issued = 0  # training groups
         self.consumed = 0
@@ -71,6 +89,16 @@ class RunState:
     @property
     def head(self) -> PolicyVersion:
         return self.lineage.head
+
+    @property
+    def must_open_at(self) -> PolicyVersion | None:
+        """The version that the next learner has to bring: after an explicit rollback."""
+        return self.rollback.version if self.rollback is not None and self.rollback.epoch == self.epoch else None
+
+    def attempts(self, group: Group) -> int:
+        """Tickets that a group's task has cost since it last gave a whole group."""
+        lost = self.lost_attempts[group.task_index] if group.purpose is Purpose.TRAIN else 0
+        return lost + group.attempt
 
     def find(self, trajectory_id: str) -> tuple[Group, int] | None:
         """The group of a trajectory and its place in it; None when it was never issued."""
@@ -105,6 +133,8 @@ class RunState:
             drawn=states[GroupState.DRAWN],
             consumed=self.consumed,
             dropped=dict(self.dropped),
+            rollback=self.rollback,
+            dead_letters=len(self.dead_letters),
         )
 
     def batch(self, step: int) -> tuple[str, ...]:
@@ -170,6 +200,13 @@ class RunState:
                 for evaluation_state in list(self.evaluations.values()):
                     evaluation_state.closed = True
                     self._end_if_complete(evaluation_state, location)
+            case RunRolledBack():
+                self._roll_back(transition, location)
+            case DeadLettersRequeued():
+                for group_id in transition.group_ids:
+                    task_index = self.dead_letters.pop(group_id).task_index
+                    self.lost_attempts.pop(task_index, None)
+                    self.requeued.append(task_index)
             case _:
                 assert_never(transition)
 
@@ -219,6 +256,7 @@ class RunState:
             return
         if group.purpose is Purpose.TRAIN:
             group.state = GroupState.READY
+            self.lost_attempts.pop(group.task_index, None)
         else:
             self._consume(group, location)
 
@@ -244,12 +282,25 @@ class RunState:
             group = self.groups.unended.get(group_id)
             if group is None:
                 continue  # the first durable reason stands
-            group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
             if group.purpose is Purpose.TRAIN:
                 self.dropped[reason] += 1
                 if reason in REQUEUED:
                     self.requeued.append(group.task_index)
+                    self._count_lost(group, reason)
+                elif reason in SET_ASIDE:
+                    self.dead_letters[group_id] = DeadLetter(
+                        group_id, group.task_index, reason, message, self.attempts(group), group.server_id
+                    )
+            group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
             self._end(group, location)
+
+    def _count_lost(self, group: Group, reason: DropReason) -> None:
+        """Remember in vain attempts beyond their group, so that a task that kills its servers cannot come for ever."""
+        if group.state is not GroupState.OPEN or reason is DropReason.ROLLED_BACK:
+            return
+        still_tried = group.at_work and reason is DropReason.STALE
+        if lost := group.attempt - still_tried:
+            self.lost_attempts[group.task_index] += lost
 
     def _consume(self, group: Group, location: Location) -> None:
         group.state = GroupState.CONSUMED
@@ -286,13 +337,42 @@ class RunState:
     def _open(self, opened: RunOpened, location: Location) -> None:
         self.epoch = opened.epoch
         self._commit(opened.checkpoint.step, location)
-        for step in [step for step in self.batches if step > opened.checkpoint.step]:
+        self._void_batches(opened.checkpoint, location)
+        self.lineage.rollback(opened.checkpoint)
+
+    def _void_batches(self, head: PolicyVersion, location: Location) -> None:
+        """Return what was drawn after the new head; nobody measures another version any more."""
+        for step in [step for step in self.batches if step > head.step]:
             for group_id in self.batches.pop(step).group_ids:
                 group = self.live.get(group_id)
                 if group is not None:
                     group.state, group.step, group.place = GroupState.READY, 0, 0
-        self.lineage.rollback(opened.checkpoint)
         for evaluation in list(self.evaluations.values()):
-            if evaluation.evaluation.version != opened.checkpoint:
+            if evaluation.evaluation.version != head:
                 evaluation.closed = True
                 self._end_if_complete(evaluation, location)
+
+    def _roll_back(self, rolled_back: RunRolledBack, location: Location) -> None:
+        version = rolled_back.version
+        self.epoch = rolled_back.epoch
+        self.rollback = Rollback(version, rolled_back.epoch)
+        self._void_batches(version, location)
+        self.committed_step = min(self.committed_step, version.step)
+        self.lineage.discard_after(version)
+        message = f"the run was rolled back to {version}"
+        for group_id, task_index in zip(rolled_back.group_ids, rolled_back.task_indices, strict=True):
+            if group_id in self.groups.unended:
+                self._drop((group_id,), DropReason.ROLLED_BACK, message, location)
+            else:
+                self._take_back(group_id, task_index, message)
+
+    def _take_back(self, group_id: str, task_index: int, message: str) -> None:
+        """Drop a consumed group."""
+        self.consumed -= 1
+        self.dropped[DropReason.ROLLED_BACK] += 1
+        self.requeued.append(task_index)
+        group = self.ended.get(group_id)
+        if group is not None:
+            group.state, group.step, group.place = GroupState.DROPPED, 0, 0
+            group.drop_reason, group.drop_message = DropReason.ROLLED_BACK, message
+            self.ended.put(group)

@@ -128,6 +128,12 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
             replay_pb2.DropCount(reason=int(reason), count=count)  # type: ignore[arg-type]
             for reason, count in state.dropped.items()
         ],
+        lost_attempts=[
+            storage_pb2.LostAttempts(task_index=task_index, count=count)
+            for task_index, count in state.lost_attempts.items()
+        ],
+        dead_letters=[codec.letter_to_proto(letter) for letter in state.dead_letters.values()],
+        rollback=None if state.rollback is None else codec.rollback_to_proto(state.rollback),
     )
     _lineage_to_proto(state.lineage, message)
     return message
@@ -160,6 +166,9 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
     state.created, state.issued, state.consumed = message.created, message.issued, message.consumed
     for entry in message.dropped:
         state.dropped[codec.enum_from_proto(DropReason, entry.reason)] = entry.count
+    state.lost_attempts.update({entry.task_index: entry.count for entry in message.lost_attempts})
+    state.dead_letters = {letter.group_id: codec.letter_from_proto(letter) for letter in message.dead_letters}
+    state.rollback = codec.rollback_from_proto(message.rollback) if message.HasField("rollback") else None
     return state
 
 
@@ -167,7 +176,11 @@ def _lineage_to_proto(lineage: Lineage, message: storage_pb2.RunSnapshot) -> Non
     places: dict[PolicyVersion, int] = {}
     for version in lineage:
         parent = lineage.parent(version)
-        message.versions.add(version=codec.version_to_proto(version), parent=None if parent is None else places[parent])
+        message.versions.add(
+            version=codec.version_to_proto(version),
+            parent=None if parent is None else places[parent],
+            discarded=lineage.is_discarded(version),
+        )
         places[version] = len(places)
     message.head = places[lineage.head]
 
@@ -175,4 +188,5 @@ def _lineage_to_proto(lineage: Lineage, message: storage_pb2.RunSnapshot) -> Non
 def _lineage_from_proto(message: storage_pb2.RunSnapshot, lineage: Lineage) -> None:
     versions = [codec.version_from_proto(entry.version) for entry in message.versions]
     parents = [versions[entry.parent] if entry.HasField("parent") else None for entry in message.versions]
-    lineage.restore(dict(zip(versions, parents, strict=True)), versions[message.head])
+    discarded = [version for version, entry in zip(versions, message.versions, strict=True) if entry.discarded]
+    lineage.restore(dict(zip(versions, parents, strict=True)), discarded, versions[message.head])

@@ -160,7 +160,7 @@ def may_be_lent_again(run: RunState, group: Group, expired: Expired) -> bool:
     """Whether a group's missing members may go to a server again: none is at work on them, or the lease ran out."""
     return (
         group.state is GroupState.OPEN
-        and group.attempt < run.spec.max_attempts
+        and run.attempts(group) < run.spec.max_attempts
         and (not group.at_work or expired(group.group_id))
     )
 
@@ -171,17 +171,17 @@ def decide_expired(run: RunState, expired: Expired) -> list[GroupsDropped]:
     for group in [*run.live.values(), *run.live_evaluation.values()]:
         if group.state is not GroupState.OPEN or (group.at_work and not expired(group.group_id)):
             continue
-        if group.attempt >= run.spec.max_attempts:
-            drops.append(dead_letter(group))
+        if run.attempts(group) >= run.spec.max_attempts:
+            drops.append(dead_letter(run, group))
         elif group.purpose is Purpose.TRAIN and is_stale(run, group):
             message = f"the lease of server {group.server_id!r} ran out and the group is too old to be lent again"
             drops.append(GroupsDropped((group.group_id,), DropReason.LEASE_LOST, message))
     return drops
 
 
-def dead_letter(group: Group) -> GroupsDropped:
-    """Set a group aside that used up its attempts."""
-    message = f"not finished in {group.attempt} attempts, the last by server {group.server_id!r}"
+def dead_letter(run: RunState, group: Group) -> GroupsDropped:
+    """Set a group aside whose task used up its attempts."""
+    message = f"not finished in {run.attempts(group)} attempts, the last by server {group.server_id!r}"
     return GroupsDropped((group.group_id,), DropReason.DEAD_LETTER, message)
 
 

@@ -184,6 +184,9 @@ class RunSnapshot(_message.Message):
     ISSUED_FIELD_NUMBER: _builtins.int
     CONSUMED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    LOST_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     head: _builtins.int
@@ -230,6 +233,18 @@ class RunSnapshot(_message.Message):
     def dropped(self) -> _containers.RepeatedCompositeFieldContainer[_replay_pb2.DropCount]:
         """Training groups dropped, by reason."""
 
+    @_builtins.property
+    def lost_attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostAttempts]:
+        """Tickets that tasks cost whose groups were given up unfinished."""
+
+    @_builtins.property
+    def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[_replay_pb2.DeadLetter]:
+        """Dead letters whose tasks were not queued again, oldest first."""
+
+    @_builtins.property
+    def rollback(self) -> _replay_pb2.Rollback:
+        """The newest explicit rollback; unset when there was none."""
+
     def __init__(
         self,
         *,
@@ -249,14 +264,43 @@ class RunSnapshot(_message.Message):
         issued: _builtins.int = ...,
         consumed: _builtins.int = ...,
         dropped: _abc.Iterable[_replay_pb2.DropCount] | None = ...,
+        lost_attempts: _abc.Iterable[Global___LostAttempts] | None = ...,
+        dead_letters: _abc.Iterable[_replay_pb2.DeadLetter] | None = ...,
+        rollback: _replay_pb2.Rollback | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSnapshot: _TypeAlias = RunSnapshot  # noqa: Y015
+
+@_typing.final
+class LostAttempts(_message.Message):
+    """What a task has cost in vain."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_INDEX_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    task_index: _builtins.int
+    """The task."""
+    count: _builtins.int
+    """Tickets."""
+    def __init__(
+        self,
+        *,
+        task_index: _builtins.int = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "task_index", b"task_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LostAttempts: _TypeAlias = LostAttempts  # noqa: Y015
 
 @_typing.final
 class RegisteredVersion(_message.Message):
@@ -266,8 +310,11 @@ class RegisteredVersion(_message.Message):
 
     VERSION_FIELD_NUMBER: _builtins.int
     PARENT_FIELD_NUMBER: _builtins.int
+    DISCARDED_FIELD_NUMBER: _builtins.int
     parent: _builtins.int
     """Place of its parent among the versions; unset for the root."""
+    discarded: _builtins.bool
+    """Whether an explicit rollback left it behind."""
     @_builtins.property
     def version(self) -> _common_pb2.PolicyVersion:
         """The version."""
@@ -277,10 +324,11 @@ class RegisteredVersion(_message.Message):
         *,
         version: _common_pb2.PolicyVersion | None = ...,
         parent: _builtins.int | None = ...,
+        discarded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "parent", b"parent", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "parent", b"parent", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parent", b"_parent", "discarded", b"discarded", "parent", b"parent", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__parent: _TypeAlias = _typing.Literal["parent"]  # noqa: Y015
     _WhichOneofArgType__parent: _TypeAlias = _typing.Literal["_parent", b"_parent"]  # noqa: Y015

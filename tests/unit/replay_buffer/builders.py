@@ -212,11 +212,11 @@ class Machine:
         batch = drawn_batch(self.state, self.state.epoch, step)
         return None if batch is None else batch.group_ids
 
-    def advance(self) -> PolicyVersion:
+    def advance(self, expired: Expired = lambda _: False) -> PolicyVersion:
         """Train the drawn step."""
         epoch, head = self.state.epoch, self.state.head
         new = version(head.step + 1, epoch, self.spec.run)
-        self.record(decide_advance(self.state, epoch, new, head))
+        self.record(decide_advance(self.state, epoch, new, head, expired))
         return new
 
     def step(self) -> tuple[str, ...]:
