@@ -123,9 +123,8 @@ def _compare_options(receipt: StepReceipt, recorded: Options, now: Options) -> N
         return
     for key in sorted({*recorded, *now}):
         if recorded.get(key) != now.get(key):
-            raise DiffersError(
-                Difference(receipt.step, "option", key, recorded.get(key, "absent"), now.get(key, "absent"))
-            )
+            before, after = recorded.get(key, "absent"), now.get(key, "absent")
+            raise DiffersError(Difference(receipt.step, "option", key, before, after))
     raise CorruptDataError(f"step {receipt.step}: the options of its receipt do not have the digest that it names")
 
 

@@ -96,7 +96,8 @@ def _export(buffer: ReplayClient) -> ExportStep:
 
 
 def _tell(line: str) -> None:
-    print(line, flush=True)
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
 
 
 def main() -> int:
