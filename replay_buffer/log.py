@@ -153,6 +153,11 @@ class Log:
         """The end of the log now, for `durable`."""
         return self._appended
 
+    @property
+    def durable_mark(self) -> int:
+        """The mark up to which everything is on disk."""
+        return self._synced
+
     async def durable(self, mark: int | None = None) -> None:
         """Wait until everything appended before `mark` (default: so far) is on disk.
 

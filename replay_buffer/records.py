@@ -164,11 +164,4 @@ def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
     Raises:
         InvalidDataError: the bytes are not a TrajectoryChunk.
     """
-    spans = codec.parse(trajectory_pb2.TrajectoryChunk, chunk).version_spans
-    if not spans:
-        return ()
-    versions: dict[PolicyVersion, None] = {}
-    for span in spans:
-        version = span.version
-        versions[PolicyVersion(version.run, version.epoch, version.step, version.digest)] = None
-    return tuple(versions)
+    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk))

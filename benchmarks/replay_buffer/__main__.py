@@ -1,7 +1,7 @@
 """What durability costs; see the package. Exit code 1 when a promise is not kept.
 
-    python -m benchmarks.replay_buffer                              everything
-    python -m benchmarks.replay_buffer --only throughput --sizes "7 KB" --contenders "bare stream" Leeway
+python -m benchmarks.replay_buffer                              everything
+python -m benchmarks.replay_buffer --only throughput --sizes "7 KB" --contenders "bare stream" Leeway
 """
 
 from __future__ import annotations

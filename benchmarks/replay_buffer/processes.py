@@ -77,7 +77,12 @@ def killed_at_end(server: Server) -> Iterator[Server]:
 
 
 def replay_buffer(
-    directory: Path, port: int, *, module: str = "replay_buffer", cpus: Sequence[int] = (), arguments: Sequence[str] = ()
+    directory: Path,
+    port: int,
+    *,
+    module: str = "replay_buffer",
+    cpus: Sequence[int] = (),
+    arguments: Sequence[str] = (),
 ) -> Server:
     """The service as it is run by everybody, on an empty or existing directory."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -177,7 +182,16 @@ def environment(name: str, folder: Path) -> Path:
     try:
         subprocess.run([base, "-m", "venv", "--clear", str(folder / name)], check=True)
         subprocess.run(
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-r", f"{PEERS / name}.txt"],
+            [
+                str(python),
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                "-r",
+                f"{PEERS / name}.txt",
+            ],
             check=True,
             timeout=600,
         )

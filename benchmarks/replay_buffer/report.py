@@ -52,11 +52,19 @@ def print_table(results: Results, reference: str) -> None:
         print(f"  {name:18} durability: {durability}")
     for name, reason in results.missing.items():
         print(f"  {name:18} left out: {reason}")
-    print(f"\n{'size':>7} {'/msg':>4}  {'operation':9}  {'contender':18} {'per second':>10} {'of bare':>8} "
-          f"{'MB/s':>7} {'server us':>10} {'client us':>10}")
+    print(
+        f"\n{'size':>7} {'/msg':>4}  {'operation':9}  {'contender':18} {'per second':>10} {'of bare':>8} "
+        f"{'MB/s':>7} {'server us':>10} {'client us':>10}"
+    )
     sizes = {"7 KB": 7e-3, "69 KB": 69e-3, "190 KB": 0.19, "9 MB": 9.0}
-    for key in sorted(results.samples, key=lambda key: (list(sizes).index(key.workload), key.per_message,
-                                                        ["insert", "draw", "assembled"].index(key.op))):
+    for key in sorted(
+        results.samples,
+        key=lambda key: (
+            list(sizes).index(key.workload),
+            key.per_message,
+            ["insert", "draw", "assembled"].index(key.op),
+        ),
+    ):
         base = key._replace(contender=reference, op="draw" if key.op == "assembled" else key.op)
         rate, ratio = results.rate(key), results.ratio(key, base)
         assert rate is not None

@@ -31,6 +31,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, drawn_batch
 from replay_buffer.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
 from replay_buffer.records import Record, decode, encode
@@ -146,6 +147,7 @@ class Machine:
     def __init__(self, run_spec: RunSpec | None = None, checkpoint: PolicyVersion | None = None) -> None:
         self.spec = run_spec or spec()
         self.records: list[bytes] = []
+        self.drafts = Drafts()
         self.state = RunState(self.spec)
         opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
         assert opened is not None
@@ -191,7 +193,7 @@ class Machine:
     def write(self, *items: WriteItem, room: bool = True) -> list[WriteResult]:
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(self.state, item, self.read, room=room)
+            decision = decide_write(self.state, item, self.read, self.drafts, room=room)
             self.record(*decision.transitions)
             results.append(decision.result)
         return results
