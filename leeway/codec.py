@@ -70,6 +70,23 @@ def parse(message: type[MessageT], data: bytes) -> MessageT:
         raise InvalidDataError(f"not a {message.DESCRIPTOR.name}: {error}") from error
 
 
+def field_tag(message: type[Message], field: str) -> bytes:
+    """What precedes the length of a length-delimited field (bytes, string or message) on the wire."""
+    return varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
+
+
+def varint(number: int) -> bytes:
+    """A length as protobuf writes it: seven bits a byte, the lowest first."""
+    if number < 0x80:
+        return bytes((number,))
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
 def enum_from_proto(kind: type[EnumT], number: int) -> EnumT:
     """A checked enum; UNSPECIFIED and unknown numbers are refused."""
     try:

@@ -386,7 +386,7 @@ class ReplayBuffer:
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns(), transition)
-        location = self._log.append(encode(record))
+        location = self._log.append(*encode(record))
         is_new = name not in self._runs
         self._apply(record, location)
         run = self._runs[name]

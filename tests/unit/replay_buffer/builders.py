@@ -156,7 +156,7 @@ class Machine:
     def record(self, *transitions: Transition | None) -> None:
         for transition in transitions:
             if transition is not None:
-                payload = encode(Record(self.spec.run, len(self.records), transition))
+                payload = b"".join(encode(Record(self.spec.run, len(self.records), transition)))
                 self.records.append(payload)
                 _apply(self.state, payload, len(self.records) - 1)
 
