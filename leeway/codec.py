@@ -25,6 +25,7 @@ from leeway.types import (
     Array,
     Column,
     ColumnKind,
+    DeadLetter,
     DropReason,
     EngineInfo,
     Evaluation,
@@ -34,6 +35,7 @@ from leeway.types import (
     ModelSignature,
     PolicyVersion,
     Purpose,
+    Rollback,
     RunSpec,
     RunStatus,
     SamplingParams,
@@ -512,6 +514,8 @@ def status_to_proto(status: RunStatus) -> replay_pb2.GetRunStatusResponse:
             replay_pb2.DropCount(reason=int(reason), count=count)  # type: ignore[arg-type]
             for reason, count in sorted(status.dropped.items())
         ],
+        rollback=None if status.rollback is None else rollback_to_proto(status.rollback),
+        dead_letters=status.dead_letters,
     )
 
 
@@ -528,6 +532,38 @@ def status_from_proto(message: replay_pb2.GetRunStatusResponse) -> RunStatus:
         drawn=message.drawn,
         consumed=message.consumed,
         dropped={enum_from_proto(DropReason, entry.reason): entry.count for entry in message.dropped},
+        rollback=rollback_from_proto(message.rollback) if message.HasField("rollback") else None,
+        dead_letters=message.dead_letters,
+    )
+
+
+def rollback_to_proto(rollback: Rollback) -> replay_pb2.Rollback:
+    return replay_pb2.Rollback(version=version_to_proto(rollback.version), epoch=rollback.epoch)
+
+
+def rollback_from_proto(message: replay_pb2.Rollback) -> Rollback:
+    return Rollback(version_from_proto(message.version), message.epoch)
+
+
+def letter_to_proto(letter: DeadLetter) -> replay_pb2.DeadLetter:
+    return replay_pb2.DeadLetter(
+        group_id=letter.group_id,
+        task_index=letter.task_index,
+        reason=int(letter.reason),  # type: ignore[arg-type]
+        message=letter.message,
+        attempts=letter.attempts,
+        server_id=letter.server_id,
+    )
+
+
+def letter_from_proto(message: replay_pb2.DeadLetter) -> DeadLetter:
+    return DeadLetter(
+        message.group_id,
+        message.task_index,
+        enum_from_proto(DropReason, message.reason),
+        message.message,
+        message.attempts,
+        message.server_id,
     )
 
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from leeway.errors import LeewayError, UnavailableError
+from replay_buffer.groups import Location
 from replay_buffer.segments import (
     HEADER,
     AppendFile,
@@ -41,7 +42,6 @@ from replay_buffer.segments import (
     segment_path,
     verify_segment,
 )
-from replay_buffer.state import Location
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SEGMENT_BYTES: Final = 1 << 32

@@ -14,11 +14,13 @@ from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.transitions import (
     BatchDrawn,
     ChunkWritten,
+    DeadLettersRequeued,
     EvaluationCreated,
     GroupsDropped,
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRolledBack,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
@@ -93,6 +95,7 @@ def _message(record: Record) -> log_pb2.LogRecord:
             message.policy_advanced.stale_group_ids.extend(advanced.stale_group_ids)
         case StepsCommitted() as committed:
             message.steps_committed.step = committed.step
+            message.steps_committed.oldest_kept_step = committed.oldest_kept_step
         case RunOpened() as opened:
             message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
             message.run_opened.epoch = opened.epoch
@@ -103,6 +106,13 @@ def _message(record: Record) -> log_pb2.LogRecord:
             # An empty message still has to say which transition it is.
             message.run_finished.SetInParent()
             message.run_finished.group_ids.extend(finished.group_ids)
+        case RunRolledBack() as rolled_back:
+            message.run_rolled_back.version.CopyFrom(codec.version_to_proto(rolled_back.version))
+            message.run_rolled_back.epoch = rolled_back.epoch
+            message.run_rolled_back.group_ids.extend(rolled_back.group_ids)
+            message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
+        case DeadLettersRequeued() as requeued:
+            message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
         case _:
             assert_never(record.transition)
     return message
@@ -158,7 +168,7 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
                 tuple(advanced.stale_group_ids),
             )
         case "steps_committed":
-            return StepsCommitted(message.steps_committed.step)
+            return StepsCommitted(message.steps_committed.step, message.steps_committed.oldest_kept_step)
         case "run_opened":
             opened = message.run_opened
             return RunOpened(
@@ -169,6 +179,16 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             return EvaluationCreated(codec.evaluation_from_proto(request), request.epoch)
         case "run_finished":
             return RunFinished(tuple(message.run_finished.group_ids))
+        case "run_rolled_back":
+            rolled_back = message.run_rolled_back
+            return RunRolledBack(
+                codec.version_from_proto(rolled_back.version),
+                rolled_back.epoch,
+                tuple(rolled_back.group_ids),
+                tuple(rolled_back.task_indices),
+            )
+        case "dead_letters_requeued":
+            return DeadLettersRequeued(tuple(message.dead_letters_requeued.group_ids))
         case _:
             raise InvalidDataError("the record holds no known transition")
 

@@ -13,6 +13,7 @@ from leeway import codec
 from leeway.errors import InvalidDataError
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.index import Filter
 from replay_buffer.pieces import messages
 from replay_buffer.views import GroupView
 from replay_buffer.write_stream import WriteStream
@@ -152,6 +153,24 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     # For people and tools
 
+    async def RollbackRun(
+        self, request: replay_pb2.RollbackRunRequest, context: _Context
+    ) -> replay_pb2.RollbackRunResponse:
+        epoch, dropped = await self._buffer.rollback_run(request.run, codec.version_from_proto(request.version))
+        return replay_pb2.RollbackRunResponse(epoch=epoch, dropped_count=dropped)
+
+    async def ListDeadLetters(
+        self, request: replay_pb2.ListDeadLettersRequest, context: _Context
+    ) -> replay_pb2.ListDeadLettersResponse:
+        letters = await self._buffer.dead_letters(request.run, request.limit)
+        return replay_pb2.ListDeadLettersResponse(letters=[codec.letter_to_proto(letter) for letter in letters])
+
+    async def RequeueDeadLetters(
+        self, request: replay_pb2.RequeueDeadLettersRequest, context: _Context
+    ) -> replay_pb2.RequeueDeadLettersResponse:
+        requeued = await self._buffer.requeue_dead_letters(request.run, list(request.group_ids))
+        return replay_pb2.RequeueDeadLettersResponse(requeued_count=requeued)
+
     async def GetRunStatus(
         self, request: replay_pb2.GetRunStatusRequest, context: _Context
     ) -> replay_pb2.GetRunStatusResponse:
@@ -160,15 +179,9 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def ExportGroups(
         self, request: replay_pb2.ExportGroupsRequest, context: _Context
     ) -> AsyncIterator[replay_pb2.ExportGroupsResponse]:
-        selected = self._buffer.select(
-            request.run,
-            codec.optional_purpose(request.purpose),
-            codec.optional_state(request.state),
-            request.step,
-            request.limit,
-        )
-        for group in selected:
-            async for gathered in self._streamed([await self._buffer.view(group)]):
+        wanted = Filter(codec.optional_purpose(request.purpose), codec.optional_state(request.state), request.step)
+        async for view in self._buffer.export(request.run, wanted, request.limit):
+            async for gathered in self._streamed([view]):
                 yield replay_pb2.ExportGroupsResponse(pieces=gathered)
 
     async def _streamed(self, views: Iterable[GroupView]) -> AsyncIterator[list[replay_pb2.GroupPiece]]:

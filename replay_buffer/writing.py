@@ -23,9 +23,10 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.admission import is_stale
+from replay_buffer.completion import decide_complete
 from replay_buffer.drafts import Drafts
-from replay_buffer.state import Group, Location, Member, Progress, RunState
+from replay_buffer.groups import Group, Location, Member, Progress
+from replay_buffer.state import RunState
 from replay_buffer.tickets import dead_letter
 from replay_buffer.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
 
@@ -113,6 +114,10 @@ def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: M
             message = f"trajectory {item.trajectory_id}: tokens are labelled with {version}, which was never registered"
             drop = GroupsDropped((group.group_id,), DropReason.UNKNOWN_VERSION, message)
             return WriteDecision(_acknowledge(item), (written, drop))
+        if run.lineage.is_discarded(version) and group.purpose is Purpose.TRAIN:
+            message = f"trajectory {item.trajectory_id}: {version}, which a rollback discarded, sampled tokens of it"
+            drop = GroupsDropped((group.group_id,), DropReason.ROLLED_BACK, message)
+            return WriteDecision(_acknowledge(item), (written, drop))
     return WriteDecision(_acknowledge(item), (written,))
 
 
@@ -121,8 +126,8 @@ def _failed(
 ) -> tuple[Transition, ...]:
     failed = TrajectoryFailed(item.trajectory_id, item.attempt, failure)
     others_at_work = any(other.progress is Progress.OPEN for place, other in enumerate(group.members) if place != index)
-    if failure.retryable and not others_at_work and group.attempt >= run.spec.max_attempts:
-        return (failed, dead_letter(group))
+    if failure.retryable and not others_at_work and run.attempts(group) >= run.spec.max_attempts:
+        return (failed, dead_letter(run, group))
     return (failed,)
 
 
@@ -143,28 +148,17 @@ def _closed(
             failure = TrajectoryFailure("sampled from another version than the evaluation measures", retryable=True)
             return WriteDecision(_acknowledge(item), _failed(run, group, index, item, failure))
         closed = TrajectoryClosed(item.trajectory_id, item.attempt, close)
-        if group.missing == [index] and group.purpose is Purpose.TRAIN and is_stale(run, group):
-            message = f"its oldest token is too old for version {run.head}"
-            return WriteDecision(
-                _acknowledge(item), (closed, GroupsDropped((group.group_id,), DropReason.STALE, message))
-            )
-        if group.missing == [index] and _has_no_signal(run, group, index, close.reward):
-            message = f"the rewards of its {len(group.members)} members are all {close.reward:g}"
-            return WriteDecision(
-                _acknowledge(item), (closed, GroupsDropped((group.group_id,), DropReason.NO_SIGNAL, message))
-            )
-        return WriteDecision(_acknowledge(item), (closed,))
+        drop = decide_complete(run, group, _rewards(group, index, close)) if group.missing == [index] else None
+        return WriteDecision(_acknowledge(item), (closed,) if drop is None else (closed, drop))
     # Set aside with its reason first: the first durable one stands.
     drop = GroupsDropped((group.group_id,), DropReason.INVALID, cause)
     failed = TrajectoryFailed(item.trajectory_id, item.attempt, TrajectoryFailure(cause, retryable=False))
     return WriteDecision(_acknowledge(item), (drop, failed))
 
 
-def _has_no_signal(run: RunState, group: Group, index: int, reward: float) -> bool:
-    """Whether the run filters this group, whose last member closes with `reward`."""
-    if not run.spec.drop_no_signal or group.purpose is not Purpose.TRAIN:
-        return False
-    return all(member.reward == reward for place, member in enumerate(group.members) if place != index)
+def _rewards(group: Group, index: int, close: TrajectoryClose) -> list[float]:
+    """The rewards of all members, of which the one at `index` closes now."""
+    return [close.reward if place == index else member.reward for place, member in enumerate(group.members)]
 
 
 def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, drafts: Drafts, read: Read) -> None:

@@ -147,7 +147,7 @@ class Driver:
         self._answers: IO[str] = self._process.stdout
         self._read()
 
-    def order(self, op: str, **arguments: Any) -> Mapping[str, Any]:
+    def order(self, op: str, **arguments: int) -> Mapping[str, Any]:
         """Have something done; its answer has at least `seconds` and `cpu_seconds`."""
         self._orders.write(json.dumps({"op": op, **arguments}) + "\n")
         self._orders.flush()

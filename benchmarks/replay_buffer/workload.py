@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -113,10 +114,7 @@ def prepare(workload: Workload, version: PolicyVersion, *, chunk_tokens: int | N
     per_chunk = chunk_tokens or MAX_CHUNK_BYTES // bytes_per_token
     bounds = [*range(0, workload.tokens, per_chunk), workload.tokens]
     random = np.random.default_rng(0)
-    chunks = tuple(
-        codec.encode_chunk(_chunk(workload, random, begin, end, version))
-        for begin, end in zip(bounds, bounds[1:], strict=False)
-    )
+    chunks = tuple(codec.encode_chunk(_chunk(workload, random, begin, end, version)) for begin, end in pairwise(bounds))
     return Prepared(chunks, sealed(chunks, workload.tokens))
 
 
