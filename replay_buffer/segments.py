@@ -37,6 +37,13 @@ class Position(NamedTuple):
     offset: int  # byte of the segment's file
 
 
+class LastRecord(NamedTuple):
+    """The record before a place of the log, to recognize the log by."""
+
+    position: Position
+    checksum: int
+
+
 def frame(payload: bytes) -> bytes:
     """A payload as it is written."""
     return HEADER.pack(len(payload), crc32c(payload)) + payload
