@@ -3,7 +3,8 @@
     event loop   append ──> queue ──(end of the turn)──> writer thread: all that is queued, one write, one fdatasync
                  durable() <──────── one call_soon_threadsafe per fdatasync ────────────────────┘
 
-    waits      durable(), until everything appended before it is on disk; the writer, for work
+    waits      durable(), until everything appended before it is on disk; the writer, for work, and under load until
+               commit_seconds after the fsync before: many small ones cost more than they bring
     unblocks   an fdatasync
     full disk  the writer cuts the file back to its durable end, waits, and writes the same bytes again; meanwhile
                nothing is acknowledged and `stalled` is true
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from leeway.errors import LeewayError, UnavailableError
 from replay_buffer.groups import Location
@@ -38,7 +39,7 @@ from replay_buffer.segments import (
     SegmentFile,
     SegmentReader,
     crc32c,
-    frame,
+    frame_header,
     lock_directory,
     segment_numbers,
     segment_path,
@@ -62,6 +63,8 @@ class LogOptions:
     directory: Path
     segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
     retry_seconds: float = 1.0  # between attempts to write to a full disk
+    commit_seconds: float = 0.002  # from one fsync to the next, unless commit_bytes wait; the first one is never late
+    commit_bytes: int = 1 << 20
     open_file: OpenFile = field(default=AppendFile, repr=False)
 
 
@@ -88,10 +91,11 @@ class Log:
         self._on_durable = on_durable
         self.first_segment = 1
         self._segment = 1
+        self._segment_limit = min(options.segment_bytes, _MAX_SEGMENT_BYTES)
         self._segment_size = 0  # of the segment that the next record goes to, counting what is queued
         self.durable_end = BEGINNING
         self._recovered_last: LastRecord | None = None
-        self._last_header: tuple[Position, bytes] | None = None  # of what was appended here
+        self._last_header: tuple[int, int, bytes] | None = None  # of what was appended here
         self.segment_ended_with: LastRecord | None = None
         """The record before the newest segment."""
         self.size_bytes = 0
@@ -99,7 +103,7 @@ class Log:
         self.pending_bytes = 0
         self._appended = self._synced = 0  # records
         self._turn: list[_Queued] = []
-        self._unsynced: dict[tuple[int, int], bytes] = {}
+        self._unsynced: dict[tuple[int, int], tuple[bytes, ...]] = {}
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: mark, tie-break, who waits
         self._tie = itertools.count()
         self._writer: _Writer | None = None
@@ -153,30 +157,32 @@ class Log:
         """Whether the disk is full and records wait for room."""
         return self._writer is not None and self._writer.stalled
 
-    def append(self, payload: bytes) -> Location:
-        """Queue a record; it has its place in the order from now on.
+    def append(self, *parts: bytes) -> Location:
+        """Queue a record, which may come in parts; it has its place in the order from now on.
 
         Raises:
             LogFailedError: the log is dead.
         """
         if self.failure is not None:
             raise self.failure
-        data = frame(payload)
-        if self._segment_size and self._segment_size + len(data) > min(self._options.segment_bytes, _MAX_SEGMENT_BYTES):
+        header = frame_header(parts)
+        payload_bytes = sum(map(len, parts))
+        size_bytes = HEADER.size + payload_bytes
+        if self._segment_size and self._segment_size + size_bytes > self._segment_limit:
             self._segment += 1
             self._segment_size = 0
             self.segment_ended_with = self.last_record
-        self._last_header = Position(self._segment, self._segment_size), data[: HEADER.size]
-        location = Location(self._segment, self._segment_size + HEADER.size, len(payload))
-        self._segment_size += len(data)
-        self.size_bytes += len(data)
-        self.appended_bytes += len(data)
-        self.pending_bytes += len(data)
+        self._last_header = self._segment, self._segment_size, header
+        location = Location(self._segment, self._segment_size + HEADER.size, payload_bytes)
+        self._segment_size += size_bytes
+        self.size_bytes += size_bytes
+        self.appended_bytes += size_bytes
+        self.pending_bytes += size_bytes
         self._appended += 1
-        self._unsynced[location.segment, location.offset] = payload
+        self._unsynced[location.segment, location.offset] = parts
         if not self._turn:
             asyncio.get_running_loop().call_soon(self._end_turn)
-        self._turn.append(_Queued(location, data))
+        self._turn.append(_Queued(location, (header, *parts)))
         return location
 
     @property
@@ -189,8 +195,8 @@ class Log:
         """The newest record."""
         if self._last_header is None:
             return self._recovered_last
-        position, header = self._last_header
-        return LastRecord(position, HEADER.unpack(header)[1])
+        segment, offset, header = self._last_header
+        return LastRecord(Position(segment, offset), HEADER.unpack(header)[1])
 
     def read(self, location: Location) -> bytes:
         """A record, from memory until it is durable.
@@ -198,13 +204,18 @@ class Log:
         Raises:
             CorruptDataError: it is damaged on disk.
         """
-        payload = self._unsynced.get((location.segment, location.offset))
-        return self._reader.read(location) if payload is None else payload
+        parts = self._unsynced.get((location.segment, location.offset))
+        return self._reader.read(location) if parts is None else b"".join(parts)
 
     @property
     def mark(self) -> int:
         """The end of the log now, for `durable`."""
         return self._appended
+
+    @property
+    def durable_mark(self) -> int:
+        """The mark up to which everything is on disk."""
+        return self._synced
 
     async def durable(self, mark: int | None = None) -> None:
         """Wait until everything appended before `mark` (default: so far) is on disk.
@@ -241,13 +252,13 @@ class Log:
     def _end_turn(self) -> None:
         turn, self._turn = self._turn, []
         if self._writer is not None and turn:
-            self._writer.put(turn)
+            self._writer.put(turn, sum(queued.location.size_bytes for queued in turn))
 
     def _settle(self, batch: list[_Queued], seconds: float) -> None:
         size_bytes = 0
         for queued in batch:
             del self._unsynced[queued.location.segment, queued.location.offset]
-            size_bytes += len(queued.data)
+            size_bytes += HEADER.size + queued.location.size_bytes
         self._synced += len(batch)
         last = batch[-1].location
         self.durable_end = Position(last.segment, last.offset + last.size_bytes)
@@ -268,10 +279,9 @@ class Log:
             self._failed.set_exception(self.failure)
 
 
-@dataclass(frozen=True, slots=True)
-class _Queued:
+class _Queued(NamedTuple):
     location: Location
-    data: bytes  # the whole frame
+    parts: tuple[bytes, ...]  # the whole frame
 
 
 class _Writer:
@@ -294,6 +304,8 @@ class _Writer:
         self._settle = settle
         self._fail = fail
         self._queue: list[_Queued] = []
+        self._queued_bytes = 0
+        self._synced_at = 0.0  # when the latest fsync began
         self._stopping = False
         self._changed = threading.Condition()
         self.stalled = False
@@ -302,10 +314,13 @@ class _Writer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, records: list[_Queued]) -> None:
+    def put(self, records: list[_Queued], size_bytes: int) -> None:
         with self._changed:
+            was_empty = not self._queue
             self._queue += records
-            self._changed.notify()
+            self._queued_bytes += size_bytes
+            if was_empty or self._queued_bytes >= self._options.commit_bytes:
+                self._changed.notify()
 
     def stop(self) -> None:
         """Write what is queued, unless the disk is full, and end."""
@@ -334,8 +349,13 @@ class _Writer:
         """Everything that is queued; empty at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
-            batch, self._queue = self._queue, []
+            if (early := self._synced_at + self._options.commit_seconds - time.monotonic()) > 0:
+                self._changed.wait_for(self._commits_at_once, early)
+            batch, self._queue, self._queued_bytes = self._queue, [], 0
             return batch
+
+    def _commits_at_once(self) -> bool:
+        return self._stopping or self._queued_bytes >= self._options.commit_bytes
 
     def _write(self, batch: list[_Queued]) -> None:
         """Write a batch segment by segment; a segment is durable before the next one exists."""
@@ -346,8 +366,8 @@ class _Writer:
             while end < len(batch) and batch[end].location.segment == segment:
                 end += 1
             part = batch[begin:end]
-            self._append(segment, b"".join(queued.data for queued in part))
-            began = time.monotonic()
+            self._append(segment, b"".join(itertools.chain.from_iterable(queued.parts for queued in part)))
+            self._synced_at = began = time.monotonic()
             assert self._file is not None
             self._file.sync()
             self._loop.call_soon_threadsafe(self._settle, part, time.monotonic() - began)

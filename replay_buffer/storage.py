@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from leeway.v1 import storage_pb2
@@ -72,9 +72,11 @@ class Storage:
         await self.log.durable()
         await asyncio.to_thread(write_generation, self._directory, self.generation)
 
-    def append(self, payload: bytes, recorded_at_ns: int, states: Callable[[], Iterable[RunState]]) -> Location:
-        """Append a record that has not been applied yet; `states` are the runs without it."""
-        location = self.log.append(payload)
+    def append(
+        self, payload: Sequence[bytes], recorded_at_ns: int, states: Callable[[], Iterable[RunState]]
+    ) -> Location:
+        """Append a record, in parts, that has not been applied yet; `states` are the runs without it."""
+        location = self.log.append(*payload)
         self._recorded_at_ns = recorded_at_ns
         if location.offset == HEADER.size:
             self._segment_began(location.segment, states())

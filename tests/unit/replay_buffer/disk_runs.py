@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,6 @@ def described(thing: Any) -> Any:
         return {key: described(value) for key, value in thing.items()}
     if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
         return [described(entry) for entry in thing]
-    if hasattr(thing, "__dataclass_fields__") and not type(thing).__hash__:
-        return {name: described(getattr(thing, name)) for name in thing.__dataclass_fields__}
+    if is_dataclass(thing) and not type(thing).__hash__:
+        return {field.name: described(getattr(thing, field.name)) for field in fields(thing)}
     return thing
