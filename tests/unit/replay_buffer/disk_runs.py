@@ -87,8 +87,8 @@ async def opened(
 def described(thing: Any) -> Any:
     """Everything that a state consists of, as far down as it goes, so that no new field is forgotten."""
     if isinstance(thing, RunState):
-        fields = {name: value for name, value in vars(thing).items() if name not in ("ended", "groups")}
-        return {**described(fields), "groups": described(thing.groups.values())}
+        others = {name: value for name, value in vars(thing).items() if name not in ("ended", "groups")}
+        return {**described(others), "groups": described(thing.groups.values())}
     if isinstance(thing, Lineage):
         return described(vars(thing))
     if isinstance(thing, (Group, Member)):
@@ -99,6 +99,6 @@ def described(thing: Any) -> Any:
         return {key: described(value) for key, value in thing.items()}
     if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
         return [described(entry) for entry in thing]
-    if is_dataclass(thing) and not type(thing).__hash__:
+    if is_dataclass(thing) and thing.__hash__ is None:
         return {field.name: described(getattr(thing, field.name)) for field in fields(thing)}
     return thing
