@@ -75,6 +75,13 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
         help=f"how long nothing may come while paused (default {defaults.quiet_seconds:g})",
     )
     parser.add_argument(
+        "--stop-seconds",
+        type=float,
+        default=defaults.stop_seconds,
+        metavar="S",
+        help=f"longest clean stop (default {defaults.stop_seconds:g})",
+    )
+    parser.add_argument(
         "--timeout",
         type=float,
         default=defaults.check_seconds,
@@ -95,6 +102,7 @@ def _conformance(arguments: argparse.Namespace) -> int:
         quiet_seconds=arguments.quiet_seconds,
         check_seconds=arguments.timeout,
         call_seconds=arguments.timeout,
+        stop_seconds=arguments.stop_seconds,
         tolerance=arguments.tolerance,
         context_length=arguments.context_length,
     )

@@ -134,5 +134,7 @@ REQUIREMENTS = (
     Requirement(
         "LOGPROB-2", f"at {TEMPERATURE} too: the temperature is included", _at_another_temperature, needs=WHOLE
     ),
-    Requirement("LOGPROB-3", "and at every position of a sequence", _along_sequences, needs=(*WHOLE, "RECORD-1")),
+    Requirement(
+        "LOGPROB-3", "and at every position of a sequence", _along_sequences, (*WHOLE, "RECORD-1", "LOGPROB-2")
+    ),
 )

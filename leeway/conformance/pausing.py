@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
-from leeway.conformance.requirement import Requirement, require
+from leeway.conformance.completion import Completion
+from leeway.conformance.requirement import Requirement, Violation, require
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE
-from leeway.types import SamplingParams
+from leeway.types import FinishReason, SamplingParams
 
 
 async def _stands_still(session: Session) -> str:
@@ -26,21 +26,31 @@ async def _stands_still(session: Session) -> str:
 
 
 async def _keeps_sequences(session: Session) -> str:
-    prompt, sampling = session.prompt(8), SamplingParams(max_tokens=session.long_tokens, seed=29)
-    reference = await session.generate(prompt, sampling)
-    async with session.open(prompt, sampling) as stream:
-        await stream.read()
-        async with session.paused():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(session.options.quiet_seconds / 5):
-                    await asyncio.Event().wait()
-        completion = await stream.rest()
+    for length in session.longer_and_longer():
+        sampling = SamplingParams(max_tokens=length, seed=29)
+        completion, met = await _paused_completion(session, sampling)
+        if met:
+            break
+    else:
+        raise Violation("no pause met a sequence in flight: the reply should come after the current step")
+    reference = await session.generate(session.prompt(8), sampling)
     length = len(completion.token_ids)
     require(
         length == sampling.max_tokens, f"a sequence of {sampling.max_tokens} tokens ended after a pause with {length}"
     )
     require(completion.equals(reference, session.options.tolerance), "a pause changed what was sampled after it")
     return f"{length} tokens, the same as without a pause"
+
+
+async def _paused_completion(session: Session, sampling: SamplingParams) -> tuple[Completion, bool]:
+    """A completion with a pause, and whether it was in flight then: it ends after the resume only."""
+    async with session.open(session.prompt(8), sampling) as stream:
+        await stream.read()
+        async with session.paused():
+            reading = asyncio.create_task(stream.rest())
+            await asyncio.wait([reading], timeout=session.options.quiet_seconds / 2)
+            early = reading.done() and stream.completion.finish_reason in (FinishReason.LENGTH, FinishReason.CONTEXT)
+        return await reading, not early
 
 
 async def _idempotent(session: Session) -> str:

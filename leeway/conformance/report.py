@@ -31,7 +31,7 @@ def junit(results: Sequence[Result], name: str) -> bytes:
             suite,
             "testcase",
             classname=f"leeway.conformance.{requirement.id.partition('-')[0].lower()}",
-            name=f"{requirement.id} {requirement.title}",
+            name=printable(f"{requirement.id} {requirement.title}"),
             time=f"{result.seconds:.3f}",
         )
         detail = printable(result.detail)

@@ -18,6 +18,7 @@ from leeway.rpc import Security
 from leeway.types import EngineInfo, Int32Array, PolicyVersion, SamplingParams
 
 _PROMPT_TOKENS = 8
+_MOST_LENGTHS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,14 @@ class Session:
     @property
     def long_tokens(self) -> int:
         return min(self.options.long_tokens, self.context_length - len(self.prompt()))
+
+    def longer_and_longer(self) -> list[int]:
+        """Lengths of sequences in which something is to happen, which in a short one may come too late."""
+        longest = self.context_length - len(self.prompt())
+        lengths = [self.long_tokens] * 2
+        while lengths[-1] < longest and len(lengths) < _MOST_LENGTHS:
+            lengths.append(min(lengths[-1] * 4, longest))
+        return [*lengths, *lengths[-1:] * 2]
 
     def seeds(self, count: int) -> range:
         """Seeds that no check has used."""

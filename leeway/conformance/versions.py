@@ -61,10 +61,7 @@ class Swapped:
 
 async def swapped_completion(session: Session) -> Swapped:
     """An update in mid-sequence. Longer sequences are tried, and at last a pause, until it falls into one."""
-    longest = session.context_length - len(session.prompt())
-    lengths = [session.long_tokens]
-    while lengths[-1] < longest and len(lengths) < 6:
-        lengths.append(min(lengths[-1] * 4, longest))
+    lengths = session.longer_and_longer()
     attempts = [(length, False) for length in lengths] + [(length, True) for length in lengths[-1:] * 4]
     for length, paused in attempts:
         prompt = session.prompt(6)

@@ -17,15 +17,16 @@ from leeway.process import serve
 from leeway.rpc import Security, start_server
 
 
-async def _serve(address: str, run: str, options: ArithmeticEngineOptions, stop: asyncio.Event) -> None:
-    engine = ArithmeticEngine(options)
-    policy = ServedPolicy(engine, run)
-    server = await start_server(address, add_inference_service(engine, policy), [SERVICE_NAME], Security())
+async def _serve(arguments: argparse.Namespace, stop: asyncio.Event) -> None:
+    engine = ArithmeticEngine(ArithmeticEngineOptions(**tomllib.loads("\n".join(arguments.overrides))))
+    policy = ServedPolicy(engine, arguments.run)
+    add_services = add_inference_service(engine, policy)
+    server = await start_server(arguments.address, add_services, [SERVICE_NAME], Security())
     try:
         await stop.wait()
     finally:
+        await server.stop(arguments.drain_seconds)
         await engine.aclose()
-        await server.stop(0.5)
 
 
 def main() -> int:
@@ -33,10 +34,11 @@ def main() -> int:
     parser.add_argument("--address", required=True)
     parser.add_argument("--run", default="conformance")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--drain-seconds", type=float, default=0.5, help="how long a stop waits for what is in flight")
+    parser.add_argument("--exit-code", type=int, default=0, help="of a clean stop")
     parser.set_defaults(verbose=False, supervised=False)
     arguments = parser.parse_args()
-    options = ArithmeticEngineOptions(**tomllib.loads("\n".join(arguments.overrides)))
-    return serve("backend", lambda stop: _serve(arguments.address, arguments.run, options, stop), arguments)
+    return serve("backend", lambda stop: _serve(arguments, stop), arguments) or arguments.exit_code
 
 
 if __name__ == "__main__":
