@@ -6,13 +6,13 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.checkpoint import Branch, Checkpoint, CheckpointStore
 from learner.journal import Journal
 from learner.local_weights import LocalWeights
 from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
@@ -35,13 +35,13 @@ from leeway.config import (
     load_document,
     section,
 )
-from leeway.errors import ConfigError, PreconditionError
+from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics, serve_metrics
-from leeway.process import EXIT_OK, report_error, serve, service_parser
+from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, is_loopback, start_server
 from leeway.tasks import load_tasks
-from leeway.types import PolicyVersion, RunSpec
+from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights import weights_digest
 
@@ -85,7 +85,13 @@ class LearnerProcess:
         if world.rank:
             # Signals reach every rank; rank 0 decides when all of them stop.
             async with self._replay_client() as buffer:
-                await follow(ranked, world, buffer, draw_timeout_seconds=self.options.draw_timeout_seconds)
+
+                async def my_groups(step: int, branches: Sequence[Branch]) -> Sequence[TrajectoryGroup]:
+                    epoch = max(epoch for epoch, _ in branches)
+                    timeout = self.options.draw_timeout_seconds
+                    return await buffer.draw_batch(epoch, step, timeout, rank=world.rank, world_size=world.size)
+
+                await follow(ranked, world, my_groups)
         else:
             trainer = DistributedTrainer(ranked, world)
             await self._lead(trainer, stop)
@@ -100,6 +106,10 @@ class LearnerProcess:
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
         spec = self._spec(trainer, root)
+        buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+        if checkpoints.steps() and not await unless_stopped(stop, _drop_abandoned(checkpoints, buffer)):
+            await buffer.aclose()
+            return
         restored = self._restore(trainer, checkpoints, root)
         local = LocalWeights(metrics) if self._local_weights() else None
         publisher = Publisher(self.run.name, trainer.signature, metrics, local)
@@ -109,7 +119,6 @@ class LearnerProcess:
             [policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name],
             self.security,
         )
-        buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor)
         receipts = ReceiptBook(
             self.directory,
@@ -198,6 +207,17 @@ class LearnerProcess:
 
     def _local_weights(self) -> bool:
         return self.network.weights == "zmq" or (self.network.weights == "auto" and is_loopback(self.network.policy))
+
+
+async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) -> bool:
+    """Ask the buffer whether the run was rolled back, and remove the checkpoints of what it abandoned."""
+    try:
+        status = await buffer.run_status()
+    except NotFoundError:
+        return True  # OpenRun says what that means
+    if status.rollback is not None and (steps := checkpoints.discard_abandoned(status.rollback)):
+        log.warning("the run was rolled back to %s: checkpoints of steps %s are gone", status.rollback.version, steps)
+    return True
 
 
 def _tell_supervisor(line: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,29 +21,46 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from learner.fused_head import fused_head
+from learner.head import Head, Targets, TokenLoss, TokenScores
 from learner.load_balancing import RouterLogits, load_balancing_losses
 from learner.lora import add_adapters, is_adapter, merged_weights
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
+from learner.reference_head import scores_of_logits
 from learner.training_options import LoraOptions
 from leeway.errors import ConfigError
 
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """What the policy says about the targets of a micro-batch."""
-
-    logprobs: Tensor  # [N] float32 log pi at the sampling temperature, with gradient
-    entropies: Tensor  # [N] float32, of the same distribution, with gradient where asked for
-    topk_logprobs: Tensor | None = None  # [N, K] float32 log pi of the recorded candidates, without gradient
-    load_balancing: Tensor | None = None  # [S] float32 of each trajectory, with gradient; None where not wished
+HeadImplementation = Literal["fused", "reference"]
 
 
-ScoreFields = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-InForward = Callable[[Callable[[], ScoreFields]], ScoreFields]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores(TokenScores):
+    """What the policy says about the N targets of a micro-batch and their K recorded candidates, in float32.
+
+    Log-probs have a gradient of their own only from the reference head.
+    """
+
+    load_balancing: Tensor | None  # [S] float32 of each trajectory, with gradient; None where not wished
+    backward: Callable[[Tensor | None], None]
+    """Adds the gradient of the loss that was given, and of a further scalar, to the parameters'; once."""
 
 
-def _call(compute: Callable[[], ScoreFields]) -> ScoreFields:
+class _Forward(NamedTuple):
+    """What a forward pass computes: a tuple, since FSDP looks through its outputs for those with a gradient."""
+
+    logprobs: Tensor  # [N]
+    entropies: Tensor  # [N]
+    topk_logprobs: Tensor | None  # [N, K]
+    root: Tensor | None  # where the backward pass begins: the loss, or the fused head's hidden states [N, D]
+    root_gradient: Tensor | None  # [N, D] of the hidden states
+    load_balancing: Tensor | None  # [S]
+
+
+_InForward = Callable[[Callable[[], _Forward]], _Forward]
+
+
+def _call(compute: Callable[[], _Forward]) -> _Forward:
     return compute()
 
 
@@ -56,6 +73,7 @@ class PolicyModel:
         *,
         routing_replay: bool,
         gradient_checkpointing: bool,
+        head: HeadImplementation = "reference",
         compute_dtype: torch.dtype = torch.float32,
         lora: LoraOptions | None = None,
         load_balancing: bool = False,
@@ -74,13 +92,18 @@ class PolicyModel:
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
         if cast("Any", model.config)._attn_implementation != "sdpa":
             raise ConfigError(f"{type(model).__name__} must attend with sdpa, which takes the mask of packed rows")
+        if head == "fused" and type(self._head) is not nn.Linear:
+            raise ConfigError(
+                f'the output layer is a {type(self._head).__name__}; set learner.training.head = "reference"'
+            )
+        self._fused = head == "fused"
         self._check_head()
         self._adapted = lora is not None
         if lora is not None:
             add_adapters(model, self._head, lora)
         if gradient_checkpointing:
             _enable_checkpointing(model)
-        self._in_forward: InForward = _call
+        self._in_forward: _InForward = _call
 
     def shard(self, mesh: DeviceMesh) -> None:
         """Shard the weights over the ranks of a mesh (FSDP2), layer by layer; gradients are sums over the ranks.
@@ -97,7 +120,12 @@ class PolicyModel:
         model = cast("Any", self.model)
         model.run_in_forward = _call
         register_fsdp_forward_method(self.model, "run_in_forward")
-        self._in_forward = cast("InForward", model.run_in_forward)
+        self._in_forward = cast("_InForward", model.run_in_forward)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
 
     @property
     def longest_trajectory(self) -> int | None:
@@ -124,43 +152,91 @@ class PolicyModel:
         return set(cast("Mapping[str, str]", self.model.all_tied_weights_keys or {}))
 
     @contextmanager
-    def scored(self, batch: MicroBatch, *, entropy_gradient: bool = False) -> Generator[Scores]:
+    def scored(self, batch: MicroBatch, loss: TokenLoss | None = None) -> Generator[Scores]:
         """Score a micro-batch; run its backward pass inside, while routing is still replayed.
 
         Args:
             batch: packed; its candidates, if it has any, are scored too.
-            entropy_gradient: whether the entropies are differentiable.
+            loss: what `backward` differentiates. The fused head adds its own parameters' gradient at once, before
+                `backward` goes on through the layers.
         """
         with self._replaying(batch):
-            logprobs, entropies, topk, load_balancing = self._in_forward(lambda: self._score(batch, entropy_gradient))
-            yield Scores(logprobs.squeeze(-1), entropies, topk, load_balancing)
+            result = self._in_forward(lambda: self._score(batch, loss))
 
-    def _score(self, batch: MicroBatch, entropy_gradient: bool) -> ScoreFields:
-        """The fields of Scores."""
+            def backward(further: Tensor | None) -> None:
+                _backward([(result.root, result.root_gradient), (further, None)])
+
+            yield Scores(
+                logprobs=result.logprobs,
+                entropies=result.entropies,
+                topk_logprobs=result.topk_logprobs,
+                load_balancing=result.load_balancing,
+                backward=backward,
+            )
+
+    def _score(self, batch: MicroBatch, loss: TokenLoss | None) -> _Forward:
+        targets = Targets(
+            token_ids=self._tensor(batch.target_token_ids),
+            temperatures=self._tensor(batch.temperatures),
+            topk_token_ids=None if batch.topk_token_ids is None else self._tensor(batch.topk_token_ids),
+        )
         with self._precision():
-            hidden, load_balancing = self._forward(batch)  # [R * W, D], [S]
-            logits = self._head(hidden[torch.from_numpy(batch.target_places)])  # [N, V]
-        logits = logits.float() / torch.from_numpy(batch.temperatures).unsqueeze(-1)
-        logprobs = torch.log_softmax(logits, dim=-1)
-        targets = torch.from_numpy(batch.target_token_ids).unsqueeze(-1)
-        candidates = batch.topk_token_ids
-        return (
-            logprobs.gather(-1, targets),  # [N, 1]; FSDP wants no views
-            _differentiable_entropy(logprobs) if entropy_gradient else _entropy(logprobs.detach()),
-            None if candidates is None else logprobs.detach().gather(-1, torch.from_numpy(candidates)),
+            places, load_balancing = self._forward(batch)  # [R * W, D], [S]
+            hidden = places[self._tensor(batch.target_places)]  # [N, D]
+            logits = None if self._fused else self._head(hidden)  # [N, V]
+        if logits is None:
+            return self._fused_score(hidden, targets, loss, load_balancing)
+        scores = scores_of_logits(logits.float(), targets)
+        root = None if loss is None else loss(slice(None), scores)
+        return _Forward(
+            scores.logprobs.clone(),  # FSDP wants no views
+            scores.entropies.detach(),
+            scores.topk_logprobs,
+            root,
+            None,
             load_balancing,
         )
+
+    def _fused_score(
+        self, hidden: Tensor, targets: Targets, loss: TokenLoss | None, load_balancing: Tensor | None
+    ) -> _Forward:
+        linear = cast("nn.Linear", self._head)
+        bias = cast("Tensor | None", linear.bias)
+        weight_gradient = None if loss is None else _room_for_gradient(linear.weight)
+        bias_gradient = None if loss is None or bias is None else _room_for_gradient(bias)
+        result = fused_head(
+            hidden.detach(),
+            Head(linear.weight.detach(), None if bias is None else bias.detach()),
+            targets,
+            loss,
+            weight_gradient=weight_gradient,
+            bias_gradient=bias_gradient,
+        )
+        _add_gradient(linear.weight, weight_gradient)
+        _add_gradient(bias, bias_gradient)
+        gradients = result.gradients
+        return _Forward(
+            result.scores.logprobs,
+            result.scores.entropies,
+            result.scores.topk_logprobs,
+            None if gradients is None else hidden,
+            None if gradients is None else gradients.hidden.to(hidden.dtype),
+            load_balancing,
+        )
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
 
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
             return nullcontext()
-        return self._replay.active(torch.from_numpy(batch.routing), torch.from_numpy(batch.routed))
+        return self._replay.active(self._tensor(batch.routing), self._tensor(batch.routed))
 
     def _precision(self) -> AbstractContextManager[object]:
         """Matrix products in the compute type; float32 weights are cast where they are used."""
         if self._compute_dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.model.device.type, self._compute_dtype)
+        return torch.autocast(self.device.type, self._compute_dtype)
 
     def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden states of every place, and the load-balancing loss of every trajectory where it is wished."""
@@ -170,15 +246,15 @@ class PolicyModel:
             hidden = self._hidden(batch)
         sequences, count = batch.place_sequences()
         experts_per_token = self._router_logits.experts_per_token
-        return hidden, load_balancing_losses(logits.values(), torch.from_numpy(sequences), count, experts_per_token)
+        return hidden, load_balancing_losses(logits.values(), self._tensor(sequences), count, experts_per_token)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         # A row with one trajectory needs no mask: plain causal attention never looks at the padding behind it.
         packed = bool((batch.segment_ids > 0).any())
         output = self.model.base_model(
-            input_ids=torch.from_numpy(batch.token_ids),
-            attention_mask=torch.from_numpy(attention_mask(batch.segment_ids)) if packed else None,
-            position_ids=torch.from_numpy(batch.position_ids) if packed else None,
+            input_ids=self._tensor(batch.token_ids),
+            attention_mask=self._tensor(attention_mask(batch.segment_ids)) if packed else None,
+            position_ids=self._tensor(batch.position_ids) if packed else None,
             use_cache=False,
         )
         return cast("Tensor", output.last_hidden_state).flatten(0, 1)
@@ -186,7 +262,7 @@ class PolicyModel:
     @torch.no_grad()
     def _check_head(self) -> None:
         """Some models scale or cap their logits after the head; scoring applies the head alone."""
-        token = torch.zeros((1, 1), dtype=torch.int64)
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         hidden = self.model.base_model(input_ids=token, use_cache=False).last_hidden_state
         if not torch.equal(self._head(hidden), cast("Any", self.model)(input_ids=token, use_cache=False).logits):
             raise ConfigError(
@@ -211,14 +287,32 @@ def attention_mask(segment_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
     return mask
 
 
-def _entropy(logprobs: Tensor) -> Tensor:
-    """[N] entropy of rows of log-probabilities [N, V], with 0 log 0 = 0."""
-    return cast("Tensor", torch.special.entr(logprobs.exp()).sum(dim=-1))
+def _room_for_gradient(parameter: Tensor) -> Tensor | None:
+    """Where the head adds a parameter's gradient: its own, or float32 where that is less. None for a frozen one."""
+    if not parameter.requires_grad:
+        return None
+    if torch.finfo(parameter.dtype).bits < 32:
+        return torch.zeros_like(parameter, dtype=torch.float32)
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
-def _differentiable_entropy(logprobs: Tensor) -> Tensor:
-    """[N] the same, with a finite gradient where a probability is 0."""
-    return -(logprobs.exp() * logprobs).sum(dim=-1)
+def _add_gradient(parameter: Tensor | None, gradient: Tensor | None) -> None:
+    """Hand over what is not there yet."""
+    if parameter is None or gradient is None or gradient is parameter.grad:
+        return
+    if parameter.grad is None:
+        parameter.grad = gradient.to(parameter.dtype)
+    else:
+        parameter.grad += gradient
+
+
+def _backward(roots: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
+    """One backward pass from tensors with their gradients, over the graph they share."""
+    live = [(root, gradient) for root, gradient in roots if root is not None and root.requires_grad]
+    if live:
+        torch.autograd.backward([root for root, _ in live], [gradient for _, gradient in live])
 
 
 def _enable_checkpointing(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from learner.head import TokenScores
 from learner.losses import LossParameters
 from learner.losses.batch_statistics import (
     BatchStatistics,
@@ -33,7 +34,6 @@ from learner.losses.form import (
     token_values,
 )
 from learner.mismatch import RunningMismatch
-from learner.model import Scores
 from learner.packing import MicroBatch
 from learner.training_options import TrainingOptions
 
@@ -70,31 +70,40 @@ class PolicyLoss:
     def token_batch(
         self,
         micro_batch: MicroBatch,
-        scores: Scores,
+        scores: TokenScores,
         advantages: Tensor,
         older: OlderLogprobs,
         statistics: BatchStatistics | None = None,
         *,
+        places: slice = slice(None),
         first_sequence: int = 0,
     ) -> TokenBatch:
-        """Put together what the loss sees; advantages [T].
+        """Put together what the loss sees of the micro-batch's targets at `places`.
 
-        `first_sequence` is the place of this rank's first trajectory among those of all ranks.
+        Args:
+            micro_batch: T targets.
+            scores: of the targets at `places` alone.
+            advantages: [T].
+            older: [T] each.
+            statistics: of the whole step, for a batch-aware loss.
+            places: which targets.
+            first_sequence: the place of this rank's first trajectory among those of all ranks.
         """
-        sequences = torch.from_numpy(micro_batch.target_sequences) + first_sequence
-        proximal = older.proximal
+        device, staleness = scores.logprobs.device, micro_batch.staleness
+        sequences = torch.from_numpy(micro_batch.target_sequences[places]).to(device) + first_sequence
+        proximal = None if older.proximal is None else older.proximal[places]
         if proximal is None and self.needs_proximal:
             proximal = scores.logprobs.detach()
         return TokenBatch(
             policy_logprobs=scores.logprobs,
-            behavior_logprobs=torch.from_numpy(micro_batch.behavior_logprobs),
-            advantages=advantages,
+            behavior_logprobs=torch.from_numpy(micro_batch.behavior_logprobs[places]).to(device),
+            advantages=advantages[places],
             loss_mask=torch.ones_like(sequences, dtype=torch.bool),
             sequence_ids=sequences,
-            candidates=_candidates(micro_batch, scores),
-            staleness=None if micro_batch.staleness is None else torch.from_numpy(micro_batch.staleness),
+            candidates=_candidates(micro_batch, scores, places),
+            staleness=None if staleness is None else torch.from_numpy(staleness[places]).to(device),
             proximal_logprobs=proximal,
-            reference_logprobs=older.reference,
+            reference_logprobs=None if older.reference is None else older.reference[places],
             entropies=scores.entropies,
             statistics=statistics,
         )
@@ -122,7 +131,7 @@ class PolicyLoss:
             if terms.divergence is not None and values.staleness is not None:
                 fresh = terms.divergence[values.staleness == 0].double()
                 fresh = fresh[torch.isfinite(fresh)]
-                totals += torch.stack([fresh.sum(), torch.tensor(float(fresh.numel()), dtype=torch.float64)])
+                totals += torch.tensor([float(fresh.sum()), float(fresh.numel())], dtype=torch.float64)
         total, tokens = (float(number) for number in self._reduce(totals, "sum"))
         self.mismatch = self.mismatch.after(total, tokens, self._memory_steps)
         return {"mismatch": self.mismatch.mean} if self.mismatch.tokens else {}
@@ -132,9 +141,13 @@ class PolicyLoss:
         return replace(self._numbers, mismatch=self.mismatch.mean)
 
 
-def _candidates(micro_batch: MicroBatch, scores: Scores) -> Candidates | None:
-    token_ids, behavior = micro_batch.topk_token_ids, micro_batch.topk_behavior_logprobs
-    if token_ids is None or behavior is None or scores.topk_logprobs is None:
+def _candidates(micro_batch: MicroBatch, scores: TokenScores, places: slice) -> Candidates | None:
+    if micro_batch.topk_token_ids is None or micro_batch.topk_behavior_logprobs is None or scores.topk_logprobs is None:
         return None
-    sampled = token_ids == micro_batch.target_token_ids[:, None]
-    return Candidates(torch.from_numpy(behavior), scores.topk_logprobs, torch.from_numpy(~sampled))
+    sampled = micro_batch.topk_token_ids[places] == micro_batch.target_token_ids[places, None]
+    device = scores.topk_logprobs.device
+    return Candidates(
+        torch.from_numpy(micro_batch.topk_behavior_logprobs[places]).to(device),
+        scores.topk_logprobs,
+        torch.from_numpy(~sampled).to(device),
+    )

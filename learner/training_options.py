@@ -91,6 +91,14 @@ class TrainingOptions(LossOptions):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute layers in the backward pass to save memory"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to compute; auto is a GPU where PyTorch finds one"
+    )
+    head: Literal["fused", "reference"] = Field(
+        default="fused",
+        description="how logits become a loss: fused, in chunks with the gradient in the same pass; or reference, by "
+        "autograd over all of a micro-batch's logits, which gives the same numbers",
+    )
     routing_replay: bool = Field(default=False, description="R3: train with the expert choices that the engine made")
     load_balancing: float = Field(
         default=0.0,

@@ -58,6 +58,7 @@ def make(case: str, world: World | None) -> TorchTrainer:
         moe_model() if moe else dense_model(),
         routing_replay=moe,
         gradient_checkpointing=chosen.gradient_checkpointing,
+        head=chosen.head,
         lora=chosen.lora,
         load_balancing=chosen.load_balancing > 0,
     )

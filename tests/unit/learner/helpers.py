@@ -35,7 +35,7 @@ DENSE = ModelSignature(b"dense", b"tokenizer", VOCABULARY, 0, 0, 0, CONTEXT)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def dense_model(seed: int = 0) -> PreTrainedModel:
+def dense_model(seed: int = 0, *, tied: bool = True) -> PreTrainedModel:
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     return Qwen3ForCausalLM(
@@ -48,7 +48,7 @@ def dense_model(seed: int = 0) -> PreTrainedModel:
             num_key_value_heads=1,
             head_dim=12,
             max_position_embeddings=CONTEXT,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             initializer_range=0.2,
         )
     ).float()
@@ -182,6 +182,7 @@ def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
         model,
         routing_replay=options.routing_replay and signature is MOE,
         gradient_checkpointing=options.gradient_checkpointing,
+        head=options.head,
         compute_dtype=torch_dtype(options.compute_dtype),
         lora=options.lora,
         load_balancing=options.load_balancing > 0,

@@ -75,6 +75,68 @@ def test_logits_are_made_for_targets_only() -> None:
         assert rows == [2]
 
 
+def test_the_fused_head_never_runs_the_output_layer() -> None:
+    """And scores without a loss are the reference's, without gradient."""
+    model = dense_model()
+    batch = pack([[0, 1]], [trajectory("a", 10, temperature=0.6), trajectory("b", 6)])
+    policies = [
+        PolicyModel(model, routing_replay=False, gradient_checkpointing=False, head=head)
+        for head in ("reference", "fused")
+    ]
+    with policies[0].scored(batch) as reference:
+        pass
+    model.get_submodule("lm_head").register_forward_hook(lambda *_: pytest.fail("logits of a whole micro-batch"))
+    with policies[1].scored(batch) as scores:
+        scores.backward(None)
+    torch.testing.assert_close(scores.logprobs, reference.logprobs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(scores.entropies, reference.entropies, rtol=1e-5, atol=1e-5)
+    assert not scores.logprobs.requires_grad
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("frozen", ["lm_head", "model"])
+def test_frozen_parts_get_no_gradient(frozen: str) -> None:
+    batch = pack([[0, 1]], [trajectory("a", 10), trajectory("b", 6)])
+    gradients: list[dict[str, Tensor]] = []
+    for head in ("reference", "fused"):
+        torch.manual_seed(0)
+        model = dense_model(tied=False)
+        model.get_submodule(frozen).requires_grad_(False)
+        policy = PolicyModel(model, routing_replay=False, gradient_checkpointing=False, head=head)
+        with policy.scored(batch, lambda _, scores: -scores.logprobs.sum()) as scores:
+            scores.backward(None)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert not any(name.startswith(frozen + ".") for name in gradients[1])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_bfloat16_weights_collect_their_gradient_in_float32() -> None:
+    """Two micro-batches, tied weights: float32's gradient, as far as bfloat16 layers go."""
+    batches = [pack([[0]], [trajectory("a", 10)]), pack([[0]], [trajectory("b", 12, seed=1)])]
+    gradients: list[dict[str, Tensor]] = []
+    for model in (dense_model(), dense_model().bfloat16()):
+        policy = PolicyModel(model, routing_replay=False, gradient_checkpointing=False, head="fused")
+        for batch in batches:
+            with policy.scored(batch, lambda _, scores: -scores.logprobs.sum()) as scores:
+                assert scores.logprobs.dtype == torch.float32
+                scores.backward(None)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert gradients[1][name].dtype == torch.bfloat16
+        error = (gradients[1][name].float() - gradient).norm() / gradient.norm()
+        assert error < 0.06, name
+
+
+def test_a_head_that_is_more_than_a_linear_layer_is_refused_by_the_fused_one() -> None:
+    model = dense_model()
+    model.set_output_embeddings(nn.Sequential(model.get_submodule("lm_head")))
+    PolicyModel(model, routing_replay=False, gradient_checkpointing=False, head="reference")
+    with pytest.raises(ConfigError, match=r'set learner\.training\.head = "reference"'):
+        PolicyModel(model, routing_replay=False, gradient_checkpointing=False, head="fused")
+
+
 def test_gradient_checkpointing_gives_the_same_gradient_without_dropout() -> None:
     gradients: list[dict[str, Tensor]] = []
     for checkpointing in (False, True):

@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from learner import model as learner_model
 from learner import training_state
 from learner.errors import UnusableGroupError
+from learner.fused_head import fused_head
+from learner.losses import ALGORITHMS
 from learner.model import PolicyModel
 from learner.packing import pack
 from learner.torch_trainer import TorchTrainer
@@ -31,6 +35,7 @@ from leeway.weights import verify_weights, weights_digest
 from tests.unit.learner.helpers import (
     DENSE,
     MOE,
+    VOCABULARY,
     dense_model,
     groups,
     moe_model,
@@ -127,6 +132,55 @@ def test_micro_batches_add_up_to_the_batch(
         assert loss == pytest.approx(losses[0], rel=1e-5)
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+PENALTIES = {"entropy_coefficient": 0.1, "reference_kl_coefficient": 0.1, "quadratic_coefficient": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("make", "chosen"),
+    [
+        *((dense_model, {"algorithm": algorithm}) for algorithm in ALGORITHMS),
+        (dense_model, {**PENALTIES, "aggregation": "seq-mean-token-mean"}),
+        (moe_model, {"routing_replay": True, "load_balancing": 0.5}),
+    ],
+    ids=str,
+)
+def test_both_heads_train_alike(
+    make: Callable[[], PreTrainedModel], chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks end within trajectories; weights are tied, so the head's gradient meets the embedding's in one tensor."""
+    monkeypatch.setattr(learner_model, "fused_head", partial(fused_head, chunk_tokens=7))
+    taught = {
+        head: trainer(make(), options(head=head, topk=3, micro_batch_tokens=40, **chosen))
+        for head in ("reference", "fused")
+    }
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    for seed in (0, 1):  # the second step has older policies to differ from
+        step = with_candidates(groups(routing="routing_replay" in chosen, seed=seed))
+        statistics: dict[str, Mapping[str, float]] = {}
+        for head, one in taught.items():
+            statistics[head] = learned(one, step)
+            model = one._policy.model
+            gradients[head] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        assert statistics["fused"] == pytest.approx(statistics["reference"], rel=1e-4, abs=1e-6)
+    assert gradients["fused"].keys() == gradients["reference"].keys()
+    for name, gradient in gradients["reference"].items():
+        close = 1e-4 * float(gradient.abs().max())
+        torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=close, msg=name)
+
+
+def with_candidates(step: list[TrajectoryGroup]) -> list[TrajectoryGroup]:
+    """Each trajectory with three recorded candidates per token, the sampled one among them for some."""
+
+    def recorded(t: Trajectory) -> Trajectory:
+        offsets = np.random.default_rng(t.num_tokens).integers(0, 2, t.num_tokens)
+        ids = (t.token_ids[:, None] + offsets[:, None] + 5 * np.arange(3)) % VOCABULARY
+        logprobs = np.log(np.tile([0.4, 0.2, 0.1], (t.num_tokens, 1)))
+        logprobs[offsets == 0, 0] = t.behavior_logprobs[offsets == 0]
+        return replace(t, topk_token_ids=ids.astype(np.int32), topk_logprobs=logprobs.astype(np.float32))
+
+    return [replace(group, trajectories=tuple(recorded(t) for t in group.trajectories)) for group in step]
 
 
 @pytest.mark.parametrize(("make", "routing"), MODELS)
