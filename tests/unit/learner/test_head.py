@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from learner import head_chunk
-from learner.head import Head, Targets, TokenLoss, TokenScores
+from learner.head import Head, Targets, TokenLoss, TokenScores, chunk
 from learner.head.fused import FusedResult, fused_head
 from learner.head.reference import reference_head
 from learner.losses import find_algorithm
@@ -29,7 +28,7 @@ CHUNK = 8
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setitem(head_chunk._TILE_WIDTH, "cpu", TILE)
+    monkeypatch.setitem(chunk._TILE_WIDTH, "cpu", TILE)
 
 
 def problem(
