@@ -58,7 +58,9 @@ class VolatileDisk:
         for path, synced in self.synced.items():
             size = path.stat().st_size
             if size > synced:
-                os.truncate(path, synced + int((size - synced) * keep))
+                # What is left is what the disk holds.
+                self.synced[path] = synced + int((size - synced) * keep)
+                os.truncate(path, self.synced[path])
 
 
 class _VolatileFile(AppendFile):
