@@ -36,9 +36,9 @@ from leeway.config import (
     section,
 )
 from leeway.durable import replace_file
-from leeway.errors import ConfigError, PreconditionError
+from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics, serve_metrics
-from leeway.process import EXIT_OK, report_error, serve, service_parser
+from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, is_loopback, start_server
 from leeway.tasks import load_tasks
@@ -101,6 +101,10 @@ class LearnerProcess:
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
         spec = self._spec(trainer, root)
+        buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+        if checkpoints.steps() and not await unless_stopped(stop, _drop_abandoned(checkpoints, buffer)):
+            await buffer.aclose()
+            return
         restored = self._restore(trainer, checkpoints, root)
         local = LocalWeights(metrics) if self._local_weights() else None
         publisher = Publisher(self.run.name, trainer.signature, metrics, local)
@@ -110,7 +114,6 @@ class LearnerProcess:
             [policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name],
             self.security,
         )
-        buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor)
         receipts = ReceiptBook(
             self.directory,
@@ -199,6 +202,17 @@ class LearnerProcess:
 
     def _local_weights(self) -> bool:
         return self.network.weights == "zmq" or (self.network.weights == "auto" and is_loopback(self.network.policy))
+
+
+async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) -> bool:
+    """Ask the buffer whether the run was rolled back, and remove the checkpoints of what it abandoned."""
+    try:
+        status = await buffer.run_status()
+    except NotFoundError:
+        return True  # OpenRun says what that means
+    if status.rollback is not None and (steps := checkpoints.discard_abandoned(status.rollback)):
+        log.warning("the run was rolled back to %s: checkpoints of steps %s are gone", status.rollback.version, steps)
+    return True
 
 
 def _tell_supervisor(line: str) -> None:

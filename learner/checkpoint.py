@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from leeway.durable import make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
-from leeway.types import PolicyVersion
+from leeway.types import PolicyVersion, Rollback
 
 _MANIFEST: Final = "manifest.json"
 _PARTIAL: Final = ".partial-"
@@ -163,6 +163,21 @@ class CheckpointStore:
             for path in self._directory.iterdir()
             if path.name.startswith(_PREFIX) and (path / _MANIFEST).is_file()
         )
+
+    def discard_abandoned(self, rollback: Rollback) -> list[int]:
+        """Remove what an explicit rollback left behind, so that the newest checkpoint is one to go on from.
+
+        Returns:
+            The steps whose checkpoints are gone.
+        """
+        abandoned = [
+            step
+            for step in self.steps()
+            if step > rollback.version.step and _read_manifest(self._path(step) / _MANIFEST)["epoch"] < rollback.epoch
+        ]
+        for step in abandoned:
+            shutil.rmtree(self._path(step))
+        return abandoned
 
     def _path(self, step: int) -> Path:
         return self._directory / f"{_PREFIX}{step:08d}"

@@ -16,6 +16,7 @@ from leeway.assembly import assemble_groups, assemble_records
 from leeway.errors import UnavailableError
 from leeway.rpc import Security, mapped_errors, open_channel
 from leeway.types import (
+    DeadLetter,
     Evaluation,
     EvaluationResult,
     GroupRecord,
@@ -183,6 +184,28 @@ class ReplayClient:
             )
 
     # For people and tools
+
+    async def rollback_run(self, version: PolicyVersion) -> tuple[int, int]:
+        """Return the run to an older version; returns the raised epoch and the number of groups dropped."""
+        request = replay_pb2.RollbackRunRequest(run=self.run, version=codec.version_to_proto(version))
+        with mapped_errors(f"RollbackRun at {self.address}"):
+            reply = await self.stub.RollbackRun(request, timeout=self.patience_seconds)
+        return reply.epoch, reply.dropped_count
+
+    async def dead_letters(self, limit: int = 0) -> list[DeadLetter]:
+        """Groups that were set aside and whose tasks nobody queued again, oldest first; `limit` keeps the newest."""
+        with mapped_errors(f"ListDeadLetters at {self.address}"):
+            reply = await self.stub.ListDeadLetters(
+                replay_pb2.ListDeadLettersRequest(run=self.run, limit=limit), timeout=self.patience_seconds
+            )
+        return [codec.letter_from_proto(letter) for letter in reply.letters]
+
+    async def requeue_dead_letters(self, group_ids: Sequence[str] = ()) -> int:
+        """Queue the tasks of dead letters again, of all when none is named; returns how many."""
+        request = replay_pb2.RequeueDeadLettersRequest(run=self.run, group_ids=group_ids)
+        with mapped_errors(f"RequeueDeadLetters at {self.address}"):
+            reply = await self.stub.RequeueDeadLetters(request, timeout=self.patience_seconds)
+        return reply.requeued_count
 
     async def run_status(self) -> RunStatus:
         """Counts and versions, as of now."""

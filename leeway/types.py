@@ -361,6 +361,26 @@ class OpenedRun:
 
 
 @dataclass(frozen=True, slots=True)
+class Rollback:
+    """An explicit rollback: later steps of lower epochs are abandoned."""
+
+    version: PolicyVersion  # what the run was returned to
+    epoch: int  # the fence that it raised; no learner holds it
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A group that was set aside although nothing gives its task back."""
+
+    group_id: str
+    task_index: int
+    reason: DropReason
+    message: str
+    attempts: int  # tickets that its task cost, those of lost groups before it included
+    server_id: str  # the last that held it
+
+
+@dataclass(frozen=True, slots=True)
 class RunStatus:
     """Counts of training groups by state; issued = open + ready + drawn + consumed + sum(dropped)."""
 
@@ -375,6 +395,8 @@ class RunStatus:
     drawn: int
     consumed: int
     dropped: Mapping[DropReason, int]
+    rollback: Rollback | None = None  # the newest explicit one
+    dead_letters: int = 0  # whose tasks were not queued again
 
 
 @dataclass(frozen=True, slots=True)

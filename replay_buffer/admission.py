@@ -24,18 +24,25 @@ from collections.abc import Iterable
 from typing import Final
 
 from leeway.types import PolicyVersion
-from replay_buffer.state import Group, RunState
+from replay_buffer.groups import Group
+from replay_buffer.state import RunState
 
 PAST: Final = -1
 """A deadline before every head."""
 
 
 def deadline_of(run: RunState, versions: Iterable[PolicyVersion]) -> int:
-    """D for tokens of these versions. A version that was never registered counts as past: it cannot be trained on."""
+    """D for tokens of these versions.
+
+    A version that was never registered, or that an explicit rollback discarded, counts as past: it is never trained on.
+    """
     lineage, bound = run.lineage, run.spec.max_staleness
     if bound == 0:
         return lineage.head.step if all(version == lineage.head for version in versions) else PAST
-    return min((bound + lineage.lineage_step(version) if version in lineage else PAST) for version in versions)
+    return min(
+        (bound + lineage.lineage_step(version) if version in lineage and not lineage.is_discarded(version) else PAST)
+        for version in versions
+    )
 
 
 def deadline(run: RunState, group: Group) -> int:

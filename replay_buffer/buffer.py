@@ -20,12 +20,13 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from leeway.errors import CorruptDataError, DeadlineError, ExhaustedError, NotFoundError, UnavailableError
 from leeway.types import (
+    DeadLetter,
     Evaluation,
     EvaluationResult,
     GroupState,
@@ -40,8 +41,13 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.completion import decide_after_restart
+from replay_buffer.dead_letters import decide_requeue
+from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
+from replay_buffer.groups import Group, Location
+from replay_buffer.index import Filter, Index
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -51,12 +57,14 @@ from replay_buffer.lifecycle import (
     decide_commit,
     decide_finish,
     decide_open_run,
+    decide_rollback,
 )
 from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
+from replay_buffer.selection import select
 from replay_buffer.signals import Signal
-from replay_buffer.state import Group, Location, RunState
+from replay_buffer.state import RunState
 from replay_buffer.tickets import Expired, Server, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
@@ -110,6 +118,8 @@ class ReplayBuffer:
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
         self._runs: dict[str, _Run] = {}
+        self._index = Index()
+        self._drafts = Drafts()
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -127,6 +137,8 @@ class ReplayBuffer:
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
             self._observer.run_opened(run.state)
+            for drop in decide_after_restart(run.state):
+                self._record(run.state.spec.run, drop)
             self._drop_expired(run)
         self._arm_lease_timer()
 
@@ -193,7 +205,12 @@ class ReplayBuffer:
 
     async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
         """Seal a step. Raises: see ReplayService.Advance."""
-        await self._decided(name, decide_advance(self._run(name).state, epoch, version, parent))
+        run = self._run(name)
+        advanced = decide_advance(run.state, epoch, version, parent, self._expired(run))
+        if advanced is not None:
+            self._record(name, advanced)
+            self._drop_expired(run)
+        await self._log.durable()
 
     async def commit(self, name: str, epoch: int, step: int) -> None:
         """Consume steps for good. Raises: see ReplayService.Commit."""
@@ -298,7 +315,7 @@ class ReplayBuffer:
         room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(run.state, item, self._read_transition, room=room)
+            decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
             for transition in decision.transitions:
                 self._record(name, transition)
             results.append(decision.result)
@@ -322,34 +339,54 @@ class ReplayBuffer:
 
     # For people and tools
 
+    async def rollback_run(self, name: str, version: PolicyVersion) -> tuple[int, int]:
+        """Return to an older version; returns the raised epoch and how many groups this call dropped.
+
+        Raises:
+            PreconditionError: see ReplayService.RollbackRun.
+        """
+        run = self._run(name)
+        rolled_back = decide_rollback(run.state, version)
+        if rolled_back is not None:
+            self._record(name, rolled_back)
+            for drop in decide_after_open(run.state):
+                self._record(name, drop)
+            log.warning("run %s is rolled back to %s; %d groups are dropped", name, version, len(rolled_back.group_ids))
+        epoch = run.state.epoch
+        await self._log.durable()
+        return epoch, len(rolled_back.group_ids) if rolled_back is not None else 0
+
+    async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
+        """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""
+        letters = list(self._run(name).state.dead_letters.values())
+        await self._log.durable()
+        return letters[-limit:] if limit else letters
+
+    async def requeue_dead_letters(self, name: str, group_ids: Sequence[str]) -> int:
+        """Queue tasks again; returns how many this call queued. Raises: see ReplayService.RequeueDeadLetters."""
+        requeued = decide_requeue(self._run(name).state, group_ids)
+        await self._decided(name, requeued)
+        return 0 if requeued is None else len(requeued.group_ids)
+
     async def status(self, name: str) -> RunStatus:
         """Counts and versions. Raises NotFoundError for an unknown run."""
         status = self._run(name).state.status()
         await self._log.durable()
         return status
 
-    def select(
-        self, name: str, purpose: Purpose | None, state: GroupState | None, step: int, limit: int
-    ) -> list[Group]:
-        """Groups that match, in the order of issue; a limit keeps the newest.
+    async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[GroupView]:
+        """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
 
         Raises:
             NotFoundError: no such run.
         """
-        groups = [
-            group
-            for group in self._run(name).state.groups.values()
-            if (purpose is None or group.purpose is purpose)
-            and (state is None or group.state is state)
-            and (not step or group.step == step)
-        ]
-        return groups[-limit:] if limit else groups
-
-    async def view(self, group: Group) -> GroupView:
-        """A group as it is now, once all of that is durable."""
-        seen = view_group(group)
-        await self._log.durable()
-        return seen
+        state = self._run(name).state
+        for group_id in select(state, wanted, limit):
+            group = state.groups.get(group_id)
+            if group is not None:
+                seen = view_group(group)
+                await self._log.durable()
+                yield seen
 
     def read(self, location: Location) -> bytes:
         """A record's payload. Safe from any thread once it is durable."""
@@ -359,6 +396,11 @@ class ReplayBuffer:
     def mark(self) -> int:
         """Everything decided so far, for `durable`."""
         return self._log.mark
+
+    @property
+    def durable_mark(self) -> int:
+        """What is on disk: everything decided before this mark."""
+        return self._log.durable_mark
 
     async def durable(self, mark: int) -> None:
         """Wait until everything decided before `mark` is on disk."""
@@ -379,7 +421,7 @@ class ReplayBuffer:
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns(), transition)
-        location = self._log.append(encode(record))
+        location = self._log.append(*encode(record))
         is_new = name not in self._runs
         self._apply(record, location)
         run = self._runs[name]
@@ -410,7 +452,8 @@ class ReplayBuffer:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            run = _Run(RunState(record.transition.spec), Leases(self._options.lease_seconds))
+            state = RunState(record.transition.spec, self._index.of(record.run))
+            run = _Run(state, Leases(self._options.lease_seconds))
             self._runs[record.run] = run
         run.state.apply(record.transition, record.recorded_at_ns, location)
 

@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from leeway.errors import FencedError, InvalidDataError, PreconditionError
-from leeway.types import DropReason, ModelSignature, PolicyVersion, RunSpec
+from leeway.types import DropReason, GroupState, ModelSignature, PolicyVersion, RunSpec
 from replay_buffer.admission import deadline_of, is_stale
 from replay_buffer.state import RunState
-from replay_buffer.transitions import GroupsDropped, PolicyAdvanced, RunFinished, RunOpened, StepsCommitted
+from replay_buffer.tickets import Expired
+from replay_buffer.transitions import (
+    GroupsDropped,
+    PolicyAdvanced,
+    RunFinished,
+    RunOpened,
+    RunRolledBack,
+    StepsCommitted,
+)
 
 Ledger = Sequence[tuple[int, tuple[str, ...]]]
 
@@ -23,7 +31,8 @@ def check_epoch(run: RunState, epoch: int) -> None:
     """
     name = run.spec.run
     if epoch < run.epoch:
-        raise FencedError(f"run {name!r}: epoch {epoch} is fenced by epoch {run.epoch}; another learner has taken over")
+        cause = "another learner has taken over" if run.must_open_at is None else "the run was rolled back"
+        raise FencedError(f"run {name!r}: epoch {epoch} is fenced by epoch {run.epoch}; {cause}")
     if epoch > run.epoch:
         raise PreconditionError(f"run {name!r}: epoch {epoch} was never allocated; call OpenRun")
 
@@ -54,6 +63,11 @@ def decide_open_run(run: RunState | None, spec: RunSpec, checkpoint: PolicyVersi
     _check_spec(run.spec, spec)
     if run.finished:
         return None
+    if run.must_open_at is not None and checkpoint != run.must_open_at:
+        raise PreconditionError(
+            f"run {spec.run!r} was rolled back to {run.must_open_at}; "
+            f"resume from that checkpoint, not from {checkpoint}"
+        )
     _check_checkpoint(run, checkpoint)
     _check_ledger(run, checkpoint, ledger)
     return RunOpened(spec, run.epoch + 1, checkpoint)
@@ -119,12 +133,57 @@ def _check_ledger(run: RunState, checkpoint: PolicyVersion, ledger: Ledger) -> N
                 "the checkpoint is damaged: resume from another"
             )
     for step, group_ids in steps.items():
-        batch = run.batches.get(step)
-        if step > checkpoint.step or batch is None or batch.group_ids != group_ids:
+        drawn = run.batch(step)
+        # What is left of a committed step whose groups are partly retired has to fit.
+        is_retired = step <= run.committed_step and len(drawn) < len(group_ids) and set(drawn) <= set(group_ids)
+        if step > checkpoint.step or (drawn != group_ids and not is_retired):
             raise PreconditionError(
                 f"run {name!r}: step {step} of the ledger is not what was drawn for it; "
                 f"checkpoint {checkpoint} does not belong to this buffer's history"
             )
+
+
+def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | None:
+    """Return to an older version because a person said so; None when that is where the run waits already.
+
+    Dropped are the groups of every later step, and live ones of which a later version sampled a token or is about to.
+
+    Raises:
+        PreconditionError: see ReplayService.RollbackRun.
+    """
+    check_live(run)
+    name, lineage = run.spec.run, run.lineage
+    if run.must_open_at == version:
+        return None
+    if version not in lineage or not lineage.survives(version):
+        raise PreconditionError(
+            f"run {name!r}: {run.head} does not descend from {version}; roll back to a version of the surviving history"
+        )
+    later_steps = range(version.step + 1, run.head.step + 1)
+    batches = {step: run.batch(step) for step in later_steps}
+    if missing := [step for step, group_ids in batches.items() if len(group_ids) < run.spec.groups_per_step]:
+        raise PreconditionError(
+            f"run {name!r}: what step {missing[0]} trained on is no longer known; "
+            f"roll back to step {missing[-1]} or later"
+        )
+    trained = [run.groups[group_id] for group_ids in batches.values() for group_id in group_ids]
+    sampled_later = [
+        group
+        for group in run.occupying()
+        if any(known in lineage and lineage.lineage_step(known) > version.step for known in group.sampled_versions)
+    ]
+    measured = [
+        group
+        for group in run.live_evaluation.values()
+        if run.evaluations[group.evaluation_id].evaluation.version != version
+    ]
+    dropped = [*trained, *sampled_later, *measured]
+    return RunRolledBack(
+        version,
+        run.epoch + 1,
+        tuple(group.group_id for group in dropped),
+        tuple(group.task_index for group in dropped),
+    )
 
 
 def check_fit(run: RunState, server_id: str, signature: ModelSignature, dataset_digest: bytes) -> None:
@@ -149,8 +208,12 @@ def check_fit(run: RunState, server_id: str, signature: ModelSignature, dataset_
         )
 
 
-def decide_advance(run: RunState, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> PolicyAdvanced | None:
+def decide_advance(
+    run: RunState, epoch: int, version: PolicyVersion, parent: PolicyVersion, expired: Expired = lambda _: False
+) -> PolicyAdvanced | None:
     """Seal the batch of `version.step`; None when that has already happened.
+
+    What becomes too old is dropped with it as stale, except what its server has left: `decide_expired` comes next.
 
     Raises:
         FencedError, PreconditionError: see ReplayService.Advance.
@@ -167,14 +230,16 @@ def decide_advance(run: RunState, epoch: int, version: PolicyVersion, parent: Po
             f"run {name!r}: epoch {epoch} goes from {head} to step {head.step + 1}, not to {version}"
         )
     batch = run.batches.get(version.step)
-    if batch is None or any(run.groups[group_id].ended for group_id in batch.group_ids):
+    if batch is None or any(group_id not in run.live for group_id in batch.group_ids):
         raise PreconditionError(f"run {name!r}: step {version.step} has no whole batch; draw it (again) first")
     bound, in_batch = run.spec.max_staleness, set(batch.group_ids)
     stale = tuple(
         group.group_id
         for group in run.occupying()
         # With bound 0 only the new head itself will do, and nothing has been sampled from it.
-        if group.group_id not in in_batch and (bound == 0 or deadline_of(run, group.sampled_versions) < version.step)
+        if group.group_id not in in_batch
+        and (bound == 0 or deadline_of(run, group.sampled_versions) < version.step)
+        and not (group.state is GroupState.OPEN and group.at_work and expired(group.group_id))
     )
     return PolicyAdvanced(version, parent, stale)
 

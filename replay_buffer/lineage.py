@@ -11,7 +11,7 @@ A learner that restarts from a checkpoint branches off there. What it abandoned 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from leeway.types import PolicyVersion
 
@@ -23,6 +23,7 @@ class Lineage:
         self.head = root
         self._parents: dict[PolicyVersion, PolicyVersion | None] = {root: None}
         self._lineage_steps: dict[PolicyVersion, int] = {root: root.step}
+        self._discarded: set[PolicyVersion] = set()
 
     def __contains__(self, version: PolicyVersion) -> bool:
         return version in self._parents
@@ -41,6 +42,15 @@ class Lineage:
         self._lineage_steps[version] = version.step
         self.head = version
 
+    def discard_after(self, head: PolicyVersion) -> None:
+        """Roll back to an ancestor of the head because a person said so: nobody wants what later versions sampled."""
+        self._discarded.update(version for version in self._parents if self._lineage_steps[version] > head.step)
+        self.rollback(head)
+
+    def is_discarded(self, version: PolicyVersion) -> bool:
+        """Whether an explicit rollback left this version behind."""
+        return version in self._discarded
+
     def rollback(self, head: PolicyVersion) -> None:
         """Make a registered version the head again; what descends from it is abandoned."""
         self.head = head
@@ -52,6 +62,17 @@ class Lineage:
             else:
                 assert parent is not None
                 self._lineage_steps[version] = self._lineage_steps[parent]
+
+    def restore(
+        self,
+        parents: Mapping[PolicyVersion, PolicyVersion | None],
+        discarded: Iterable[PolicyVersion],
+        head: PolicyVersion,
+    ) -> None:
+        """Become the tree that `parents` describes, each version after its parent."""
+        self._parents = dict(parents)
+        self._discarded = set(discarded)
+        self.rollback(head)
 
     def ancestry(self, version: PolicyVersion) -> Iterator[PolicyVersion]:
         """The version, its parent, and so on to the root."""

@@ -1,30 +1,24 @@
-"""ReplayService over gRPC: messages in, calls of the buffer, messages out.
-
-A write stream is a pipeline, so that an fsync never keeps the next message waiting:
-
-    client ──> reader task: decide and append, message by message ──> queue ──> wait until durable ──> answer
-"""
+"""ReplayService over gRPC: messages in, calls of the buffer, messages out. Write streams: write_stream.py."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from typing import Any, Final, cast
 
 import grpc
 
 from leeway import codec
-from leeway.errors import InvalidDataError, UnavailableError
-from leeway.rpc import cancel_and_wait
-from leeway.types import TrajectoryFailure, WriteItem, WriteResult, WriteStatus
+from leeway.errors import InvalidDataError
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.index import Filter
 from replay_buffer.pieces import messages
 from replay_buffer.views import GroupView
+from replay_buffer.write_stream import WriteStream
 
 SERVICE_NAME: Final = replay_pb2.DESCRIPTOR.services_by_name["ReplayService"].full_name
-_UNANSWERED_MESSAGES: Final = 256
-"""Messages of one stream that may wait for the disk; beyond it the stream is not read, which holds the writer back."""
 _DRAW_WAIT_SECONDS: Final = 3600.0
 """How long a draw without a deadline of its own waits."""
 _DEADLINE_MARGIN_SECONDS: Final = 0.2
@@ -38,7 +32,7 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     def __init__(self, buffer: ReplayBuffer) -> None:
         self._buffer = buffer
-        self._readers: set[asyncio.Task[None]] = set()
+        self._write_streams: set[WriteStream] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -46,8 +40,8 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     def stop(self) -> None:
         """End write streams after what was read so far; their clients go on elsewhere or later."""
-        for reader in self._readers:
-            reader.cancel()
+        for stream in self._write_streams:
+            stream.stop()
 
     # The learner's calls
 
@@ -148,45 +142,34 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def WriteTrajectories(
         self, request_iterator: AsyncIterator[replay_pb2.WriteTrajectoriesRequest], context: _Context
     ) -> AsyncIterator[replay_pb2.WriteTrajectoriesResponse]:
-        answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
-        unanswered = asyncio.Semaphore(_UNANSWERED_MESSAGES)
-        reader = asyncio.create_task(self._read_writes(request_iterator, answers, unanswered))
-        self._readers.add(reader)
+        stream = WriteStream(self._buffer, request_iterator)
+        self._write_streams.add(stream)
         try:
-            while (answer := await answers.get()) is not None:
-                results, mark = answer
-                await self._buffer.durable(mark)
-                yield replay_pb2.WriteTrajectoriesResponse(
-                    results=[codec.result_to_proto(result) for result in results]
-                )
-                unanswered.release()
-            if reader.cancelled():
-                raise UnavailableError("the replay buffer is stopping; repeat what was not acknowledged")
-            await reader
+            async with aclosing(stream.answers()) as answers:
+                async for answer in answers:
+                    yield answer
         finally:
-            self._readers.discard(reader)
-            await cancel_and_wait(reader)
-
-    async def _read_writes(
-        self,
-        requests: AsyncIterator[replay_pb2.WriteTrajectoriesRequest],
-        answers: asyncio.Queue[_Answer | None],
-        unanswered: asyncio.Semaphore,
-    ) -> None:
-        try:
-            async for request in requests:
-                answers.put_nowait((self._write(request), self._buffer.mark))
-                await unanswered.acquire()
-                await self._buffer.room()
-        finally:
-            answers.put_nowait(None)
-
-    def _write(self, request: replay_pb2.WriteTrajectoriesRequest) -> list[WriteResult]:
-        items = [_item(message) for message in request.items]
-        written = iter(self._buffer.write(request.run, [item for item in items if isinstance(item, WriteItem)]))
-        return [next(written) if isinstance(item, WriteItem) else item for item in items]
+            self._write_streams.discard(stream)
 
     # For people and tools
+
+    async def RollbackRun(
+        self, request: replay_pb2.RollbackRunRequest, context: _Context
+    ) -> replay_pb2.RollbackRunResponse:
+        epoch, dropped = await self._buffer.rollback_run(request.run, codec.version_from_proto(request.version))
+        return replay_pb2.RollbackRunResponse(epoch=epoch, dropped_count=dropped)
+
+    async def ListDeadLetters(
+        self, request: replay_pb2.ListDeadLettersRequest, context: _Context
+    ) -> replay_pb2.ListDeadLettersResponse:
+        letters = await self._buffer.dead_letters(request.run, request.limit)
+        return replay_pb2.ListDeadLettersResponse(letters=[codec.letter_to_proto(letter) for letter in letters])
+
+    async def RequeueDeadLetters(
+        self, request: replay_pb2.RequeueDeadLettersRequest, context: _Context
+    ) -> replay_pb2.RequeueDeadLettersResponse:
+        requeued = await self._buffer.requeue_dead_letters(request.run, list(request.group_ids))
+        return replay_pb2.RequeueDeadLettersResponse(requeued_count=requeued)
 
     async def GetRunStatus(
         self, request: replay_pb2.GetRunStatusRequest, context: _Context
@@ -196,15 +179,9 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def ExportGroups(
         self, request: replay_pb2.ExportGroupsRequest, context: _Context
     ) -> AsyncIterator[replay_pb2.ExportGroupsResponse]:
-        selected = self._buffer.select(
-            request.run,
-            codec.optional_purpose(request.purpose),
-            codec.optional_state(request.state),
-            request.step,
-            request.limit,
-        )
-        for group in selected:
-            async for gathered in self._streamed([await self._buffer.view(group)]):
+        wanted = Filter(codec.optional_purpose(request.purpose), codec.optional_state(request.state), request.step)
+        async for view in self._buffer.export(request.run, wanted, request.limit):
+            async for gathered in self._streamed([view]):
                 yield replay_pb2.ExportGroupsResponse(pieces=gathered)
 
     async def _streamed(self, views: Iterable[GroupView]) -> AsyncIterator[list[replay_pb2.GroupPiece]]:
@@ -212,22 +189,6 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         source = messages(views, self._buffer.read)
         while (gathered := await asyncio.to_thread(next, source, None)) is not None:
             yield gathered
-
-
-_Answer = tuple[list[WriteResult], int]
-
-
-def _item(message: replay_pb2.WriteItem) -> WriteItem | WriteResult:
-    """An item, or its refusal. A close that makes no sense ends its trajectory: nothing better will follow it."""
-    try:
-        return codec.item_from_proto(message)
-    except InvalidDataError as error:
-        if message.WhichOneof("content") == "close":
-            failure = TrajectoryFailure(f"its close is malformed: {error.message}", retryable=False)
-            return WriteItem(message.trajectory_id, message.attempt, message.seq, failure)
-        return WriteResult(
-            message.trajectory_id, message.attempt, message.seq, WriteStatus.INVALID, message=error.message
-        )
 
 
 def _deadline(context: _Context) -> float:

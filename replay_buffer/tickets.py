@@ -24,7 +24,8 @@ from leeway.types import (
     TicketMember,
 )
 from replay_buffer.admission import Admission, deadline_of, is_stale, may_serve
-from replay_buffer.state import EvaluationState, Group, Progress, RunState
+from replay_buffer.groups import EvaluationState, Group, Progress
+from replay_buffer.state import RunState
 from replay_buffer.transitions import GroupsDropped, TicketIssued
 
 Expired = Callable[[str], bool]
@@ -59,7 +60,7 @@ class TicketOffice:
         self._version = server.version
         self._expired = expired
         self._lease_seconds = lease_seconds
-        self._next_number = len(run.groups) + 1
+        self._next_number = run.created + 1
 
     def issue(self, max_members: int) -> list[TicketIssued]:
         """The tickets to hand out now, possibly none.
@@ -88,10 +89,9 @@ class TicketOffice:
             yield from self._new_groups()
 
     def _evaluation_tickets(self, state: EvaluationState) -> Iterator[TicketIssued]:
-        groups = self._run.groups
-        yield from self._reissues(
-            [groups[group_id] for group_id in state.group_ids.values() if not groups[group_id].ended], state.evaluation
-        )
+        evaluation_id = state.evaluation.evaluation_id
+        groups = [group for group in self._run.live_evaluation.values() if group.evaluation_id == evaluation_id]
+        yield from self._reissues(groups, state.evaluation)
         for task_index in range(state.evaluation.task_count):
             if task_index not in state.group_ids and state.evaluation.members <= self._server.capacity:
                 yield self._new_group(task_index, self._run.task_cursor, state.evaluation)
@@ -160,7 +160,7 @@ def may_be_lent_again(run: RunState, group: Group, expired: Expired) -> bool:
     """Whether a group's missing members may go to a server again: none is at work on them, or the lease ran out."""
     return (
         group.state is GroupState.OPEN
-        and group.attempt < run.spec.max_attempts
+        and run.attempts(group) < run.spec.max_attempts
         and (not group.at_work or expired(group.group_id))
     )
 
@@ -171,17 +171,17 @@ def decide_expired(run: RunState, expired: Expired) -> list[GroupsDropped]:
     for group in [*run.live.values(), *run.live_evaluation.values()]:
         if group.state is not GroupState.OPEN or (group.at_work and not expired(group.group_id)):
             continue
-        if group.attempt >= run.spec.max_attempts:
-            drops.append(dead_letter(group))
+        if run.attempts(group) >= run.spec.max_attempts:
+            drops.append(dead_letter(run, group))
         elif group.purpose is Purpose.TRAIN and is_stale(run, group):
             message = f"the lease of server {group.server_id!r} ran out and the group is too old to be lent again"
             drops.append(GroupsDropped((group.group_id,), DropReason.LEASE_LOST, message))
     return drops
 
 
-def dead_letter(group: Group) -> GroupsDropped:
-    """Set a group aside that used up its attempts."""
-    message = f"not finished in {group.attempt} attempts, the last by server {group.server_id!r}"
+def dead_letter(run: RunState, group: Group) -> GroupsDropped:
+    """Set a group aside whose task used up its attempts."""
+    message = f"not finished in {run.attempts(group)} attempts, the last by server {group.server_id!r}"
     return GroupsDropped((group.group_id,), DropReason.DEAD_LETTER, message)
 
 

@@ -95,6 +95,7 @@ class StepsCommitted:
     """Every step up to this one is consumed for good."""
 
     step: int
+    oldest_kept_step: int = 0  # of the learner's checkpoints; 0 while it has not said
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,26 @@ class RunFinished:
     group_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RunRolledBack:
+    """A person returned the run to an older version: raises the epoch, voids every later batch, drops these groups.
+
+    Unlike any other drop it takes consumed groups too: those of the steps that it abandons.
+    """
+
+    version: PolicyVersion  # the new head
+    epoch: int
+    group_ids: tuple[str, ...]
+    task_indices: tuple[int, ...]  # of these groups
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLettersRequeued:
+    """The tasks of these groups, which were set aside, are queued again with all their tries."""
+
+    group_ids: tuple[str, ...]
+
+
 Transition = (
     RunOpened
     | TicketIssued
@@ -124,4 +145,6 @@ Transition = (
     | StepsCommitted
     | EvaluationCreated
     | RunFinished
+    | RunRolledBack
+    | DeadLettersRequeued
 )

@@ -43,6 +43,8 @@ class LogRecord(_message.Message):
     STEPS_COMMITTED_FIELD_NUMBER: _builtins.int
     EVALUATION_CREATED_FIELD_NUMBER: _builtins.int
     RUN_FINISHED_FIELD_NUMBER: _builtins.int
+    RUN_ROLLED_BACK_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_REQUEUED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     @_builtins.property
@@ -93,6 +95,14 @@ class LogRecord(_message.Message):
     def run_finished(self) -> Global___RunFinished:
         """The run ended."""
 
+    @_builtins.property
+    def run_rolled_back(self) -> Global___RunRolledBack:
+        """A person returned the run to an older version."""
+
+    @_builtins.property
+    def dead_letters_requeued(self) -> Global___DeadLettersRequeued:
+        """Tasks of dead letters were queued again."""
+
     def __init__(
         self,
         *,
@@ -109,12 +119,14 @@ class LogRecord(_message.Message):
         steps_committed: Global___StepsCommitted | None = ...,
         evaluation_created: Global___EvaluationCreated | None = ...,
         run_finished: Global___RunFinished | None = ...,
+        run_rolled_back: Global___RunRolledBack | None = ...,
+        dead_letters_requeued: Global___DeadLettersRequeued | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run_finished", b"run_finished", "run_opened", b"run_opened", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run", b"run", "run_finished", b"run_finished", "run_opened", b"run_opened", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run", b"run", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transition: _TypeAlias = _typing.Literal["run_opened", "ticket_issued", "chunk_written", "trajectory_closed", "trajectory_failed", "group_dropped", "batch_drawn", "policy_advanced", "steps_committed", "evaluation_created", "run_finished"]  # noqa: Y015
+    _WhichOneofReturnType_transition: _TypeAlias = _typing.Literal["run_opened", "ticket_issued", "chunk_written", "trajectory_closed", "trajectory_failed", "group_dropped", "batch_drawn", "policy_advanced", "steps_committed", "evaluation_created", "run_finished", "run_rolled_back", "dead_letters_requeued"]  # noqa: Y015
     _WhichOneofArgType_transition: _TypeAlias = _typing.Literal["transition", b"transition"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transition) -> _WhichOneofReturnType_transition | None: ...
 
@@ -397,16 +409,20 @@ class StepsCommitted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
+    OLDEST_KEPT_STEP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step."""
+    oldest_kept_step: _builtins.int
+    """Step of the oldest checkpoint that the learner keeps; 0 while it has not said."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
+        oldest_kept_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["oldest_kept_step", b"oldest_kept_step", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -459,3 +475,67 @@ class RunFinished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunFinished: _TypeAlias = RunFinished  # noqa: Y015
+
+@_typing.final
+class RunRolledBack(_message.Message):
+    """A person returned the run to an older version of its surviving history. Raises the epoch and voids every later batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    TASK_INDICES_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The raised epoch."""
+    @_builtins.property
+    def version(self) -> _common_pb2.PolicyVersion:
+        """The new head."""
+
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups dropped with it as rolled_back, consumed ones included."""
+
+    @_builtins.property
+    def task_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their tasks, in the same order."""
+
+    def __init__(
+        self,
+        *,
+        version: _common_pb2.PolicyVersion | None = ...,
+        epoch: _builtins.int = ...,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        task_indices: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "group_ids", b"group_ids", "task_indices", b"task_indices", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRolledBack: _TypeAlias = RunRolledBack  # noqa: Y015
+
+@_typing.final
+class DeadLettersRequeued(_message.Message):
+    """Tasks of dead letters were queued again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The groups that were set aside."""
+
+    def __init__(
+        self,
+        *,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLettersRequeued: _TypeAlias = DeadLettersRequeued  # noqa: Y015

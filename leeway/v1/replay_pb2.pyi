@@ -703,6 +703,7 @@ class WriteResult(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     EXPECTED_SEQ_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_DELAY_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     """The trajectory."""
     attempt: _builtins.int
@@ -715,6 +716,10 @@ class WriteResult(_message.Message):
     """For OUT_OF_RANGE: the seq to go on from."""
     message: _builtins.str
     """For a refusal: one line for a person."""
+    @_builtins.property
+    def retry_delay(self) -> _duration_pb2.Duration:
+        """For EXHAUSTED: how long to wait before the item is sent again."""
+
     def __init__(
         self,
         *,
@@ -724,10 +729,11 @@ class WriteResult(_message.Message):
         status: Global___WriteStatus.ValueType = ...,
         expected_seq: _builtins.int = ...,
         message: _builtins.str = ...,
+        retry_delay: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["retry_delay", b"retry_delay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "expected_seq", b"expected_seq", "message", b"message", "seq", b"seq", "status", b"status", "trajectory_id", b"trajectory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "expected_seq", b"expected_seq", "message", b"message", "retry_delay", b"retry_delay", "seq", b"seq", "status", b"status", "trajectory_id", b"trajectory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1085,22 +1091,28 @@ class CommitRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    OLDEST_KEPT_STEP_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     epoch: _builtins.int
     """The learner's epoch."""
     step: _builtins.int
     """The checkpoint's step."""
+    oldest_kept_step: _builtins.int
+    """Step of the oldest checkpoint that the learner keeps. What later steps trained on stays in the log, so that they can be
+    computed again; what was consumed before may be retired. 0: nothing that was consumed is retired.
+    """
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         epoch: _builtins.int = ...,
         step: _builtins.int = ...,
+        oldest_kept_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "run", b"run", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "oldest_kept_step", b"oldest_kept_step", "run", b"run", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1387,6 +1399,8 @@ class GetRunStatusResponse(_message.Message):
     DRAWN_FIELD_NUMBER: _builtins.int
     CONSUMED_FIELD_NUMBER: _builtins.int
     DROPPED_FIELD_NUMBER: _builtins.int
+    ROLLBACK_FIELD_NUMBER: _builtins.int
+    DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     committed_step: _builtins.int
@@ -1403,6 +1417,8 @@ class GetRunStatusResponse(_message.Message):
     """Training groups in a batch that is not committed."""
     consumed: _builtins.int
     """Training groups consumed."""
+    dead_letters: _builtins.int
+    """Dead letters whose tasks were not queued again."""
     @_builtins.property
     def spec(self) -> Global___RunSpec:
         """What the run is."""
@@ -1414,6 +1430,10 @@ class GetRunStatusResponse(_message.Message):
     @_builtins.property
     def dropped(self) -> _containers.RepeatedCompositeFieldContainer[Global___DropCount]:
         """Training groups dropped, by reason."""
+
+    @_builtins.property
+    def rollback(self) -> Global___Rollback:
+        """The newest explicit rollback; unset when there was none."""
 
     def __init__(
         self,
@@ -1429,14 +1449,44 @@ class GetRunStatusResponse(_message.Message):
         drawn: _builtins.int = ...,
         consumed: _builtins.int = ...,
         dropped: _abc.Iterable[Global___DropCount] | None = ...,
+        rollback: Global___Rollback | None = ...,
+        dead_letters: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_step", b"committed_step", "consumed", b"consumed", "drawn", b"drawn", "dropped", b"dropped", "epoch", b"epoch", "finished", b"finished", "head", b"head", "issued", b"issued", "open", b"open", "ready", b"ready", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed_step", b"committed_step", "consumed", b"consumed", "dead_letters", b"dead_letters", "drawn", b"drawn", "dropped", b"dropped", "epoch", b"epoch", "finished", b"finished", "head", b"head", "issued", b"issued", "open", b"open", "ready", b"ready", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRunStatusResponse: _TypeAlias = GetRunStatusResponse  # noqa: Y015
+
+@_typing.final
+class Rollback(_message.Message):
+    """An explicit rollback. A checkpoint of a later step and an epoch below this one belongs to the abandoned branch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The fence that it raised; no learner holds it."""
+    @_builtins.property
+    def version(self) -> _common_pb2.PolicyVersion:
+        """The version that the run was returned to."""
+
+    def __init__(
+        self,
+        *,
+        version: _common_pb2.PolicyVersion | None = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rollback: _TypeAlias = Rollback  # noqa: Y015
 
 @_typing.final
 class DropCount(_message.Message):
@@ -1463,6 +1513,204 @@ class DropCount(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropCount: _TypeAlias = DropCount  # noqa: Y015
+
+@_typing.final
+class RollbackRunRequest(_message.Message):
+    """Returns a run to an older version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    @_builtins.property
+    def version(self) -> _common_pb2.PolicyVersion:
+        """A version that the head descends from, or the head itself."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        version: _common_pb2.PolicyVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackRunRequest: _TypeAlias = RollbackRunRequest  # noqa: Y015
+
+@_typing.final
+class RollbackRunResponse(_message.Message):
+    """The run is rolled back."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The fence: every learner up to now is below it."""
+    dropped_count: _builtins.int
+    """Groups that were dropped as rolled_back, evaluations included."""
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        dropped_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_count", b"dropped_count", "epoch", b"epoch"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackRunResponse: _TypeAlias = RollbackRunResponse  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersRequest(_message.Message):
+    """Asks for dead letters."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    limit: _builtins.int
+    """At most this many, the newest; 0 for all."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersRequest: _TypeAlias = ListDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class ListDeadLettersResponse(_message.Message):
+    """Dead letters, oldest first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LETTERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def letters(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeadLetter]:
+        """The letters."""
+
+    def __init__(
+        self,
+        *,
+        letters: _abc.Iterable[Global___DeadLetter] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["letters", b"letters"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDeadLettersResponse: _TypeAlias = ListDeadLettersResponse  # noqa: Y015
+
+@_typing.final
+class DeadLetter(_message.Message):
+    """A group that was set aside although nothing gives its task back: reason dead_letter, failed, invalid, conflict or
+    unknown_version.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_ID_FIELD_NUMBER: _builtins.int
+    TASK_INDEX_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    group_id: _builtins.str
+    """The group."""
+    task_index: _builtins.int
+    """Its task."""
+    reason: Global___DropReason.ValueType
+    """Why it was set aside."""
+    message: _builtins.str
+    """More on that, one line for a person."""
+    attempts: _builtins.int
+    """Tickets that its task cost, those of lost groups before it included."""
+    server_id: _builtins.str
+    """The server that last held it."""
+    def __init__(
+        self,
+        *,
+        group_id: _builtins.str = ...,
+        task_index: _builtins.int = ...,
+        reason: Global___DropReason.ValueType = ...,
+        message: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        server_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "group_id", b"group_id", "message", b"message", "reason", b"reason", "server_id", b"server_id", "task_index", b"task_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeadLetter: _TypeAlias = DeadLetter  # noqa: Y015
+
+@_typing.final
+class RequeueDeadLettersRequest(_message.Message):
+    """Queues the tasks of dead letters again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Which; none for all."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueDeadLettersRequest: _TypeAlias = RequeueDeadLettersRequest  # noqa: Y015
+
+@_typing.final
+class RequeueDeadLettersResponse(_message.Message):
+    """The tasks are queued."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEUED_COUNT_FIELD_NUMBER: _builtins.int
+    requeued_count: _builtins.int
+    """How many tasks this call queued."""
+    def __init__(
+        self,
+        *,
+        requeued_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requeued_count", b"requeued_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RequeueDeadLettersResponse: _TypeAlias = RequeueDeadLettersResponse  # noqa: Y015
 
 @_typing.final
 class ExportGroupsRequest(_message.Message):

@@ -108,6 +108,21 @@ class ReplayServiceStub(object):
                 request_serializer=leeway_dot_v1_dot_replay__pb2.GetRunStatusRequest.SerializeToString,
                 response_deserializer=leeway_dot_v1_dot_replay__pb2.GetRunStatusResponse.FromString,
                 _registered_method=True)
+        self.RollbackRun = channel.unary_unary(
+                '/leeway.v1.ReplayService/RollbackRun',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.RollbackRunRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.RollbackRunResponse.FromString,
+                _registered_method=True)
+        self.ListDeadLetters = channel.unary_unary(
+                '/leeway.v1.ReplayService/ListDeadLetters',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.ListDeadLettersRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.ListDeadLettersResponse.FromString,
+                _registered_method=True)
+        self.RequeueDeadLetters = channel.unary_unary(
+                '/leeway.v1.ReplayService/RequeueDeadLetters',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersResponse.FromString,
+                _registered_method=True)
         self.ExportGroups = channel.unary_stream(
                 '/leeway.v1.ReplayService/ExportGroups',
                 request_serializer=leeway_dot_v1_dot_replay__pb2.ExportGroupsRequest.SerializeToString,
@@ -235,6 +250,32 @@ class ReplayServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RollbackRun(self, request, context):
+        """Returns a run to an older version of its surviving history, of which a checkpoint is kept. Discards what was trained after
+        it and what versions after it have sampled: dropped with reason rolled_back, their tasks issued again as new groups. Fences
+        the learner; the next OpenRun must bring that checkpoint. Versions left behind stay registered. Idempotent until the
+        run is opened again. Errors: FAILED_PRECONDITION when the head does not descend from the version, the run has finished, or
+        the log no longer holds what was trained after it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDeadLetters(self, request, context):
+        """Dead letters: groups that were set aside and whose tasks nobody has queued again. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RequeueDeadLetters(self, request, context):
+        """Issues the tasks of dead letters again as new groups, each with all its tries; the groups themselves stay dropped.
+        Idempotent. Errors: NOT_FOUND for an unknown group; FAILED_PRECONDITION for one that is no dead letter, or a finished run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportGroups(self, request, context):
         """Streams groups with their trajectories and fate, in the order of their issue. Idempotent.
         """
@@ -309,6 +350,21 @@ def add_ReplayServiceServicer_to_server(servicer, server):
                     servicer.GetRunStatus,
                     request_deserializer=leeway_dot_v1_dot_replay__pb2.GetRunStatusRequest.FromString,
                     response_serializer=leeway_dot_v1_dot_replay__pb2.GetRunStatusResponse.SerializeToString,
+            ),
+            'RollbackRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.RollbackRun,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.RollbackRunRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.RollbackRunResponse.SerializeToString,
+            ),
+            'ListDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDeadLetters,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.ListDeadLettersRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.ListDeadLettersResponse.SerializeToString,
+            ),
+            'RequeueDeadLetters': grpc.unary_unary_rpc_method_handler(
+                    servicer.RequeueDeadLetters,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersResponse.SerializeToString,
             ),
             'ExportGroups': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportGroups,
@@ -676,6 +732,87 @@ class ReplayService(object):
             '/leeway.v1.ReplayService/GetRunStatus',
             leeway_dot_v1_dot_replay__pb2.GetRunStatusRequest.SerializeToString,
             leeway_dot_v1_dot_replay__pb2.GetRunStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/RollbackRun',
+            leeway_dot_v1_dot_replay__pb2.RollbackRunRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.RollbackRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/ListDeadLetters',
+            leeway_dot_v1_dot_replay__pb2.ListDeadLettersRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.ListDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RequeueDeadLetters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/RequeueDeadLetters',
+            leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -95,6 +95,19 @@ class ReplayServiceStub:
     """
     GetRunStatus: _grpc.UnaryUnaryMultiCallable[_replay_pb2.GetRunStatusRequest, _replay_pb2.GetRunStatusResponse]
     """Counts and versions of a run, for people, dashboards and summaries. Idempotent."""
+    RollbackRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.RollbackRunRequest, _replay_pb2.RollbackRunResponse]
+    """Returns a run to an older version of its surviving history, of which a checkpoint is kept. Discards what was trained after
+    it and what versions after it have sampled: dropped with reason rolled_back, their tasks issued again as new groups. Fences
+    the learner; the next OpenRun must bring that checkpoint. Versions left behind stay registered. Idempotent until the
+    run is opened again. Errors: FAILED_PRECONDITION when the head does not descend from the version, the run has finished, or
+    the log no longer holds what was trained after it.
+    """
+    ListDeadLetters: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ListDeadLettersRequest, _replay_pb2.ListDeadLettersResponse]
+    """Dead letters: groups that were set aside and whose tasks nobody has queued again. Idempotent."""
+    RequeueDeadLetters: _grpc.UnaryUnaryMultiCallable[_replay_pb2.RequeueDeadLettersRequest, _replay_pb2.RequeueDeadLettersResponse]
+    """Issues the tasks of dead letters again as new groups, each with all its tries; the groups themselves stay dropped.
+    Idempotent. Errors: NOT_FOUND for an unknown group; FAILED_PRECONDITION for one that is no dead letter, or a finished run.
+    """
     ExportGroups: _grpc.UnaryStreamMultiCallable[_replay_pb2.ExportGroupsRequest, _replay_pb2.ExportGroupsResponse]
     """Streams groups with their trajectories and fate, in the order of their issue. Idempotent."""
 
@@ -165,6 +178,19 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     """
     GetRunStatus: _aio.UnaryUnaryMultiCallable[_replay_pb2.GetRunStatusRequest, _replay_pb2.GetRunStatusResponse]  # type: ignore[assignment]
     """Counts and versions of a run, for people, dashboards and summaries. Idempotent."""
+    RollbackRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.RollbackRunRequest, _replay_pb2.RollbackRunResponse]  # type: ignore[assignment]
+    """Returns a run to an older version of its surviving history, of which a checkpoint is kept. Discards what was trained after
+    it and what versions after it have sampled: dropped with reason rolled_back, their tasks issued again as new groups. Fences
+    the learner; the next OpenRun must bring that checkpoint. Versions left behind stay registered. Idempotent until the
+    run is opened again. Errors: FAILED_PRECONDITION when the head does not descend from the version, the run has finished, or
+    the log no longer holds what was trained after it.
+    """
+    ListDeadLetters: _aio.UnaryUnaryMultiCallable[_replay_pb2.ListDeadLettersRequest, _replay_pb2.ListDeadLettersResponse]  # type: ignore[assignment]
+    """Dead letters: groups that were set aside and whose tasks nobody has queued again. Idempotent."""
+    RequeueDeadLetters: _aio.UnaryUnaryMultiCallable[_replay_pb2.RequeueDeadLettersRequest, _replay_pb2.RequeueDeadLettersResponse]  # type: ignore[assignment]
+    """Issues the tasks of dead letters again as new groups, each with all its tries; the groups themselves stay dropped.
+    Idempotent. Errors: NOT_FOUND for an unknown group; FAILED_PRECONDITION for one that is no dead letter, or a finished run.
+    """
     ExportGroups: _aio.UnaryStreamMultiCallable[_replay_pb2.ExportGroupsRequest, _replay_pb2.ExportGroupsResponse]  # type: ignore[assignment]
     """Streams groups with their trajectories and fate, in the order of their issue. Idempotent."""
 
@@ -310,6 +336,37 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.GetRunStatusResponse, _abc.Awaitable[_replay_pb2.GetRunStatusResponse]]:
         """Counts and versions of a run, for people, dashboards and summaries. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def RollbackRun(
+        self,
+        request: _replay_pb2.RollbackRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.RollbackRunResponse, _abc.Awaitable[_replay_pb2.RollbackRunResponse]]:
+        """Returns a run to an older version of its surviving history, of which a checkpoint is kept. Discards what was trained after
+        it and what versions after it have sampled: dropped with reason rolled_back, their tasks issued again as new groups. Fences
+        the learner; the next OpenRun must bring that checkpoint. Versions left behind stay registered. Idempotent until the
+        run is opened again. Errors: FAILED_PRECONDITION when the head does not descend from the version, the run has finished, or
+        the log no longer holds what was trained after it.
+        """
+
+    @_abc_1.abstractmethod
+    def ListDeadLetters(
+        self,
+        request: _replay_pb2.ListDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.ListDeadLettersResponse, _abc.Awaitable[_replay_pb2.ListDeadLettersResponse]]:
+        """Dead letters: groups that were set aside and whose tasks nobody has queued again. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def RequeueDeadLetters(
+        self,
+        request: _replay_pb2.RequeueDeadLettersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.RequeueDeadLettersResponse, _abc.Awaitable[_replay_pb2.RequeueDeadLettersResponse]]:
+        """Issues the tasks of dead letters again as new groups, each with all its tries; the groups themselves stay dropped.
+        Idempotent. Errors: NOT_FOUND for an unknown group; FAILED_PRECONDITION for one that is no dead letter, or a finished run.
+        """
 
     @_abc_1.abstractmethod
     def ExportGroups(

@@ -31,10 +31,13 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, drawn_batch
+from replay_buffer.groups import Location
+from replay_buffer.index import Index
 from replay_buffer.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
 from replay_buffer.records import Record, decode, encode
-from replay_buffer.state import Location, RunState
+from replay_buffer.state import RunState
 from replay_buffer.tickets import Expired, Server, TicketOffice
 from replay_buffer.transitions import Transition
 from replay_buffer.views import view_group
@@ -146,7 +149,8 @@ class Machine:
     def __init__(self, run_spec: RunSpec | None = None, checkpoint: PolicyVersion | None = None) -> None:
         self.spec = run_spec or spec()
         self.records: list[bytes] = []
-        self.state = RunState(self.spec)
+        self.drafts = Drafts()
+        self.state = RunState(self.spec, Index().of(self.spec.run))
         opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
         assert opened is not None
         self.record(opened)
@@ -154,7 +158,7 @@ class Machine:
     def record(self, *transitions: Transition | None) -> None:
         for transition in transitions:
             if transition is not None:
-                payload = encode(Record(self.spec.run, len(self.records), transition))
+                payload = b"".join(encode(Record(self.spec.run, len(self.records), transition)))
                 self.records.append(payload)
                 _apply(self.state, payload, len(self.records) - 1)
 
@@ -163,7 +167,7 @@ class Machine:
 
     def refolded(self) -> RunState:
         """The state as a restart would find it."""
-        state = RunState(self.spec)
+        state = RunState(self.spec, Index().of(self.spec.run))
         for index, payload in enumerate(self.records):
             _apply(state, payload, index)
         return state
@@ -191,7 +195,7 @@ class Machine:
     def write(self, *items: WriteItem, room: bool = True) -> list[WriteResult]:
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(self.state, item, self.read, room=room)
+            decision = decide_write(self.state, item, self.read, self.drafts, room=room)
             self.record(*decision.transitions)
             results.append(decision.result)
         return results
@@ -210,11 +214,11 @@ class Machine:
         batch = drawn_batch(self.state, self.state.epoch, step)
         return None if batch is None else batch.group_ids
 
-    def advance(self) -> PolicyVersion:
+    def advance(self, expired: Expired = lambda _: False) -> PolicyVersion:
         """Train the drawn step."""
         epoch, head = self.state.epoch, self.state.head
         new = version(head.step + 1, epoch, self.spec.run)
-        self.record(decide_advance(self.state, epoch, new, head))
+        self.record(decide_advance(self.state, epoch, new, head, expired))
         return new
 
     def step(self) -> tuple[str, ...]:

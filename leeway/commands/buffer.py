@@ -1,0 +1,133 @@
+"""`leeway buffer ...`: look after the replay buffer of a run, whether the run is going or not."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from learner.checkpoint import CheckpointStore
+from learner.options import LearnerOptions
+from leeway.commands.replay_access import open_replay
+from leeway.commands.run_folder import load_run_document
+from leeway.config import section
+from leeway.process import EXIT_OK
+from leeway.types import DeadLetter, PolicyVersion
+
+
+def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
+    """Declare the group of commands."""
+    parser = subparsers.add_parser("buffer", help="look after a run's replay buffer", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_rollback, _add_dead_letters, _add_requeue):
+        add(commands)
+
+
+def _command(commands: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401
+    parser = commands.add_parser(name, help=summary, description=description)
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    return parser
+
+
+# leeway buffer rollback
+
+
+def _add_rollback(commands: Any) -> None:  # noqa: ANN401
+    parser = _command(
+        commands,
+        "rollback",
+        "return a run to an older checkpoint",
+        "Discards every step after STEP and what later versions sampled (drop reason rolled_back); their tasks are "
+        "issued again. A learner that is running is fenced, and goes on from the checkpoint of STEP when it starts "
+        "again. There is no way back.",
+    )
+    parser.add_argument("step", type=int, metavar="STEP", help="a step that has a checkpoint")
+    parser.set_defaults(handler=_rollback)
+
+
+def _rollback(arguments: argparse.Namespace) -> int:
+    document = load_run_document(arguments.run)
+    options = section(document, "learner", LearnerOptions)
+    store = CheckpointStore(arguments.run / "checkpoints", keep=options.keep_checkpoints)
+    version = store.load(arguments.step).version
+
+    async def roll_back() -> tuple[int, int]:
+        async with open_replay(document) as client:
+            return await client.rollback_run(version)
+
+    epoch, dropped = asyncio.run(roll_back())
+    print(f"rolled back to {_named(version)}: {dropped} groups are dropped, learners below epoch {epoch} are fenced")
+    return EXIT_OK
+
+
+def _named(version: PolicyVersion) -> str:
+    return f"step {version.step} ({version})"
+
+
+# leeway buffer dead-letters, leeway buffer requeue
+
+
+def _add_dead_letters(commands: Any) -> None:  # noqa: ANN401
+    parser = _command(
+        commands,
+        "dead-letters",
+        "list groups that were set aside",
+        "Groups that were dropped as dead_letter, failed, invalid, conflict or unknown_version, and whose tasks nobody "
+        "has queued again.",
+    )
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="newest to show (default 20; 0: all)")
+    parser.set_defaults(handler=_dead_letters)
+
+
+def _dead_letters(arguments: argparse.Namespace) -> int:
+    document = load_run_document(arguments.run)
+
+    async def fetch() -> Sequence[DeadLetter]:
+        async with open_replay(document) as client:
+            return await client.dead_letters(arguments.limit)
+
+    letters = asyncio.run(fetch())
+    if not letters:
+        print("no dead letters")
+        return EXIT_OK
+    table = Table("group", "task", "reason", "tries", "server", "what happened", box=None, pad_edge=False)
+    for letter in letters:
+        table.add_row(
+            letter.group_id,
+            str(letter.task_index),
+            letter.reason.name.lower(),
+            str(letter.attempts),
+            letter.server_id,
+            letter.message,
+        )
+    Console(highlight=False, markup=False).print(table)
+    return EXIT_OK
+
+
+def _add_requeue(commands: Any) -> None:  # noqa: ANN401
+    parser = _command(
+        commands,
+        "requeue",
+        "issue the tasks of dead letters again",
+        "Each task comes again as a new group with all its tries; the group that was set aside stays dropped.",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("groups", nargs="*", default=[], metavar="GROUP", help="a group that `dead-letters` lists")
+    which.add_argument("--all", action="store_true", help="every dead letter")
+    parser.set_defaults(handler=_requeue)
+
+
+def _requeue(arguments: argparse.Namespace) -> int:
+    document = load_run_document(arguments.run)
+
+    async def requeue() -> int:
+        async with open_replay(document) as client:
+            return await client.requeue_dead_letters([] if arguments.all else arguments.groups)
+
+    print(f"{asyncio.run(requeue())} tasks are queued again")
+    return EXIT_OK
