@@ -175,8 +175,7 @@ class CheckpointStore:
             for step in self.steps()
             if step > rollback.version.step and _read_manifest(self._path(step) / _MANIFEST)["epoch"] < rollback.epoch
         ]
-        for step in abandoned:
-            shutil.rmtree(self._path(step))
+        self._remove(abandoned)
         return abandoned
 
     def _path(self, step: int) -> Path:

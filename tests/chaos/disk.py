@@ -78,6 +78,12 @@ class Witness:
         for name in ("fsync", "fdatasync"):
             setattr(os, name, self._syncing(getattr(os, name)))
 
+    def close(self) -> None:
+        """Let everything go; nothing is witnessed any more once the real functions are back."""
+        self._file.close()
+        for descriptor in self._held.values():
+            os.close(descriptor)
+
     def _syncing(self, really: Callable[[int], None]) -> Callable[[int], None]:
         def sync(descriptor: int) -> None:
             path = Path(f"/proc/self/fd/{descriptor}").readlink()

@@ -29,7 +29,15 @@ OPEN, READY, DRAWN, CONSUMED, DROPPED = (
     replay_pb2.GROUP_STATE_DROPPED,
 )
 TRAIN, EVAL = replay_pb2.PURPOSE_TRAIN, replay_pb2.PURPOSE_EVAL
-REQUEUES: Final = {replay_pb2.DROP_REASON_STALE, replay_pb2.DROP_REASON_LEASE_LOST}
+TOO_OLD: Final = {replay_pb2.DROP_REASON_STALE, replay_pb2.DROP_REASON_LEASE_LOST}
+REQUEUES: Final = {*TOO_OLD, replay_pb2.DROP_REASON_ROLLED_BACK}
+SET_ASIDE: Final = {
+    replay_pb2.DROP_REASON_DEAD_LETTER,
+    replay_pb2.DROP_REASON_FAILED,
+    replay_pb2.DROP_REASON_INVALID,
+    replay_pb2.DROP_REASON_CONFLICT,
+    replay_pb2.DROP_REASON_UNKNOWN_VERSION,
+}
 
 
 class Broken(AssertionError):
@@ -100,6 +108,9 @@ class Law:
         self.finished = False
         self.requeued: Counter[int] = Counter()
         self.dropped: Counter[int] = Counter()
+        self.dead_letters: set[str] = set()
+        self.discarded: set[Version] = set()
+        self.must_open_at: Version | None = None
         self.num_records = 0
 
     # The words of the protocol
@@ -123,7 +134,9 @@ class Law:
         if self.spec.max_staleness == 0:
             return self.step if all(version == self.head for version in versions) else PAST
         return min(
-            self.spec.max_staleness + self.lineage_step(version) if version in self.parents else PAST
+            self.spec.max_staleness + self.lineage_step(version)
+            if version in self.parents and version not in self.discarded
+            else PAST
             for version in versions
         )
 
@@ -178,15 +191,49 @@ class Law:
             2,
             f"the run is opened at {checkpoint}; the head is {self.head}, step {self.committed} is committed",
         )
-        self.epoch = opened.epoch
+        _must(self.must_open_at in (None, checkpoint), 2, f"the run is opened at {checkpoint} after a rollback")
+        self.epoch, self.must_open_at = opened.epoch, None
         self._commit(checkpoint[2])
-        for step in [step for step in self.batches if step > checkpoint[2]]:
+        self._void_batches(checkpoint)
+
+    def _void_batches(self, head: Version) -> None:
+        for step in [step for step in self.batches if step > head[2]]:
             for group_id in self.batches.pop(step):
                 group = self.groups[group_id]
                 if group.state == DRAWN:
                     group.state, group.step = READY, 0
             self.sealed.discard(step)
-        self.head = checkpoint
+        self.head = head
+
+    def _take_run_rolled_back(self, rolled_back: log_pb2.RunRolledBack) -> None:
+        version, step = name(rolled_back.version), rolled_back.version.step
+        _must(rolled_back.epoch == self.epoch + 1, 7, f"epoch {rolled_back.epoch} follows {self.epoch}")
+        _must(not self.finished and version in set(self._ancestry(self.head)), 2, f"{self.head} goes back to {version}")
+        left = {known for known in self.parents if self.lineage_step(known) > step}
+        trained = {group_id for at, group_ids in self.batches.items() if at > step for group_id in group_ids}
+        dropped = set(rolled_back.group_ids)
+        for group_id, group in self.groups.items():
+            if group_id in dropped:
+                _must(group.state != DROPPED, 3, f"{group_id} is dropped again by a rollback")
+            elif group.purpose == TRAIN and group.state != DROPPED:
+                kept = group_id not in trained or step + 1 > self.step
+                sampled = (self._sampled(group) or {group.server_version}) & left
+                gone = not kept and group.step in self.sealed
+                _must(not gone, 2, f"{group_id} was trained on in step {group.step}, and stays after a rollback")
+                _must(group.state == CONSUMED or not sampled, 5, f"{group_id} stays, though sampled by {sampled}")
+        self.epoch, self.must_open_at = rolled_back.epoch, version
+        self._void_batches(version)
+        self.committed = min(self.committed, step)
+        self.discarded |= left
+        for group_id in rolled_back.group_ids:
+            self.groups[group_id].step = 0
+            self._drop(self.groups[group_id], replay_pb2.DROP_REASON_ROLLED_BACK, group_id)
+
+    def _take_dead_letters_requeued(self, requeued: log_pb2.DeadLettersRequeued) -> None:
+        for group_id in requeued.group_ids:
+            _must(group_id in self.dead_letters, 3, f"{group_id} is queued again, but is no dead letter")
+            self.dead_letters.discard(group_id)
+            self.requeued[self.groups[group_id].task] += 1
 
     def _take_ticket_issued(self, issued: log_pb2.TicketIssued) -> None:
         ticket, version = issued.ticket, name(issued.version)
@@ -266,7 +313,7 @@ class Law:
         member.items, member.end = member.items + 1, End.FAILED
         member.versions = set()
         if not failed.failure.retryable and not group.ended:
-            self._drop(group, replay_pb2.DROP_REASON_FAILED)
+            self._drop(group, replay_pb2.DROP_REASON_FAILED, failed.trajectory_id.rpartition(".")[0])
 
     def _writable(self, trajectory_id: str, attempt: int, *, ended: bool = False) -> tuple[Group, Member]:
         group_id, _, place = trajectory_id.rpartition(".")
@@ -286,10 +333,10 @@ class Law:
                 continue  # the first durable reason stands
             _must(not (group.state == DRAWN and group.step in self.sealed), 2, f"{group_id} is dropped, but trained on")
             reason = dropped.reason
-            if reason in REQUEUES:
+            if reason in TOO_OLD:
                 due = self.due(group)
                 _must(due < self.step, 5, f"{group_id} is dropped as too old, but D = {due} at head {self.step}")
-            self._drop(group, reason)
+            self._drop(group, reason, group_id)
 
     def _take_batch_drawn(self, drawn: log_pb2.BatchDrawn) -> None:
         step, group_ids = drawn.step, list(drawn.group_ids)
@@ -327,12 +374,13 @@ class Law:
             if group.purpose != TRAIN or group.ended or group.state == DRAWN:
                 _must(group_id not in stale, 2, f"{group_id} is dropped by {version}, but is {group.state}")
                 continue
-            late = self.due(group) < step
-            _must(
-                late == (group_id in stale), 5, f"{group_id}: D = {self.due(group)} at {version}, dropped: {not late}"
-            )
+            due = self.due(group)
+            # What a server has left may wait for its lease to end.
+            waits = group.state == OPEN and any(member.end is End.OPEN for member in group.members)
+            _must(due < step or group_id not in stale, 5, f"{group_id} is dropped by {version} with D = {due}")
+            _must(due >= step or group_id in stale or waits, 5, f"{group_id} stays at {version} with D = {due}")
         for group_id in stale:
-            self._drop(self.groups[group_id], replay_pb2.DROP_REASON_STALE)
+            self._drop(self.groups[group_id], replay_pb2.DROP_REASON_STALE, group_id)
 
     def _take_steps_committed(self, committed: log_pb2.StepsCommitted) -> None:
         _must(self.committed < committed.step <= self.step, 2, f"step {committed.step} is committed at {self.step}")
@@ -359,14 +407,16 @@ class Law:
         _must(self.committed == self.step, 3, f"the run ends with steps {self.committed + 1} to {self.step} open")
         for group_id in finished.group_ids:
             if not self.groups[group_id].ended:
-                self._drop(self.groups[group_id], replay_pb2.DROP_REASON_RUN_END)
+                self._drop(self.groups[group_id], replay_pb2.DROP_REASON_RUN_END, group_id)
         left = [group_id for group_id, group in self.groups.items() if not group.ended]
         _must(not left, 3, f"the run ends with {left} live")
         self.finished = True
 
-    def _drop(self, group: Group, reason: int) -> None:
+    def _drop(self, group: Group, reason: int, group_id: str) -> None:
         group.state, group.reason = DROPPED, reason
         if group.purpose == TRAIN:
+            if reason in SET_ASIDE:
+                self.dead_letters.add(group_id)
             self.dropped[reason] += 1
             if reason in REQUEUES:
                 self.requeued[group.task] += 1

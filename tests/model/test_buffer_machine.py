@@ -110,6 +110,7 @@ class BufferMachine(RuleBasedStateMachine):
         steps = {entry.step: list(entry.group_ids) for entry in ledger}
         legal = (
             version in surviving
+            and law.must_open_at in (None, version)
             and version[2] >= law.committed
             and all(step in steps for step in range(law.committed + 1, version[2] + 1))
             and all(step <= version[2] and law.batches.get(step) == ids for step, ids in steps.items())
@@ -234,6 +235,40 @@ class BufferMachine(RuleBasedStateMachine):
             return
         self.call("CreateEvaluation", request)
         self.call("CreateEvaluation", request)
+
+    @rule(number=pick)
+    def roll_back(self, number: int) -> None:
+        """A person returns the run to any version."""
+        law = self.law
+        if number % 3:
+            return
+        versions = sorted(law.parents)
+        version = versions[(number // 3) % len(versions)]
+        request = replay_pb2.RollbackRunRequest(run=RUN, version=_proto(version))
+        if law.finished or (version not in {*law._ancestry(law.head)} and version != law.must_open_at):
+            self.refused(PreconditionError, "RollbackRun", request)
+            return
+        epoch, again = law.epoch, law.must_open_at == version
+        reply = self.call("RollbackRun", request)
+        assert reply.epoch == law.epoch == epoch + (not again)
+        assert law.head == version
+        assert self.call("RollbackRun", request).epoch == law.epoch
+
+    @rule(number=pick)
+    def queue_again(self, number: int) -> None:
+        """A person gives dead letters another chance."""
+        law = self.law
+        letters = self.call("ListDeadLetters", replay_pb2.ListDeadLettersRequest(run=RUN)).letters
+        assert {letter.group_id for letter in letters} == law.dead_letters
+        if not letters:
+            return
+        group_id = letters[number % len(letters)].group_id
+        request = replay_pb2.RequeueDeadLettersRequest(run=RUN, group_ids=[group_id])
+        if law.finished:
+            self.refused(PreconditionError, "RequeueDeadLetters", request)
+            return
+        assert self.call("RequeueDeadLetters", request).requeued_count == 1
+        assert group_id not in law.dead_letters
 
     @precondition(lambda self: self.law.committed == self.law.step and self.law.step >= 2)
     @rule(sure=st.integers(0, 3))
@@ -525,6 +560,6 @@ BufferMachine.TestCase.settings = settings(
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
-    suppress_health_check=list(HealthCheck),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 test_any_order_of_calls_and_crashes_keeps_the_law = BufferMachine.TestCase
