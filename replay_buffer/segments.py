@@ -39,6 +39,13 @@ class Position(NamedTuple):
     offset: int  # byte of the segment's file
 
 
+class LastRecord(NamedTuple):
+    """The record before a place of the log, to recognize the log by."""
+
+    position: Position
+    checksum: int
+
+
 def frame(*parts: bytes) -> bytes:
     """A payload, which may come in parts, as it is written."""
     return b"".join((frame_header(parts), *parts))
