@@ -34,17 +34,20 @@ function checkedRequest({ prompt_token_ids: tensor, sampling }) {
 }
 
 export function service(engine) {
-  let highestEpoch = 0n;
+  // Epochs count the learners of one run; this server may outlive a run.
+  const highestEpochs = new Map();
 
-  function inForce({ publisher_epoch: text, version: announced }, staging) {
-    const epoch = BigInt(text);
-    if (epoch < highestEpoch) {
-      throw precondition(`weights of learner epoch ${epoch} are refused: epoch ${highestEpoch} has taken over`);
-    }
+  /** Puts a whole update in force; returns the version that is served then. */
+  function inForce(staging) {
     const { version, key } = staging.verified();
-    highestEpoch = epoch;
+    const epoch = BigInt(staging.header.publisher_epoch);
+    const highest = highestEpochs.get(version.run) ?? 0n;
+    if (epoch < highest) {
+      throw precondition(`weights of learner epoch ${epoch} are refused: epoch ${highest} has taken over`);
+    }
+    highestEpochs.set(version.run, epoch);
     engine.swap(version, key);
-    return announced;
+    return version;
   }
 
   return {
@@ -79,7 +82,7 @@ export function service(engine) {
       call.on("cancelled", () => (answered = true));
       call.on("error", () => (answered = true));
       call.on("end", () => {
-        attempt(() => answer(null, { version: inForce(staging.header ?? {}, staging), paused: { seconds: 0, nanos: 0 } }));
+        attempt(() => answer(null, { version: inForce(staging), paused: { seconds: 0, nanos: 0 } }));
       });
     },
 
