@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learner import torch_trainer
+from learner import step_batch
 from learner.model import PolicyModel
 from learner.packing import plan_micro_batches
 from learner.torch_trainer import TorchTrainer
@@ -95,7 +95,7 @@ def timed_step(
     trainer: TorchTrainer, plan: Plan, step: int, groups: Sequence[TrajectoryGroup]
 ) -> tuple[float, tuple[float, float]]:
     """CPU seconds of one step, and its loss and gradient norm."""
-    with patch.object(torch_trainer, "plan_micro_batches", plan):
+    with patch.object(step_batch, "plan_micro_batches", plan):
         started = time.process_time()
         statistics_of_step = trainer.train_step(step, groups).statistics
         taken = time.process_time() - started

@@ -30,9 +30,11 @@ def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: Samplin
     import torch
 
     from learner.torch_trainer import TorchTrainer
+    from learner.world import World, compute_device
 
     torch.set_num_threads(options.num_threads)
-    return TorchTrainer.from_directory(model.directory, sampling, options.training)
+    world = World(compute_device(options.training.device))
+    return TorchTrainer.from_directory(model.directory, sampling, options.training, world)
 
 
 def join_world(options: LearnerOptions) -> TorchWorld:
@@ -43,13 +45,13 @@ def join_world(options: LearnerOptions) -> TorchWorld:
     """
     import torch.distributed as dist
 
-    from learner.world import TorchWorld
+    from learner.world import TorchWorld, compute_device
 
     start = f"torchrun --nproc-per-node {options.ranks} -m learner ..."
     if not dist.is_torchelastic_launched():
         raise ConfigError(f"learner.ranks is {options.ranks}, but this is one process; start it with: {start}")
     idle_seconds = options.draw_timeout_seconds + options.evaluation_timeout_seconds + _IDLE_MARGIN_SECONDS
-    world = TorchWorld(idle_seconds)
+    world = TorchWorld(idle_seconds, compute_device(options.training.device))
     if world.size != options.ranks:
         raise ConfigError(
             f"learner.ranks is {options.ranks}, but torchrun started {world.size}; start it with: {start}"

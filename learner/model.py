@@ -123,6 +123,11 @@ class PolicyModel:
         self._in_forward = cast("_InForward", model.run_in_forward)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.model.device
+
+    @property
     def longest_trajectory(self) -> int | None:
         """Tokens beyond which packed attention would differ from the model's own; None where there is no such limit."""
         return self._sliding_window
@@ -171,13 +176,13 @@ class PolicyModel:
 
     def _score(self, batch: MicroBatch, loss: TokenLoss | None) -> _Forward:
         targets = Targets(
-            token_ids=torch.from_numpy(batch.target_token_ids),
-            temperatures=torch.from_numpy(batch.temperatures),
-            topk_token_ids=None if batch.topk_token_ids is None else torch.from_numpy(batch.topk_token_ids),
+            token_ids=self._tensor(batch.target_token_ids),
+            temperatures=self._tensor(batch.temperatures),
+            topk_token_ids=None if batch.topk_token_ids is None else self._tensor(batch.topk_token_ids),
         )
         with self._precision():
             places, load_balancing = self._forward(batch)  # [R * W, D], [S]
-            hidden = places[torch.from_numpy(batch.target_places)]  # [N, D]
+            hidden = places[self._tensor(batch.target_places)]  # [N, D]
             logits = None if self._fused else self._head(hidden)  # [N, V]
         if logits is None:
             return self._fused_score(hidden, targets, loss, load_balancing)
@@ -219,16 +224,19 @@ class PolicyModel:
             load_balancing,
         )
 
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
     def _replaying(self, batch: MicroBatch) -> AbstractContextManager[None]:
         if self._replay is None or batch.routing is None or batch.routed is None:
             return nullcontext()
-        return self._replay.active(torch.from_numpy(batch.routing), torch.from_numpy(batch.routed))
+        return self._replay.active(self._tensor(batch.routing), self._tensor(batch.routed))
 
     def _precision(self) -> AbstractContextManager[object]:
         """Matrix products in the compute type; float32 weights are cast where they are used."""
         if self._compute_dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.model.device.type, self._compute_dtype)
+        return torch.autocast(self.device.type, self._compute_dtype)
 
     def _forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor | None]:
         """Hidden states of every place, and the load-balancing loss of every trajectory where it is wished."""
@@ -238,15 +246,15 @@ class PolicyModel:
             hidden = self._hidden(batch)
         sequences, count = batch.place_sequences()
         experts_per_token = self._router_logits.experts_per_token
-        return hidden, load_balancing_losses(logits.values(), torch.from_numpy(sequences), count, experts_per_token)
+        return hidden, load_balancing_losses(logits.values(), self._tensor(sequences), count, experts_per_token)
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         # A row with one trajectory needs no mask: plain causal attention never looks at the padding behind it.
         packed = bool((batch.segment_ids > 0).any())
         output = self.model.base_model(
-            input_ids=torch.from_numpy(batch.token_ids),
-            attention_mask=torch.from_numpy(attention_mask(batch.segment_ids)) if packed else None,
-            position_ids=torch.from_numpy(batch.position_ids) if packed else None,
+            input_ids=self._tensor(batch.token_ids),
+            attention_mask=self._tensor(attention_mask(batch.segment_ids)) if packed else None,
+            position_ids=self._tensor(batch.position_ids) if packed else None,
             use_cache=False,
         )
         return cast("Tensor", output.last_hidden_state).flatten(0, 1)
@@ -254,7 +262,7 @@ class PolicyModel:
     @torch.no_grad()
     def _check_head(self) -> None:
         """Some models scale or cap their logits after the head; scoring applies the head alone."""
-        token = torch.zeros((1, 1), dtype=torch.int64)
+        token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         hidden = self.model.base_model(input_ids=token, use_cache=False).last_hidden_state
         if not torch.equal(self._head(hidden), cast("Any", self.model)(input_ids=token, use_cache=False).logits):
             raise ConfigError(

@@ -89,18 +89,19 @@ class PolicyLoss:
             places: which targets.
             first_sequence: the place of this rank's first trajectory among those of all ranks.
         """
-        sequences = torch.from_numpy(micro_batch.target_sequences[places]) + first_sequence
+        device, staleness = scores.logprobs.device, micro_batch.staleness
+        sequences = torch.from_numpy(micro_batch.target_sequences[places]).to(device) + first_sequence
         proximal = None if older.proximal is None else older.proximal[places]
         if proximal is None and self.needs_proximal:
             proximal = scores.logprobs.detach()
         return TokenBatch(
             policy_logprobs=scores.logprobs,
-            behavior_logprobs=torch.from_numpy(micro_batch.behavior_logprobs[places]),
+            behavior_logprobs=torch.from_numpy(micro_batch.behavior_logprobs[places]).to(device),
             advantages=advantages[places],
             loss_mask=torch.ones_like(sequences, dtype=torch.bool),
             sequence_ids=sequences,
             candidates=_candidates(micro_batch, scores, places),
-            staleness=None if micro_batch.staleness is None else torch.from_numpy(micro_batch.staleness[places]),
+            staleness=None if staleness is None else torch.from_numpy(staleness[places]).to(device),
             proximal_logprobs=proximal,
             reference_logprobs=None if older.reference is None else older.reference[places],
             entropies=scores.entropies,
@@ -130,7 +131,7 @@ class PolicyLoss:
             if terms.divergence is not None and values.staleness is not None:
                 fresh = terms.divergence[values.staleness == 0].double()
                 fresh = fresh[torch.isfinite(fresh)]
-                totals += torch.stack([fresh.sum(), torch.tensor(float(fresh.numel()), dtype=torch.float64)])
+                totals += torch.tensor([float(fresh.sum()), float(fresh.numel())], dtype=torch.float64)
         total, tokens = (float(number) for number in self._reduce(totals, "sum"))
         self.mismatch = self.mismatch.after(total, tokens, self._memory_steps)
         return {"mismatch": self.mismatch.mean} if self.mismatch.tokens else {}
@@ -144,6 +145,9 @@ def _candidates(micro_batch: MicroBatch, scores: TokenScores, places: slice) -> 
     if micro_batch.topk_token_ids is None or micro_batch.topk_behavior_logprobs is None or scores.topk_logprobs is None:
         return None
     sampled = micro_batch.topk_token_ids[places] == micro_batch.target_token_ids[places, None]
+    device = scores.topk_logprobs.device
     return Candidates(
-        torch.from_numpy(micro_batch.topk_behavior_logprobs[places]), scores.topk_logprobs, torch.from_numpy(~sampled)
+        torch.from_numpy(micro_batch.topk_behavior_logprobs[places]).to(device),
+        scores.topk_logprobs,
+        torch.from_numpy(~sampled).to(device),
     )

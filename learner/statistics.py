@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.losses.form import TokenTerms, TokenValues
+from learner.losses.batch_statistics import Reduce
+from learner.losses.form import Candidates, TokenTerms, TokenValues
 
 
 @torch.no_grad()
@@ -27,6 +28,9 @@ def token_statistics(values: TokenValues, terms: TokenTerms, entropies: Tensor) 
         values: [T] each.
         terms: [T] each.
         entropies: [T] of the policy's distribution.
+
+    Returns:
+        Numbers by name; those of masked tokens only where there is one.
 
     Example:
         mu = [.5, .5], pi = [.75, .2]: mean_abs_policy_behavior_difference = .275, its maximum .3, signed .25 and -.3.
@@ -52,8 +56,34 @@ def token_statistics(values: TokenValues, terms: TokenTerms, entropies: Tensor) 
         "k1": -log_ratio.mean(),
         "k3": (values.ratio - 1 - log_ratio).mean(),
     }
+    if masked.any():
+        named |= {
+            "masked_behavior_probability_mean": values.behavior_logprobs[masked].exp().mean(),
+            "masked_policy_probability_mean": values.policy_logprobs[masked].exp().mean(),
+            "masked_ratio_mean": values.ratio[masked].mean(),
+            "masked_entropy_mean": entropies[masked].mean(),
+        }
     numbers = cast("list[float]", torch.stack([value.double() for value in named.values()]).tolist())
     return dict(zip(named, numbers, strict=True))
+
+
+@torch.no_grad()
+def candidate_statistics(parts: Sequence[Candidates | None], reduce: Reduce) -> dict[str, float]:
+    """How much of both distributions the recorded candidates hold, a mean over all ranks; empty without candidates.
+
+    Example:
+        K = 2, mu = [.5, .25], pi = [.4, .25]: topk_behavior_mass = .75, topk_policy_mass = .65.
+    """
+    totals = torch.zeros(3, dtype=torch.float64)
+    for part in parts:
+        if part is None:
+            return {}
+        masses = [x.double().exp().sum().cpu() for x in (part.behavior_logprobs, part.policy_logprobs)]
+        totals += torch.stack([*masses, torch.tensor(float(part.valid.shape[0]), dtype=torch.float64)])
+    behavior, policy, num_tokens = cast("list[float]", reduce(totals, "sum").tolist())
+    if not num_tokens:
+        return {}
+    return {"topk_behavior_mass": behavior / num_tokens, "topk_policy_mass": policy / num_tokens}
 
 
 def group_statistics(

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -28,29 +28,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner import training_state
-from learner.advantages import group_advantages
 from learner.checkpoint import Branch
 from learner.checks import check_candidates, check_group, check_trajectory
 from learner.errors import UnusableGroupError
 from learner.head import TokenScores
 from learner.loss_options import check_recorded_topk
-from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import BatchStatistics
-from learner.losses.form import TokenBatch, TokenTerms, TokenValues, token_values
+from learner.losses.form import TokenBatch, token_values
 from learner.mismatch import RunningMismatch
 from learner.model import PolicyModel
 from learner.older_policies import OlderPolicy
 from learner.optimizer import Optimizer
-from learner.overlong import ShapedGroup, is_overlong, shape_group, soft_penalty
-from learner.packing import MicroBatch, pack, plan_micro_batches
+from learner.packing import MicroBatch
 from learner.policy_loss import OlderLogprobs, PolicyLoss
 from learner.r3 import check_routing
-from learner.staleness import trajectory_staleness
-from learner.statistics import group_statistics, token_statistics
+from learner.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
+from learner.step_batch import StepBatch, step_batch
 from learner.trainer import FinishSave, StepResult
 from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
-from learner.world import TorchWorld, World, gather_arrays, gather_tensor, local_part
+from learner.world import TorchWorld, World, local_part
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
 from leeway.huggingface import (
@@ -63,27 +60,8 @@ from leeway.huggingface import (
     tensor_dtype_name,
     torch_dtype,
 )
-from leeway.types import Float32Array, ModelSignature, TensorEntry, Trajectory, TrajectoryGroup, WeightManifest
+from leeway.types import ModelSignature, TensorEntry, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
-
-
-@dataclass(frozen=True, slots=True)
-class _StepBatch:
-    """The trajectories of a step that this rank trains on, all groups one after the other."""
-
-    group_ids: tuple[str, ...]  # [N]
-    trajectories: tuple[Trajectory, ...]  # [N]
-    advantages: NDArray[np.float64]  # [N]
-    weights: NDArray[np.float64]  # [N] of each trajectory's summed token loss
-    staleness: tuple[NDArray[np.int64], ...]  # [N] arrays, one entry per token
-    statistics: Mapping[str, float]  # of all ranks
-    first: int  # this rank's first trajectory among those of all ranks
-    num_sequences: int  # of all ranks
-
-    def blame(self, sequence: int, message: str) -> UnusableGroupError:
-        """The error that names a trajectory and its group."""
-        trajectory_id = self.trajectories[sequence].trajectory_id
-        return UnusableGroupError(self.group_ids[sequence], f"trajectory {trajectory_id} {message}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,19 +72,6 @@ class _Part:
     with_gradient: bool
     older: OlderLogprobs
     is_filler: bool = False  # computed for nothing, because another rank has one more
-
-
-@dataclass(frozen=True, slots=True)
-class _ScoredTokens:
-    """What is kept of a micro-batch for the step's statistics, without gradient."""
-
-    loss: Tensor  # scalar, this micro-batch's share of the step's loss
-    sequences: Tensor  # [T] index of the trajectory
-    values: TokenValues
-    terms: TokenTerms
-    entropies: Tensor
-    culprit: int | None  # index of a trajectory whose loss is not finite
-    load_balancing: float = 0.0  # this micro-batch's share of the step's mean
 
 
 class TorchTrainer:
@@ -159,8 +124,12 @@ class TorchTrainer:
                 "or learner.training.routing_replay = false"
             )
         end_of_sequence = cast("int | None", load_tokenizer(path).eos_token_id)
+        world = world or World()
+        model = load_model(path, torch.float32)
+        if not isinstance(world, TorchWorld):
+            cast("torch.nn.Module", model).to(world.device)  # sharding moves its part alone
         policy = PolicyModel(
-            load_model(path, torch.float32),
+            model,
             routing_replay=_replays_routing(signature, options),
             gradient_checkpointing=options.gradient_checkpointing,
             head=options.head,
@@ -182,7 +151,8 @@ class TorchTrainer:
         return WeightManifest(tuple(entry for entry, _ in published)), [data for _, data in published]
 
     def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
-        batch = self._prepare(step, groups, branches)
+        self.check(step, groups)
+        batch = step_batch(groups, step - 1, branches, self._options, self._world)
         learning_rate = self._optimizer.learning_rate
         if self._proximal is not None and self._optimizer.num_steps % self._options.proximal_every_steps == 0:
             self._proximal.refresh()
@@ -201,11 +171,11 @@ class TorchTrainer:
                 "grad_norm": float(gradient_norm),
                 "learning_rate": learning_rate,
                 **batch.statistics,
-                **_token_statistics(scored, self._world),
+                **scored_statistics(scored, self._world),
                 **self._loss.observed([(part.values, part.terms) for part in scored]),
                 **self._router_statistics(scored),
             },
-            policy_logprobs=_gathered(_policy_logprobs(batch, scored), self._world),
+            policy_logprobs=policy_logprobs(batch, scored, self._world),
         )
 
     def begin_save(self, directory: Path) -> FinishSave:
@@ -273,65 +243,6 @@ class TorchTrainer:
         for group in groups:
             check_group(group, self._check)
 
-    def _prepare(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch]) -> _StepBatch:
-        """Check every group, and give every trajectory its advantage, weight and staleness.
-
-        What depends on the whole step is computed from the numbers of all ranks.
-        """
-        self.check(step, groups)
-        rewards = [np.array([t.reward for t in group.trajectories]) for group in groups]
-        shaped = [self._shape(group, r) for group, r in zip(groups, rewards, strict=True)]
-        advantages = [group.advantages for group in shaped]
-        trajectories = tuple(trajectory for group in groups for trajectory in group.trajectories)
-        trained_lengths = np.array([int(t.loss_mask.sum()) for t in trajectories], dtype=np.int64)
-        num_tokens = np.array([t.num_tokens for t in trajectories], dtype=np.int64)
-        overlong = np.array([is_overlong(t) for t in trajectories], dtype=np.bool_)
-        everyone = self._world.gather(trained_lengths)
-        first = sum(len(lengths) for lengths in everyone[: self._world.rank])
-        here = slice(first, first + len(trajectories))
-        all_lengths = np.concatenate(everyone)
-        counted = np.concatenate(self._world.gather(np.concatenate([group.counted for group in shaped])))
-        return _StepBatch(
-            group_ids=tuple(group.group_id for group in groups for _ in group.trajectories),
-            trajectories=trajectories,
-            advantages=np.concatenate(advantages),
-            weights=self._weights(all_lengths, counted)[here],
-            staleness=tuple(trajectory_staleness(t, step - 1, branches) for t in trajectories),
-            statistics={
-                **group_statistics(
-                    gather_arrays(self._world, rewards),
-                    gather_arrays(self._world, advantages),
-                    np.concatenate(self._world.gather(num_tokens)),
-                    all_lengths,
-                ),
-                "overlong_fraction": float(np.mean(np.concatenate(self._world.gather(overlong)))),
-            },
-            first=first,
-            num_sequences=len(all_lengths),
-        )
-
-    def _shape(self, group: TrajectoryGroup, rewards: NDArray[np.float64]) -> ShapedGroup:
-        """Advantages of a group, over-long members treated as the options say."""
-        options = self._options
-        if options.overlong_limit is not None and options.overlong_cache is not None:
-            num_tokens = np.array([int(t.loss_mask.sum()) for t in group.trajectories], dtype=np.int64)
-            rewards = rewards + soft_penalty(num_tokens, options.overlong_limit, options.overlong_cache)
-        return shape_group(
-            group.trajectories,
-            rewards,
-            options.overlong,
-            lambda r: group_advantages(r, divide_by_std=options.divide_by_std, baseline=options.baseline),
-        )
-
-    def _weights(self, trained_lengths: NDArray[np.int64], counted: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """[N] of each trajectory's summed token loss; 0 for those that do not count."""
-        weights = np.zeros(counted.shape, dtype=np.float64)
-        if counted.any():
-            weights[counted] = sequence_weights(
-                self._options.aggregation, trained_lengths[counted], self._options.horizon
-            )
-        return weights
-
     def _check(self, trajectory: Trajectory) -> None:
         check_trajectory(trajectory, self.signature, self._policy.longest_trajectory)
         if self._replays_routing:
@@ -339,13 +250,13 @@ class TorchTrainer:
         if self._loss.topk:
             check_candidates(trajectory, self.signature, self._loss.topk)
 
-    def _has_gradient(self, batch: _StepBatch) -> NDArray[np.bool_]:
+    def _has_gradient(self, batch: StepBatch) -> NDArray[np.bool_]:
         """[N] whether a trajectory can have one: penalties and balancing act on tokens without advantage too."""
         everywhere = self._loss.penalties.active or self._options.load_balancing > 0
         return batch.advantages.astype(bool) | everywhere
 
     def _parts(
-        self, batch: _StepBatch, has_gradient: NDArray[np.bool_], chosen: NDArray[np.bool_] | None = None
+        self, batch: StepBatch, has_gradient: NDArray[np.bool_], chosen: NDArray[np.bool_] | None = None
     ) -> list[_Part]:
         """Micro-batches of the chosen trajectories [N], or all, those with a gradient first."""
         everywhere = np.ones_like(has_gradient) if chosen is None else chosen
@@ -365,15 +276,14 @@ class TorchTrainer:
         ]
 
     def _as_many_as_others(
-        self, batch: _StepBatch, micro_batches: Sequence[MicroBatch]
+        self, batch: StepBatch, micro_batches: Sequence[MicroBatch]
     ) -> Iterator[tuple[MicroBatch, bool]]:
         """The micro-batches, and fillers up to the number that the busiest rank has: sharded layers meet in each."""
         for micro_batch in micro_batches:
             yield micro_batch, False
         most = int(self._world.reduce(torch.tensor(len(micro_batches)), "max"))
         for _ in range(most - len(micro_batches)):
-            shortest = np.arange(len(batch.trajectories)) == np.argmin([t.num_tokens for t in batch.trajectories])
-            yield self._micro_batches(batch, shortest)[0], True
+            yield self._micro_batches(batch, batch.shortest())[0], True
 
     @torch.no_grad()
     def _logprobs_of(self, older: OlderPolicy | None, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
@@ -388,7 +298,7 @@ class TorchTrainer:
         return logprobs
 
     @torch.no_grad()
-    def _measured(self, batch: _StepBatch, parts: Sequence[_Part]) -> BatchStatistics | None:
+    def _measured(self, batch: StepBatch, parts: Sequence[_Part]) -> BatchStatistics | None:
         """The pass without gradient that a batch-aware loss needs first."""
         if not self._loss.batch_aware:
             return None
@@ -397,36 +307,21 @@ class TorchTrainer:
             for part in parts:
                 with self._policy.scored(part.micro_batch) as scores:
                     if not part.is_filler:
+                        advantages = self._per_token(batch.advantages, part)
                         yield self._loss.token_batch(
-                            part.micro_batch, scores, _advantages(batch, part), part.older, first_sequence=batch.first
+                            part.micro_batch, scores, advantages, part.older, first_sequence=batch.first
                         )
 
         return self._loss.measured(scored(), batch.num_sequences)
 
-    def _micro_batches(self, batch: _StepBatch, chosen: NDArray[np.bool_]) -> list[MicroBatch]:
-        """Pack the chosen trajectories [N]."""
-        indices = np.flatnonzero(chosen).tolist()
-        plan = plan_micro_batches(
-            [batch.trajectories[index].num_tokens for index in indices],
-            self._options.row_tokens,
-            self._options.micro_batch_tokens,
-        )
-        return [
-            pack(
-                [[indices[place] for place in row] for row in rows],
-                batch.trajectories,
-                with_routing=self._replays_routing,
-                topk=self._loss.topk,
-                staleness=batch.staleness,
-            )
-            for rows in plan
-        ]
+    def _micro_batches(self, batch: StepBatch, chosen: NDArray[np.bool_]) -> list[MicroBatch]:
+        return batch.micro_batches(chosen, self._options, with_routing=self._replays_routing, topk=self._loss.topk)
 
-    def _accumulate(self, batch: _StepBatch, part: _Part, statistics: BatchStatistics | None) -> _ScoredTokens | None:
+    def _accumulate(self, batch: StepBatch, part: _Part, statistics: BatchStatistics | None) -> ScoredTokens | None:
         """Score one micro-batch and add its gradient; a filler adds nothing."""
-        sequences = torch.from_numpy(part.micro_batch.target_sequences)
-        advantages = _advantages(batch, part)
-        weights = torch.from_numpy(batch.weights).float()[sequences]
+        sequences = torch.from_numpy(part.micro_batch.target_sequences).to(self._policy.device)
+        advantages = self._per_token(batch.advantages, part)
+        weights = self._per_token(batch.weights, part)
 
         def tokens_at(places: slice, scores: TokenScores) -> TokenBatch:
             return self._loss.token_batch(
@@ -461,7 +356,7 @@ class TorchTrainer:
         losses, terms = self._loss.losses(tokens)
         unusable = ~torch.isfinite(losses)
         loss = (losses * weights).sum()
-        return _ScoredTokens(
+        return ScoredTokens(
             loss if further is None else loss + further.detach(),
             sequences,
             token_values(tokens),
@@ -471,12 +366,17 @@ class TorchTrainer:
             load_balancing,
         )
 
-    def _router_statistics(self, scored: Sequence[_ScoredTokens]) -> dict[str, float]:
+    def _per_token(self, numbers: NDArray[np.float64], part: _Part) -> Tensor:
+        """[T] float32 of the micro-batch's targets from [N] of their trajectories."""
+        of_targets = numbers[part.micro_batch.target_sequences]
+        return torch.from_numpy(of_targets).float().to(self._policy.device)
+
+    def _router_statistics(self, scored: Sequence[ScoredTokens]) -> dict[str, float]:
         if self._options.load_balancing == 0:
             return {}
         return {"load_balancing_loss": self._sum(sum(part.load_balancing for part in scored))}
 
-    def _require_finite(self, batch: _StepBatch, scored: Sequence[_ScoredTokens]) -> None:
+    def _require_finite(self, batch: StepBatch, scored: Sequence[ScoredTokens]) -> None:
         """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""
         culprit = next((part.culprit for part in scored if part.culprit is not None), None)
         if culprit is not None:
@@ -495,7 +395,7 @@ class TorchTrainer:
     def _sum(self, value: float) -> float:
         return float(self._world.reduce(torch.tensor(value, dtype=torch.float64), "sum"))
 
-    def _explain_gradient(self, batch: _StepBatch, statistics: BatchStatistics | None) -> UnusableGroupError:
+    def _explain_gradient(self, batch: StepBatch, statistics: BatchStatistics | None) -> UnusableGroupError:
         """Find who makes the gradient not finite: each trajectory alone, the worst is named."""
         self._require_finite_weights()
         worst, worst_norm = 0, -1.0
@@ -525,40 +425,3 @@ class TorchTrainer:
 def _replays_routing(signature: ModelSignature, options: TrainingOptions) -> bool:
     """A dense model has no routing to replay."""
     return options.routing_replay and signature.moe_layers > 0
-
-
-def _advantages(batch: _StepBatch, part: _Part) -> Tensor:
-    """[T] of the micro-batch's targets."""
-    return torch.from_numpy(batch.advantages).float()[torch.from_numpy(part.micro_batch.target_sequences)]
-
-
-def _token_statistics(scored: Sequence[_ScoredTokens], world: World) -> dict[str, float]:
-    """Over the tokens of all ranks."""
-
-    def joined(of: Callable[[_ScoredTokens], Tensor]) -> Tensor:
-        return gather_tensor(world, torch.cat([of(part) for part in scored]))
-
-    values = TokenValues(
-        policy_logprobs=joined(lambda part: part.values.policy_logprobs),
-        behavior_logprobs=joined(lambda part: part.values.behavior_logprobs),
-        ratio=joined(lambda part: part.values.ratio),
-        advantages=joined(lambda part: part.values.advantages),
-    )
-    terms = TokenTerms(kept=joined(lambda part: part.terms.kept), weight=joined(lambda part: part.terms.weight))
-    return token_statistics(values, terms, joined(lambda part: part.entropies))
-
-
-def _gathered(logprobs: Mapping[str, Float32Array], world: World) -> dict[str, Float32Array]:
-    """The trajectories of all ranks."""
-    names = [name for text in world.gather_text(json.dumps(list(logprobs))) for name in json.loads(text)]
-    return dict(zip(names, gather_arrays(world, list(logprobs.values())), strict=True))
-
-
-def _policy_logprobs(batch: _StepBatch, scored: Sequence[_ScoredTokens]) -> dict[str, Float32Array]:
-    """[tokens in the loss] of every trajectory, by its id; a trajectory's tokens are scored together and in order."""
-    sequences = torch.cat([part.sequences for part in scored]).numpy()
-    logprobs = torch.cat([part.values.policy_logprobs for part in scored]).numpy()
-    order = np.argsort(sequences, kind="stable")
-    ends = np.searchsorted(sequences[order], np.arange(1, len(batch.trajectories)))
-    parts = np.split(logprobs[order], ends)
-    return {trajectory.trajectory_id: part for trajectory, part in zip(batch.trajectories, parts, strict=True)}

@@ -91,6 +91,9 @@ class TrainingOptions(LossOptions):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute layers in the backward pass to save memory"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where to compute; auto is a GPU where PyTorch finds one"
+    )
     head: Literal["fused", "reference"] = Field(
         default="fused",
         description="how logits become a loss: fused, in chunks with the gradient in the same pass; or reference, by "

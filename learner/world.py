@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,9 +26,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from learner.losses.batch_statistics import Reduction
-from leeway.errors import InvalidDataError
+from leeway.errors import ConfigError, InvalidDataError
 
 Number = TypeVar("Number", bound=np.generic)
+
+
+def compute_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """Where the learner computes; `auto` is a GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and none can be used.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise ConfigError(
+            'learner.training.device is "cuda", but PyTorch finds no GPU; check the driver and the installed build of '
+            'torch, or set "cpu"'
+        )
+    return torch.device("cuda") if found and name != "cpu" else torch.device("cpu")
 
 
 class World:
@@ -36,6 +51,10 @@ class World:
 
     rank = 0
     size = 1
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Compute on `device`; on the CPU without one."""
+        self.device = device or torch.device("cpu")
 
     def reduce(self, tensor: Tensor, reduction: Reduction) -> Tensor:
         """Sum or maximum over the ranks; a `learner.losses.batch_statistics.Reduce`."""
@@ -57,18 +76,21 @@ class World:
 class TorchWorld(World):
     """The processes that torchrun started."""
 
-    def __init__(self, idle_seconds: float) -> None:
+    def __init__(self, idle_seconds: float, device: torch.device | None = None) -> None:
         """Join the others.
 
         Args:
             idle_seconds: longest time that rank 0 may leave the others without a command.
+            device: of which kind every rank has one; the CPU without.
         """
-        cuda = torch.cuda.is_available()
+        cuda = device is not None and device.type == "cuda"
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        self.device = torch.device("cuda", self.rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        super().__init__(torch.device("cuda", self.rank % torch.cuda.device_count()) if cuda else device)
+        if cuda:
+            torch.cuda.set_device(self.device)
         self._control = _group(idle_seconds)
         self._save_groups = {name: _group(idle_seconds) for name in ("weights", "optimizer", "proximal")}
 
@@ -113,7 +135,8 @@ class TorchWorld(World):
         return cast("dict[str, Any]", command)
 
     def close(self) -> None:
-        """Leave the others."""
+        """Leave together: a peer that is gone first can abort the others' connections."""
+        dist.barrier(group=self._control)
         dist.destroy_process_group()
 
     def _gather_bytes(self, data: bytes) -> list[bytes]:

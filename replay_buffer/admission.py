@@ -24,7 +24,8 @@ from collections.abc import Iterable
 from typing import Final
 
 from leeway.types import PolicyVersion
-from replay_buffer.state import Group, RunState
+from replay_buffer.groups import Group
+from replay_buffer.state import RunState
 
 PAST: Final = -1
 """A deadline before every head."""

@@ -20,7 +20,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +45,8 @@ from replay_buffer.completion import decide_after_restart
 from replay_buffer.dead_letters import decide_requeue
 from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
+from replay_buffer.groups import Group, Location
+from replay_buffer.index import Filter, Index
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -59,8 +61,9 @@ from replay_buffer.lifecycle import (
 from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
+from replay_buffer.selection import select
 from replay_buffer.signals import Signal
-from replay_buffer.state import Group, Location, RunState
+from replay_buffer.state import RunState
 from replay_buffer.tickets import Expired, Server, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
@@ -114,6 +117,7 @@ class ReplayBuffer:
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
         self._runs: dict[str, _Run] = {}
+        self._index = Index()
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -368,28 +372,19 @@ class ReplayBuffer:
         await self._log.durable()
         return status
 
-    def select(
-        self, name: str, purpose: Purpose | None, state: GroupState | None, step: int, limit: int
-    ) -> list[Group]:
-        """Groups that match, in the order of issue; a limit keeps the newest.
+    async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[GroupView]:
+        """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
 
         Raises:
             NotFoundError: no such run.
         """
-        groups = [
-            group
-            for group in self._run(name).state.groups.values()
-            if (purpose is None or group.purpose is purpose)
-            and (state is None or group.state is state)
-            and (not step or group.step == step)
-        ]
-        return groups[-limit:] if limit else groups
-
-    async def view(self, group: Group) -> GroupView:
-        """A group as it is now, once all of that is durable."""
-        seen = view_group(group)
-        await self._log.durable()
-        return seen
+        state = self._run(name).state
+        for group_id in select(state, wanted, limit):
+            group = state.groups.get(group_id)
+            if group is not None:
+                seen = view_group(group)
+                await self._log.durable()
+                yield seen
 
     def read(self, location: Location) -> bytes:
         """A record's payload. Safe from any thread once it is durable."""
@@ -450,7 +445,8 @@ class ReplayBuffer:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            run = _Run(RunState(record.transition.spec), Leases(self._options.lease_seconds))
+            state = RunState(record.transition.spec, self._index.of(record.run))
+            run = _Run(state, Leases(self._options.lease_seconds))
             self._runs[record.run] = run
         run.state.apply(record.transition, record.recorded_at_ns, location)
 

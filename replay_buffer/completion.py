@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from leeway.types import DropReason, GroupState, Purpose
 from replay_buffer.admission import is_stale
-from replay_buffer.state import Group, RunState
+from replay_buffer.groups import Group
+from replay_buffer.state import RunState
 from replay_buffer.transitions import GroupsDropped
 
 

@@ -27,6 +27,8 @@ def decide_requeue(run: RunState, group_ids: Sequence[str]) -> DeadLettersRequeu
     check_live(run)
     name = run.spec.run
     for group_id in group_ids:
+        if group_id in run.dead_letters:
+            continue
         group = run.groups.get(group_id)
         if group is None:
             raise NotFoundError(f"run {name!r} has no group {group_id!r}; `leeway buffer dead-letters` lists them")

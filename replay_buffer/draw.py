@@ -17,8 +17,9 @@ from typing import NamedTuple
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.types import DropReason, GroupState, Purpose
 from replay_buffer.admission import deadline
+from replay_buffer.groups import Batch, Group
 from replay_buffer.lifecycle import check_epoch, check_live
-from replay_buffer.state import Batch, Group, RunState
+from replay_buffer.state import RunState
 from replay_buffer.tickets import Expired
 from replay_buffer.transitions import BatchDrawn, GroupsDropped
 
@@ -37,7 +38,7 @@ def drawn_batch(run: RunState, epoch: int, step: int) -> Batch | None:
             f"run {run.spec.run!r}: step {step} cannot be drawn; the head is {run.head} of {run.spec.total_steps} steps"
         )
     batch = run.batches.get(step)
-    if batch is None or any(run.groups[group_id].ended for group_id in batch.group_ids):
+    if batch is None or any(group_id not in run.live for group_id in batch.group_ids):
         return None
     return batch
 
@@ -47,9 +48,7 @@ def decide_draw(run: RunState, epoch: int, step: int, expired: Expired) -> Batch
     batch = run.batches.get(step)
     # What is left of an earlier draw keeps its place, so that the other ranks' slices stand.
     kept = batch.group_ids if batch is not None else ()
-    places = [group_id if not run.groups[group_id].ended else None for group_id in kept] or (
-        [None] * run.spec.groups_per_step
-    )
+    places = [group_id if group_id in run.live else None for group_id in kept] or ([None] * run.spec.groups_per_step)
     wanted = places.count(None)
     at_work = [group for group in run.live.values() if _is_at_work(group, expired)]
     chosen = _ready(run, at_work)[:wanted]

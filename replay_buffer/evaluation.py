@@ -19,7 +19,7 @@ def decide_evaluation(run: RunState, epoch: int, evaluation: Evaluation) -> Eval
         PreconditionError: the version was never registered, or the id stands for another evaluation.
     """
     check_epoch(run, epoch)
-    name, known = run.spec.run, run.evaluations.get(evaluation.evaluation_id)
+    name, known = run.spec.run, run.evaluation(evaluation.evaluation_id)
     if known is not None and known.evaluation == evaluation:
         return None
     check_live(run)
@@ -39,6 +39,6 @@ def result_of(run: RunState, evaluation_id: str) -> EvaluationResult:
     Raises:
         NotFoundError: it was never asked for.
     """
-    if evaluation_id not in run.evaluations:
+    if run.evaluation(evaluation_id) is None:
         raise NotFoundError(f"run {run.spec.run!r} has no evaluation {evaluation_id!r}")
     return run.evaluation_result(evaluation_id)

@@ -133,8 +133,10 @@ def _check_ledger(run: RunState, checkpoint: PolicyVersion, ledger: Ledger) -> N
                 "the checkpoint is damaged: resume from another"
             )
     for step, group_ids in steps.items():
-        batch = run.batches.get(step)
-        if step > checkpoint.step or batch is None or batch.group_ids != group_ids:
+        drawn = run.batch(step)
+        # What is left of a committed step whose groups are partly retired has to fit.
+        is_retired = step <= run.committed_step and len(drawn) < len(group_ids) and set(drawn) <= set(group_ids)
+        if step > checkpoint.step or (drawn != group_ids and not is_retired):
             raise PreconditionError(
                 f"run {name!r}: step {step} of the ledger is not what was drawn for it; "
                 f"checkpoint {checkpoint} does not belong to this buffer's history"
@@ -158,23 +160,30 @@ def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | No
             f"run {name!r}: {run.head} does not descend from {version}; roll back to a version of the surviving history"
         )
     later_steps = range(version.step + 1, run.head.step + 1)
-    if missing := [step for step in later_steps if step not in run.batches]:
+    batches = {step: run.batch(step) for step in later_steps}
+    if missing := [step for step, group_ids in batches.items() if len(group_ids) < run.spec.groups_per_step]:
         raise PreconditionError(
             f"run {name!r}: what step {missing[0]} trained on is no longer known; "
             f"roll back to step {missing[-1]} or later"
         )
-    trained = [group_id for step in later_steps for group_id in run.batches[step].group_ids]
+    trained = [run.groups[group_id] for group_ids in batches.values() for group_id in group_ids]
     sampled_later = [
-        group.group_id
+        group
         for group in run.occupying()
         if any(known in lineage and lineage.lineage_step(known) > version.step for known in group.sampled_versions)
     ]
     measured = [
-        group.group_id
+        group
         for group in run.live_evaluation.values()
         if run.evaluations[group.evaluation_id].evaluation.version != version
     ]
-    return RunRolledBack(version, run.epoch + 1, (*trained, *sampled_later, *measured))
+    dropped = [*trained, *sampled_later, *measured]
+    return RunRolledBack(
+        version,
+        run.epoch + 1,
+        tuple(group.group_id for group in dropped),
+        tuple(group.task_index for group in dropped),
+    )
 
 
 def check_fit(run: RunState, server_id: str, signature: ModelSignature, dataset_digest: bytes) -> None:
@@ -221,7 +230,7 @@ def decide_advance(
             f"run {name!r}: epoch {epoch} goes from {head} to step {head.step + 1}, not to {version}"
         )
     batch = run.batches.get(version.step)
-    if batch is None or any(run.groups[group_id].ended for group_id in batch.group_ids):
+    if batch is None or any(group_id not in run.live for group_id in batch.group_ids):
         raise PreconditionError(f"run {name!r}: step {version.step} has no whole batch; draw it (again) first")
     bound, in_batch = run.spec.max_staleness, set(batch.group_ids)
     stale = tuple(

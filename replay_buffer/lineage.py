@@ -11,7 +11,7 @@ A learner that restarts from a checkpoint branches off there. What it abandoned 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from leeway.types import PolicyVersion
 
@@ -62,6 +62,17 @@ class Lineage:
             else:
                 assert parent is not None
                 self._lineage_steps[version] = self._lineage_steps[parent]
+
+    def restore(
+        self,
+        parents: Mapping[PolicyVersion, PolicyVersion | None],
+        discarded: Iterable[PolicyVersion],
+        head: PolicyVersion,
+    ) -> None:
+        """Become the tree that `parents` describes, each version after its parent."""
+        self._parents = dict(parents)
+        self._discarded = set(discarded)
+        self.rollback(head)
 
     def ancestry(self, version: PolicyVersion) -> Iterator[PolicyVersion]:
         """The version, its parent, and so on to the root."""

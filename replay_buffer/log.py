@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from leeway.errors import LeewayError, UnavailableError
+from replay_buffer.groups import Location
 from replay_buffer.segments import (
     HEADER,
     AppendFile,
@@ -40,7 +41,6 @@ from replay_buffer.segments import (
     segment_path,
     verify_segment,
 )
-from replay_buffer.state import Location
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SEGMENT_BYTES: Final = 1 << 32

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from leeway import codec
 from leeway.rpc import BULK_PIECE_BYTES
 from leeway.v1 import replay_pb2
+from replay_buffer.groups import Location
 from replay_buffer.records import decode
-from replay_buffer.state import Location
 from replay_buffer.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
 from replay_buffer.views import GroupView, MemberView
 

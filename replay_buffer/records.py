@@ -78,6 +78,7 @@ def encode(record: Record) -> bytes:
             message.policy_advanced.stale_group_ids.extend(advanced.stale_group_ids)
         case StepsCommitted() as committed:
             message.steps_committed.step = committed.step
+            message.steps_committed.oldest_kept_step = committed.oldest_kept_step
         case RunOpened() as opened:
             message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
             message.run_opened.epoch = opened.epoch
@@ -92,6 +93,7 @@ def encode(record: Record) -> bytes:
             message.run_rolled_back.version.CopyFrom(codec.version_to_proto(rolled_back.version))
             message.run_rolled_back.epoch = rolled_back.epoch
             message.run_rolled_back.group_ids.extend(rolled_back.group_ids)
+            message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
         case DeadLettersRequeued() as requeued:
             message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
         case _:
@@ -149,7 +151,7 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
                 tuple(advanced.stale_group_ids),
             )
         case "steps_committed":
-            return StepsCommitted(message.steps_committed.step)
+            return StepsCommitted(message.steps_committed.step, message.steps_committed.oldest_kept_step)
         case "run_opened":
             opened = message.run_opened
             return RunOpened(
@@ -163,7 +165,10 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
         case "run_rolled_back":
             rolled_back = message.run_rolled_back
             return RunRolledBack(
-                codec.version_from_proto(rolled_back.version), rolled_back.epoch, tuple(rolled_back.group_ids)
+                codec.version_from_proto(rolled_back.version),
+                rolled_back.epoch,
+                tuple(rolled_back.group_ids),
+                tuple(rolled_back.task_indices),
             )
         case "dead_letters_requeued":
             return DeadLettersRequeued(tuple(message.dead_letters_requeued.group_ids))

@@ -12,25 +12,34 @@ import fcntl
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from itertools import pairwise
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from threading import Lock
-from typing import Final, Protocol
+from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
 from leeway.errors import ConfigError, CorruptDataError
-from replay_buffer.state import Location
+from replay_buffer.groups import Location
 
 HEADER: Final = struct.Struct("<II")
 _MAX_OPEN_FILES: Final = 64
 
-_crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]
+crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]
+
+
+class Position(NamedTuple):
+    """A place between two records of the log."""
+
+    segment: int
+    offset: int  # byte of the segment's file
 
 
 def frame(payload: bytes) -> bytes:
     """A payload as it is written."""
-    return HEADER.pack(len(payload), _crc32c(payload)) + payload
+    return HEADER.pack(len(payload), crc32c(payload)) + payload
 
 
 def segment_path(directory: Path, segment: int) -> Path:
@@ -39,17 +48,17 @@ def segment_path(directory: Path, segment: int) -> Path:
 
 
 def segment_numbers(directory: Path) -> list[int]:
-    """The segments there are, oldest first.
+    """The segments there are, oldest first; the first ones may have been retired.
 
     Raises:
         CorruptDataError: one is missing in between.
     """
     numbers = sorted(int(path.stem.removeprefix("segment-")) for path in directory.glob("segment-*.log"))
-    if numbers != list(range(1, len(numbers) + 1)):
-        missing = next(number for number in range(1, len(numbers) + 2) if number not in numbers)
-        raise CorruptDataError(
-            f"{segment_path(directory, missing)} is missing; restore it, or start with an empty directory"
-        )
+    for number, following in pairwise(numbers):
+        if following != number + 1:
+            raise CorruptDataError(
+                f"{segment_path(directory, number + 1)} is missing; restore it, or start with an empty directory"
+            )
     return numbers
 
 
@@ -128,40 +137,68 @@ def lock_directory(directory: Path) -> int:
     return descriptor
 
 
-def verify_segment(path: Path, *, last: bool) -> Iterator[tuple[int, bytes]]:
-    """Every (offset of payload, payload) of a segment. A torn tail of the last segment is cut off.
+def verify_segment(path: Path, *, last: bool, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """Every (offset of payload, payload) of a segment from byte `start` on. A torn tail of the last one is cut off.
 
     Raises:
         CorruptDataError: naming file and offset of a frame that is damaged with data behind it.
     """
-    data = _read_from_disk(path)
-    at = 0
-    while at < len(data):
-        payload = _frame_at(data, at)
-        if payload is None:
-            if not last or _a_frame_follows(data, at):
-                raise CorruptDataError(
-                    f"{path}: the record at byte {at} is damaged and data follows it; "
-                    "restore the file from a copy, or start the run anew with an empty directory"
-                )
-            _cut(path, at)
-            return
-        yield at + HEADER.size, payload
-        at += HEADER.size + len(payload)
+    _forget_cached(path)
+    torn_at = yield from read_segment(path, last=last, start=start)
+    if torn_at is not None:
+        _cut(path, torn_at)
 
 
-def _read_from_disk(path: Path) -> bytes:
-    """Read a file past the page cache, which after a failed fsync holds what the disk does not."""
+def read_segment(path: Path, *, last: bool, start: int = 0) -> Generator[tuple[int, bytes], None, int | None]:
+    """Every (offset of payload, payload) of a segment; one record is in memory at a time. Changes nothing.
+
+    Returns:
+        Where the torn tail of the last segment begins; None when it has none.
+
+    Raises:
+        CorruptDataError: naming file and offset of a frame that is damaged with data behind it.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(start)
+        at = start
+        while at < size:
+            payload = _next_frame(file, size - at)
+            if payload is None:
+                if not last or _a_frame_follows(path, at):
+                    raise CorruptDataError(
+                        f"{path}: the record at byte {at} is damaged and data follows it; "
+                        "restore the file from a copy, or start the run anew with an empty directory"
+                    )
+                return at
+            yield at + HEADER.size, payload
+            at += HEADER.size + len(payload)
+    return None
+
+
+def _forget_cached(path: Path) -> None:
+    """Let a file be read past the page cache, which after a failed fsync holds what the disk does not."""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         os.fdatasync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        return path.read_bytes()
     finally:
         os.close(descriptor)
 
 
-def _frame_at(data: bytes, at: int) -> bytes | None:
+def _next_frame(file: BinaryIO, left: int) -> bytes | None:
+    """The payload of the frame that begins here and ends within `left` bytes; None when there is no whole one."""
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
+        return None
+    length, checksum = HEADER.unpack(header)
+    if length == 0 or HEADER.size + length > left:
+        return None
+    payload = file.read(length)
+    return payload if len(payload) == length and crc32c(payload) == checksum else None
+
+
+def _frame_at(data: bytes | mmap, at: int) -> bytes | None:
     if at + HEADER.size > len(data):
         return None
     length, checksum = HEADER.unpack_from(data, at)
@@ -169,13 +206,27 @@ def _frame_at(data: bytes, at: int) -> bytes | None:
     if length == 0 or end > len(data):
         return None
     payload = data[at + HEADER.size : end]
-    return payload if _crc32c(payload) == checksum else None
+    return payload if crc32c(payload) == checksum else None
 
 
-def _a_frame_follows(data: bytes, damaged_at: int) -> bool:
+def _a_frame_follows(path: Path, damaged_at: int) -> bool:
     """Whether a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
-    written = data.rstrip(b"\0")  # a file may have grown before its bytes arrived
-    return any(_frame_at(data, at) is not None for at in range(damaged_at + 1, len(written)))
+    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+        end = len(data)
+        while end > damaged_at and data[end - 1] == 0:  # a file may have grown before its bytes arrived
+            end -= 1
+        return any(_frame_at(data, at) is not None for at in range(damaged_at + 1, end))
+
+
+def record_checksum(path: Path, offset: int) -> int | None:
+    """CRC-32C of the record that begins at a byte of a segment; None when there is no whole one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            payload = _next_frame(file, os.fstat(file.fileno()).st_size - offset)
+    except OSError:
+        return None
+    return None if payload is None else crc32c(payload)
 
 
 def _cut(path: Path, size_bytes: int) -> None:

@@ -19,6 +19,7 @@ from leeway.rpc import cancel_and_wait
 from leeway.types import TrajectoryFailure, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.index import Filter
 from replay_buffer.pieces import messages
 from replay_buffer.views import GroupView
 
@@ -214,15 +215,9 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def ExportGroups(
         self, request: replay_pb2.ExportGroupsRequest, context: _Context
     ) -> AsyncIterator[replay_pb2.ExportGroupsResponse]:
-        selected = self._buffer.select(
-            request.run,
-            codec.optional_purpose(request.purpose),
-            codec.optional_state(request.state),
-            request.step,
-            request.limit,
-        )
-        for group in selected:
-            async for gathered in self._streamed([await self._buffer.view(group)]):
+        wanted = Filter(codec.optional_purpose(request.purpose), codec.optional_state(request.state), request.step)
+        async for view in self._buffer.export(request.run, wanted, request.limit):
+            async for gathered in self._streamed([view]):
                 yield replay_pb2.ExportGroupsResponse(pieces=gathered)
 
     async def _streamed(self, views: Iterable[GroupView]) -> AsyncIterator[list[replay_pb2.GroupPiece]]:

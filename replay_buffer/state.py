@@ -2,21 +2,22 @@
 
 `RunState.apply` is total on what the deciding functions produce, decides nothing beyond what a transition's docstring
 says, and never looks at a clock. Occupancy is read off the groups' states, so it cannot leak.
+
+    live groups, batches that are not committed, evaluations under way     in memory
+    ended groups and evaluations                                           handed to `Ended`, and asked for by id
+
+So memory is bounded by what is live, however long the run is; only versions (one per step) and counters stay.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Final, NamedTuple, assert_never
+from typing import Final, assert_never
 
 from leeway.types import (
     DeadLetter,
     DropReason,
-    Evaluation,
     EvaluationResult,
     GroupState,
     PolicyVersion,
@@ -24,8 +25,8 @@ from leeway.types import (
     Rollback,
     RunSpec,
     RunStatus,
-    Ticket,
 )
+from replay_buffer.groups import Batch, Ended, EvaluationState, Group, Groups, Location, Member, Progress
 from replay_buffer.lineage import Lineage
 from replay_buffer.transitions import (
     BatchDrawn,
@@ -59,166 +60,29 @@ SET_ASIDE: Final = frozenset(
 """A group dropped for one of these is a dead letter until a person queues its task again."""
 
 
-class Location(NamedTuple):
-    """Where a record lies in the log."""
-
-    segment: int
-    offset: int  # of the payload
-    size_bytes: int  # of the payload
-
-
-class Locations:
-    """Locations at 16 bytes each: the index of a long run has to fit into memory."""
-
-    __slots__ = ("_words",)
-
-    def __init__(self) -> None:
-        self._words = array("Q")
-
-    def __len__(self) -> int:
-        return len(self._words) // 2
-
-    def __getitem__(self, index: int) -> Location:
-        place, size_bytes = self._words[2 * index], self._words[2 * index + 1]
-        return Location(place >> 32, place & 0xFFFFFFFF, size_bytes)
-
-    def __iter__(self) -> Iterator[Location]:
-        return (self[index] for index in range(len(self)))
-
-    def append(self, location: Location) -> None:
-        """Add one."""
-        self._words.append(location.segment << 32 | location.offset)
-        self._words.append(location.size_bytes)
-
-
-class Progress(Enum):
-    """How far one trajectory is."""
-
-    OPEN = auto()
-    CLOSED = auto()
-    FAILED = auto()
-
-
-class Member:
-    """One trajectory of a group, in its newest attempt. Its bytes stay in the log."""
-
-    __slots__ = ("attempt", "progress", "records", "reward", "server_id", "trajectory_id", "versions")
-
-    def __init__(self, trajectory_id: str) -> None:
-        self.trajectory_id = trajectory_id
-        self.lend(0, "")
-
-    def lend(self, attempt: int, server_id: str) -> None:
-        """Begin an attempt; what an earlier one wrote is dead."""
-        self.attempt = attempt
-        self.server_id = server_id
-        self.progress = Progress.OPEN
-        self.records = Locations()  # index = seq: the chunks, then the close or failure
-        self.versions: tuple[PolicyVersion, ...] = ()  # of the tokens sampled so far
-        self.reward = 0.0
-
-    @property
-    def chunk_count(self) -> int:
-        return len(self.records) - (self.progress is not Progress.OPEN)
-
-
-class Group:
-    """The members sampled for one task."""
-
-    __slots__ = (
-        "attempt",
-        "drop_message",
-        "drop_reason",
-        "evaluation_id",
-        "group_id",
-        "issued_at_ns",
-        "members",
-        "number",
-        "purpose",
-        "server_id",
-        "state",
-        "step",
-        "task_index",
-        "version",
-    )
-
-    def __init__(self, ticket: Ticket, number: int, issued_at_ns: int) -> None:
-        self.group_id = ticket.group_id
-        self.number = number  # training groups: in the order of issue, from 1
-        self.purpose = ticket.purpose
-        self.task_index = ticket.task_index
-        self.evaluation_id = ticket.evaluation_id
-        self.issued_at_ns = issued_at_ns
-        self.members = tuple(Member(member.trajectory_id) for member in ticket.members)
-        self.state = GroupState.OPEN
-        self.drop_reason: DropReason | None = None
-        self.drop_message = ""
-        self.step = 0
-        self.attempt = 0
-        self.server_id = ""
-        self.version: PolicyVersion | None = None  # what the server of the newest ticket had acknowledged
-
-    @property
-    def missing(self) -> list[int]:
-        """Members that are not closed."""
-        return [index for index, member in enumerate(self.members) if member.progress is not Progress.CLOSED]
-
-    @property
-    def at_work(self) -> bool:
-        """Whether a member of the newest ticket may still be written."""
-        return any(member.progress is Progress.OPEN for member in self.members)
-
-    @property
-    def sampled_versions(self) -> set[PolicyVersion]:
-        """Versions of the tokens sampled so far; before the first, the one its server had acknowledged."""
-        versions = {version for member in self.members for version in member.versions}
-        if not versions and self.version is not None:
-            return {self.version}
-        return versions
-
-    @property
-    def ended(self) -> bool:
-        return self.state in (GroupState.CONSUMED, GroupState.DROPPED)
-
-
-@dataclass(slots=True)
-class Batch:
-    """The ordered groups of one step."""
-
-    step: int
-    group_ids: tuple[str, ...]
-    sealed: bool = False
-
-
-@dataclass(slots=True)
-class EvaluationState:
-    """One evaluation: at most one group per task, made when a server asks for it."""
-
-    evaluation: Evaluation
-    group_ids: dict[int, str] = field(default_factory=dict[int, str])  # by task
-    closed: bool = False  # nothing more is issued: the run ended, or the version was left behind
-
-
 class RunState:
     """One run."""
 
-    def __init__(self, spec: RunSpec) -> None:
+    def __init__(self, spec: RunSpec, ended: Ended) -> None:
         self.spec = spec
+        self.ended = ended
         self.epoch = 0
         self.lineage = Lineage(spec.root)
         self.committed_step = 0
+        self.oldest_kept_step = 0  # of the learner's checkpoints; 0 while it has not said
         self.finished = False
-        self.groups: dict[str, Group] = {}
+        self.groups = Groups(ended)
         self.live: dict[str, Group] = {}  # training groups that have not ended, in the order of issue
         self.live_evaluation: dict[str, Group] = {}
-        self.batches: dict[int, Batch] = {}
-        self.evaluations: dict[str, EvaluationState] = {}
+        self.batches: dict[int, Batch] = {}  # of steps that are not committed
+        self.evaluations: dict[str, EvaluationState] = {}  # that have not ended
         self.task_cursor = 0
         self.requeued: deque[int] = deque()
         self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
         self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first
         self.rollback: Rollback | None = None  # the newest explicit one
-        self.issued = 0
+        self.created = 0  # groups of both purposes
+        self.issued = 0  # training groups
         self.consumed = 0
         self.dropped: Counter[DropReason] = Counter()
 
@@ -273,23 +137,25 @@ class RunState:
             dead_letters=len(self.dead_letters),
         )
 
+    def batch(self, step: int) -> tuple[str, ...]:
+        """The groups that a step drew, in order; none before it did, fewer once some of them are retired."""
+        batch = self.batches.get(step)
+        return self.ended.batch(step) if batch is None else batch.group_ids
+
+    def evaluation(self, evaluation_id: str) -> EvaluationState | None:
+        """An evaluation, ended or not."""
+        return self.evaluations.get(evaluation_id) or self.ended.evaluation(evaluation_id)
+
     def evaluation_result(self, evaluation_id: str) -> EvaluationResult:
         """What an evaluation has measured so far. A task that cannot get a complete group any more has failed."""
-        state = self.evaluations[evaluation_id]
-        wanted = state.evaluation
-        rewards: list[float] = []
-        failed = ended = 0
-        for task_index in range(wanted.task_count):
-            group_id = state.group_ids.get(task_index)
-            group = None if group_id is None else self.groups[group_id]
-            if group is not None and group.state is GroupState.CONSUMED:
-                rewards += [member.reward for member in group.members]
-            elif state.closed or (group is not None and group.ended):
-                failed += wanted.members
-            else:
-                continue
-            ended += 1
-        return EvaluationResult(ended == wanted.task_count, tuple(rewards), failed)
+        state = self.evaluation(evaluation_id)
+        assert state is not None
+        wanted, outcomes = state.evaluation, state.outcomes
+        rewards = tuple(reward for task_index in sorted(outcomes) for reward in outcomes[task_index])
+        tasks_ended = wanted.task_count if state.ended else len(outcomes)
+        return EvaluationResult(
+            tasks_ended == wanted.task_count, rewards, failed=tasks_ended * wanted.members - len(rewards)
+        )
 
     # The fold
 
@@ -309,30 +175,33 @@ class RunState:
             case TicketIssued():
                 self._issue(transition, recorded_at_ns)
             case GroupsDropped():
-                self._drop(transition.group_ids, transition.reason, transition.message)
+                self._drop(transition.group_ids, transition.reason, transition.message, location)
             case BatchDrawn():
                 self.batches[transition.step] = Batch(transition.step, transition.group_ids)
-                for group_id in transition.group_ids:
-                    group = self.groups[group_id]
-                    group.state, group.step = GroupState.DRAWN, transition.step
+                for place, group_id in enumerate(transition.group_ids):
+                    group = self.live[group_id]
+                    group.state, group.step, group.place = GroupState.DRAWN, transition.step, place
             case PolicyAdvanced():
                 self.batches[transition.version.step].sealed = True
                 self.lineage.register(transition.version, transition.parent)
-                self._drop(transition.stale_group_ids, DropReason.STALE, f"too old for version {transition.version}")
+                message = f"too old for version {transition.version}"
+                self._drop(transition.stale_group_ids, DropReason.STALE, message, location)
             case StepsCommitted():
-                self._commit(transition.step)
+                self._commit(transition.step, location)
+                self.oldest_kept_step = transition.oldest_kept_step
             case RunOpened():
-                self._open(transition)
+                self._open(transition, location)
             case EvaluationCreated():
                 evaluation = transition.evaluation
                 self.evaluations[evaluation.evaluation_id] = EvaluationState(evaluation)
             case RunFinished():
-                self._drop(transition.group_ids, DropReason.RUN_END, "the run ended")
+                self._drop(transition.group_ids, DropReason.RUN_END, "the run ended", location)
                 self.finished = True
-                for evaluation_state in self.evaluations.values():
+                for evaluation_state in list(self.evaluations.values()):
                     evaluation_state.closed = True
+                    self._end_if_complete(evaluation_state, location)
             case RunRolledBack():
-                self._roll_back(transition)
+                self._roll_back(transition, location)
             case DeadLettersRequeued():
                 for group_id in transition.group_ids:
                     task_index = self.dead_letters.pop(group_id).task_index
@@ -348,24 +217,32 @@ class RunState:
 
     def _issue(self, issued: TicketIssued, recorded_at_ns: int) -> None:
         ticket = issued.ticket
-        group = self.groups.get(ticket.group_id)
+        group = self.groups.unended.get(ticket.group_id)
         if group is None:
-            group = Group(ticket, self.issued + 1, recorded_at_ns)
-            self.groups[group.group_id] = group
-            if ticket.purpose is Purpose.TRAIN:
-                self.live[group.group_id] = group
-                self.issued += 1
-                if issued.task_cursor == self.task_cursor:
-                    self.requeued.remove(ticket.task_index)
-                self.task_cursor = issued.task_cursor
-            else:
-                self.live_evaluation[group.group_id] = group
-                self.evaluations[ticket.evaluation_id].group_ids[ticket.task_index] = group.group_id
+            group = self._create(issued, recorded_at_ns)
         group.attempt = ticket.attempt
         group.server_id = issued.server_id
         group.version = issued.version
         for lent in ticket.members:
             group.members[lent.member].lend(ticket.attempt, issued.server_id)
+
+    def _create(self, issued: TicketIssued, recorded_at_ns: int) -> Group:
+        ticket = issued.ticket
+        self.created += 1
+        group = Group(ticket.group_id, self.created, ticket.purpose, ticket.task_index, len(ticket.members))
+        group.evaluation_id, group.issued_at_ns = ticket.evaluation_id, recorded_at_ns
+        self.groups.unended[group.group_id] = group
+        if ticket.purpose is Purpose.TRAIN:
+            self.live[group.group_id] = group
+            self.issued += 1
+            group.number = self.issued
+            if issued.task_cursor == self.task_cursor:
+                self.requeued.remove(ticket.task_index)
+            self.task_cursor = issued.task_cursor
+        else:
+            self.live_evaluation[group.group_id] = group
+            self.evaluations[ticket.evaluation_id].group_ids[ticket.task_index] = group.group_id
+        return group
 
     def _close(self, closed: TrajectoryClosed, location: Location) -> None:
         found = self.find(closed.trajectory_id)
@@ -381,24 +258,29 @@ class RunState:
             group.state = GroupState.READY
             self.lost_attempts.pop(group.task_index, None)
         else:
-            self._consume(group)
+            self._consume(group, location)
 
     def _fail(self, failed: TrajectoryFailed, location: Location) -> None:
         found = self.find(failed.trajectory_id)
-        assert found is not None
+        if found is None:
+            return  # it has been retired since
         group, index = found
         member = group.members[index]
+        if group.ended and len(member.records) and member.records[len(member.records) - 1] == location:
+            return  # `Ended` was ahead of a restart
         member.records.append(location)
         member.progress = Progress.FAILED
         member.versions = ()
-        if not failed.failure.retryable and not group.ended:
+        if group.ended:
+            self.ended.put(group)
+        elif not failed.failure.retryable:
             message = f"trajectory {failed.trajectory_id}: {failed.failure.message}"
-            self._drop((group.group_id,), DropReason.FAILED, message)
+            self._drop((group.group_id,), DropReason.FAILED, message, location)
 
-    def _drop(self, group_ids: Iterable[str], reason: DropReason, message: str) -> None:
+    def _drop(self, group_ids: Iterable[str], reason: DropReason, message: str, location: Location) -> None:
         for group_id in group_ids:
-            group = self.groups[group_id]
-            if group.ended:
+            group = self.groups.unended.get(group_id)
+            if group is None:
                 continue  # the first durable reason stands
             if group.purpose is Purpose.TRAIN:
                 self.dropped[reason] += 1
@@ -410,7 +292,7 @@ class RunState:
                         group_id, group.task_index, reason, message, self.attempts(group), group.server_id
                     )
             group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
-            self._retire(group)
+            self._end(group, location)
 
     def _count_lost(self, group: Group, reason: DropReason) -> None:
         """Remember in vain attempts beyond their group, so that a task that kills its servers cannot come for ever."""
@@ -420,53 +302,77 @@ class RunState:
         if lost := group.attempt - still_tried:
             self.lost_attempts[group.task_index] += lost
 
-    def _consume(self, group: Group) -> None:
+    def _consume(self, group: Group, location: Location) -> None:
         group.state = GroupState.CONSUMED
         if group.purpose is Purpose.TRAIN:
             self.consumed += 1
-        self._retire(group)
+        self._end(group, location)
 
-    def _retire(self, group: Group) -> None:
-        """Forget what only a live group needs."""
-        self.live.pop(group.group_id, None)
-        self.live_evaluation.pop(group.group_id, None)
+    def _end(self, group: Group, location: Location) -> None:
+        """Let a group leave memory, without what only a live one needs."""
+        group.ended_at = location
         group.version = None
         for member in group.members:
             member.versions = ()
+        del self.groups.unended[group.group_id]
+        self.live.pop(group.group_id, None)
+        self.ended.put(group)
+        if self.live_evaluation.pop(group.group_id, None) is not None:
+            evaluation = self.evaluations[group.evaluation_id]
+            consumed = group.state is GroupState.CONSUMED
+            evaluation.outcomes[group.task_index] = tuple(member.reward for member in group.members) if consumed else ()
+            self._end_if_complete(evaluation, location)
 
-    def _commit(self, step: int) -> None:
+    def _end_if_complete(self, evaluation: EvaluationState, location: Location) -> None:
+        if evaluation.ended:
+            del self.evaluations[evaluation.evaluation.evaluation_id]
+            self.ended.put_evaluation(evaluation, location)
+
+    def _commit(self, step: int, location: Location) -> None:
         for at in range(self.committed_step + 1, step + 1):
-            for group_id in self.batches[at].group_ids:
-                self._consume(self.groups[group_id])
+            for group_id in self.batches.pop(at).group_ids:
+                self._consume(self.live[group_id], location)
         self.committed_step = max(self.committed_step, step)
 
-    def _open(self, opened: RunOpened) -> None:
+    def _open(self, opened: RunOpened, location: Location) -> None:
         self.epoch = opened.epoch
-        self._commit(opened.checkpoint.step)
-        self._void_batches(opened.checkpoint)
+        self._commit(opened.checkpoint.step, location)
+        self._void_batches(opened.checkpoint, location)
         self.lineage.rollback(opened.checkpoint)
 
-    def _void_batches(self, head: PolicyVersion) -> None:
+    def _void_batches(self, head: PolicyVersion, location: Location) -> None:
         """Return what was drawn after the new head; nobody measures another version any more."""
         for step in [step for step in self.batches if step > head.step]:
             for group_id in self.batches.pop(step).group_ids:
-                group = self.groups[group_id]
-                if group.state is GroupState.DRAWN:
-                    group.state, group.step = GroupState.READY, 0
-        for evaluation in self.evaluations.values():
+                group = self.live.get(group_id)
+                if group is not None:
+                    group.state, group.step, group.place = GroupState.READY, 0, 0
+        for evaluation in list(self.evaluations.values()):
             if evaluation.evaluation.version != head:
                 evaluation.closed = True
+                self._end_if_complete(evaluation, location)
 
-    def _roll_back(self, rolled_back: RunRolledBack) -> None:
+    def _roll_back(self, rolled_back: RunRolledBack, location: Location) -> None:
+        version = rolled_back.version
         self.epoch = rolled_back.epoch
-        self.rollback = Rollback(rolled_back.version, rolled_back.epoch)
-        self._void_batches(rolled_back.version)
-        self.committed_step = min(self.committed_step, rolled_back.version.step)
-        self.lineage.discard_after(rolled_back.version)
-        for group_id in rolled_back.group_ids:
-            group = self.groups[group_id]
-            if group.state is GroupState.CONSUMED:
-                self.consumed -= 1
-                group.state = GroupState.READY  # for the moment: what has ended is not dropped
-            group.step = 0
-        self._drop(rolled_back.group_ids, DropReason.ROLLED_BACK, f"the run was rolled back to {rolled_back.version}")
+        self.rollback = Rollback(version, rolled_back.epoch)
+        self._void_batches(version, location)
+        self.committed_step = min(self.committed_step, version.step)
+        self.lineage.discard_after(version)
+        message = f"the run was rolled back to {version}"
+        for group_id, task_index in zip(rolled_back.group_ids, rolled_back.task_indices, strict=True):
+            if group_id in self.groups.unended:
+                self._drop((group_id,), DropReason.ROLLED_BACK, message, location)
+            else:
+                self._take_back(group_id, task_index, message)
+
+    def _take_back(self, group_id: str, task_index: int, message: str) -> None:
+        """Drop a consumed group."""
+        self.consumed -= 1
+        self.dropped[DropReason.ROLLED_BACK] += 1
+        self.requeued.append(task_index)
+        group = self.ended.get(group_id)
+        if group is not None:
+            group.state, group.step, group.place = GroupState.DROPPED, 0, 0
+            group.drop_reason, group.drop_message = DropReason.ROLLED_BACK, message
+            self.ended.put(group)

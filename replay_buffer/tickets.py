@@ -24,7 +24,8 @@ from leeway.types import (
     TicketMember,
 )
 from replay_buffer.admission import Admission, deadline_of, is_stale, may_serve
-from replay_buffer.state import EvaluationState, Group, Progress, RunState
+from replay_buffer.groups import EvaluationState, Group, Progress
+from replay_buffer.state import RunState
 from replay_buffer.transitions import GroupsDropped, TicketIssued
 
 Expired = Callable[[str], bool]
@@ -59,7 +60,7 @@ class TicketOffice:
         self._version = server.version
         self._expired = expired
         self._lease_seconds = lease_seconds
-        self._next_number = len(run.groups) + 1
+        self._next_number = run.created + 1
 
     def issue(self, max_members: int) -> list[TicketIssued]:
         """The tickets to hand out now, possibly none.
@@ -88,10 +89,9 @@ class TicketOffice:
             yield from self._new_groups()
 
     def _evaluation_tickets(self, state: EvaluationState) -> Iterator[TicketIssued]:
-        groups = self._run.groups
-        yield from self._reissues(
-            [groups[group_id] for group_id in state.group_ids.values() if not groups[group_id].ended], state.evaluation
-        )
+        evaluation_id = state.evaluation.evaluation_id
+        groups = [group for group in self._run.live_evaluation.values() if group.evaluation_id == evaluation_id]
+        yield from self._reissues(groups, state.evaluation)
         for task_index in range(state.evaluation.task_count):
             if task_index not in state.group_ids and state.evaluation.members <= self._server.capacity:
                 yield self._new_group(task_index, self._run.task_cursor, state.evaluation)

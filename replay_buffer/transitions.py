@@ -95,6 +95,7 @@ class StepsCommitted:
     """Every step up to this one is consumed for good."""
 
     step: int
+    oldest_kept_step: int = 0  # of the learner's checkpoints; 0 while it has not said
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class RunRolledBack:
     version: PolicyVersion  # the new head
     epoch: int
     group_ids: tuple[str, ...]
+    task_indices: tuple[int, ...]  # of these groups
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,9 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.completion import decide_complete
+from replay_buffer.groups import Group, Location, Member, Progress
 from replay_buffer.records import span_versions
-from replay_buffer.state import Group, Location, Member, Progress, RunState
+from replay_buffer.state import RunState
 from replay_buffer.tickets import dead_letter
 from replay_buffer.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
 

@@ -22,7 +22,7 @@ from leeway.errors import PreconditionError
 def measure(values: TokenValues, parameters: LossParameters, num_sequences: int) -> BatchStatistics:
     """The largest excess D - eps of each sequence: above zero drops it. [N], -inf where it has no token here."""
     excess = _excess(values, divergence(values, parameters.divergence), parameters)
-    largest = torch.full((num_sequences,), -torch.inf, dtype=excess.dtype)
+    largest = torch.full((num_sequences,), -torch.inf, dtype=excess.dtype, device=excess.device)
     return BatchStatistics(maxima={"excess": largest.scatter_reduce(0, _sequences(values), excess, "amax")})
 
 

@@ -409,16 +409,20 @@ class StepsCommitted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STEP_FIELD_NUMBER: _builtins.int
+    OLDEST_KEPT_STEP_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """The step."""
+    oldest_kept_step: _builtins.int
+    """Step of the oldest checkpoint that the learner keeps; 0 while it has not said."""
     def __init__(
         self,
         *,
         step: _builtins.int = ...,
+        oldest_kept_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["oldest_kept_step", b"oldest_kept_step", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -481,6 +485,7 @@ class RunRolledBack(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     GROUP_IDS_FIELD_NUMBER: _builtins.int
+    TASK_INDICES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The raised epoch."""
     @_builtins.property
@@ -491,16 +496,21 @@ class RunRolledBack(_message.Message):
     def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Groups dropped with it as rolled_back, consumed ones included."""
 
+    @_builtins.property
+    def task_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their tasks, in the same order."""
+
     def __init__(
         self,
         *,
         version: _common_pb2.PolicyVersion | None = ...,
         epoch: _builtins.int = ...,
         group_ids: _abc.Iterable[_builtins.str] | None = ...,
+        task_indices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "group_ids", b"group_ids", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "group_ids", b"group_ids", "task_indices", b"task_indices", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

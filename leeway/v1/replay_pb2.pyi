@@ -1091,22 +1091,28 @@ class CommitRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
+    OLDEST_KEPT_STEP_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     epoch: _builtins.int
     """The learner's epoch."""
     step: _builtins.int
     """The checkpoint's step."""
+    oldest_kept_step: _builtins.int
+    """Step of the oldest checkpoint that the learner keeps. What later steps trained on stays in the log, so that they can be
+    computed again; what was consumed before may be retired. 0: nothing that was consumed is retired.
+    """
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         epoch: _builtins.int = ...,
         step: _builtins.int = ...,
+        oldest_kept_step: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "run", b"run", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "oldest_kept_step", b"oldest_kept_step", "run", b"run", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -32,9 +32,11 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.draw import decide_draw, drawn_batch
+from replay_buffer.groups import Location
+from replay_buffer.index import Index
 from replay_buffer.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
 from replay_buffer.records import Record, decode, encode
-from replay_buffer.state import Location, RunState
+from replay_buffer.state import RunState
 from replay_buffer.tickets import Expired, Server, TicketOffice
 from replay_buffer.transitions import Transition
 from replay_buffer.views import view_group
@@ -146,7 +148,7 @@ class Machine:
     def __init__(self, run_spec: RunSpec | None = None, checkpoint: PolicyVersion | None = None) -> None:
         self.spec = run_spec or spec()
         self.records: list[bytes] = []
-        self.state = RunState(self.spec)
+        self.state = RunState(self.spec, Index().of(self.spec.run))
         opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
         assert opened is not None
         self.record(opened)
@@ -163,7 +165,7 @@ class Machine:
 
     def refolded(self) -> RunState:
         """The state as a restart would find it."""
-        state = RunState(self.spec)
+        state = RunState(self.spec, Index().of(self.spec.run))
         for index, payload in enumerate(self.records):
             _apply(state, payload, index)
         return state

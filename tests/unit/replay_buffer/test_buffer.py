@@ -9,6 +9,7 @@ import pytest
 
 from leeway.types import DropReason, GroupState, WriteItem
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.index import Filter
 from replay_buffer.log import Log, LogOptions
 from replay_buffer.options import ReplayBufferOptions
 from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec
@@ -78,5 +79,5 @@ async def test_the_last_attempt_ends_as_a_dead_letter_although_nobody_asks(
     await lent_to(buffer, "s1")
     clock[0] += LEASE_SECONDS
     await buffer.join_run(RUN, "s1", SIGNATURE, DATASET, 0)
-    (group,) = buffer.select(RUN, None, GroupState.DROPPED, 0, 0)
+    (group,) = [view async for view in buffer.export(RUN, Filter(state=GroupState.DROPPED), 0)]
     assert group.drop_reason is DropReason.DEAD_LETTER

@@ -70,8 +70,8 @@ def test_open_commits_the_ledger_and_returns_the_rest() -> None:
     for _ in range(3):
         machine.step()
     fourth = machine.draw()
-    ledger = [(step, machine.state.batches[step].group_ids) for step in (1, 2)]
-    third = machine.state.batches[3].group_ids
+    ledger = [(step, machine.state.batch(step)) for step in (1, 2)]
+    third = machine.state.batch(3)
     machine.reopen(version(2), ledger)
     state = machine.state
     assert (state.head, state.committed_step) == (version(2), 2)
@@ -79,7 +79,8 @@ def test_open_commits_the_ledger_and_returns_the_rest() -> None:
         assert {state.groups[group_id].state for group_id in group_ids} == {GroupState.CONSUMED}
     assert fourth is not None
     assert {state.groups[group_id].state for group_id in (*third, *fourth)} == {GroupState.READY}
-    assert list(state.batches) == [1, 2]
+    assert not state.batches
+    assert [(step, state.batch(step)) for step in (1, 2)] == ledger
     # The surviving history goes on with other versions of the same steps.
     assert machine.draw() == third
     assert machine.advance() == version(3, 2)
@@ -89,7 +90,7 @@ def test_returned_groups_that_are_too_old_for_the_checkpoint_are_dropped_as_stal
     machine = Machine(spec(max_staleness=0))
     machine.step()
     second = machine.step()
-    machine.reopen(version(1), [(1, machine.state.batches[1].group_ids)])
+    machine.reopen(version(1), [(1, machine.state.batch(1))])
     # They came from version 1 itself, which is the head again.
     assert {machine.state.groups[group_id].state for group_id in second} == {GroupState.READY}
     assert machine.draw() == second
@@ -460,7 +461,7 @@ def test_an_evaluation_of_the_checkpoint_goes_on_after_a_restart() -> None:
     machine.step()
     evaluating(replace(EVALUATION, version=version(1)), machine)
     machine.fill(machine.acquire(max_members=2))
-    machine.reopen(version(1), [(1, machine.state.batches[1].group_ids)])
+    machine.reopen(version(1), [(1, machine.state.batch(1))])
     machine.fill(machine.acquire(max_members=4))
     assert result_of(machine.state, "half").complete
 

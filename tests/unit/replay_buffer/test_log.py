@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from leeway.errors import ConfigError, CorruptDataError
+from replay_buffer.groups import Location
 from replay_buffer.log import Log, LogFailedError, LogOptions
 from replay_buffer.segments import AppendFile, SegmentFile, frame, segment_path
-from replay_buffer.state import Location
 
 WAIT_SECONDS = 10
 

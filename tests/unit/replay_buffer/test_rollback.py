@@ -55,7 +55,7 @@ def test_a_running_learner_is_fenced_and_nobody_holds_the_raised_epoch() -> None
     roll_back(machine, version(1))
     with pytest.raises(FencedError, match="epoch 1 is fenced by epoch 2; the run was rolled back"):
         decide_advance(machine.state, 1, version(4), version(3))
-    assert machine.reopen(version(1), [(1, machine.state.batches[1].group_ids)]) == 3
+    assert machine.reopen(version(1), [(1, machine.state.batch(1))]) == 3
     with pytest.raises(FencedError):
         check_epoch(machine.state, 2)
 
@@ -69,7 +69,7 @@ def test_the_next_learner_opens_where_the_run_was_rolled_back_to(other: PolicyVe
     machine.reopen(version(1), [(1, batches[0])])
     assert machine.state.head == version(1)
     machine.step()  # and the one after it may open at what it trains
-    machine.reopen(version(2, epoch=3), [(2, machine.state.batches[2].group_ids)])
+    machine.reopen(version(2, epoch=3), [(2, machine.state.batch(2))])
 
 
 def test_it_goes_behind_what_was_committed_and_trains_on() -> None:
@@ -79,7 +79,7 @@ def test_it_goes_behind_what_was_committed_and_trains_on() -> None:
     again = [machine.step() for _ in range(3)]
     machine.commit()
     machine.record(decide_finish(machine.state, machine.state.epoch))
-    consumed = {key for key, group in machine.state.groups.items() if group.state is GroupState.CONSUMED}
+    consumed = {group.group_id for group in machine.state.groups.values() if group.state is GroupState.CONSUMED}
     assert consumed == {*batches[0], *(group_id for step in again for group_id in step)}
     assert not consumed & {*batches[1], *batches[2]}
 
@@ -97,7 +97,7 @@ def test_what_later_versions_sampled_is_discarded_and_the_rest_stays() -> None:
     idle = machine.acquire(new)
     assert idle
     roll_back(machine, ROOT)
-    dropped = {key for key, group in machine.state.groups.items() if group.state is GroupState.DROPPED}
+    dropped = {group.group_id for group in machine.state.groups.values() if group.state is GroupState.DROPPED}
     assert dropped == {ticket.group_id for ticket in [first, second, mixed, half_new, *idle]}
     assert machine.state.groups[old.group_id].state is GroupState.READY
     assert {machine.state.groups[ticket.group_id].state for ticket in [half_old, *empty]} == {GroupState.OPEN}
@@ -131,7 +131,7 @@ def test_servers_at_a_discarded_version_get_no_work_and_their_tokens_are_refused
 def test_the_way_to_an_abandoned_branch_is_closed() -> None:
     machine, _ = trained(3)
     roll_back(machine, version(1))
-    machine.reopen(version(1), [(1, machine.state.batches[1].group_ids)])
+    machine.reopen(version(1), [(1, machine.state.batch(1))])
     for gone in (version(2), version(3), version(7)):
         with pytest.raises(PreconditionError, match="does not descend from"):
             roll_back(machine, gone)
@@ -143,7 +143,7 @@ def test_once_more_is_the_same_until_the_run_is_opened_again() -> None:
     records = len(machine.records)
     roll_back(machine, version(2))
     assert len(machine.records) == records
-    machine.reopen(version(2), [(step, machine.state.batches[step].group_ids) for step in (1, 2)])
+    machine.reopen(version(2), [(step, machine.state.batch(step)) for step in (1, 2)])
     roll_back(machine, version(2))
     assert machine.state.must_open_at == version(2)
 
@@ -182,7 +182,7 @@ def test_evaluations_of_discarded_versions_end_and_their_ids_are_free_again() ->
     roll_back(machine, version(1))
     assert machine.state.groups[first.group_id].drop_reason is DropReason.ROLLED_BACK
     assert machine.state.evaluation_result("1.2").complete
-    machine.reopen(version(1), [(1, machine.state.batches[1].group_ids)])
+    machine.reopen(version(1), [(1, machine.state.batch(1))])
     machine.step()
     again = Evaluation("1.2", machine.state.head, 2, 1, SamplingParams(max_tokens=16))
     assert decide_evaluation(machine.state, machine.state.epoch, again) is not None

@@ -164,7 +164,7 @@ def test_after_a_rollback_nothing_is_issued_until_the_bound_holds() -> None:
         machine.step()
     machine.fill(machine.acquire())
     assert machine.states()[GroupState.DRAWN] == 6
-    machine.reopen(version(1), [(1, machine.state.batches[1].group_ids)])
+    machine.reopen(version(1), [(1, machine.state.batch(1))])
     # Everything drawn after step 1 is back beside what was ready: more than the bound allows.
     occupying = len(list(machine.state.occupying()))
     assert occupying > 4
