@@ -176,9 +176,10 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     ) -> None:
         try:
             async for request in requests:
+                if self._buffer.intake.crowded():
+                    await self._buffer.intake.admit(request.ByteSize())
                 answers.put_nowait((self._write(request), self._buffer.mark))
                 await unanswered.acquire()
-                await self._buffer.room()
         finally:
             answers.put_nowait(None)
 

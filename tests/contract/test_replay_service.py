@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -35,8 +34,9 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2
-from replay_buffer.segments import AppendFile, SegmentFile, segment_path
+from replay_buffer.segments import AppendFile, segment_path
 from tests.contract.buffer_server import connected, serving, write
+from tests.contract.held_disk import HeldDisk
 from tests.unit.replay_buffer.builders import (
     DATASET,
     ROOT,
@@ -442,28 +442,6 @@ async def test_runs_do_not_see_each_other(address: str) -> None:
 
 
 # What is durable
-
-
-class HeldDisk:
-    """A disk that syncs only when it may, and an account of what it promised."""
-
-    def __init__(self) -> None:
-        self.may_sync = threading.Event()
-        self.may_sync.set()
-        self.synced = threading.Event()
-        self.durable_bytes: dict[Path, int] = {}
-
-    def open(self, path: Path) -> SegmentFile:
-        disk = self
-
-        class File(AppendFile):
-            def sync(self) -> None:
-                disk.synced.set()
-                assert disk.may_sync.wait(WAIT_SECONDS)
-                super().sync()
-                disk.durable_bytes[path] = path.stat().st_size
-
-        return File(path)
 
 
 async def test_nothing_is_answered_before_it_is_durable(tmp_path: Path) -> None:
