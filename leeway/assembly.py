@@ -34,7 +34,7 @@ from leeway.types import (
 )
 from leeway.v1 import replay_pb2
 
-_LAYOUT: Final = {
+LAYOUT: Final = {
     ColumnKind.TOKEN_IDS: (1, ("int32",)),
     ColumnKind.BEHAVIOR_LOGPROBS: (1, ("float32",)),
     ColumnKind.TOPK_TOKEN_IDS: (2, ("int32",)),
@@ -242,7 +242,7 @@ def _column(chunks: Sequence[TrajectoryChunk], kind: ColumnKind, n: int) -> tupl
     if not columns:
         return None
     first = columns[0].values
-    ndim, dtypes = _LAYOUT[kind]
+    ndim, dtypes = LAYOUT[kind]
     if first.ndim != ndim or first.dtype.name not in dtypes:
         raise InvalidDataError(
             f"{kind.name} must be {' or '.join(dtypes)} with {ndim} axes, but is {first.dtype.name} with {first.ndim}"

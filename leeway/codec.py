@@ -56,6 +56,7 @@ from leeway.types import (
 from leeway.v1 import common_pb2, inference_pb2, replay_pb2, trajectory_pb2
 
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
+DIGEST_BYTES: Final = hashlib.sha256().digest_size
 EnumT = TypeVar("EnumT", bound=enum.IntEnum)
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -69,6 +70,23 @@ def parse(message: type[MessageT], data: bytes) -> MessageT:
         return message.FromString(data)
     except DecodeError as error:
         raise InvalidDataError(f"not a {message.DESCRIPTOR.name}: {error}") from error
+
+
+def field_tag(message: type[Message], field: str) -> bytes:
+    """What precedes the length of a length-delimited field (bytes, string or message) on the wire."""
+    return varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
+
+
+def varint(number: int) -> bytes:
+    """A length as protobuf writes it: seven bits a byte, the lowest first."""
+    if number < 0x80:
+        return bytes((number,))
+    out = bytearray()
+    while number >= 0x80:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
 
 
 def enum_from_proto(kind: type[EnumT], number: int) -> EnumT:
@@ -115,9 +133,15 @@ def version_to_proto(version: PolicyVersion) -> common_pb2.PolicyVersion:
 
 
 def version_from_proto(message: common_pb2.PolicyVersion) -> PolicyVersion:
-    if not message.run or len(message.digest) != hashlib.sha256().digest_size:
+    version = PolicyVersion(message.run, message.epoch, message.step, message.digest)
+    check_version(version)
+    return version
+
+
+def check_version(version: PolicyVersion) -> None:
+    """Raises InvalidDataError for one that names nothing."""
+    if not version.run or len(version.digest) != DIGEST_BYTES:
         raise InvalidDataError("a policy version needs a run and a 32-byte digest")
-    return PolicyVersion(message.run, message.epoch, message.step, message.digest)
 
 
 def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
@@ -131,11 +155,16 @@ def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
     )
 
 
-def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
+def check_sampling(message: common_pb2.SamplingParams) -> None:
+    """Raises InvalidDataError for a value that is out of range."""
     if not (math.isfinite(message.temperature) and message.temperature > 0):
         raise InvalidDataError(f"temperature must be a finite number above 0, but is {message.temperature}")
     if message.max_tokens < 1:
         raise InvalidDataError("max_tokens must be at least 1")
+
+
+def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
+    check_sampling(message)
     return SamplingParams(
         temperature=message.temperature,
         max_tokens=message.max_tokens,
@@ -213,22 +242,41 @@ def decode_chunk(data: bytes) -> TrajectoryChunk:
 
 def chain_digest(previous: bytes, chunk: bytes) -> bytes:
     """d(i+1) = SHA-256(d(i) + chunk i); see TrajectoryClose.digest."""
-    return hashlib.sha256(previous + chunk).digest()
+    chain = hashlib.sha256(previous)
+    chain.update(chunk)
+    return chain.digest()
 
 
 EMPTY_CHAIN: Final = hashlib.sha256().digest()
 """d(0) of `chain_digest`."""
 
 
-def _column_from_proto(message: common_pb2.Column) -> Column:
+def span_versions(chunk: trajectory_pb2.TrajectoryChunk) -> tuple[PolicyVersion, ...]:
+    """The policy versions that a chunk's spans name, each once; not checked."""
+    spans = chunk.version_spans
+    if not spans:
+        return ()
+    versions: dict[PolicyVersion, None] = {}
+    for span in spans:
+        version = span.version
+        versions[PolicyVersion(version.run, version.epoch, version.step, version.digest)] = None
+    return tuple(versions)
+
+
+def column_values(message: common_pb2.Column) -> Array:
+    """A column's values, one row per token of its range; a read-only view."""
     values = array_from_proto(message.values)
-    kind = enum_from_proto(ColumnKind, message.kind)
     if message.end_token < message.start_token or values.shape[:1] != (message.end_token - message.start_token,):
         raise InvalidDataError(
-            f"column {kind.name} covers tokens [{message.start_token}, {message.end_token}) "
-            f"but has shape {list(values.shape)}"
+            f"column {enum_from_proto(ColumnKind, message.kind).name} covers tokens "
+            f"[{message.start_token}, {message.end_token}) but has shape {list(values.shape)}"
         )
-    return Column(kind, message.start_token, message.end_token, values)
+    return values
+
+
+def _column_from_proto(message: common_pb2.Column) -> Column:
+    values = column_values(message)
+    return Column(enum_from_proto(ColumnKind, message.kind), message.start_token, message.end_token, values)
 
 
 def _segment_to_proto(segment: Segment) -> common_pb2.Segment:
@@ -242,12 +290,20 @@ def _segment_to_proto(segment: Segment) -> common_pb2.Segment:
     )
 
 
-def _segment_from_proto(message: common_pb2.Segment) -> Segment:
+def check_segment(message: common_pb2.Segment) -> None:
+    """Raises InvalidDataError for a segment that makes no sense by itself."""
     kind = enum_from_proto(SegmentKind, message.kind)
     if message.end_token < message.start_token:
         raise InvalidDataError(f"a segment ends at token {message.end_token}, before its start {message.start_token}")
     if message.in_loss and kind is not SegmentKind.MODEL:
         raise InvalidDataError(f"a {kind.name} segment cannot be in the loss")
+    if message.HasField("sampling"):
+        check_sampling(message.sampling)
+
+
+def _segment_from_proto(message: common_pb2.Segment) -> Segment:
+    check_segment(message)
+    kind = enum_from_proto(SegmentKind, message.kind)
     sampling = sampling_from_proto(message.sampling) if message.HasField("sampling") else None
     return Segment(kind, message.start_token, message.end_token, message.in_loss, sampling, message.engine)
 

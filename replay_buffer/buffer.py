@@ -43,6 +43,7 @@ from leeway.types import (
 )
 from replay_buffer.completion import decide_after_restart
 from replay_buffer.dead_letters import decide_requeue
+from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
@@ -120,6 +121,7 @@ class ReplayBuffer:
         self.intake = Intake(options, durable_log)
         self._runs: dict[str, _Run] = {}
         self._index = Index()
+        self._drafts = Drafts()
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -315,7 +317,7 @@ class ReplayBuffer:
         room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(run.state, item, self._read_transition, room=room)
+            decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
             for transition in decision.transitions:
                 self._record(name, transition)
             result = decision.result
@@ -400,6 +402,11 @@ class ReplayBuffer:
         """Everything decided so far, for `durable`."""
         return self._log.mark
 
+    @property
+    def durable_mark(self) -> int:
+        """What is on disk: everything decided before this mark."""
+        return self._log.durable_mark
+
     async def durable(self, mark: int) -> None:
         """Wait until everything decided before `mark` is on disk.
 
@@ -418,7 +425,7 @@ class ReplayBuffer:
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns(), transition)
-        location = self._log.append(encode(record))
+        location = self._log.append(*encode(record))
         is_new = name not in self._runs
         self._apply(record, location)
         run = self._runs[name]

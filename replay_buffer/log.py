@@ -3,7 +3,8 @@
     event loop   append ──> queue ──(end of the turn)──> writer thread: all that is queued, one write, one fdatasync
                  durable() <──────── one call_soon_threadsafe per fdatasync ────────────────────┘
 
-    waits      durable(), until everything appended before it is on disk; the writer, for work
+    waits      durable(), until everything appended before it is on disk; the writer, for work, and under load until
+               commit_seconds after the fsync before: many small ones cost more than they bring
     unblocks   an fdatasync
     full disk  the writer cuts the file back to its durable end, waits, and writes the same bytes again; meanwhile
                nothing is acknowledged and `stalled` is true
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from leeway.errors import LeewayError, UnavailableError
 from replay_buffer.groups import Location
@@ -35,7 +36,7 @@ from replay_buffer.segments import (
     OpenFile,
     SegmentFile,
     SegmentReader,
-    frame,
+    frame_header,
     lock_directory,
     segment_numbers,
     segment_path,
@@ -58,6 +59,8 @@ class LogOptions:
     directory: Path
     segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
     retry_seconds: float = 1.0  # between attempts to write to a full disk
+    commit_seconds: float = 0.002  # from one fsync to the next, unless commit_bytes wait; the first one is never late
+    commit_bytes: int = 1 << 20
     open_file: OpenFile = field(default=AppendFile, repr=False)
 
 
@@ -79,12 +82,13 @@ class Log:
         self._reader = SegmentReader(options.directory)
         self._on_durable = on_durable
         self._segment = 1
+        self._segment_limit = min(options.segment_bytes, _MAX_SEGMENT_BYTES)
         self._segment_size = 0  # of the segment that the next record goes to, counting what is queued
         self.size_bytes = 0
         self.pending_bytes = 0
         self._appended = self._synced = 0  # records
         self._turn: list[_Queued] = []
-        self._unsynced: dict[tuple[int, int], bytes] = {}
+        self._unsynced: dict[tuple[int, int], tuple[bytes, ...]] = {}
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: mark, tie-break, who waits
         self._tie = itertools.count()
         self._writer: _Writer | None = None
@@ -116,27 +120,29 @@ class Log:
         """Whether the disk is full and records wait for room."""
         return self._writer is not None and self._writer.stalled
 
-    def append(self, payload: bytes) -> Location:
-        """Queue a record; it has its place in the order from now on.
+    def append(self, *parts: bytes) -> Location:
+        """Queue a record, which may come in parts; it has its place in the order from now on.
 
         Raises:
             LogFailedError: the log is dead.
         """
         if self.failure is not None:
             raise self.failure
-        data = frame(payload)
-        if self._segment_size and self._segment_size + len(data) > min(self._options.segment_bytes, _MAX_SEGMENT_BYTES):
+        header = frame_header(parts)
+        payload_bytes = sum(map(len, parts))
+        size_bytes = HEADER.size + payload_bytes
+        if self._segment_size and self._segment_size + size_bytes > self._segment_limit:
             self._segment += 1
             self._segment_size = 0
-        location = Location(self._segment, self._segment_size + HEADER.size, len(payload))
-        self._segment_size += len(data)
-        self.size_bytes += len(data)
-        self.pending_bytes += len(data)
+        location = Location(self._segment, self._segment_size + HEADER.size, payload_bytes)
+        self._segment_size += size_bytes
+        self.size_bytes += size_bytes
+        self.pending_bytes += size_bytes
         self._appended += 1
-        self._unsynced[location.segment, location.offset] = payload
+        self._unsynced[location.segment, location.offset] = parts
         if not self._turn:
             asyncio.get_running_loop().call_soon(self._end_turn)
-        self._turn.append(_Queued(location, data))
+        self._turn.append(_Queued(location, (header, *parts)))
         return location
 
     def read(self, location: Location) -> bytes:
@@ -145,13 +151,18 @@ class Log:
         Raises:
             CorruptDataError: it is damaged on disk.
         """
-        payload = self._unsynced.get((location.segment, location.offset))
-        return self._reader.read(location) if payload is None else payload
+        parts = self._unsynced.get((location.segment, location.offset))
+        return self._reader.read(location) if parts is None else b"".join(parts)
 
     @property
     def mark(self) -> int:
         """The end of the log now, for `durable`."""
         return self._appended
+
+    @property
+    def durable_mark(self) -> int:
+        """The mark up to which everything is on disk."""
+        return self._synced
 
     async def durable(self, mark: int | None = None) -> None:
         """Wait until everything appended before `mark` (default: so far) is on disk.
@@ -188,13 +199,13 @@ class Log:
     def _end_turn(self) -> None:
         turn, self._turn = self._turn, []
         if self._writer is not None and turn:
-            self._writer.put(turn)
+            self._writer.put(turn, sum(queued.location.size_bytes for queued in turn))
 
     def _settle(self, batch: list[_Queued], seconds: float) -> None:
         size_bytes = 0
         for queued in batch:
             del self._unsynced[queued.location.segment, queued.location.offset]
-            size_bytes += len(queued.data)
+            size_bytes += HEADER.size + queued.location.size_bytes
         self._synced += len(batch)
         self.pending_bytes -= size_bytes
         while self._waiting and self._waiting[0][0] <= self._synced:
@@ -213,10 +224,9 @@ class Log:
             self._failed.set_exception(self.failure)
 
 
-@dataclass(frozen=True, slots=True)
-class _Queued:
+class _Queued(NamedTuple):
     location: Location
-    data: bytes  # the whole frame
+    parts: tuple[bytes, ...]  # the whole frame
 
 
 class _Writer:
@@ -239,6 +249,8 @@ class _Writer:
         self._settle = settle
         self._fail = fail
         self._queue: list[_Queued] = []
+        self._queued_bytes = 0
+        self._synced_at = 0.0  # when the latest fsync began
         self._stopping = False
         self._changed = threading.Condition()
         self.stalled = False
@@ -247,10 +259,13 @@ class _Writer:
     def start(self) -> None:
         self._thread.start()
 
-    def put(self, records: list[_Queued]) -> None:
+    def put(self, records: list[_Queued], size_bytes: int) -> None:
         with self._changed:
+            was_empty = not self._queue
             self._queue += records
-            self._changed.notify()
+            self._queued_bytes += size_bytes
+            if was_empty or self._queued_bytes >= self._options.commit_bytes:
+                self._changed.notify()
 
     def stop(self) -> None:
         """Write what is queued, unless the disk is full, and end."""
@@ -279,8 +294,13 @@ class _Writer:
         """Everything that is queued; empty at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._stopping)
-            batch, self._queue = self._queue, []
+            if (early := self._synced_at + self._options.commit_seconds - time.monotonic()) > 0:
+                self._changed.wait_for(self._commits_at_once, early)
+            batch, self._queue, self._queued_bytes = self._queue, [], 0
             return batch
+
+    def _commits_at_once(self) -> bool:
+        return self._stopping or self._queued_bytes >= self._options.commit_bytes
 
     def _write(self, batch: list[_Queued]) -> None:
         """Write a batch segment by segment; a segment is durable before the next one exists."""
@@ -291,8 +311,8 @@ class _Writer:
             while end < len(batch) and batch[end].location.segment == segment:
                 end += 1
             part = batch[begin:end]
-            self._append(segment, b"".join(queued.data for queued in part))
-            began = time.monotonic()
+            self._append(segment, b"".join(itertools.chain.from_iterable(queued.parts for queued in part)))
+            self._synced_at = began = time.monotonic()
             assert self._file is not None
             self._file.sync()
             self._loop.call_soon_threadsafe(self._settle, part, time.monotonic() - began)

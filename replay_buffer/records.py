@@ -29,6 +29,8 @@ from replay_buffer.transitions import (
 )
 
 _NANOS = 1_000_000_000
+_CHUNK_WRITTEN_TAG = codec.field_tag(log_pb2.LogRecord, "chunk_written")
+_CHUNK_TAG = codec.field_tag(log_pb2.ChunkWritten, "chunk")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,32 @@ class Record:
     transition: Transition
 
 
-def encode(record: Record) -> bytes:
-    """The payload of a log frame."""
+def encode(record: Record) -> tuple[bytes, ...]:
+    """The payload of a log frame; the bytes of a chunk are a part by themselves, so that they are not copied."""
+    transition = record.transition
+    if isinstance(transition, ChunkWritten):
+        return _chunk_prefix(record, transition), transition.chunk
+    return (_message(record).SerializeToString(),)
+
+
+def _chunk_prefix(record: Record, written: ChunkWritten) -> bytes:
+    """A LogRecord up to the chunk, which is its last field's last field."""
+    head = log_pb2.LogRecord(run=record.run)
+    head.recorded_at.seconds, head.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
+    inner = log_pb2.ChunkWritten(
+        trajectory_id=written.trajectory_id, attempt=written.attempt, seq=written.seq
+    ).SerializeToString()
+    inner += _CHUNK_TAG + codec.varint(len(written.chunk))
+    size_bytes = codec.varint(len(inner) + len(written.chunk))
+    return b"".join((head.SerializeToString(), _CHUNK_WRITTEN_TAG, size_bytes, inner))
+
+
+def _message(record: Record) -> log_pb2.LogRecord:
     message = log_pb2.LogRecord(run=record.run)
     message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
     match record.transition:
-        case ChunkWritten() as written:
-            target = message.chunk_written
-            target.trajectory_id = written.trajectory_id
-            target.attempt = written.attempt
-            target.seq = written.seq
-            target.chunk = written.chunk
+        case ChunkWritten():
+            raise AssertionError("chunks are encoded in parts")
         case TrajectoryClosed() as closed:
             message.trajectory_closed.trajectory_id = closed.trajectory_id
             message.trajectory_closed.attempt = closed.attempt
@@ -98,7 +115,7 @@ def encode(record: Record) -> bytes:
             message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
         case _:
             assert_never(record.transition)
-    return message.SerializeToString()
+    return message
 
 
 def decode(payload: bytes) -> Record:
@@ -184,11 +201,4 @@ def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
     Raises:
         InvalidDataError: the bytes are not a TrajectoryChunk.
     """
-    spans = codec.parse(trajectory_pb2.TrajectoryChunk, chunk).version_spans
-    if not spans:
-        return ()
-    versions: dict[PolicyVersion, None] = {}
-    for span in spans:
-        version = span.version
-        versions[PolicyVersion(version.run, version.epoch, version.step, version.digest)] = None
-    return tuple(versions)
+    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk))

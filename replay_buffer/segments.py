@@ -12,7 +12,7 @@ import fcntl
 import os
 import struct
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import pairwise
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -28,6 +28,7 @@ HEADER: Final = struct.Struct("<II")
 _MAX_OPEN_FILES: Final = 64
 
 crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]
+_extended: Callable[[int, bytes], int] = google_crc32c.extend  # type: ignore[assignment]
 
 
 class Position(NamedTuple):
@@ -37,9 +38,17 @@ class Position(NamedTuple):
     offset: int  # byte of the segment's file
 
 
-def frame(payload: bytes) -> bytes:
-    """A payload as it is written."""
-    return HEADER.pack(len(payload), crc32c(payload)) + payload
+def frame(*parts: bytes) -> bytes:
+    """A payload, which may come in parts, as it is written."""
+    return b"".join((frame_header(parts), *parts))
+
+
+def frame_header(parts: Sequence[bytes]) -> bytes:
+    """What precedes a payload."""
+    checksum = 0
+    for part in parts:
+        checksum = _extended(checksum, part)
+    return HEADER.pack(sum(map(len, parts)), checksum)
 
 
 def segment_path(directory: Path, segment: int) -> Path:

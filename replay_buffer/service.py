@@ -1,31 +1,24 @@
-"""ReplayService over gRPC: messages in, calls of the buffer, messages out.
-
-A write stream is a pipeline, so that an fsync never keeps the next message waiting:
-
-    client ──> reader task: decide and append, message by message ──> queue ──> wait until durable ──> answer
-"""
+"""ReplayService over gRPC: messages in, calls of the buffer, messages out. Write streams: write_stream.py."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
+from contextlib import aclosing
 from typing import Any, Final, cast
 
 import grpc
 
 from leeway import codec
-from leeway.errors import InvalidDataError, UnavailableError
-from leeway.rpc import cancel_and_wait
-from leeway.types import TrajectoryFailure, WriteItem, WriteResult, WriteStatus
+from leeway.errors import InvalidDataError
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.index import Filter
 from replay_buffer.pieces import messages
 from replay_buffer.views import GroupView
+from replay_buffer.write_stream import WriteStream
 
 SERVICE_NAME: Final = replay_pb2.DESCRIPTOR.services_by_name["ReplayService"].full_name
-_UNANSWERED_MESSAGES: Final = 256
-"""Messages of one stream that may wait for the disk; beyond it the stream is not read, which holds the writer back."""
 _DRAW_WAIT_SECONDS: Final = 3600.0
 """How long a draw without a deadline of its own waits."""
 _DEADLINE_MARGIN_SECONDS: Final = 0.2
@@ -39,7 +32,7 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     def __init__(self, buffer: ReplayBuffer) -> None:
         self._buffer = buffer
-        self._readers: set[asyncio.Task[None]] = set()
+        self._write_streams: set[WriteStream] = set()
 
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
@@ -47,8 +40,8 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     def stop(self) -> None:
         """End write streams after what was read so far; their clients go on elsewhere or later."""
-        for reader in self._readers:
-            reader.cancel()
+        for stream in self._write_streams:
+            stream.stop()
 
     # The learner's calls
 
@@ -149,44 +142,14 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def WriteTrajectories(
         self, request_iterator: AsyncIterator[replay_pb2.WriteTrajectoriesRequest], context: _Context
     ) -> AsyncIterator[replay_pb2.WriteTrajectoriesResponse]:
-        answers: asyncio.Queue[_Answer | None] = asyncio.Queue()
-        unanswered = asyncio.Semaphore(_UNANSWERED_MESSAGES)
-        reader = asyncio.create_task(self._read_writes(request_iterator, answers, unanswered))
-        self._readers.add(reader)
+        stream = WriteStream(self._buffer, request_iterator)
+        self._write_streams.add(stream)
         try:
-            while (answer := await answers.get()) is not None:
-                results, mark = answer
-                await self._buffer.durable(mark)
-                yield replay_pb2.WriteTrajectoriesResponse(
-                    results=[codec.result_to_proto(result) for result in results]
-                )
-                unanswered.release()
-            if reader.cancelled():
-                raise UnavailableError("the replay buffer is stopping; repeat what was not acknowledged")
-            await reader
+            async with aclosing(stream.answers()) as answers:
+                async for answer in answers:
+                    yield answer
         finally:
-            self._readers.discard(reader)
-            await cancel_and_wait(reader)
-
-    async def _read_writes(
-        self,
-        requests: AsyncIterator[replay_pb2.WriteTrajectoriesRequest],
-        answers: asyncio.Queue[_Answer | None],
-        unanswered: asyncio.Semaphore,
-    ) -> None:
-        try:
-            async for request in requests:
-                if self._buffer.intake.crowded():
-                    await self._buffer.intake.admit(request.ByteSize())
-                answers.put_nowait((self._write(request), self._buffer.mark))
-                await unanswered.acquire()
-        finally:
-            answers.put_nowait(None)
-
-    def _write(self, request: replay_pb2.WriteTrajectoriesRequest) -> list[WriteResult]:
-        items = [_item(message) for message in request.items]
-        written = iter(self._buffer.write(request.run, [item for item in items if isinstance(item, WriteItem)]))
-        return [next(written) if isinstance(item, WriteItem) else item for item in items]
+            self._write_streams.discard(stream)
 
     # For people and tools
 
@@ -226,22 +189,6 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         source = messages(views, self._buffer.read)
         while (gathered := await asyncio.to_thread(next, source, None)) is not None:
             yield gathered
-
-
-_Answer = tuple[list[WriteResult], int]
-
-
-def _item(message: replay_pb2.WriteItem) -> WriteItem | WriteResult:
-    """An item, or its refusal. A close that makes no sense ends its trajectory: nothing better will follow it."""
-    try:
-        return codec.item_from_proto(message)
-    except InvalidDataError as error:
-        if message.WhichOneof("content") == "close":
-            failure = TrajectoryFailure(f"its close is malformed: {error.message}", retryable=False)
-            return WriteItem(message.trajectory_id, message.attempt, message.seq, failure)
-        return WriteResult(
-            message.trajectory_id, message.attempt, message.seq, WriteStatus.INVALID, message=error.message
-        )
 
 
 def _deadline(context: _Context) -> float:

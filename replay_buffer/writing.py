@@ -4,7 +4,7 @@ same (trajectory, attempt, seq, bytes) again    acknowledged
 lower seq, other bytes                          conflict; the group is dropped
 lower attempt, or the group has ended           aborted
 higher seq                                      out of range, with the next expected
-next seq                                        appended; a close is validated first
+next seq                                        appended; a close is validated first, against the draft
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from leeway.assembly import assemble_trajectory, check_against_spec
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import (
     DropReason,
@@ -20,14 +19,13 @@ from leeway.types import (
     Purpose,
     TrajectoryClose,
     TrajectoryFailure,
-    TrajectoryRecord,
     WriteItem,
     WriteResult,
     WriteStatus,
 )
 from replay_buffer.completion import decide_complete
+from replay_buffer.drafts import Drafts
 from replay_buffer.groups import Group, Location, Member, Progress
-from replay_buffer.records import span_versions
 from replay_buffer.state import RunState
 from replay_buffer.tickets import dead_letter
 from replay_buffer.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
@@ -46,8 +44,11 @@ class WriteDecision:
     transitions: tuple[Transition, ...] = ()
 
 
-def decide_write(run: RunState, item: WriteItem, read: Read, *, room: bool) -> WriteDecision:
-    """Judge one item; `room` is false while the disk is too full for chunks."""
+def decide_write(run: RunState, item: WriteItem, read: Read, drafts: Drafts, *, room: bool) -> WriteDecision:
+    """Judge one item; `room` is false while the disk is too full for chunks.
+
+    The transitions have to be applied: `drafts` counts on it.
+    """
     found = run.find(item.trajectory_id)
     if found is None:
         return _refuse(item, WriteStatus.UNKNOWN, f"trajectory {item.trajectory_id!r} was never issued in this run")
@@ -70,11 +71,15 @@ def decide_write(run: RunState, item: WriteItem, read: Read, *, room: bool) -> W
         return _refuse(item, WriteStatus.INVALID, f"{item.trajectory_id} has ended with item {next_seq - 1}")
     match item.content:
         case TrajectoryClose() as close:
-            return _closed(run, group, index, item, close, read)
+            return _closed(run, group, index, item, close, drafts, read)
         case TrajectoryFailure() as failure:
             return WriteDecision(_acknowledge(item), _failed(run, group, index, item, failure))
         case chunk:
-            return _chunk(run, group, item, chunk) if room else _refuse(item, WriteStatus.EXHAUSTED, "the disk is full")
+            return (
+                _chunk(run, group, item, chunk, member, drafts)
+                if room
+                else _refuse(item, WriteStatus.EXHAUSTED, "the disk is full")
+            )
 
 
 def _repeated(group: Group, item: WriteItem, written: Transition) -> WriteDecision:
@@ -98,9 +103,9 @@ def _repeated(group: Group, item: WriteItem, written: Transition) -> WriteDecisi
     return WriteDecision(decision.result, (GroupsDropped((group.group_id,), DropReason.CONFLICT, message),))
 
 
-def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes) -> WriteDecision:
+def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: Member, drafts: Drafts) -> WriteDecision:
     try:
-        versions = span_versions(chunk)
+        versions = drafts.add(run.spec.run, member, chunk)
     except InvalidDataError as error:
         return _refuse(item, WriteStatus.INVALID, f"item {item.seq} of {item.trajectory_id}: {error.message}")
     written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions)
@@ -127,11 +132,11 @@ def _failed(
 
 
 def _closed(
-    run: RunState, group: Group, index: int, item: WriteItem, close: TrajectoryClose, read: Read
+    run: RunState, group: Group, index: int, item: WriteItem, close: TrajectoryClose, drafts: Drafts, read: Read
 ) -> WriteDecision:
     member = group.members[index]
     try:
-        _validate(run, group, index, close, read)
+        _validate(run, group, index, close, drafts, read)
     except InvalidDataError as error:
         cause = error.message
     except CorruptDataError as error:
@@ -156,35 +161,24 @@ def _rewards(group: Group, index: int, close: TrajectoryClose) -> list[float]:
     return [close.reward if place == index else member.reward for place, member in enumerate(group.members)]
 
 
-def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, read: Read) -> None:
+def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, drafts: Drafts, read: Read) -> None:
     """Raises InvalidDataError or CorruptDataError, naming the trajectory and what is wrong with it."""
     member = group.members[index]
-    where = f"trajectory {member.trajectory_id}"
-    if close.token_count > run.spec.signature.context_length:
-        raise InvalidDataError(
-            f"{where}: {close.token_count} tokens exceed the model's context of {run.spec.signature.context_length}"
-        )
-    trajectory = assemble_trajectory(_record(member, index, close, read))
     sampling = (
         run.spec.sampling
         if group.purpose is Purpose.TRAIN
         else run.evaluations[group.evaluation_id].evaluation.sampling
     )
-    if not trajectory.version_spans:
-        raise InvalidDataError(f"{where}: no token was sampled")
+    draft = drafts.whole(run.spec.run, member, lambda location: _chunk_of(read(location)))
     try:
-        check_against_spec(trajectory, run.spec, sampling)
-    except InvalidDataError as error:
-        raise InvalidDataError(f"{where}: {error.message}") from error
+        draft.check(close, run.spec, sampling)
+    except (InvalidDataError, CorruptDataError) as error:
+        raise type(error)(f"trajectory {member.trajectory_id}: {error.message}") from error
 
 
-def _record(member: Member, index: int, close: TrajectoryClose, read: Read) -> TrajectoryRecord:
-    chunks: list[bytes] = []
-    for location in member.records:
-        written = read(location)
-        assert isinstance(written, ChunkWritten)
-        chunks.append(written.chunk)
-    return TrajectoryRecord(member.trajectory_id, index, member.attempt, member.server_id, close, "", tuple(chunks))
+def _chunk_of(written: Transition) -> bytes:
+    assert isinstance(written, ChunkWritten)
+    return written.chunk
 
 
 def _acknowledge(item: WriteItem) -> WriteResult:

@@ -31,6 +31,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, drawn_batch
 from replay_buffer.groups import Location
 from replay_buffer.index import Index
@@ -148,6 +149,7 @@ class Machine:
     def __init__(self, run_spec: RunSpec | None = None, checkpoint: PolicyVersion | None = None) -> None:
         self.spec = run_spec or spec()
         self.records: list[bytes] = []
+        self.drafts = Drafts()
         self.state = RunState(self.spec, Index().of(self.spec.run))
         opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
         assert opened is not None
@@ -156,7 +158,7 @@ class Machine:
     def record(self, *transitions: Transition | None) -> None:
         for transition in transitions:
             if transition is not None:
-                payload = encode(Record(self.spec.run, len(self.records), transition))
+                payload = b"".join(encode(Record(self.spec.run, len(self.records), transition)))
                 self.records.append(payload)
                 _apply(self.state, payload, len(self.records) - 1)
 
@@ -193,7 +195,7 @@ class Machine:
     def write(self, *items: WriteItem, room: bool = True) -> list[WriteResult]:
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(self.state, item, self.read, room=room)
+            decision = decide_write(self.state, item, self.read, self.drafts, room=room)
             self.record(*decision.transitions)
             results.append(decision.result)
         return results
