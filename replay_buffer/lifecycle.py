@@ -244,18 +244,23 @@ def decide_advance(
     return PolicyAdvanced(version, parent, stale)
 
 
-def decide_commit(run: RunState, epoch: int, step: int) -> StepsCommitted | None:
-    """Consume every step up to `step`; None when that has already happened.
+def decide_commit(run: RunState, epoch: int, step: int, oldest_kept_step: int = 0) -> StepsCommitted | None:
+    """Consume every step up to `step`, keep what the oldest checkpoint needs; None when that has already happened.
 
     Raises:
         FencedError, PreconditionError: see ReplayService.Commit.
     """
     check_epoch(run, epoch)
+    if oldest_kept_step > step:
+        raise PreconditionError(
+            f"run {run.spec.run!r}: the oldest kept checkpoint cannot be of step {oldest_kept_step} "
+            f"when step {step} is committed"
+        )
     if step <= run.committed_step:
         return None
     if step > run.head.step:
         raise PreconditionError(f"run {run.spec.run!r}: step {step} cannot be committed, the head is {run.head}")
-    return StepsCommitted(step)
+    return StepsCommitted(step, oldest_kept_step)
 
 
 def decide_finish(run: RunState, epoch: int) -> RunFinished | None:

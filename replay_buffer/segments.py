@@ -21,6 +21,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
+from leeway.durable import make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError
 from replay_buffer.groups import Location
 
@@ -36,6 +37,13 @@ class Position(NamedTuple):
 
     segment: int
     offset: int  # byte of the segment's file
+
+
+class LastRecord(NamedTuple):
+    """The record before a place of the log, to recognize the log by."""
+
+    position: Position
+    checksum: int
 
 
 def frame(*parts: bytes) -> bytes:
@@ -116,15 +124,6 @@ class AppendFile:
 OpenFile = Callable[[Path], SegmentFile]
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock_directory(directory: Path) -> int:
     """Make the directory if needed and hold it for this process; returns the descriptor that holds it.
 
@@ -132,7 +131,7 @@ def lock_directory(directory: Path) -> int:
         ConfigError: another process holds it, or it cannot be used.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error

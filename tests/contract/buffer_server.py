@@ -57,6 +57,7 @@ async def serving_buffer(
         buffer.stop()
         service.stop()
         await server.stop(0.2)
+        await buffer.aclose()
         await durable_log.aclose()
 
 
