@@ -21,6 +21,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
+from leeway.durable import make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from replay_buffer.groups import Location
 
@@ -147,15 +148,6 @@ class AppendFile:
 OpenFile = Callable[[Path], SegmentFile]
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock_directory(directory: Path) -> int:
     """Make the directory if needed and hold it for this process; returns the descriptor that holds it.
 
@@ -163,7 +155,7 @@ def lock_directory(directory: Path) -> int:
         ConfigError: another process holds it, or it cannot be used.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
