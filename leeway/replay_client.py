@@ -162,9 +162,12 @@ class ReplayClient:
         )
         await self._answered("Advance", lambda: self.stub.Advance(request, timeout=self.patience_seconds))
 
-    async def commit(self, epoch: int, step: int) -> None:
-        """A checkpoint of `step` is durable: its groups are consumed for good."""
-        request = replay_pb2.CommitRequest(run=self.run, epoch=epoch, step=step)
+    async def commit(self, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
+        """A checkpoint of `step` is durable: its groups are consumed for good.
+
+        Of the oldest checkpoint that is kept depends what may be retired; 0 keeps everything.
+        """
+        request = replay_pb2.CommitRequest(run=self.run, epoch=epoch, step=step, oldest_kept_step=oldest_kept_step)
         await self._answered("Commit", lambda: self.stub.Commit(request, timeout=self.patience_seconds))
 
     async def reject_group(self, epoch: int, group_id: str, message: str) -> None:

@@ -147,6 +147,9 @@ class BufferMachine(RuleBasedStateMachine):
         if behind:
             self.refused(FencedError, "DrawBatch", request)
             return
+        if law.must_open_at is not None:
+            self.refused(PreconditionError, "DrawBatch", request)
+            return
         if offset != 1 or law.step + 1 > self.spec.total_steps or law.finished:
             self.refused(PreconditionError, "DrawBatch", request)
             return
@@ -179,7 +182,7 @@ class BufferMachine(RuleBasedStateMachine):
         request = replay_pb2.AdvanceRequest(run=RUN, epoch=law.epoch - behind, version=new, parent=parent)
         if behind:
             self.refused(FencedError, "Advance", request)
-        elif parent is STRANGER or not law.whole(step) or law.finished:
+        elif parent is STRANGER or not law.whole(step) or law.finished or law.must_open_at is not None:
             self.refused(PreconditionError, "Advance", request)
         else:
             self.call("Advance", request)
@@ -193,7 +196,7 @@ class BufferMachine(RuleBasedStateMachine):
         request = replay_pb2.CommitRequest(run=RUN, epoch=law.epoch - behind, step=step)
         if behind:
             self.refused(FencedError, "Commit", request)
-        elif step > law.step:
+        elif step > law.step or law.must_open_at is not None:
             self.refused(PreconditionError, "Commit", request)
         else:
             committed = law.committed
@@ -211,8 +214,10 @@ class BufferMachine(RuleBasedStateMachine):
         request = replay_pb2.RejectGroupRequest(run=RUN, epoch=law.epoch - behind, group_id=group_id, message="no use")
         if behind:
             self.refused(FencedError, "RejectGroup", request)
-        elif group.state == replay_pb2.GROUP_STATE_CONSUMED or (
-            group.state == replay_pb2.GROUP_STATE_DRAWN and group.step in law.sealed
+        elif (
+            law.must_open_at is not None
+            or group.state == replay_pb2.GROUP_STATE_CONSUMED
+            or (group.state == replay_pb2.GROUP_STATE_DRAWN and group.step in law.sealed)
         ):
             self.refused(PreconditionError, "RejectGroup", request)
         else:
@@ -230,7 +235,7 @@ class BufferMachine(RuleBasedStateMachine):
             f"e{self.evaluated}", _version(versions[number % len(versions)]), 2, 1, SamplingParams(max_tokens=16)
         )
         request = codec.evaluation_to_proto(evaluation, law.epoch)
-        if law.finished:
+        if law.finished or law.must_open_at is not None:
             self.refused(PreconditionError, "CreateEvaluation", request)
             return
         self.call("CreateEvaluation", request)
@@ -270,7 +275,7 @@ class BufferMachine(RuleBasedStateMachine):
         assert self.call("RequeueDeadLetters", request).requeued_count == 1
         assert group_id not in law.dead_letters
 
-    @precondition(lambda self: self.law.committed == self.law.step and self.law.step >= 2)
+    @precondition(lambda self: self.law.committed == self.law.step >= 2 and self.law.must_open_at is None)
     @rule(sure=st.integers(0, 3))
     def finish(self, sure: int) -> None:
         if not sure:
@@ -375,6 +380,8 @@ class BufferMachine(RuleBasedStateMachine):
         for number in range(batches):
             if self.law.finished or self.law.step == self.spec.total_steps:
                 return
+            if self.law.must_open_at is not None:
+                self.open_at(_proto(self.law.must_open_at), [])
             self.draw(0, 1)
             if self.law.whole(self.law.step + 1):
                 self.advance(0, False, number)
