@@ -33,7 +33,7 @@ def check_epoch(run: RunState, epoch: int) -> None:
     if epoch < run.epoch:
         cause = "another learner has taken over" if run.must_open_at is None else "the run was rolled back"
         raise FencedError(f"run {name!r}: epoch {epoch} is fenced by epoch {run.epoch}; {cause}")
-    if epoch > run.epoch:
+    if epoch > run.epoch or run.must_open_at is not None:  # the epoch of a rollback is nobody's
         raise PreconditionError(f"run {name!r}: epoch {epoch} was never allocated; call OpenRun")
 
 

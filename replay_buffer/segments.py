@@ -21,7 +21,8 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
-from leeway.errors import ConfigError, CorruptDataError
+from leeway.durable import make_directory, sync_directory
+from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from replay_buffer.groups import Location
 
 HEADER: Final = struct.Struct("<II")
@@ -78,6 +79,30 @@ def segment_numbers(directory: Path) -> list[int]:
     return numbers
 
 
+class Segment(NamedTuple):
+    """A segment's file."""
+
+    number: int
+    size_bytes: int
+    written_at: float  # Unix time of the newest record; for display and retention by age
+
+
+def list_segments(directory: Path) -> list[Segment]:
+    """The segments there are, oldest first. Raises CorruptDataError: one is missing in between."""
+    segments: list[Segment] = []
+    for number in segment_numbers(directory):
+        status = segment_path(directory, number).stat()
+        segments.append(Segment(number, status.st_size, status.st_mtime))
+    return segments
+
+
+def remove_segments(directory: Path, numbers: list[int]) -> None:
+    """Delete segments, oldest first, so that what is left has no gap whenever this ends. Raises OSError."""
+    for number in sorted(numbers):
+        segment_path(directory, number).unlink(missing_ok=True)
+        sync_directory(directory)
+
+
 class SegmentFile(Protocol):
     """The end of the log, as the writer sees it. Tests inject failing ones."""
 
@@ -123,15 +148,6 @@ class AppendFile:
 OpenFile = Callable[[Path], SegmentFile]
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock_directory(directory: Path) -> int:
     """Make the directory if needed and hold it for this process; returns the descriptor that holds it.
 
@@ -139,7 +155,7 @@ def lock_directory(directory: Path) -> int:
         ConfigError: another process holds it, or it cannot be used.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
@@ -266,7 +282,8 @@ class SegmentReader:
         """The payload at a location.
 
         Raises:
-            CorruptDataError: the bytes fail their checksum, or are gone.
+            NotFoundError: the segment has been retired.
+            CorruptDataError: the bytes fail their checksum.
         """
         path = segment_path(self._directory, location.segment)
         with self._lock:
@@ -276,6 +293,8 @@ class SegmentReader:
                     HEADER.size + location.size_bytes,
                     location.offset - HEADER.size,
                 )
+            except FileNotFoundError as error:
+                raise NotFoundError(f"{path} has been retired; what it held is gone") from error
             except OSError as error:
                 raise CorruptDataError(f"{path}: cannot read byte {location.offset}: {error.strerror}") from error
         payload = _frame_at(data, 0)
@@ -291,6 +310,12 @@ class SegmentReader:
             if len(self._descriptors) > _MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[segment]
+
+    def close_before(self, segment: int) -> None:
+        """Let go of older segments, so that deleting them frees their space."""
+        with self._lock:
+            for number in [number for number in self._descriptors if number < segment]:
+                os.close(self._descriptors.pop(number))
 
     def close(self) -> None:
         """Close every file."""
