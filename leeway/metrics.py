@@ -105,6 +105,8 @@ class InferenceServerMetrics:
             ["from"],
             registry=registry,
         )
+        for given_up in ("delta", "zmq"):
+            self.weight_fallbacks.labels(given_up)
         self.reward_seconds = Histogram(
             "leeway_inference_reward_seconds", "Time of one reward call", buckets=_SECONDS_BUCKETS, registry=registry
         )
