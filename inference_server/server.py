@@ -110,6 +110,7 @@ class InferenceServerProcess:
             address=self.network.policy,
             security=self.security,
             allow_local=self.network.weights != "grpc",
+            take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,
         )
