@@ -245,6 +245,14 @@ class ReplayClient:
             )
         return codec.status_from_proto(reply)
 
+    async def back_up(self, directory: str) -> int:
+        """Copy the log to a new folder of the buffer's host; returns the copy's size in bytes."""
+        with mapped_errors(f"BackUp at {self.address}"):
+            reply = await self.stub.BackUp(
+                replay_pb2.BackUpRequest(directory=directory), timeout=self.patience_seconds * 10
+            )
+        return reply.size_bytes
+
     async def export_groups(
         self,
         *,

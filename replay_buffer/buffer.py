@@ -41,6 +41,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.backup import Backup
 from replay_buffer.completion import decide_after_restart
 from replay_buffer.dead_letters import decide_requeue
 from replay_buffer.drafts import Drafts
@@ -58,6 +59,7 @@ from replay_buffer.lifecycle import (
     decide_commit,
     decide_finish,
     decide_open_run,
+    decide_restored,
     decide_rollback,
 )
 from replay_buffer.log import Log
@@ -140,10 +142,23 @@ class ReplayBuffer:
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
             self._observer.run_opened(run.state)
+            if self._storage.restored_from is not None:
+                self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
                 self._record(run.state.spec.run, drop)
             self._drop_expired(run)
         self._arm_lease_timer()
+        if self._storage.restored_from is not None:
+            self._storage.begin_generation()
+
+    def _record_restored(self, state: RunState) -> None:
+        restored = decide_restored(state, int(time.time()))
+        if restored is not None:
+            self._record(state.spec.run, restored)
+            log.warning(
+                "run %s is restored from a backup at %s; %d open groups are dropped, epochs below %d are fenced",
+                *(state.spec.run, state.head, len(restored.group_ids), restored.epoch),
+            )
 
     def _restore(self, state: RunState) -> None:
         self._runs[state.spec.run] = _Run(state, Leases(self._options.lease_seconds))
@@ -423,6 +438,16 @@ class ReplayBuffer:
             ExhaustedError: the disk takes nothing.
         """
         await self.intake.settled(mark)
+
+    async def back_up(self, directory: Path) -> Backup:
+        """Copy everything that is acknowledged, and perhaps more, to a new folder.
+
+        Raises:
+            PreconditionError: the folder exists or cannot be written.
+        """
+        self._check_running()
+        await self._log.durable()
+        return await self._storage.back_up(directory)
 
     # Deciding and recording
 
