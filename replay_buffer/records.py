@@ -11,6 +11,7 @@ from leeway import codec
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import DropReason, PolicyVersion
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
+from leeway.wire import leading_columns
 from replay_buffer.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -201,4 +202,5 @@ def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
     Raises:
         InvalidDataError: the bytes are not a TrajectoryChunk.
     """
-    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk))
+    _, end = leading_columns(chunk)  # columns name no versions, and are most of the bytes
+    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk[end:]))
