@@ -6,13 +6,13 @@ import asyncio
 import json
 import logging
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from learner.checkpoint import Checkpoint, CheckpointStore
+from learner.checkpoint import Branch, Checkpoint, CheckpointStore
 from learner.journal import Journal
 from learner.local_weights import LocalWeights
 from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
@@ -41,7 +41,7 @@ from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, is_loopback, start_server
 from leeway.tasks import load_tasks
-from leeway.types import PolicyVersion, RunSpec
+from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights import weights_digest
 
@@ -85,7 +85,13 @@ class LearnerProcess:
         if world.rank:
             # Signals reach every rank; rank 0 decides when all of them stop.
             async with self._replay_client() as buffer:
-                await follow(ranked, world, buffer, draw_timeout_seconds=self.options.draw_timeout_seconds)
+
+                async def my_groups(step: int, branches: Sequence[Branch]) -> Sequence[TrajectoryGroup]:
+                    epoch = max(epoch for epoch, _ in branches)
+                    timeout = self.options.draw_timeout_seconds
+                    return await buffer.draw_batch(epoch, step, timeout, rank=world.rank, world_size=world.size)
+
+                await follow(ranked, world, my_groups)
         else:
             trainer = DistributedTrainer(ranked, world)
             await self._lead(trainer, stop)

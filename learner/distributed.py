@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from learner.checkpoint import Branch
@@ -26,7 +26,6 @@ from learner.torch_trainer import TorchTrainer
 from learner.trainer import FinishSave, StepResult
 from learner.world import TorchWorld
 from leeway.errors import InvalidDataError
-from leeway.replay_client import ReplayClient
 from leeway.types import ModelSignature, TrajectoryGroup, WeightManifest
 
 log = logging.getLogger(__name__)
@@ -73,10 +72,12 @@ class DistributedTrainer:
         self._world.send({"do": "stop"})
 
 
-async def follow(
-    trainer: TorchTrainer, world: TorchWorld, buffer: ReplayClient, *, draw_timeout_seconds: float
-) -> None:
-    """Do what rank 0 says until it says stop.
+StepGroups = Callable[[int, Sequence[Branch]], Awaitable[Sequence[TrajectoryGroup]]]
+"""(step, branches of the surviving history) -> this rank's slice of the step: groups r, r + W, ..."""
+
+
+async def follow(trainer: TorchTrainer, world: TorchWorld, my_groups: StepGroups) -> None:
+    """Do what rank 0 says until it says stop; `my_groups` gives what to train on.
 
     Raises:
         LeewayError: this rank cannot go on; the learner starts again as a whole.
@@ -87,10 +88,7 @@ async def follow(
         match command["do"]:
             case "train":
                 step, branches = command["step"], [(epoch, start) for epoch, start in command["branches"]]
-                newest_epoch = max(epoch for epoch, _ in branches)
-                groups = await buffer.draw_batch(
-                    newest_epoch, step, draw_timeout_seconds, rank=world.rank, world_size=world.size
-                )
+                groups = await my_groups(step, branches)
                 try:
                     await asyncio.to_thread(trainer.train_step, step, groups, branches)
                 except UnusableGroupError as error:

@@ -38,6 +38,11 @@ class LearnerOptions(Options):
     evaluation_timeout_seconds: float = Field(
         default=300.0, gt=0, description="longest time that an evaluation may hold back newer versions"
     )
+    stop_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="longest time that `leeway run` gives a stopping learner to finish its step and write a checkpoint",
+    )
     record_policy_logprobs: bool = Field(
         default=True, description="keep the learner's log-prob of every trained token, for `leeway rollouts`"
     )

@@ -47,7 +47,7 @@ class Difference:
         return f"step {self.step}: {self.kind} {self.name} was {self.recorded}, but is {self.recomputed}"
 
 
-class _Differs(Exception):
+class DiffersError(Exception):
     """Ends the replay with its answer."""
 
     def __init__(self, difference: Difference) -> None:
@@ -110,10 +110,10 @@ async def replay(
         for at in range(checkpoint.version.step + 1, step + 1):
             receipt = receipts.step(at)
             _compare_options(receipt, receipts.options.get(receipt.options, {}), options)
-            groups = await _read_groups(receipt, export_step)
+            groups = await read_groups(receipt, export_step)
             _train_and_compare(trainer, receipt, groups)
             tell(f"step {at}: equal ({len(groups)} groups, {len(receipt.statistics)} statistics, every tensor)")
-    except _Differs as found:
+    except DiffersError as found:
         return found.difference
     return None
 
@@ -123,41 +123,46 @@ def _compare_options(receipt: StepReceipt, recorded: Options, now: Options) -> N
         return
     for key in sorted({*recorded, *now}):
         if recorded.get(key) != now.get(key):
-            raise _Differs(Difference(receipt.step, "option", key, recorded.get(key, "absent"), now.get(key, "absent")))
+            before, after = recorded.get(key, "absent"), now.get(key, "absent")
+            raise DiffersError(Difference(receipt.step, "option", key, before, after))
     raise CorruptDataError(f"step {receipt.step}: the options of its receipt do not have the digest that it names")
 
 
-async def _read_groups(receipt: StepReceipt, export_step: ExportStep) -> list[TrajectoryGroup]:
-    """The step's groups in the order of training, each verified against the receipt."""
+async def read_groups(receipt: StepReceipt, export_step: ExportStep) -> list[TrajectoryGroup]:
+    """The step's groups in the order of training, each verified against the receipt.
+
+    Raises:
+        DiffersError: naming the group or trajectory that is not the receipt's.
+    """
     found = {record.group_id: record async for record in export_step(receipt.step)}
     groups: list[TrajectoryGroup] = []
     for recorded in receipt.groups:
         record = found.pop(recorded.group_id, None)
         if record is None:
-            raise _Differs(
+            raise DiffersError(
                 Difference(receipt.step, "group", recorded.group_id, "trained on", "not this step's in the log")
             )
         groups.append(_verified(receipt.step, recorded, record))
     for group_id in found:
-        raise _Differs(Difference(receipt.step, "group", group_id, "not trained on", "this step's in the log"))
+        raise DiffersError(Difference(receipt.step, "group", group_id, "not trained on", "this step's in the log"))
     return groups
 
 
 def _verified(step: int, recorded: GroupReceipt, record: GroupRecord) -> TrajectoryGroup:
     if record.task_index != recorded.task_index:
-        raise _Differs(
+        raise DiffersError(
             Difference(step, "group", recorded.group_id, f"task {recorded.task_index}", f"task {record.task_index}")
         )
     members = sorted(record.trajectories, key=lambda trajectory: trajectory.member)
     before, now = [t.trajectory_id for t in recorded.trajectories], [t.trajectory_id for t in members]
     if before != now:
-        raise _Differs(Difference(step, "group", recorded.group_id, ", ".join(before), ", ".join(now)))
+        raise DiffersError(Difference(step, "group", recorded.group_id, ", ".join(before), ", ".join(now)))
     for known, trajectory in zip(recorded.trajectories, members, strict=True):
         digest = codec.EMPTY_CHAIN
         for chunk in trajectory.chunks:
             digest = codec.chain_digest(digest, chunk)
         if digest.hex() != known.digest:
-            raise _Differs(
+            raise DiffersError(
                 Difference(step, "trajectory", trajectory.trajectory_id, known.digest[:16], digest.hex()[:16])
             )
     return TrajectoryGroup(record.group_id, record.task_index, tuple(assemble_trajectory(t) for t in members))
@@ -167,7 +172,7 @@ def _train_and_compare(trainer: Trainer, receipt: StepReceipt, groups: list[Traj
     try:
         result = trainer.train_step(receipt.step, groups, receipt.branches)
     except UnusableGroupError as error:
-        raise _Differs(
+        raise DiffersError(
             Difference(receipt.step, "group", error.group_id, "trained on", f"refused: {error.message}")
         ) from error
     _compare_statistics(receipt, result.statistics)
@@ -176,7 +181,7 @@ def _train_and_compare(trainer: Trainer, receipt: StepReceipt, groups: list[Traj
     if version != receipt.version:
         name = first_different_tensor(manifest, receipt.tensors)
         kind, name = ("version", "of the step") if name is None else ("tensor", name)
-        raise _Differs(
+        raise DiffersError(
             Difference(receipt.step, kind, name, f"as in {_short(receipt.version)}", f"as in {_short(version)}")
         )
 
@@ -185,7 +190,7 @@ def _compare_statistics(receipt: StepReceipt, now: Mapping[str, float]) -> None:
     for name in [*receipt.statistics, *(name for name in now if name not in receipt.statistics)]:
         before, after = receipt.statistics.get(name), now.get(name)
         if before != after:
-            raise _Differs(Difference(receipt.step, "statistic", name, repr(before), repr(after)))
+            raise DiffersError(Difference(receipt.step, "statistic", name, repr(before), repr(after)))
 
 
 def _short(version: str) -> str:

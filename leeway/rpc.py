@@ -65,12 +65,12 @@ _SERVICE_CONFIG: Final = json.dumps(
         ]
     }
 )
-_CHANNEL_OPTIONS: Final = [
-    *_KEEPALIVE,
-    ("grpc.service_config", _SERVICE_CONFIG),
+_RECONNECTION: Final = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 ]
+_CHANNEL_OPTIONS: Final = [*_KEEPALIVE, *_RECONNECTION, ("grpc.service_config", _SERVICE_CONFIG)]
+_IMPATIENT_CHANNEL_OPTIONS: Final = [*_KEEPALIVE, *_RECONNECTION, ("grpc.enable_retries", 0)]
 
 log = logging.getLogger(__name__)
 
@@ -117,12 +117,19 @@ class Security:
         return cls(**contents, insecure=insecure)
 
 
-def open_channel(address: str, security: Security) -> grpc.aio.Channel:
-    """A channel with Leeway's limits, keepalive and retries; connects when first used."""
+def open_channel(address: str, security: Security, *, patient: bool = True) -> grpc.aio.Channel:
+    """A channel with Leeway's limits, keepalive and retries; connects when first used.
+
+    Args:
+        address: host:port.
+        security: certificates, if any.
+        patient: whether calls wait for the connection and repeat on UNAVAILABLE; otherwise they fail at once.
+    """
+    options = _CHANNEL_OPTIONS if patient else _IMPATIENT_CHANNEL_OPTIONS
     if not security.tls:
-        return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        return grpc.aio.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(security.authority, security.key, security.certificate)
-    return grpc.aio.secure_channel(address, credentials, options=_CHANNEL_OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 def is_loopback(address: str) -> bool:

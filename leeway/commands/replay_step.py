@@ -1,29 +1,24 @@
 """`leeway replay-step RUN STEP`: computes a past step again and says equal, or where it first differs.
 
 Starts from the newest kept checkpoint before the step, takes the groups from the replay buffer's log, and compares
-options, data, statistics and weights bit for bit with the step's receipt. Bits agree on a CPU with as many threads.
-Exit code 0: equal; 1: different.
+options, data, statistics and weights bit for bit with the step's receipt, with as many ranks as trained it. Bits agree
+on a CPU with as many threads. Exit code 0: equal; 1: different; 2: it could not be computed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+import sys
 from pathlib import Path
 from typing import Any
 
-from learner.checkpoint import CheckpointStore
-from learner.making import make_trainer
 from learner.options import LearnerOptions
-from learner.receipts import deciding_options, read_receipts
-from learner.replay import Difference, find_start, replay
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import load_run_document
-from leeway.config import Document, ModelOptions, RunOptions, SamplingOptions, section
-from leeway.errors import PreconditionError
-from leeway.process import EXIT_FAILED, EXIT_OK
-from leeway.types import GroupRecord, Purpose
+from leeway.commands.torchrun import launcher
+from leeway.config import Document, section
+from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
@@ -37,40 +32,37 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 
 def _replay_step(arguments: argparse.Namespace) -> int:
-    difference = asyncio.run(_replay(arguments.run, arguments.step, load_run_document(arguments.run)))
-    if difference is None:
-        print(f"equal: step {arguments.step} gives the same statistics and weights, bit for bit")
-        return EXIT_OK
-    print(f"different: {difference}")
-    return EXIT_FAILED
+    return asyncio.run(_replay(load_run_document(arguments.run), arguments.step))
 
 
-async def _replay(directory: Path, step: int, document: Document) -> Difference | None:
-    options = section(document, "learner", LearnerOptions)
-    run = section(document, "run", RunOptions)
-    if options.ranks > 1:
-        raise PreconditionError(
-            f"{directory} was trained by {options.ranks} ranks; their sums have another order than one process's, "
-            "so its steps cannot be computed again to the bit"
-        )
-    receipts = read_receipts(directory)
-    store = CheckpointStore(directory / "checkpoints", keep=options.keep_checkpoints)
-    checkpoint = find_start(store, receipts, step)
-    trainer = make_trainer(
-        options, section(document, "model", ModelOptions), section(document, "sampling", SamplingOptions)
-    )
-    print(f"starting from the checkpoint of step {checkpoint.version.step}")
+async def _replay(document: Document, step: int) -> int:
+    ranks = section(document, "learner", LearnerOptions).ranks
     async with open_replay(document) as client:
-
-        def export_step(at: int) -> AsyncIterator[GroupRecord]:
-            return client.export_groups(purpose=Purpose.TRAIN, step=at)
-
-        return await replay(
-            trainer,
-            checkpoint,
-            receipts,
-            step,
-            deciding_options(options, trainer.signature, seed=run.seed),
-            export_step,
-            print,
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", *launcher(ranks), "learner.replay_process"),
+            *("--config", str(document.path), "--step", str(step), "--supervised"),
+            *("--set", f"network.replay_buffer={client.address}"),
+            stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that we are gone
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
         )
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        errors = asyncio.create_task(process.stderr.read())
+        answer = ""
+        async for line in process.stdout:
+            answer = line.decode("utf-8", "replace").rstrip()
+            print(answer, flush=True)
+        await process.wait()
+    if answer.startswith("equal:"):
+        return EXIT_OK
+    if answer.startswith("different:"):
+        return EXIT_FAILED
+    print(f"leeway: {_reason((await errors).decode('utf-8', 'replace'))}", file=sys.stderr)
+    return EXIT_REFUSED
+
+
+def _reason(errors: str) -> str:
+    """The process's own last word, without what torchrun says about its end."""
+    lines = errors.strip().splitlines()
+    own = [line.removeprefix("replay-step: ") for line in lines if line.startswith("replay-step: ")]
+    return own[-1] if own else (lines[-1] if lines else "the replay ended without a reason")

@@ -19,14 +19,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from learner.checkpoint import CheckpointStore
 from learner.journal import read_journal
 from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.commands.progress import open_progress
 from leeway.commands.report import write_report
 from leeway.commands.supervisor import Outcome, Service, Supervisor
+from leeway.commands.torchrun import launcher
 from leeway.config import RunOptions, load_document
 from leeway.errors import PreconditionError
-from leeway.ports import free_port
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
 
 
@@ -91,32 +92,32 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
     )
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
     with open_progress(run, plain=plain or not sys.stderr.isatty()) as progress:
         supervisor = Supervisor(
             replay_buffer=Service("replay-buffer", ("replay_buffer", *arguments)),
-            learner=Service("learner", (*_launcher(configuration.learner.ranks), "learner", *arguments)),
+            learner=Service("learner", (*launcher(configuration.learner.ranks), "learner", *arguments)),
             servers=servers,
+            learner_stop_seconds=configuration.learner.stop_seconds,
             log_directory=run.run_directory / "logs",
             on_journal_line=progress.on_journal_line,
             on_event=progress.on_event,
         )
+
+        def on_signal() -> None:
+            if stop.is_set():
+                supervisor.kill()  # whoever asks twice does not want to wait
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
         return await supervisor.run(stop)
 
 
-def _launcher(ranks: int) -> tuple[str, ...]:
-    """What comes before a module's name to start it as several ranks on this host."""
-    if ranks == 1:
-        return ()
-    port = free_port("127.0.0.1")
-    return (
-        "torch.distributed.run",
-        f"--nproc-per-node={ranks}",
-        "--master-addr=127.0.0.1",
-        f"--master-port={port}",
-        "-m",
-    )
+def _checkpoint_words(directory: Path, step: int) -> str:
+    if not step:
+        return ""
+    newest = CheckpointStore(directory / "checkpoints", keep=1).steps()[-1]
+    return " with a checkpoint" if newest == step else f"; its newest checkpoint is of step {newest}"
 
 
 def _command(arguments: argparse.Namespace) -> str:
@@ -134,7 +135,7 @@ def _conclude(run: RunOptions, command: str, outcome: Outcome) -> int:
     report = write_report(directory) if steps else None
     if not _finished(directory):
         again = f"{command} --resume" if steps else command
-        print(f"leeway: stopped at step {steps}{' with a checkpoint' if steps else ''}; continue with: {again}")
+        print(f"leeway: stopped at step {steps}{_checkpoint_words(directory, steps)}; continue with: {again}")
         return EXIT_OK
     print(_closing_lines(json.loads((directory / "summary.json").read_text(encoding="utf-8"))))
     print(f"report: {report}")

@@ -4,7 +4,8 @@
     learner's stdout ──> on_journal_line          every stderr ──> logs/NAME.log
 
     the end    learner exits 0           the run is finished (or it was stopped): servers, then the buffer are stopped
-               `stop` is set             the buffer is stopped last, so that checkpoint and rollouts reach it
+               `stop` is set             the buffer is stopped last, so that checkpoint and rollouts reach it;
+                                         whoever cannot wait for that calls `kill`
                a process exits 2         a restart would meet the same error: everything stops with its last line
                too many restarts         likewise
 
@@ -27,8 +28,6 @@ from typing import Any, Final
 from leeway.process import EXIT_OK, EXIT_REFUSED
 from leeway.rpc import cancel_and_wait
 
-LEARNER_STOP_SECONDS: Final = 6.0
-"""A stopping learner finishes its step and writes a checkpoint."""
 OTHERS_STOP_SECONDS: Final = 2.0
 _FIRST_BACKOFF_SECONDS: Final = 0.25
 _MAX_BACKOFF_SECONDS: Final = 8.0
@@ -73,6 +72,7 @@ class Supervisor:
         replay_buffer: Service,
         learner: Service,
         servers: Sequence[Service],
+        learner_stop_seconds: float,
         log_directory: Path,
         on_journal_line: Callable[[str], None],
         on_event: Callable[[str], None],
@@ -80,6 +80,7 @@ class Supervisor:
         self._buffer = _Child(replay_buffer)
         self._learner = _Child(learner)
         self._servers = [_Child(service) for service in servers]
+        self._learner_stop_seconds = learner_stop_seconds
         self._log_directory = log_directory
         self._on_journal_line = on_journal_line
         self._on_event = on_event
@@ -89,6 +90,12 @@ class Supervisor:
         """The running process of a service; None while it has none."""
         child = next(child for child in [self._buffer, self._learner, *self._servers] if child.service.name == name)
         return child.process.pid if child.process is not None and child.process.returncode is None else None
+
+    def kill(self) -> None:
+        """End every process at once; `run` then returns."""
+        for child in [self._buffer, self._learner, *self._servers]:
+            child.stopping = True
+            _signal(child, signal.SIGKILL)
 
     async def run(self, stop: asyncio.Event) -> Outcome:
         """Run until the learner is done, a process cannot go on, or `stop` is set."""
@@ -114,7 +121,7 @@ class Supervisor:
         else:
             if self._trained:
                 self._on_event("stopping: the learner writes a checkpoint")
-            grace_seconds = LEARNER_STOP_SECONDS if self._trained else OTHERS_STOP_SECONDS
+            grace_seconds = self._learner_stop_seconds if self._trained else OTHERS_STOP_SECONDS
             await self._stop([self._learner, *self._servers], grace_seconds)
             if learner_task.done() and not outcome.error:
                 outcome = learner_task.result()

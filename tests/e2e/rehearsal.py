@@ -169,6 +169,7 @@ async def rehearse(
             ),
             learner=Service("learner", ("learner", *arguments)),
             servers=[Service(f"server-{i}", ("inference_server", *arguments, "--index", str(i))) for i in range(2)],
+            learner_stop_seconds=6.0,
             log_directory=run_directory / "logs",
             on_journal_line=plan.on_journal_line,
             on_event=events.append,

@@ -68,6 +68,25 @@ async def resume(arguments: Sequence[str], run_directory: Path) -> None:
     assert summary["groups_consumed"] == 4 * STEPS
 
 
+async def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
+    async with leeway(arguments(tmp_path)) as process:
+        await training_begins(process)
+        (learner,) = [child for child in children(process.pid) if "learner" in command_line(child)]
+        os.kill(learner, signal.SIGSTOP)  # it will never write its checkpoint
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        while not (await process.stderr.readline()).startswith(b"stopping"):
+            pass
+        process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(STOP_SECONDS):
+            stdout, _ = await process.communicate()
+    with pytest.raises(ProcessLookupError):
+        os.kill(learner, 0)
+    assert "leeway: stopped at step" in stdout.decode()
+    assert "; its newest checkpoint is of step 0; continue with: " in stdout.decode()
+    await resume([*arguments(tmp_path), "--resume"], tmp_path / "rehearsal")
+
+
 async def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
     run_directory = tmp_path / "rehearsal"
     async with leeway(arguments(tmp_path)) as process:
@@ -105,6 +124,10 @@ async def test_a_killed_supervisor_leaves_nothing_running_and_the_run_resumes(tm
 
 def children(process_id: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+
+
+def command_line(process_id: int) -> list[str]:
+    return Path(f"/proc/{process_id}/cmdline").read_text().split("\0")
 
 
 async def _ended(descriptor: int) -> None:
