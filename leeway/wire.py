@@ -39,7 +39,7 @@ def leading_columns(chunk: bytes) -> tuple[list[WireColumn], int]:
     at = 0
     try:
         while at < len(chunk) and chunk[at] == 0x0A:
-            size_bytes, begin = _varint(chunk, at + 1)
+            size_bytes, begin = varint_at(chunk, at + 1)
             end = begin + size_bytes
             if end > len(chunk):
                 break
@@ -53,36 +53,37 @@ def leading_columns(chunk: bytes) -> tuple[list[WireColumn], int]:
 def _column(data: bytes, at: int, end: int) -> WireColumn:
     kind = start_token = end_token = dtype = 0
     if data[at] == 0x08:
-        kind, at = _varint(data, at + 1)
+        kind, at = varint_at(data, at + 1)
     if data[at] == 0x10:
-        start_token, at = _varint(data, at + 1)
+        start_token, at = varint_at(data, at + 1)
     if data[at] == 0x18:
-        end_token, at = _varint(data, at + 1)
+        end_token, at = varint_at(data, at + 1)
     if data[at] != 0x22:
         raise _Unusual
-    size_bytes, at = _varint(data, at + 1)
+    size_bytes, at = varint_at(data, at + 1)
     if at + size_bytes != end:
         raise _Unusual
     if data[at] == 0x08:
-        dtype, at = _varint(data, at + 1)
+        dtype, at = varint_at(data, at + 1)
     shape: list[int] = []
     if data[at] == 0x12:
-        size_bytes, at = _varint(data, at + 1)
+        size_bytes, at = varint_at(data, at + 1)
         shape_end = at + size_bytes
         while at < shape_end:
-            extent, at = _varint(data, at)
+            extent, at = varint_at(data, at)
             shape.append(extent)
         if at != shape_end:
             raise _Unusual
     if data[at] != 0x1A:
         raise _Unusual
-    size_bytes, at = _varint(data, at + 1)
-    if at + size_bytes != end:
+    size_bytes, at = varint_at(data, at + 1)
+    if at + size_bytes != end or max(kind, start_token, end_token, dtype, *shape) > _LARGEST:
         raise _Unusual
     return WireColumn(kind, start_token, end_token, dtype, tuple(shape), data, at, size_bytes)
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
+def varint_at(data: bytes, at: int) -> tuple[int, int]:
+    """The number at a place, and where it ends. Raises IndexError at the end of the data."""
     byte = data[at]
     if byte < 0x80:
         return byte, at + 1
@@ -94,6 +95,4 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             break
         shift += 7
-    if number > _LARGEST:
-        raise _Unusual
     return number, at + 1

@@ -388,9 +388,9 @@ class ReplayBuffer:
                 await self._log.durable()
                 yield seen
 
-    def read(self, location: Location) -> bytes:
-        """A record's payload. Safe from any thread once it is durable."""
-        return self._log.read(location)
+    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
+        """Records' payloads. Safe from any thread once they are durable."""
+        return self._log.read_many(locations)
 
     @property
     def mark(self) -> int:

@@ -85,6 +85,8 @@ class RunState:
         self.issued = 0  # training groups
         self.consumed = 0
         self.dropped: Counter[DropReason] = Counter()
+        self._found_id = ""  # what `find` found last, while it has not ended
+        self._found: tuple[Group, int] | None = None
 
     @property
     def head(self) -> PolicyVersion:
@@ -102,11 +104,16 @@ class RunState:
 
     def find(self, trajectory_id: str) -> tuple[Group, int] | None:
         """The group of a trajectory and its place in it; None when it was never issued."""
+        if trajectory_id == self._found_id and self._found is not None:
+            return self._found  # items of one trajectory follow each other, and each looks several times
         group_id, _, member = trajectory_id.rpartition(".")
         group = self.groups.get(group_id)
         if group is None or not member.isdecimal() or int(member) >= len(group.members):
             return None
-        return group, int(member)
+        found = group, int(member)
+        if group_id in self.groups.unended:
+            self._found_id, self._found = trajectory_id, found
+        return found
 
     def occupying(self) -> Iterator[Group]:
         """L of the admission inequality: OPEN, READY, or DRAWN in a batch that is not sealed."""
@@ -315,6 +322,7 @@ class RunState:
         for member in group.members:
             member.versions = ()
         del self.groups.unended[group.group_id]
+        self._found_id, self._found = "", None
         self.live.pop(group.group_id, None)
         self.ended.put(group)
         if self.live_evaluation.pop(group.group_id, None) is not None:
