@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from leeway.errors import CorruptDataError, DeadlineError, ExhaustedError, NotFoundError, UnavailableError
 from leeway.types import (
@@ -77,6 +78,9 @@ from replay_buffer.transitions import (
 from replay_buffer.views import GroupView, view_group
 from replay_buffer.writing import decide_write
 
+_FAR_FROM_FULL_BYTES: Final = 1 << 30
+_ROOM_SECONDS: Final = 0.05
+
 log = logging.getLogger(__name__)
 
 
@@ -120,6 +124,7 @@ class ReplayBuffer:
         self._runs: dict[str, _Run] = {}
         self._index = Index()
         self._drafts = Drafts()
+        self._room_until = 0.0  # until then there is room for chunks
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -312,7 +317,7 @@ class ReplayBuffer:
             NotFoundError: no such run.
         """
         run = self._run(name)
-        room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
+        room = not self._log.stalled and self._has_room()
         results: list[WriteResult] = []
         for item in items:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
@@ -477,6 +482,16 @@ class ReplayBuffer:
     def _check_running(self) -> None:
         if self._stopping:
             raise UnavailableError("the replay buffer is stopping; call again when it is back")
+
+    def _has_room(self) -> bool:
+        """Whether chunks may be taken; far from the mark the disk is not asked for each message."""
+        now = self._now()
+        if now >= self._room_until:
+            spare = self._free_bytes(self._options.directory) - self._options.hard_free_bytes
+            if spare < _FAR_FROM_FULL_BYTES:
+                return spare >= 0
+            self._room_until = now + _ROOM_SECONDS
+        return True
 
     def _check_soft_mark(self) -> None:
         directory, wanted = self._options.directory, self._options.soft_free_bytes

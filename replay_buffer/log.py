@@ -60,7 +60,7 @@ class LogOptions:
     directory: Path
     segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
     retry_seconds: float = 1.0  # between attempts to write to a full disk
-    commit_seconds: float = 0.002  # from one fsync to the next, unless commit_bytes wait; the first one is never late
+    commit_seconds: float = 0.005  # from one fsync to the next, unless commit_bytes wait; the first one is never late
     commit_bytes: int = 1 << 20
     open_file: OpenFile = field(default=AppendFile, repr=False)
 
