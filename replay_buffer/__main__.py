@@ -62,6 +62,7 @@ async def run(
             buffer.stop()
             service.stop()
             await server.stop(options.stop_seconds)
+            await buffer.aclose()
     finally:
         await durable_log.aclose()
     log.info("stopped")

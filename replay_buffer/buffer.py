@@ -48,7 +48,7 @@ from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
-from replay_buffer.index import Filter, Index
+from replay_buffer.index import Filter
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -63,9 +63,10 @@ from replay_buffer.lifecycle import (
 from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
-from replay_buffer.selection import select
+from replay_buffer.selection import check_kept, select
 from replay_buffer.signals import Signal
 from replay_buffer.state import RunState
+from replay_buffer.storage import Storage
 from replay_buffer.tickets import Expired, Server, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
@@ -122,7 +123,7 @@ class ReplayBuffer:
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
         self._runs: dict[str, _Run] = {}
-        self._index = Index()
+        self._storage = Storage(options, durable_log)
         self._drafts = Drafts()
         self._room_until = 0.0  # until then there is room for chunks
         self._opened = Signal()
@@ -135,7 +136,7 @@ class ReplayBuffer:
         Raises:
             CorruptDataError: the log is damaged.
         """
-        self._log.recover(self._replay)
+        self._storage.recover(self._restore, self._replay)
         self._log.start()
         now = self._now()
         for run in self._runs.values():
@@ -147,6 +148,9 @@ class ReplayBuffer:
             self._drop_expired(run)
         self._arm_lease_timer()
 
+    def _restore(self, state: RunState) -> None:
+        self._runs[state.spec.run] = _Run(state, Leases(self._options.lease_seconds))
+
     def _replay(self, payload: bytes, location: Location) -> None:
         try:
             record = decode(payload)
@@ -157,7 +161,7 @@ class ReplayBuffer:
             ) from error
 
     def stop(self) -> None:
-        """Refuse new calls and release everyone who waits; `Log.aclose` comes next."""
+        """Refuse new calls and release everyone who waits; `aclose` comes next."""
         self._stopping = True
         if self._lease_timer is not None:
             self._lease_timer.cancel()
@@ -165,6 +169,10 @@ class ReplayBuffer:
         for run in self._runs.values():
             run.work.notify()
             run.results.notify()
+
+    async def aclose(self) -> None:
+        """Leave the directory so that the next start has nothing to fold; `Log.aclose` comes next."""
+        await self._storage.aclose(self._states())
 
     # The learner's calls
 
@@ -217,9 +225,9 @@ class ReplayBuffer:
             self._drop_expired(run)
         await self._log.durable()
 
-    async def commit(self, name: str, epoch: int, step: int) -> None:
+    async def commit(self, name: str, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
         """Consume steps for good. Raises: see ReplayService.Commit."""
-        await self._decided(name, decide_commit(self._run(name).state, epoch, step))
+        await self._decided(name, decide_commit(self._run(name).state, epoch, step, oldest_kept_step))
 
     async def reject_group(self, name: str, epoch: int, group_id: str, message: str) -> None:
         """Set a drawn group aside. Raises: see ReplayService.RejectGroup."""
@@ -383,9 +391,10 @@ class ReplayBuffer:
         """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
 
         Raises:
-            NotFoundError: no such run.
+            NotFoundError: no such run, or the groups of the step that is asked for have been retired.
         """
         state = self._run(name).state
+        check_kept(state, wanted)
         for group_id in select(state, wanted, limit):
             group = state.groups.get(group_id)
             if group is not None:
@@ -426,7 +435,7 @@ class ReplayBuffer:
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns(), transition)
-        location = self._log.append(*encode(record))
+        location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
         self._apply(record, location)
         run = self._runs[name]
@@ -457,10 +466,12 @@ class ReplayBuffer:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            state = RunState(record.transition.spec, self._index.of(record.run))
-            run = _Run(state, Leases(self._options.lease_seconds))
-            self._runs[record.run] = run
+            self._restore(RunState(record.transition.spec, self._storage.index.of(record.run)))
+            run = self._runs[record.run]
         run.state.apply(record.transition, record.recorded_at_ns, location)
+
+    def _states(self) -> list[RunState]:
+        return [run.state for run in self._runs.values()]
 
     def _read_transition(self, location: Location) -> Transition:
         return decode(self._log.read(location)).transition
@@ -499,6 +510,7 @@ class ReplayBuffer:
             raise ExhaustedError(f"{directory}: the disk is full; no new work is given out until there is room")
         free = self._free_bytes(directory)
         if free < wanted:
+            self._room_until = 0.0
             raise ExhaustedError(
                 f"{directory}: {free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
                 "no new work is given out until there is room"

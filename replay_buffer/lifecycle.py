@@ -33,7 +33,7 @@ def check_epoch(run: RunState, epoch: int) -> None:
     if epoch < run.epoch:
         cause = "another learner has taken over" if run.must_open_at is None else "the run was rolled back"
         raise FencedError(f"run {name!r}: epoch {epoch} is fenced by epoch {run.epoch}; {cause}")
-    if epoch > run.epoch:
+    if epoch > run.epoch or run.must_open_at is not None:  # the epoch of a rollback is nobody's
         raise PreconditionError(f"run {name!r}: epoch {epoch} was never allocated; call OpenRun")
 
 
@@ -244,18 +244,23 @@ def decide_advance(
     return PolicyAdvanced(version, parent, stale)
 
 
-def decide_commit(run: RunState, epoch: int, step: int) -> StepsCommitted | None:
-    """Consume every step up to `step`; None when that has already happened.
+def decide_commit(run: RunState, epoch: int, step: int, oldest_kept_step: int = 0) -> StepsCommitted | None:
+    """Consume every step up to `step`, keep what the oldest checkpoint needs; None when that has already happened.
 
     Raises:
         FencedError, PreconditionError: see ReplayService.Commit.
     """
     check_epoch(run, epoch)
+    if oldest_kept_step > step:
+        raise PreconditionError(
+            f"run {run.spec.run!r}: the oldest kept checkpoint cannot be of step {oldest_kept_step} "
+            f"when step {step} is committed"
+        )
     if step <= run.committed_step:
         return None
     if step > run.head.step:
         raise PreconditionError(f"run {run.spec.run!r}: step {step} cannot be committed, the head is {run.head}")
-    return StepsCommitted(step)
+    return StepsCommitted(step, oldest_kept_step)
 
 
 def decide_finish(run: RunState, epoch: int) -> RunFinished | None:

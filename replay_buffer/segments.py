@@ -21,7 +21,8 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
-from leeway.errors import ConfigError, CorruptDataError
+from leeway.durable import make_directory, sync_directory
+from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from replay_buffer.groups import Location
 
 HEADER: Final = struct.Struct("<II")
@@ -40,6 +41,13 @@ class Position(NamedTuple):
 
     segment: int
     offset: int  # byte of the segment's file
+
+
+class LastRecord(NamedTuple):
+    """The record before a place of the log, to recognize the log by."""
+
+    position: Position
+    checksum: int
 
 
 def frame(*parts: bytes) -> bytes:
@@ -73,6 +81,30 @@ def segment_numbers(directory: Path) -> list[int]:
                 f"{segment_path(directory, number + 1)} is missing; restore it, or start with an empty directory"
             )
     return numbers
+
+
+class Segment(NamedTuple):
+    """A segment's file."""
+
+    number: int
+    size_bytes: int
+    written_at: float  # Unix time of the newest record; for display and retention by age
+
+
+def list_segments(directory: Path) -> list[Segment]:
+    """The segments there are, oldest first. Raises CorruptDataError: one is missing in between."""
+    segments: list[Segment] = []
+    for number in segment_numbers(directory):
+        status = segment_path(directory, number).stat()
+        segments.append(Segment(number, status.st_size, status.st_mtime))
+    return segments
+
+
+def remove_segments(directory: Path, numbers: list[int]) -> None:
+    """Delete segments, oldest first, so that what is left has no gap whenever this ends. Raises OSError."""
+    for number in sorted(numbers):
+        segment_path(directory, number).unlink(missing_ok=True)
+        sync_directory(directory)
 
 
 class SegmentFile(Protocol):
@@ -120,15 +152,6 @@ class AppendFile:
 OpenFile = Callable[[Path], SegmentFile]
 
 
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def lock_directory(directory: Path) -> int:
     """Make the directory if needed and hold it for this process; returns the descriptor that holds it.
 
@@ -136,7 +159,7 @@ def lock_directory(directory: Path) -> int:
         ConfigError: another process holds it, or it cannot be used.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
         descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
@@ -281,7 +304,8 @@ class SegmentReader:
         """The payload at a location.
 
         Raises:
-            CorruptDataError: the bytes fail their checksum, or are gone.
+            NotFoundError: the segment has been retired.
+            CorruptDataError: the bytes fail their checksum.
         """
         begin = location.offset - HEADER.size
         return self._payload(self._bytes(location.segment, begin, HEADER.size + location.size_bytes), begin, location)
@@ -290,7 +314,8 @@ class SegmentReader:
         """The payloads at several locations; what lies close together is read at once.
 
         Raises:
-            CorruptDataError: the bytes of one fail their checksum, or are gone.
+            NotFoundError: a segment has been retired.
+            CorruptDataError: the bytes of one fail their checksum.
         """
         payloads: dict[Location, bytes] = {}
         for together in _runs(locations):
@@ -328,6 +353,8 @@ class SegmentReader:
         with self._lock:
             try:
                 return os.pread(self._descriptor(path, segment), size_bytes, begin)
+            except FileNotFoundError as error:
+                raise NotFoundError(f"{path} has been retired; what it held is gone") from error
             except OSError as error:
                 raise CorruptDataError(f"{path}: cannot read byte {begin}: {error.strerror}") from error
 
@@ -339,6 +366,12 @@ class SegmentReader:
             if len(self._descriptors) > _MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[segment]
+
+    def close_before(self, segment: int) -> None:
+        """Let go of older segments, so that deleting them frees their space."""
+        with self._lock:
+            for number in [number for number in self._descriptors if number < segment]:
+                os.close(self._descriptors.pop(number))
 
     def close(self) -> None:
         """Close every file."""

@@ -80,7 +80,7 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         return replay_pb2.AdvanceResponse()
 
     async def Commit(self, request: replay_pb2.CommitRequest, context: _Context) -> replay_pb2.CommitResponse:
-        await self._buffer.commit(request.run, request.epoch, request.step)
+        await self._buffer.commit(request.run, request.epoch, request.step, request.oldest_kept_step)
         return replay_pb2.CommitResponse()
 
     async def RejectGroup(

@@ -3,8 +3,8 @@
 `RunState.apply` is total on what the deciding functions produce, decides nothing beyond what a transition's docstring
 says, and never looks at a clock. Occupancy is read off the groups' states, so it cannot leak.
 
-    live groups, batches that are not committed, evaluations under way     in memory
-    ended groups and evaluations                                           handed to `Ended`, and asked for by id
+    live groups, batches that are not committed, the newest evaluations    in memory
+    ended groups, older evaluations                                        handed to `Ended`, and asked for by id
 
 So memory is bounded by what is live, however long the run is; only versions (one per step) and counters stay.
 """
@@ -48,6 +48,9 @@ from replay_buffer.transitions import (
 REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
 """A group dropped for one of these gives its task back."""
 
+KEPT_EVALUATIONS: Final = 4
+"""Ended evaluations that stay in memory: whoever asked for them may ask again, whatever is retired meanwhile."""
+
 SET_ASIDE: Final = frozenset(
     {
         DropReason.DEAD_LETTER,
@@ -75,7 +78,7 @@ class RunState:
         self.live: dict[str, Group] = {}  # training groups that have not ended, in the order of issue
         self.live_evaluation: dict[str, Group] = {}
         self.batches: dict[int, Batch] = {}  # of steps that are not committed
-        self.evaluations: dict[str, EvaluationState] = {}  # that have not ended
+        self.evaluations: dict[str, EvaluationState] = {}  # under way, and the newest ended ones
         self.task_cursor = 0
         self.requeued: deque[int] = deque()
         self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
@@ -85,8 +88,6 @@ class RunState:
         self.issued = 0  # training groups
         self.consumed = 0
         self.dropped: Counter[DropReason] = Counter()
-        self._found_id = ""  # what `find` found last, while it has not ended
-        self._found: tuple[Group, int] | None = None
 
     @property
     def head(self) -> PolicyVersion:
@@ -104,16 +105,19 @@ class RunState:
 
     def find(self, trajectory_id: str) -> tuple[Group, int] | None:
         """The group of a trajectory and its place in it; None when it was never issued."""
-        if trajectory_id == self._found_id and self._found is not None:
-            return self._found  # items of one trajectory follow each other, and each looks several times
         group_id, _, member = trajectory_id.rpartition(".")
         group = self.groups.get(group_id)
         if group is None or not member.isdecimal() or int(member) >= len(group.members):
             return None
-        found = group, int(member)
-        if group_id in self.groups.unended:
-            self._found_id, self._found = trajectory_id, found
-        return found
+        return group, int(member)
+
+    def is_retired(self, trajectory_id: str) -> bool:
+        """Whether the group of a trajectory was issued and is gone: its number is the only trace that it has left."""
+        group_id, _, member = trajectory_id.rpartition(".")
+        number = group_id.removeprefix(f"{self.spec.run}-g")
+        if not (member.isdecimal() and number != group_id and number.isdecimal() and 1 <= int(number) <= self.created):
+            return False
+        return self.groups.get(group_id) is None
 
     def occupying(self) -> Iterator[Group]:
         """L of the admission inequality: OPEN, READY, or DRAWN in a batch that is not sealed."""
@@ -322,7 +326,6 @@ class RunState:
         for member in group.members:
             member.versions = ()
         del self.groups.unended[group.group_id]
-        self._found_id, self._found = "", None
         self.live.pop(group.group_id, None)
         self.ended.put(group)
         if self.live_evaluation.pop(group.group_id, None) is not None:
@@ -332,9 +335,12 @@ class RunState:
             self._end_if_complete(evaluation, location)
 
     def _end_if_complete(self, evaluation: EvaluationState, location: Location) -> None:
-        if evaluation.ended:
-            del self.evaluations[evaluation.evaluation.evaluation_id]
-            self.ended.put_evaluation(evaluation, location)
+        if not evaluation.ended:
+            return
+        ended = [evaluation for evaluation in self.evaluations.values() if evaluation.ended]
+        for oldest in ended[:-KEPT_EVALUATIONS]:
+            del self.evaluations[oldest.evaluation.evaluation_id]
+            self.ended.put_evaluation(oldest, location)
 
     def _commit(self, step: int, location: Location) -> None:
         for at in range(self.committed_step + 1, step + 1):

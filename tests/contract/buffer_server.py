@@ -43,6 +43,7 @@ async def serving(
         buffer.stop()
         service.stop()
         await server.stop(0.2)
+        await buffer.aclose()
         await durable_log.aclose()
 
 
