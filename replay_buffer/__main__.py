@@ -16,6 +16,7 @@ from leeway.process import report_error, serve, service_parser
 from leeway.rpc import Security, start_server
 from replay_buffer.buffer import ReplayBuffer, free_bytes_of
 from replay_buffer.log import Log, LogOptions
+from replay_buffer.memory import keep_freed_memory
 from replay_buffer.metrics import observer
 from replay_buffer.options import ReplayBufferOptions, read_options
 from replay_buffer.service import SERVICE_NAME, ReplayService
@@ -92,6 +93,7 @@ def main(arguments: Namespace) -> int:
         return report_error("replay_buffer", error)
     if arguments.check:
         return 0
+    keep_freed_memory()
     return serve("replay_buffer", lambda stop: run(network, security, metrics_options, options, stop), arguments)
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from leeway.errors import CorruptDataError, DeadlineError, NotFoundError, UnavailableError
 from leeway.types import (
@@ -81,6 +82,9 @@ from replay_buffer.transitions import (
 from replay_buffer.views import GroupView, view_group
 from replay_buffer.writing import decide_write
 
+_FAR_FROM_FULL_BYTES: Final = 1 << 30
+_ROOM_SECONDS: Final = 0.05
+
 log = logging.getLogger(__name__)
 
 
@@ -115,6 +119,7 @@ class ReplayBuffer:
         self._runs: dict[str, _Run] = {}
         self._storage = Storage(options, durable_log)
         self._drafts = Drafts()
+        self._room_until = 0.0  # until then there is room for chunks
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -330,7 +335,7 @@ class ReplayBuffer:
             NotFoundError: no such run.
         """
         run = self._run(name)
-        room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
+        room = not self._log.stalled and self._has_room()
         results: list[WriteResult] = []
         for item in items:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
@@ -411,9 +416,9 @@ class ReplayBuffer:
                 await self.intake.settled()
                 yield seen
 
-    def read(self, location: Location) -> bytes:
-        """A record's payload. Safe from any thread once it is durable."""
-        return self._log.read(location)
+    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
+        """Records' payloads. Safe from any thread once they are durable."""
+        return self._log.read_many(locations)
 
     @property
     def mark(self) -> int:
@@ -515,12 +520,23 @@ class ReplayBuffer:
         if self._stopping:
             raise UnavailableError("the replay buffer is stopping; call again when it is back")
 
+    def _has_room(self) -> bool:
+        """Whether chunks may be taken; far from the mark the disk is not asked for each message."""
+        now = self._now()
+        if now >= self._room_until:
+            spare = self._free_bytes(self._options.directory) - self._options.hard_free_bytes
+            if spare < _FAR_FROM_FULL_BYTES:
+                return spare >= 0
+            self._room_until = now + _ROOM_SECONDS
+        return True
+
     def _check_soft_mark(self) -> None:
         if self._log.stalled:
             message = "the disk is full; no new work is given out until there is room"
             raise self.intake.refusal(Cause.DISK, message)
         free, wanted = self._free_bytes(self._options.directory), self._options.soft_free_bytes
         if free < wanted:
+            self._room_until = 0.0
             raise self.intake.refusal(
                 Cause.FREE_BYTES,
                 f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
