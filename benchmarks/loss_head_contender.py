@@ -153,8 +153,8 @@ def leeway(inputs: Inputs) -> Tensor:
 
 def fused_pass(inputs: Inputs, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and d loss / d hidden; the weight's gradient is added to what is given."""
-    from learner.fused_head import fused_head
     from learner.head import Head
+    from learner.head.fused import fused_head
 
     result = fused_head(
         inputs.hidden.detach(),
@@ -175,8 +175,8 @@ def leeway_zeros(inputs: Inputs) -> Tensor:
 
 def leeway_scores(inputs: Inputs) -> Tensor:
     """Log-probs and entropies without loss or gradient: a step in which every advantage is zero."""
-    from learner.fused_head import fused_head
     from learner.head import Head
+    from learner.head.fused import fused_head
 
     scores = fused_head(inputs.hidden.detach(), Head(inputs.weight.detach()), _targets(inputs)).scores
     return cispo(scores.logprobs, inputs)

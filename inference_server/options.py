@@ -13,7 +13,7 @@ from inference_server.engines.vllm_options import VllmEngineOptions
 from inference_server.reward import RewardLimits
 from inference_server.rollout_worker import WorkerLimits
 from inference_server.trajectory_writer import WriterLimits
-from leeway.config import Options
+from leeway.config import Address, Options
 from leeway.errors import ConfigError
 
 EngineName = Literal["transformers", "vllm", "arithmetic"]
@@ -29,6 +29,12 @@ class InferenceServerOptions(Options):
         default=(),
         strict=False,
         description="the engine of each server, where they differ; unset takes `engine` for all",
+    )
+    backends: tuple[Address, ...] = Field(
+        default=(),
+        strict=False,
+        description="foreign InferenceServices that sample, one per server; without any the servers sample themselves "
+        "(`engine` then still names tokenizer and law)",
     )
     transformers: TransformersEngineOptions = TransformersEngineOptions()
     vllm: VllmEngineOptions = VllmEngineOptions()
@@ -65,6 +71,9 @@ class InferenceServerOptions(Options):
         default=600.0, gt=0, description="time without any acknowledgement after which the server gives up"
     )
 
+    take_deltas: bool = Field(
+        default=True, description="hold the newest weights in host memory, so that a push brings only what changed"
+    )
     fetch_timeout_seconds: float = Field(default=600.0, gt=0, description="longest transfer of one version's weights")
 
     def engine_of(self, index: int) -> EngineName:

@@ -43,7 +43,7 @@ from leeway.config import (
 from leeway.errors import ConfigError, LeewayError
 from leeway.metrics import InferenceServerMetrics, serve_metrics
 from leeway.plugins import load_function
-from leeway.process import EXIT_OK, report_error, serve, service_parser
+from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.tasks import load_tasks
@@ -57,7 +57,7 @@ class InferenceServerProcess:
     Args:
         document: the run's configuration.
         index: which entry of network.inference_servers and metrics.inference_servers this is.
-        backend: address of a foreign InferenceService that samples; None for an engine in this process.
+        backend: address of a foreign InferenceService that samples, in place of the configured one.
 
     Raises:
         ConfigError: a section cannot be used, or there is no server with that index.
@@ -71,7 +71,9 @@ class InferenceServerProcess:
         self.network = section(document, "network", NetworkOptions)
         self.metrics = section(document, "metrics", MetricsOptions)
         self.options = section(document, "inference_server", InferenceServerOptions)
+        backends = self.options.backends
         for key, entries in (
+            *([("inference_server.backends", backends)] if backends else []),
             ("network.inference_servers", self.network.inference_servers),
             ("metrics.inference_servers", self.metrics.inference_servers),
         ):
@@ -80,7 +82,7 @@ class InferenceServerProcess:
         self.index = index
         self.server_id = f"server-{index}"
         self.engine = self.options.engine_of(index)
-        self.backend = backend
+        self.backend = backend or (backends[index] if backends else None)
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
@@ -98,7 +100,9 @@ class InferenceServerProcess:
         )
         tokenizer = self._make_tokenizer()
         serve_metrics(registry, self.metrics.host, self.metrics.inference_servers[self.index])
-        engine = await self._make_engine()
+        engine = await unless_stopped(stop, self._make_engine())
+        if engine is None:
+            return
         if isinstance(engine, EngineProcess):
             for collector in engine.collectors():
                 registry.register(collector)
@@ -112,6 +116,7 @@ class InferenceServerProcess:
             address=self.network.policy,
             security=self.security,
             allow_local=self.network.weights != "grpc",
+            take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,
         )

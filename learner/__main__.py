@@ -35,6 +35,7 @@ from leeway.config import (
     load_document,
     section,
 )
+from leeway.durable import replace_file
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics, serve_metrics
 from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
@@ -112,7 +113,9 @@ class LearnerProcess:
             return
         restored = self._restore(trainer, checkpoints, root)
         local = LocalWeights(metrics) if self._local_weights() else None
-        publisher = Publisher(self.run.name, trainer.signature, metrics, local)
+        publisher = Publisher(
+            self.run.name, trainer.signature, metrics, local, max_delta_chain=self.options.max_delta_chain
+        )
         server = await start_server(
             self.network.policy,
             lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(publisher, server),
@@ -142,7 +145,7 @@ class LearnerProcess:
                 buffer.patience_seconds = LAST_ANSWER_SECONDS
             status = await buffer.run_status()
             summary = summarize(journal.records, status, publisher.push_times.seconds)
-            (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+            replace_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
             log.info("%s at step %d", "finished" if finished else "stopped with a checkpoint", learner.step)
         finally:
             journal.close()

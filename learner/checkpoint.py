@@ -19,11 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from leeway.durable import make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from leeway.types import PolicyVersion, Rollback
 
 _MANIFEST: Final = "manifest.json"
 _PARTIAL: Final = ".partial-"
+_REMOVED: Final = ".removed-"
 _PREFIX: Final = "step-"
 
 LedgerStep = tuple[int, tuple[str, ...]]
@@ -82,7 +84,8 @@ class CheckpointStore:
         """Make the folder for the trainer's files; nothing exists until `finish`."""
         partial = self._directory / f"{_PARTIAL}{version.step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_directory(self._directory)
+        partial.mkdir()
         return PendingCheckpoint(partial, version, tuple(ledger), tuple(branches))
 
     def finish(self, pending: PendingCheckpoint) -> Checkpoint:
@@ -106,12 +109,13 @@ class CheckpointStore:
         for path in [*files, partial / _MANIFEST]:
             _fsync(path)
         for folder in {path.parent for path in files} | {partial}:
-            _fsync(folder)
+            sync_directory(folder)
         final = self._path(version.step)
-        shutil.rmtree(final, ignore_errors=True)  # an abandoned branch may have reached this step too
+        # What an abandoned branch left of this step and later ones goes first: it must never be the newest again.
+        self._remove([step for step in self.steps() if step >= version.step])
         partial.rename(final)
-        _fsync(self._directory)
-        self._remove_old(version.step)
+        sync_directory(self._directory)
+        self._remove(self.steps()[: -self._keep])
         return Checkpoint(final, version, pending.ledger, pending.branches)
 
     def newest(self) -> Checkpoint | None:
@@ -171,19 +175,20 @@ class CheckpointStore:
             for step in self.steps()
             if step > rollback.version.step and _read_manifest(self._path(step) / _MANIFEST)["epoch"] < rollback.epoch
         ]
-        for step in abandoned:
-            shutil.rmtree(self._path(step))
+        self._remove(abandoned)
         return abandoned
 
     def _path(self, step: int) -> Path:
         return self._directory / f"{_PREFIX}{step:08d}"
 
-    def _remove_old(self, newest: int) -> None:
-        for step in self.steps():
-            if step > newest:  # of an abandoned branch
-                shutil.rmtree(self._path(step))
-        for step in self.steps()[: -self._keep]:
-            shutil.rmtree(self._path(step))
+    def _remove(self, steps: Sequence[int]) -> None:
+        """Each is whole until its name is gone for good."""
+        for step in steps:
+            removed = self._directory / f"{_REMOVED}{step:08d}"
+            shutil.rmtree(removed, ignore_errors=True)
+            self._path(step).rename(removed)
+            sync_directory(self._directory)
+            shutil.rmtree(removed)
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from leeway.durable import replace_file
+
 
 class Journal:
     """Appends records; each has `kind` ("step" or "evaluation") and `step`."""
@@ -19,9 +21,7 @@ class Journal:
         """Open `path`, keeping records up to `resume_step`; `listen` is told each new line."""
         self._listen = listen
         self.records = [record for record in read_journal(path) if record["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(_line(record) for record in self.records), encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, "".join(_line(record) for record in self.records))
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -42,14 +42,15 @@ class Journal:
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
-    """Every whole record of a journal; a torn last line (a crash) is left out."""
+    """Every whole record of a journal; it ends where a crash has torn it."""
     if not path.exists():
         return []
     records: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            records.append(json.loads(line[: line.index(b"\n")]))
+        except ValueError:
             break
-        records.append(json.loads(line))
     return records
 
 

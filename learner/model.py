@@ -21,13 +21,13 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from learner.fused_head import fused_head
 from learner.head import Head, Targets, TokenLoss, TokenScores
+from learner.head.fused import fused_head
+from learner.head.reference import scores_of_logits
 from learner.load_balancing import RouterLogits, load_balancing_losses
 from learner.lora import add_adapters, is_adapter, merged_weights
 from learner.packing import MicroBatch
 from learner.r3 import RoutingReplay
-from learner.reference_head import scores_of_logits
 from learner.training_options import LoraOptions
 from leeway.errors import ConfigError
 

@@ -25,6 +25,7 @@ from typing import Any, Final
 from learner.checkpoint import Branch
 from learner.journal import read_journal
 from learner.options import LearnerOptions
+from leeway.durable import replace_file
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.types import ModelSignature, PolicyVersion, SegmentKind, Trajectory, TrajectoryGroup, WeightManifest
 
@@ -156,9 +157,7 @@ class ReceiptBook:
         self.options = options
         path = run_directory / FILE
         kept = [record for record in read_journal(path) if record["kind"] != "step" or record["step"] <= resume_step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, "".join(_line(record) for record in kept))
         self._known = {record["digest"] for record in kept if record["kind"] == "options"}
         self._file = path.open("a", encoding="utf-8")
 

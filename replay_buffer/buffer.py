@@ -21,10 +21,11 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
-from leeway.errors import CorruptDataError, DeadlineError, ExhaustedError, NotFoundError, UnavailableError
+from leeway.errors import CorruptDataError, DeadlineError, NotFoundError, UnavailableError
 from leeway.types import (
     DeadLetter,
     Evaluation,
@@ -33,7 +34,6 @@ from leeway.types import (
     ModelSignature,
     OpenedRun,
     PolicyVersion,
-    Purpose,
     RunSpec,
     RunStatus,
     Ticket,
@@ -41,13 +41,15 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.backup import Backup
 from replay_buffer.completion import decide_after_restart
 from replay_buffer.dead_letters import decide_requeue
 from replay_buffer.drafts import Drafts
 from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
-from replay_buffer.index import Filter, Index
+from replay_buffer.index import Filter
+from replay_buffer.intake import Cause, Intake
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -57,14 +59,17 @@ from replay_buffer.lifecycle import (
     decide_commit,
     decide_finish,
     decide_open_run,
+    decide_restored,
     decide_rollback,
 )
 from replay_buffer.log import Log
+from replay_buffer.observer import ENDS, Observer, endings
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
-from replay_buffer.selection import select
+from replay_buffer.selection import check_kept, select
 from replay_buffer.signals import Signal
 from replay_buffer.state import RunState
+from replay_buffer.storage import Storage
 from replay_buffer.tickets import Expired, Server, TicketOffice, decide_expired
 from replay_buffer.transitions import (
     ChunkWritten,
@@ -76,6 +81,9 @@ from replay_buffer.transitions import (
 )
 from replay_buffer.views import GroupView, view_group
 from replay_buffer.writing import decide_write
+
+_FAR_FROM_FULL_BYTES: Final = 1 << 30
+_ROOM_SECONDS: Final = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -93,16 +101,6 @@ class _Run:
     """(epoch, step) of the newest version that each server has asked for work at."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observer:
-    """Who is told what happened, for metrics."""
-
-    run_opened: Callable[[RunState], None] = lambda _: None
-    ticket_issued: Callable[[str, Purpose, str], None] = lambda _run, _purpose, _server: None
-    items_written: Callable[[str, Sequence[WriteResult]], None] = lambda _run, _results: None
-    draw_waited: Callable[[str, float], None] = lambda _run, _seconds: None
-
-
 class ReplayBuffer:
     """Every run of one log directory."""
 
@@ -117,9 +115,11 @@ class ReplayBuffer:
         self._log = durable_log
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
+        self.intake = Intake(options, durable_log, self._observer.refused)
         self._runs: dict[str, _Run] = {}
-        self._index = Index()
+        self._storage = Storage(options, durable_log)
         self._drafts = Drafts()
+        self._room_until = 0.0  # until then there is room for chunks
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -130,17 +130,33 @@ class ReplayBuffer:
         Raises:
             CorruptDataError: the log is damaged.
         """
-        self._log.recover(self._replay)
+        self._storage.recover(self._restore, self._replay)
         self._log.start()
         now = self._now()
         for run in self._runs.values():
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
-            self._observer.run_opened(run.state)
+            self._observer.run_opened(run.state, run.leases)
+            if self._storage.restored_from is not None:
+                self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
                 self._record(run.state.spec.run, drop)
             self._drop_expired(run)
         self._arm_lease_timer()
+        if self._storage.restored_from is not None:
+            self._storage.begin_generation()
+
+    def _record_restored(self, state: RunState) -> None:
+        restored = decide_restored(state, int(time.time()))
+        if restored is not None:
+            self._record(state.spec.run, restored)
+            log.warning(
+                "run %s is restored from a backup at %s; %d open groups are dropped, epochs below %d are fenced",
+                *(state.spec.run, state.head, len(restored.group_ids), restored.epoch),
+            )
+
+    def _restore(self, state: RunState) -> None:
+        self._runs[state.spec.run] = _Run(state, Leases(self._options.lease_seconds))
 
     def _replay(self, payload: bytes, location: Location) -> None:
         try:
@@ -152,7 +168,7 @@ class ReplayBuffer:
             ) from error
 
     def stop(self) -> None:
-        """Refuse new calls and release everyone who waits; `Log.aclose` comes next."""
+        """Refuse new calls and release everyone who waits; `aclose` comes next."""
         self._stopping = True
         if self._lease_timer is not None:
             self._lease_timer.cancel()
@@ -160,6 +176,10 @@ class ReplayBuffer:
         for run in self._runs.values():
             run.work.notify()
             run.results.notify()
+
+    async def aclose(self) -> None:
+        """Leave the directory so that the next start has nothing to fold; `Log.aclose` comes next."""
+        await self._storage.aclose(self._states())
 
     # The learner's calls
 
@@ -180,7 +200,7 @@ class ReplayBuffer:
             log.info("run %s: epoch %d opens it at %s", spec.run, opened.epoch, checkpoint)
         state = self._runs[spec.run].state
         answer = OpenedRun(state.epoch, state.head, state.finished)
-        await self._log.durable()
+        await self.intake.settled()
         return answer
 
     async def draw(self, name: str, epoch: int, step: int, deadline: float) -> list[GroupView]:
@@ -200,7 +220,7 @@ class ReplayBuffer:
             self._check_running()
         self._observer.draw_waited(name, self._now() - began)
         views = [view_group(run.state.groups[group_id]) for group_id in batch.group_ids]
-        await self._log.durable()
+        await self.intake.settled()
         return views
 
     async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
@@ -210,11 +230,11 @@ class ReplayBuffer:
         if advanced is not None:
             self._record(name, advanced)
             self._drop_expired(run)
-        await self._log.durable()
+        await self.intake.settled()
 
-    async def commit(self, name: str, epoch: int, step: int) -> None:
+    async def commit(self, name: str, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
         """Consume steps for good. Raises: see ReplayService.Commit."""
-        await self._decided(name, decide_commit(self._run(name).state, epoch, step))
+        await self._decided(name, decide_commit(self._run(name).state, epoch, step, oldest_kept_step))
 
     async def reject_group(self, name: str, epoch: int, group_id: str, message: str) -> None:
         """Set a drawn group aside. Raises: see ReplayService.RejectGroup."""
@@ -234,7 +254,7 @@ class ReplayBuffer:
         run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
         while not (result := result_of(run.state, evaluation_id)).complete and await run.results.wait(deadline):
             self._check_running()
-        await self._log.durable()
+        await self.intake.settled()
         return result
 
     async def finish_run(self, name: str, epoch: int) -> None:
@@ -267,7 +287,7 @@ class ReplayBuffer:
             run.leases.expire(held)
             self._drop_expired(run)
         spec = run.state.spec
-        await self._log.durable()
+        await self.intake.settled()
         return spec
 
     async def acquire_tickets(
@@ -281,7 +301,8 @@ class ReplayBuffer:
             PreconditionError: the version was never registered.
             ExhaustedError: the disk is nearly full.
         """
-        run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
+        run, began = self._run(name), self._now()
+        deadline = began + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
         asked_at = (version.epoch, version.step)
         if asked_at > run.asked.get(server_id, asked_at):
@@ -295,32 +316,38 @@ class ReplayBuffer:
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
-                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id)
+                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id, ticket.ticket.attempt)
             if issued or not await run.work.wait(deadline):
                 break
             self._check_running()
             if run.asked[server_id] > asked_at:
                 break
         finished = run.state.finished
-        await self._log.durable()
+        if issued:
+            self._observer.tickets_waited(name, self._now() - began)
+        await self.intake.settled()
         return [entry.ticket for entry in issued], finished
 
-    def write(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
+    def write(self, name: str, items: Sequence[WriteItem], server_id: str = "") -> list[WriteResult]:
         """Take items in order. Their answers may go out when `durable(mark)` returns, with `mark` read right after.
 
         Raises:
             NotFoundError: no such run.
         """
         run = self._run(name)
-        room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
+        room = not self._log.stalled and self._has_room()
         results: list[WriteResult] = []
         for item in items:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
             for transition in decision.transitions:
                 self._record(name, transition)
-            results.append(decision.result)
+            result = decision.result
+            if result.status is WriteStatus.EXHAUSTED:
+                self._observer.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
+                result = replace(result, retry_seconds=self._options.retry_seconds)
+            results.append(result)
         self._renew_written(run, results)
-        self._observer.items_written(name, results)
+        self._observer.items_written(name, server_id, items, results)
         return results
 
     async def renew_leases(self, name: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -334,7 +361,7 @@ class ReplayBuffer:
             elif group.state is GroupState.OPEN:
                 run.leases.renew(group_id, now)
         self._arm_lease_timer()
-        await self._log.durable()
+        await self.intake.settled()
         return aborted
 
     # For people and tools
@@ -353,13 +380,13 @@ class ReplayBuffer:
                 self._record(name, drop)
             log.warning("run %s is rolled back to %s; %d groups are dropped", name, version, len(rolled_back.group_ids))
         epoch = run.state.epoch
-        await self._log.durable()
+        await self.intake.settled()
         return epoch, len(rolled_back.group_ids) if rolled_back is not None else 0
 
     async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
         """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""
         letters = list(self._run(name).state.dead_letters.values())
-        await self._log.durable()
+        await self.intake.settled()
         return letters[-limit:] if limit else letters
 
     async def requeue_dead_letters(self, name: str, group_ids: Sequence[str]) -> int:
@@ -371,26 +398,27 @@ class ReplayBuffer:
     async def status(self, name: str) -> RunStatus:
         """Counts and versions. Raises NotFoundError for an unknown run."""
         status = self._run(name).state.status()
-        await self._log.durable()
+        await self.intake.settled()
         return status
 
     async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[GroupView]:
         """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
 
         Raises:
-            NotFoundError: no such run.
+            NotFoundError: no such run, or the groups of the step that is asked for have been retired.
         """
         state = self._run(name).state
+        check_kept(state, wanted)
         for group_id in select(state, wanted, limit):
             group = state.groups.get(group_id)
             if group is not None:
                 seen = view_group(group)
-                await self._log.durable()
+                await self.intake.settled()
                 yield seen
 
-    def read(self, location: Location) -> bytes:
-        """A record's payload. Safe from any thread once it is durable."""
-        return self._log.read(location)
+    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
+        """Records' payloads. Safe from any thread once they are durable."""
+        return self._log.read_many(locations)
 
     @property
     def mark(self) -> int:
@@ -403,28 +431,40 @@ class ReplayBuffer:
         return self._log.durable_mark
 
     async def durable(self, mark: int) -> None:
-        """Wait until everything decided before `mark` is on disk."""
-        await self._log.durable(mark)
+        """Wait until everything decided before `mark` is on disk.
 
-    async def room(self) -> None:
-        """Hold a writer back while too much of what was written is not durable yet."""
-        if self._log.pending_bytes > self._options.max_pending_bytes:
-            await self._log.durable()
+        Raises:
+            ExhaustedError: the disk takes nothing.
+        """
+        await self.intake.settled(mark)
+
+    async def back_up(self, directory: Path) -> Backup:
+        """Copy everything that is acknowledged, and perhaps more, to a new folder.
+
+        Raises:
+            PreconditionError: the folder exists or cannot be written.
+        """
+        self._check_running()
+        await self._log.durable()
+        return await self._storage.back_up(directory)
 
     # Deciding and recording
 
     async def _decided(self, name: str, transition: Transition | None) -> None:
         if transition is not None:
             self._record(name, transition)
-        await self._log.durable()
+        await self.intake.settled()
 
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns(), transition)
-        location = self._log.append(*encode(record))
+        location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
+        ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
         self._apply(record, location)
         run = self._runs[name]
+        if ended:
+            self._observer.groups_ended(name, ended)
         match transition:
             case StepsCommitted():
                 return
@@ -441,7 +481,7 @@ class ReplayBuffer:
                     run.leases.release(found[0].group_id)
                     run.results.notify()
             case RunOpened() if is_new:
-                self._observer.run_opened(run.state)
+                self._observer.run_opened(run.state, run.leases)
                 self._opened.notify()
             case _:
                 run.work.notify()
@@ -452,10 +492,12 @@ class ReplayBuffer:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            state = RunState(record.transition.spec, self._index.of(record.run))
-            run = _Run(state, Leases(self._options.lease_seconds))
-            self._runs[record.run] = run
+            self._restore(RunState(record.transition.spec, self._storage.index.of(record.run)))
+            run = self._runs[record.run]
         run.state.apply(record.transition, record.recorded_at_ns, location)
+
+    def _states(self) -> list[RunState]:
+        return [run.state for run in self._runs.values()]
 
     def _read_transition(self, location: Location) -> Transition:
         return decode(self._log.read(location)).transition
@@ -478,15 +520,27 @@ class ReplayBuffer:
         if self._stopping:
             raise UnavailableError("the replay buffer is stopping; call again when it is back")
 
+    def _has_room(self) -> bool:
+        """Whether chunks may be taken; far from the mark the disk is not asked for each message."""
+        now = self._now()
+        if now >= self._room_until:
+            spare = self._free_bytes(self._options.directory) - self._options.hard_free_bytes
+            if spare < _FAR_FROM_FULL_BYTES:
+                return spare >= 0
+            self._room_until = now + _ROOM_SECONDS
+        return True
+
     def _check_soft_mark(self) -> None:
-        directory, wanted = self._options.directory, self._options.soft_free_bytes
         if self._log.stalled:
-            raise ExhaustedError(f"{directory}: the disk is full; no new work is given out until there is room")
-        free = self._free_bytes(directory)
+            message = "the disk is full; no new work is given out until there is room"
+            raise self.intake.refusal(Cause.DISK, message)
+        free, wanted = self._free_bytes(self._options.directory), self._options.soft_free_bytes
         if free < wanted:
-            raise ExhaustedError(
-                f"{directory}: {free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
-                "no new work is given out until there is room"
+            self._room_until = 0.0
+            raise self.intake.refusal(
+                Cause.FREE_BYTES,
+                f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
+                "no new work is given out until there is room",
             )
 
     # Leases
@@ -508,6 +562,7 @@ class ReplayBuffer:
     def _drop_expired(self, run: _Run) -> None:
         for drop in decide_expired(run.state, self._expired(run)):
             self._record(run.state.spec.run, drop)
+        run.leases.retain(run.state.groups.unended)
         run.work.notify()
         run.results.notify()  # a draw waits for nobody whose lease ran out
 

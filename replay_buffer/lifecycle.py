@@ -15,6 +15,7 @@ from replay_buffer.transitions import (
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRestored,
     RunRolledBack,
     StepsCommitted,
 )
@@ -33,7 +34,7 @@ def check_epoch(run: RunState, epoch: int) -> None:
     if epoch < run.epoch:
         cause = "another learner has taken over" if run.must_open_at is None else "the run was rolled back"
         raise FencedError(f"run {name!r}: epoch {epoch} is fenced by epoch {run.epoch}; {cause}")
-    if epoch > run.epoch:
+    if epoch > run.epoch or run.must_open_at is not None:  # the epoch of a rollback is nobody's
         raise PreconditionError(f"run {name!r}: epoch {epoch} was never allocated; call OpenRun")
 
 
@@ -104,6 +105,11 @@ def _show(value: object) -> str:
 
 def _check_checkpoint(run: RunState, checkpoint: PolicyVersion) -> None:
     name = run.spec.run
+    if checkpoint not in run.lineage and run.restored_at is not None:
+        raise PreconditionError(
+            f"run {name!r}: checkpoint {checkpoint} is ahead of this log, which was restored from a backup taken at "
+            f"{run.restored_at}; restore a newer backup, or remove checkpoints after step {run.restored_at.step}"
+        )
     if checkpoint not in run.lineage:
         raise PreconditionError(
             f"run {name!r}: checkpoint {checkpoint} was never registered here; "
@@ -186,6 +192,22 @@ def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | No
     )
 
 
+def decide_restored(run: RunState, now_seconds: int) -> RunRestored | None:
+    """Raise fences and numbers above what the original of a restored backup may have handed out; None: finished.
+
+    The time only makes numbers that nobody has: seconds since 1970 are above any count of incarnations and groups, and
+    above those of an earlier restoration of the same backup.
+    """
+    if run.finished:
+        return None
+    still_open = [*run.live.values(), *run.live_evaluation.values()]
+    return RunRestored(
+        epoch=max(run.epoch + 1, now_seconds),
+        created=max(run.created, now_seconds),
+        group_ids=tuple(group.group_id for group in still_open if group.state is GroupState.OPEN),
+    )
+
+
 def check_fit(run: RunState, server_id: str, signature: ModelSignature, dataset_digest: bytes) -> None:
     """Check that a server suits a run.
 
@@ -244,18 +266,23 @@ def decide_advance(
     return PolicyAdvanced(version, parent, stale)
 
 
-def decide_commit(run: RunState, epoch: int, step: int) -> StepsCommitted | None:
-    """Consume every step up to `step`; None when that has already happened.
+def decide_commit(run: RunState, epoch: int, step: int, oldest_kept_step: int = 0) -> StepsCommitted | None:
+    """Consume every step up to `step`, keep what the oldest checkpoint needs; None when that has already happened.
 
     Raises:
         FencedError, PreconditionError: see ReplayService.Commit.
     """
     check_epoch(run, epoch)
+    if oldest_kept_step > step:
+        raise PreconditionError(
+            f"run {run.spec.run!r}: the oldest kept checkpoint cannot be of step {oldest_kept_step} "
+            f"when step {step} is committed"
+        )
     if step <= run.committed_step:
         return None
     if step > run.head.step:
         raise PreconditionError(f"run {run.spec.run!r}: step {step} cannot be committed, the head is {run.head}")
-    return StepsCommitted(step)
+    return StepsCommitted(step, oldest_kept_step)
 
 
 def decide_finish(run: RunState, epoch: int) -> RunFinished | None:

@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -33,9 +33,12 @@ from replay_buffer.groups import Location
 from replay_buffer.segments import (
     HEADER,
     AppendFile,
+    LastRecord,
     OpenFile,
+    Position,
     SegmentFile,
     SegmentReader,
+    crc32c,
     frame_header,
     lock_directory,
     segment_numbers,
@@ -45,6 +48,8 @@ from replay_buffer.segments import (
 
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SEGMENT_BYTES: Final = 1 << 32
+_LARGE_BYTES: Final = 1 << 15
+BEGINNING: Final = Position(1, 0)
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +64,13 @@ class LogOptions:
     directory: Path
     segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
     retry_seconds: float = 1.0  # between attempts to write to a full disk
-    commit_seconds: float = 0.002  # from one fsync to the next, unless commit_bytes wait; the first one is never late
+    commit_seconds: float = 0.005  # from one fsync to the next, unless commit_bytes wait; the first one is never late
     commit_bytes: int = 1 << 20
     open_file: OpenFile = field(default=AppendFile, repr=False)
+
+
+Take = Callable[[bytes, Location], None]
+"""Gets a record's payload and place."""
 
 
 class LogFailedError(UnavailableError):
@@ -81,10 +90,17 @@ class Log:
         self._lock_descriptor = lock_directory(options.directory)
         self._reader = SegmentReader(options.directory)
         self._on_durable = on_durable
+        self.first_segment = 1
         self._segment = 1
         self._segment_limit = min(options.segment_bytes, _MAX_SEGMENT_BYTES)
         self._segment_size = 0  # of the segment that the next record goes to, counting what is queued
+        self.durable_end = BEGINNING
+        self._recovered_last: LastRecord | None = None
+        self._last_header: tuple[int, int, bytes] | None = None  # of what was appended here
+        self.segment_ended_with: LastRecord | None = None
+        """The record before the newest segment."""
         self.size_bytes = 0
+        self.appended_bytes = 0  # by this process
         self.pending_bytes = 0
         self._appended = self._synced = 0  # records
         self._turn: list[_Queued] = []
@@ -94,19 +110,41 @@ class Log:
         self._writer: _Writer | None = None
         self.failure: LeewayError | None = None
 
-    def recover(self, take: Callable[[bytes, Location], None]) -> None:
-        """Verify every segment and hand over every record, oldest first; cuts a torn tail off.
+    def recover(
+        self,
+        take: Take,
+        start: Position = BEGINNING,
+        last_record: LastRecord | None = None,
+    ) -> None:
+        """Verify the log from `start` on and hand over every record, oldest first; cuts a torn tail off.
+
+        Args:
+            take: gets payload and place.
+            start: what lies before it is neither read nor verified.
+            last_record: the one before `start`.
 
         Raises:
             CorruptDataError: naming file and offset.
         """
+        self._recovered_last = last_record
         numbers = segment_numbers(self._options.directory)
+        self.first_segment = numbers[0] if numbers else start.segment
         for segment in numbers:
             path = segment_path(self._options.directory, segment)
-            for offset, payload in verify_segment(path, last=segment == numbers[-1]):
-                take(payload, Location(segment, offset, len(payload)))
+            if segment >= start.segment:
+                self._recover(take, segment, start.offset if segment == start.segment else 0, segment == numbers[-1])
             self._segment, self._segment_size = segment, path.stat().st_size
             self.size_bytes += self._segment_size
+        if self._segment < start.segment:
+            # What comes next has to lie behind `start`, or the next restart would pass it over.
+            self._segment, self._segment_size = start.segment, 0
+        self.durable_end = self.end
+
+    def _recover(self, take: Take, segment: int, begin: int, last: bool) -> None:
+        path = segment_path(self._options.directory, segment)
+        for offset, payload in verify_segment(path, last=last, start=begin):
+            self._recovered_last = LastRecord(Position(segment, offset - HEADER.size), crc32c(payload))
+            take(payload, Location(segment, offset, len(payload)))
 
     def start(self) -> None:
         """Begin to take records. Called on the event loop."""
@@ -134,9 +172,12 @@ class Log:
         if self._segment_size and self._segment_size + size_bytes > self._segment_limit:
             self._segment += 1
             self._segment_size = 0
+            self.segment_ended_with = self.last_record
+        self._last_header = self._segment, self._segment_size, header
         location = Location(self._segment, self._segment_size + HEADER.size, payload_bytes)
         self._segment_size += size_bytes
         self.size_bytes += size_bytes
+        self.appended_bytes += size_bytes
         self.pending_bytes += size_bytes
         self._appended += 1
         self._unsynced[location.segment, location.offset] = parts
@@ -145,14 +186,42 @@ class Log:
         self._turn.append(_Queued(location, (header, *parts)))
         return location
 
+    @property
+    def end(self) -> Position:
+        """Where the next record begins, unless it needs a new segment."""
+        return Position(self._segment, self._segment_size)
+
+    @property
+    def last_record(self) -> LastRecord | None:
+        """The newest record."""
+        if self._last_header is None:
+            return self._recovered_last
+        segment, offset, header = self._last_header
+        return LastRecord(Position(segment, offset), HEADER.unpack(header)[1])
+
+    def retire_before(self, segment: int, size_bytes: int) -> None:
+        """Older segments, of so many bytes, are about to be deleted."""
+        self.first_segment = segment
+        self.size_bytes -= size_bytes
+        self._reader.close_before(segment)
+
     def read(self, location: Location) -> bytes:
         """A record, from memory until it is durable.
 
         Raises:
+            NotFoundError: it has been retired.
             CorruptDataError: it is damaged on disk.
         """
         parts = self._unsynced.get((location.segment, location.offset))
         return self._reader.read(location) if parts is None else b"".join(parts)
+
+    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
+        """Records that are durable, with few reads where they lie together.
+
+        Raises:
+            CorruptDataError: one is damaged on disk.
+        """
+        return self._reader.read_many(locations)
 
     @property
     def mark(self) -> int:
@@ -207,6 +276,8 @@ class Log:
             del self._unsynced[queued.location.segment, queued.location.offset]
             size_bytes += HEADER.size + queued.location.size_bytes
         self._synced += len(batch)
+        last = batch[-1].location
+        self.durable_end = Position(last.segment, last.offset + last.size_bytes)
         self.pending_bytes -= size_bytes
         while self._waiting and self._waiting[0][0] <= self._synced:
             done = heapq.heappop(self._waiting)[2]
@@ -311,26 +382,27 @@ class _Writer:
             while end < len(batch) and batch[end].location.segment == segment:
                 end += 1
             part = batch[begin:end]
-            self._append(segment, b"".join(itertools.chain.from_iterable(queued.parts for queued in part)))
+            self._append(segment, _blocks(part))
             self._synced_at = began = time.monotonic()
             assert self._file is not None
             self._file.sync()
             self._loop.call_soon_threadsafe(self._settle, part, time.monotonic() - began)
             begin = end
 
-    def _append(self, segment: int, data: bytes) -> None:
+    def _append(self, segment: int, blocks: list[bytes]) -> None:
         while True:
             try:
                 if self._file is None or segment != self._segment:
                     self._open(segment)
-                self._write_all(data)
+                for block in blocks:
+                    self._write_all(block)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
                 self._wait_for_room(error)
             else:
                 self.stalled = False
-                self._durable_size += len(data)
+                self._durable_size += sum(map(len, blocks))
                 return
 
     def _open(self, segment: int) -> None:
@@ -363,6 +435,23 @@ class _Writer:
 
     def _report(self, message: str) -> None:
         self._loop.call_soon_threadsafe(self._fail, message)
+
+
+def _blocks(batch: list[_Queued]) -> list[bytes]:
+    """The bytes of a batch for few writes: what is small is joined, what is large is not copied."""
+    blocks: list[bytes] = []
+    small: list[bytes] = []
+    for part in itertools.chain.from_iterable(queued.parts for queued in batch):
+        if len(part) < _LARGE_BYTES:
+            small.append(part)
+            continue
+        if small:
+            blocks.append(b"".join(small))
+            small.clear()
+        blocks.append(part)
+    if small:
+        blocks.append(b"".join(small))
+    return blocks
 
 
 class _Stopped(Exception):

@@ -1,11 +1,14 @@
 """Any InferenceService as an Engine: a foreign backend behind the contract.
 
-The backend owns slots and weights; this side keeps what it last said of itself. A backend that restarts has lost its
-weights, which shows as a failed `generate`: the worker's process then ends, and a new one joins like any late server.
+The backend owns slots and weights; this side keeps what it last said of itself. Only `connect` waits for a backend: a
+later call fails as soon as the connection is lost, so that nothing is held for a backend that may never come back.
+One that restarts has lost its weights, which shows as a failed `generate`, too: the worker's process then ends, and a
+new one joins like any late server.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,6 +20,8 @@ from leeway.rpc import BULK_PIECE_BYTES, Security, mapped_errors
 from leeway.types import EngineInfo, FinishReason, TrajectoryChunk, WeightSnapshot
 from leeway.v1 import inference_pb2, inference_pb2_grpc
 
+log = logging.getLogger(__name__)
+
 
 class RemoteEngine:
     """Implements Engine over a channel; made by `connect`."""
@@ -24,7 +29,7 @@ class RemoteEngine:
     def __init__(self, address: str, security: Security, timeout_seconds: float) -> None:
         self.address = address
         self._timeout_seconds = timeout_seconds
-        self._channel = rpc.open_channel(address, security)
+        self._channel = rpc.open_channel(address, security, patient=False)
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(
             self._channel
         )
@@ -43,10 +48,11 @@ class RemoteEngine:
             DeadlineError, UnavailableError: there is no backend at the address.
         """
         engine = cls(address, security, timeout_seconds)
+        log.info("waiting for the backend at %s", address)
         try:
             with mapped_errors(f"GetServerInfo at {address}"):
                 reply = await engine._stub.GetServerInfo(
-                    inference_pb2.GetServerInfoRequest(), timeout=min(timeout_seconds, 120.0)
+                    inference_pb2.GetServerInfoRequest(), timeout=min(timeout_seconds, 120.0), wait_for_ready=True
                 )
             engine._info = codec.info_from_proto(reply)
         except BaseException:

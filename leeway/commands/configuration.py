@@ -104,6 +104,11 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"{len(network.inference_servers)} addresses; give one port per server"
         )
     servers, trainer = configuration.inference_server, configuration.learner.trainer
+    if servers.backends and len(servers.backends) != len(network.inference_servers):
+        raise ConfigError(
+            f"inference_server.backends: lists {len(servers.backends)} addresses, network.inference_servers "
+            f"{len(network.inference_servers)}; give one backend per server"
+        )
     if servers.engines and len(servers.engines) != len(network.inference_servers):
         raise ConfigError(
             f"inference_server.engines: names {len(servers.engines)} engines, network.inference_servers "
@@ -124,7 +129,7 @@ def _check_together(configuration: RunConfiguration) -> None:
         _check_model(configuration.model.directory)
         check_recorded_topk(configuration.learner.training, configuration.sampling)
     slots = servers.prefetch + min(servers.max_concurrency(engine) for engine in engines)
-    if configuration.evaluation.members > slots:
+    if not servers.backends and configuration.evaluation.members > slots:
         raise ConfigError(
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
             "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"

@@ -122,7 +122,6 @@ class Snapshot(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     LAST_RECORD_FIELD_NUMBER: _builtins.int
     LAST_CHECKSUM_FIELD_NUMBER: _builtins.int
-    RECORDED_AT_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     generation: _builtins.bytes
     """The generation that wrote it."""
@@ -137,10 +136,6 @@ class Snapshot(_message.Message):
         """Where the last record before `position` begins; unset at the log's beginning."""
 
     @_builtins.property
-    def recorded_at(self) -> _timestamp_pb2.Timestamp:
-        """When the last record before it was decided; for retention by age."""
-
-    @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunSnapshot]:
         """The runs, in the order of their opening."""
 
@@ -151,12 +146,11 @@ class Snapshot(_message.Message):
         position: Global___LogPosition | None = ...,
         last_record: Global___LogPosition | None = ...,
         last_checksum: _builtins.int = ...,
-        recorded_at: _timestamp_pb2.Timestamp | None = ...,
         runs: _abc.Iterable[Global___RunSnapshot] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_record", b"last_record", "position", b"position", "recorded_at", b"recorded_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_record", b"last_record", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "last_checksum", b"last_checksum", "last_record", b"last_record", "position", b"position", "recorded_at", b"recorded_at", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "last_checksum", b"last_checksum", "last_record", b"last_record", "position", b"position", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -187,6 +181,7 @@ class RunSnapshot(_message.Message):
     LOST_ATTEMPTS_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     ROLLBACK_FIELD_NUMBER: _builtins.int
+    RESTORED_AT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     head: _builtins.int
@@ -223,7 +218,7 @@ class RunSnapshot(_message.Message):
 
     @_builtins.property
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationSnapshot]:
-        """Evaluations that have not ended."""
+        """Evaluations under way, and the newest ended ones."""
 
     @_builtins.property
     def requeued(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -244,6 +239,10 @@ class RunSnapshot(_message.Message):
     @_builtins.property
     def rollback(self) -> _replay_pb2.Rollback:
         """The newest explicit rollback; unset when there was none."""
+
+    @_builtins.property
+    def restored_at(self) -> _common_pb2.PolicyVersion:
+        """The head when the log was last restored from a backup; unset when it never was."""
 
     def __init__(
         self,
@@ -267,10 +266,11 @@ class RunSnapshot(_message.Message):
         lost_attempts: _abc.Iterable[Global___LostAttempts] | None = ...,
         dead_letters: _abc.Iterable[_replay_pb2.DeadLetter] | None = ...,
         rollback: _replay_pb2.Rollback | None = ...,
+        restored_at: _common_pb2.PolicyVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,7 +38,7 @@ def options(**changes: Any) -> TrainingOptions:
 
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
-    "dense-token-mean": {"aggregation": "token-mean"},
+    "dense-length-weights": {"aggregation": "seq-mean-token-mean"},  # a weight for each length
     "dense-batch-aware": {"algorithm": "trm", "delta_low": 0.3, "delta_high": 0.3},
     "dense-proximal": {"algorithm": "minirl", "proximal_every_steps": 2},
     "dense-lora": {"lora": {"rank": 4, "targets": ["q_proj", "v_proj", "down_proj"]}},

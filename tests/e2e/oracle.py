@@ -13,7 +13,7 @@ reply was seen for may or may not have happened, and counts for nothing.
     3 balanced    issued = consumed + dropped when the run has ended, every drop with a reason that can occur here
     4 true        every mu is the law's at its label, and every pi the law's at the version the step was trained from
     5 fresh       every drawn trajectory keeps the staleness bound against the head it was drawn for
-    6 in order    acknowledged seqs are 0..n-1, attempts never decrease
+    6 in order    an acknowledged seq follows one that was sent before, attempts never decrease
     7 fenced      nothing succeeds with an epoch or attempt below one that had been handed out before
 """
 
@@ -67,9 +67,7 @@ class Evidence:
 
 def violations(evidence: Evidence) -> list[str]:
     """What does not hold; each line begins with the number of its invariant."""
-    oracle = Oracle(evidence)
-    checks = (oracle.kept, oracle.once, oracle.balanced, oracle.true, oracle.fresh, oracle.in_order, oracle.fenced)
-    return [f"{number}: {line}" for number, check in enumerate(checks, start=1) for line in check()]
+    return Oracle(evidence).violations()
 
 
 class Oracle:
@@ -89,6 +87,11 @@ class Oracle:
         self.tree = _VersionTree(self.record, self.spec.root)
         self._whole: dict[str, Trajectory | str] = {}
 
+    def violations(self) -> list[str]:
+        """What does not hold; each line begins with the number of its invariant."""
+        checks = (self.kept, self.once, self.balanced, self.true, self.fresh, self.in_order, self.fenced)
+        return [f"{number}: {line}" for number, check in enumerate(checks, start=1) for line in check()]
+
     # 1
 
     def kept(self) -> Iterator[str]:
@@ -101,17 +104,16 @@ class Oracle:
                 yield f"{group.group_id} was dropped as {group.drop_reason.name}: {group.drop_message}"
 
     def _forgotten(self) -> Iterator[str]:
-        acknowledged: dict[tuple[str, int], int] = {}
-        for write in sorted(self.record.writes, key=lambda write: write.answered or 0):
+        acknowledged: dict[tuple[str, int, int], int] = {}
+        for write in self.record.writes:
+            if write.acknowledged and write.answered is not None:
+                acknowledged[_key(write)] = min(write.answered, acknowledged.get(_key(write), write.answered))
+        for write in self.record.writes:
             item, result = write.item, write.result
-            attempt = (item.trajectory_id, item.attempt)
-            if write.acknowledged:
-                acknowledged[attempt] = max(item.seq, acknowledged.get(attempt, -1))
-            elif (
-                result is not None
-                and result.status == replay_pb2.WRITE_STATUS_OUT_OF_RANGE
-                and result.expected_seq <= acknowledged.get(attempt, -1)
-            ):
+            if result is None or result.status != replay_pb2.WRITE_STATUS_OUT_OF_RANGE:
+                continue
+            missing = (item.trajectory_id, item.attempt, result.expected_seq)
+            if acknowledged.get(missing, write.sent) < write.sent:
                 yield f"{_name(write)} was refused for seq {result.expected_seq}, which had been acknowledged"
 
     def _lost(self, write: Write) -> str:
@@ -287,7 +289,9 @@ class Oracle:
     # 6
 
     def in_order(self) -> Iterator[str]:
-        seqs: dict[tuple[str, int], set[int]] = defaultdict(set)
+        delivered: dict[tuple[str, int, int], int] = {}  # when an item was first on its way
+        for write in self.record.writes:
+            delivered.setdefault(_key(write), write.sent)
         newest: dict[str, int] = defaultdict(int)
         for write in self.record.writes:  # in the order in which they were sent
             item, result = write.item, write.result
@@ -295,13 +299,12 @@ class Oracle:
                 yield f"{_name(write)} was answered as seq {result.seq} of {result.trajectory_id}"
             if not write.acknowledged:
                 continue
-            seqs[item.trajectory_id, item.attempt].add(item.seq)
+            before = (item.trajectory_id, item.attempt, item.seq - 1)
+            if item.seq and delivered.get(before, write.answered or 0) >= (write.answered or 0):
+                yield f"{_name(write)} was acknowledged before item {item.seq - 1} was sent"
             if item.attempt < newest[item.trajectory_id]:
                 yield f"{_name(write)} was acknowledged after attempt {newest[item.trajectory_id]}"
             newest[item.trajectory_id] = max(newest[item.trajectory_id], item.attempt)
-        for (trajectory_id, attempt), acknowledged in seqs.items():
-            if acknowledged != set(range(len(acknowledged))):
-                yield f"attempt {attempt} of {trajectory_id}: seqs {sorted(acknowledged)} were acknowledged"
         lent: dict[str, int] = defaultdict(int)
         for _, ticket in self._tickets():
             if ticket.attempt <= lent[ticket.group_id]:

@@ -1,22 +1,24 @@
-"""A gRPC proxy between the replay buffer and everybody else, which keeps the oracle's record of what was said.
+"""A gRPC proxy between one service and everybody else, which keeps the oracle's record of what was said.
 
-    learner, workers ──> proxy, in the test's process ──> replay buffer
-                              │ every request as it comes, every reply before it goes on
-                              ▼
-                            Record
+    learner, workers ──> proxy ──> replay buffer          servers ──> proxy ──> learner (PolicyService)
+                          │ every request as it is delivered, every reply before it goes on
+                          ▼
+                        Record
 
 One event loop stamps everything with one counter, so "this reply had been handed out before that call began" can be
-told. The proxy knows methods only as streams of bytes. While the buffer is down new calls wait for it, as they would
-without a proxy, and calls in flight end with its UNAVAILABLE.
+told. The proxy knows methods only as streams of bytes. While the service is down new calls wait for it, as they would
+without a proxy, and calls in flight end with its UNAVAILABLE. `Weather` is what a network may do on the way.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any, cast
 
 import grpc
@@ -33,6 +35,33 @@ _OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
 ]
+WRITE = "WriteTrajectories"
+_LATE_SECONDS = 5.0
+"""Longest wait for the outcome of a message that arrives once more."""
+
+
+class Fate(Enum):
+    """What becomes of a message."""
+
+    ARRIVES = auto()
+    LOST = auto()  # and with it the connection
+    TWICE = auto()
+
+
+class Weather:
+    """What a network does to messages. This one is fair; a method may take its time, which delays the message."""
+
+    async def request(self, method: str, first: bool) -> Fate:
+        """A request is on its way; `first` of its stream."""
+        return Fate.ARRIVES
+
+    async def reply(self, method: str) -> Fate:
+        """A reply is on its way; it is in the record already."""
+        return Fate.ARRIVES
+
+    def ghosts(self, method: str) -> Sequence[float]:
+        """Seconds after which the same request arrives once more, on a connection of its own."""
+        return ()
 
 
 @dataclass(eq=False)
@@ -45,6 +74,7 @@ class Call:
     replies: list[Any] = field(default_factory=list)
     ended: int | None = None  # stamped before the caller learns the outcome
     code: grpc.StatusCode | None = None  # None: nobody knows what became of it
+    repeated: bool = False  # by the network: its caller knows nothing of it
 
     @property
     def succeeded(self) -> bool:
@@ -64,6 +94,7 @@ class Write:
     sent: int
     result: replay_pb2.WriteResult | None = None  # None: nobody knows what became of it
     answered: int | None = None
+    repeated: bool = False  # by the network: its sender knows nothing of it
 
     @property
     def acknowledged(self) -> bool:
@@ -94,63 +125,132 @@ class Record:
 
 
 @asynccontextmanager
-async def recording_proxy(target: str, record: Record) -> AsyncGenerator[str]:
+async def recording_proxy(target: str, record: Record, weather: Weather | None = None) -> AsyncGenerator[str]:
     """Forward to `target`; yields the proxy's address."""
     server = grpc.aio.server(options=_OPTIONS)
     async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
-        server.add_generic_rpc_handlers((_Handler(channel, record),))
+        proxy = _Proxy(channel, record, weather or Weather())
+        server.add_generic_rpc_handlers((proxy,))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
             yield f"127.0.0.1:{port}"
         finally:
             await server.stop(0.0)
+            await proxy.aclose()
 
 
-class _Handler(grpc.GenericRpcHandler):
-    def __init__(self, channel: grpc.aio.Channel, record: Record) -> None:
+class _Proxy(grpc.GenericRpcHandler):
+    def __init__(self, channel: grpc.aio.Channel, record: Record, weather: Weather) -> None:
         self._channel = channel
         self._record = record
+        self._weather = weather
+        self._late: set[asyncio.Task[None]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         path = handler_call_details.method
 
         async def forward(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-            observer = _observer(path, self._record)
-            upstream: Any = self._channel.stream_stream(path)(
-                _observed(requests, observer.on_request), timeout=context.time_remaining(), wait_for_ready=True
-            )
-            try:
-                async for reply in upstream:
-                    observer.on_reply(reply)
+            async with aclosing(self._forward(path, requests, context)) as replies:
+                async for reply in replies:
                     yield reply
-            except grpc.aio.AioRpcError as error:
-                metadata = tuple(error.trailing_metadata() or ())
-                # A stream that breaks while it is written to is INTERNAL for gRPC; the services explain theirs.
-                broken = error.code() is grpc.StatusCode.INTERNAL and not metadata
-                code = grpc.StatusCode.UNAVAILABLE if broken else error.code()
-                observer.on_end(code)
-                await context.abort(code, error.details() or "", metadata)
-            else:
-                observer.on_end(await upstream.code())
-            finally:
-                upstream.cancel()
 
         return grpc.stream_stream_rpc_method_handler(forward)
 
+    async def aclose(self) -> None:
+        """Nothing arrives any more."""
+        for task in self._late:
+            task.cancel()
+        if self._late:
+            await asyncio.wait(self._late)
 
-async def _observed(requests: AsyncIterator[bytes], on_request: Callable[[bytes], None]) -> AsyncIterator[bytes]:
-    async for request in requests:
-        on_request(request)
-        yield request
+    async def _forward(self, path: str, requests: AsyncIterator[bytes], context: Any) -> AsyncGenerator[bytes]:
+        observer, method = _observer(path, self._record), path.rpartition("/")[2]
+        reset = asyncio.Event()
+        upstream: Any = self._channel.stream_stream(path)(
+            self._delivered(path, requests, observer, reset), timeout=context.time_remaining(), wait_for_ready=True
+        )
+        breaking = asyncio.create_task(_cancel_when(reset, upstream))
+        try:
+            async for reply in upstream:
+                passed_on = observer.on_reply(reply)
+                fate = await self._weather.reply(method)
+                if fate is Fate.LOST:
+                    reset.set()
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+                if passed_on is not None:
+                    yield passed_on
+                    if fate is Fate.TWICE:
+                        yield passed_on
+        except grpc.aio.AioRpcError as error:
+            metadata = tuple(error.trailing_metadata() or ())
+            # A stream that breaks while it is written to is INTERNAL for gRPC; the services explain theirs.
+            broken = reset.is_set() or (error.code() is grpc.StatusCode.INTERNAL and not metadata)
+            code = grpc.StatusCode.UNAVAILABLE if broken else error.code()
+            observer.on_end(code)
+            await context.abort(code, error.details() or "", metadata)
+        except asyncio.CancelledError:
+            if not reset.is_set():
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
+        else:
+            observer.on_end(await upstream.code())
+        finally:
+            breaking.cancel()
+            upstream.cancel()
+
+    async def _delivered(
+        self, path: str, requests: AsyncIterator[bytes], observer: _Silent, reset: asyncio.Event
+    ) -> AsyncIterator[bytes]:
+        method, first = path.rpartition("/")[2], True
+        async for request in requests:
+            fate = await self._weather.request(method, first)
+            first = False
+            if fate is Fate.LOST:
+                reset.set()
+                return
+            for seconds in self._weather.ghosts(method):
+                late = asyncio.create_task(self._arrive_late(path, request, seconds))
+                self._late.add(late)
+                late.add_done_callback(self._late.discard)
+            observer.on_request(request)
+            yield request
+            if fate is Fate.TWICE:
+                observer.on_request(request, repeated=True)
+                yield request
+
+    async def _arrive_late(self, path: str, request: bytes, seconds: float) -> None:
+        """The same message once more; its sender learns nothing of it, the record does."""
+        observer = _observer(path, self._record)
+        await asyncio.sleep(seconds)
+
+        async def requests() -> AsyncIterator[bytes]:
+            observer.on_request(request, repeated=True)
+            yield request
+
+        call: Any = self._channel.stream_stream(path)(requests(), timeout=_LATE_SECONDS)
+        try:
+            async for reply in call:
+                observer.on_reply(reply)
+        except grpc.aio.AioRpcError as error:
+            observer.on_end(error.code())
+        else:
+            observer.on_end(await call.code())
+
+
+async def _cancel_when(reset: asyncio.Event, upstream: Any) -> None:
+    await reset.wait()
+    upstream.cancel()
 
 
 class _Silent:
     """Observes nothing: health checks and the like."""
 
-    def on_request(self, data: bytes) -> None: ...
+    def on_request(self, data: bytes, *, repeated: bool = False) -> None: ...
 
-    def on_reply(self, data: bytes) -> None: ...
+    def on_reply(self, data: bytes) -> bytes | None:
+        """What of it goes on to the caller."""
+        return data
 
     def on_end(self, code: grpc.StatusCode) -> None: ...
 
@@ -161,18 +261,20 @@ class _CallObserver(_Silent):
         self._record = record
         self._call: Call | None = None
 
-    def on_request(self, data: bytes) -> None:
-        self._call = Call(self._method, _parse(self._method, "input_type", data), self._record.stamp())
+    def on_request(self, data: bytes, *, repeated: bool = False) -> None:
+        request = _parse(self._method, "input_type", data)
+        self._call = Call(self._method, request, self._record.stamp(), repeated=repeated)
         self._record.calls.append(self._call)
         self._record.tell(f"{self._method}.begun", self._call)
 
-    def on_reply(self, data: bytes) -> None:
+    def on_reply(self, data: bytes) -> bytes | None:
         assert self._call is not None
         reply = _parse(self._method, "output_type", data)
         self._call.replies.append(reply)
         if not _SERVICE.methods_by_name[self._method].server_streaming:
             # The caller may act on it before the status comes.
             self._end(grpc.StatusCode.OK)
+        return data
 
     def on_end(self, code: grpc.StatusCode) -> None:
         if self._call is not None and self._call.ended is None:
@@ -190,26 +292,33 @@ class _WriteObserver(_Silent):
         self._record = record
         self._unanswered: deque[Write] = deque()
 
-    def on_request(self, data: bytes) -> None:
+    def on_request(self, data: bytes, *, repeated: bool = False) -> None:
         request = replay_pb2.WriteTrajectoriesRequest.FromString(data)
         for item in request.items:
-            write = Write(item, request.server_id, self._record.stamp())
+            write = Write(item, request.server_id, self._record.stamp(), repeated=repeated)
             self._record.writes.append(write)
             self._unanswered.append(write)
             self._record.tell("write.sent", write)
 
-    def on_reply(self, data: bytes) -> None:
-        for result in replay_pb2.WriteTrajectoriesResponse.FromString(data).results:
+    def on_reply(self, data: bytes) -> bytes | None:
+        reply = replay_pb2.WriteTrajectoriesResponse.FromString(data)
+        asked_for: list[replay_pb2.WriteResult] = []
+        for result in reply.results:
             write = self._unanswered.popleft()
             write.result, write.answered = result, self._record.stamp()
             self._record.tell("write.answered", write)
+            if not write.repeated:
+                asked_for.append(result)
+        if len(asked_for) == len(reply.results):
+            return data
+        return replay_pb2.WriteTrajectoriesResponse(results=asked_for).SerializeToString() if asked_for else None
 
 
 def _observer(path: str, record: Record) -> _Silent:
     service, _, method = path.strip("/").partition("/")
     if service != _SERVICE.full_name:
         return _Silent()
-    return _WriteObserver(record) if method == "WriteTrajectories" else _CallObserver(method, record)
+    return _WriteObserver(record) if method == WRITE else _CallObserver(method, record)
 
 
 def _parse(method: str, direction: str, data: bytes) -> Message:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from learner import model as learner_model
 from learner import training_state
 from learner.errors import UnusableGroupError
-from learner.fused_head import fused_head
+from learner.head.fused import fused_head
 from learner.losses import ALGORITHMS
 from learner.model import PolicyModel
 from learner.packing import pack

@@ -32,6 +32,7 @@ async def buffer(tmp_path: Path, clock: list[float]) -> AsyncIterator[ReplayBuff
     await buffer.open_run(spec(max_staleness=0, groups_per_step=1, max_attempts=2), ROOT, [])
     yield buffer
     buffer.stop()
+    await buffer.aclose()
     await log.aclose()
 
 

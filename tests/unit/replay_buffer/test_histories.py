@@ -11,9 +11,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from leeway.errors import FencedError
 from leeway.types import GroupState, PolicyVersion, Purpose, Ticket, TrajectoryFailure, WriteItem, WriteStatus
+from leeway.v1.storage_pb2 import RunSnapshot
 from replay_buffer.lifecycle import check_epoch, decide_finish
+from replay_buffer.stored_state import run_from_proto, run_to_proto
 from replay_buffer.tickets import decide_expired
-from tests.unit.replay_buffer.builders import Machine, filled, snapshot, spec
+from tests.unit.replay_buffer.builders import Machine, filled, spec
+from tests.unit.replay_buffer.disk_runs import described
 
 MEMBERS = 2
 TOTAL_STEPS = 8
@@ -155,11 +158,14 @@ class Histories(RuleBasedStateMachine):
         self.trained = {step: groups for step, groups in self.trained.items() if step <= checkpoint.step}
         assert state.head == checkpoint
 
-    @rule()
-    def restart_buffer(self) -> None:
-        refolded = self.machine.refolded()
-        assert snapshot(refolded) == snapshot(self.machine.state)
-        self.machine.state = refolded
+    @rule(folds=st.booleans())
+    def restart_buffer(self, folds: bool) -> None:
+        """From the log's beginning, or from a snapshot of its end."""
+        before = described(self.machine.state)
+        stored = run_to_proto(self.machine.state).SerializeToString()
+        restored = run_from_proto(RunSnapshot.FromString(stored), self.machine.state.ended)
+        self.machine.state = self.machine.refolded() if folds else restored
+        assert described(self.machine.state) == before
 
     # What always holds
 

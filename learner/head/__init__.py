@@ -1,6 +1,6 @@
 """The words of the output head: what it is, what it is asked about, what it answers.
 
-Two implementations speak them: `learner.reference_head`, plain autograd, and `learner.fused_head`, one pass in chunks.
+Two implementations speak them: `learner.head.reference`, plain autograd, and `learner.head.fused`, one pass in chunks.
 
 Shape legend: T tokens, H hidden size, V vocabulary, K extra ids per token.
 """

@@ -1,6 +1,6 @@
 """The output head by plain autograd, for tests to compare with and for heads that are more than a matrix product.
 
-It holds several [T, V] matrices until the backward pass is over; `learner.fused_head` gives the same numbers without.
+It holds several [T, V] matrices until the backward pass is over; `learner.head.fused` gives the same numbers without.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from learner.head import Head, Targets, TokenLoss, TokenScores, compute_dtype
-from learner.head_chunk import (
+from learner.head.chunk import (
     ChunkSums,
     Coefficients,
     Gradients,

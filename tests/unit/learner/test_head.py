@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from learner import head_chunk
-from learner.fused_head import FusedResult, fused_head
-from learner.head import Head, Targets, TokenLoss, TokenScores
+from learner.head import Head, Targets, TokenLoss, TokenScores, chunk
+from learner.head.fused import FusedResult, fused_head
+from learner.head.reference import reference_head
 from learner.losses import find_algorithm
 from learner.losses.form import TokenBatch, load_algorithm, token_losses
-from learner.reference_head import reference_head
 
 HIDDEN = 12
 VOCABULARY = 53  # not a multiple of the tile's width
@@ -29,7 +28,7 @@ CHUNK = 8
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
-    monkeypatch.setitem(head_chunk._TILE_WIDTH, "cpu", TILE)
+    monkeypatch.setitem(chunk._TILE_WIDTH, "cpu", TILE)
 
 
 def problem(

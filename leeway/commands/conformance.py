@@ -1,0 +1,183 @@
+"""`leeway conformance ADDRESS`: does a server keep the inference contract?
+
+Checks every requirement of docs/conformance.md against a running server, or against one that --command starts. Weights
+are pushed and decoding is paused: never point it at a server that feeds a run. Weights come from --weights, a Hugging
+Face directory of the served model; a server that samples by the arithmetic law needs none. Exit code: 0 when every
+requirement passed or was skipped, 1 when one failed, 2 when the server cannot be tested.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from leeway.conformance import kit
+from leeway.conformance.client import BackendClient, Refused
+from leeway.conformance.own_server import started
+from leeway.conformance.report import exit_code, junit, printable
+from leeway.conformance.requirement import Result, Status
+from leeway.conformance.session import KitOptions, Session
+from leeway.conformance.weights import arithmetic_weights, checkpoint_weights, is_arithmetic
+from leeway.errors import ConfigError, InvalidDataError, UnavailableError
+from leeway.rpc import Security
+
+_STYLES: Final = {Status.PASSED: "green", Status.FAILED: "bold red", Status.SKIPPED: "yellow", Status.NOT_RUN: "dim"}
+_NARROWEST_TABLE: Final = 160
+_ANSWER_SECONDS: Final = 20.0
+
+
+def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
+    """Declare the command."""
+    defaults = KitOptions()
+    parser = subparsers.add_parser(
+        "conformance", help="test a server against the inference contract", description=__doc__
+    )
+    parser.add_argument("address", nargs="?", metavar="ADDRESS", help="host:port of an InferenceService")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="Hugging Face directory of the served model")
+    parser.add_argument(
+        "--command",
+        metavar="COMMAND",
+        help="starts such a server, {address} in place of where it is to listen; for STOP-1 and STOP-2, and for "
+        "everything else too when no ADDRESS is given",
+    )
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, too")
+    parser.add_argument("--run", metavar="NAME", help="run that pushed versions belong to (default: the served one's)")
+    parser.add_argument(
+        "--context-length", type=int, metavar="N", help="longest sequence, if the server was started with less"
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=defaults.samples,
+        metavar="N",
+        help=f"samples of a test of frequencies (default {defaults.samples}; more are taken where they are needed)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=defaults.tolerance,
+        metavar="NATS",
+        help=f"by how much a log-prob may differ when sampled again (default {defaults.tolerance:g})",
+    )
+    parser.add_argument(
+        "--quiet-seconds",
+        type=float,
+        default=defaults.quiet_seconds,
+        metavar="S",
+        help=f"how long nothing may come while paused (default {defaults.quiet_seconds:g})",
+    )
+    parser.add_argument(
+        "--stop-seconds",
+        type=float,
+        default=defaults.stop_seconds,
+        metavar="S",
+        help=f"longest clean stop (default {defaults.stop_seconds:g})",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.check_seconds,
+        metavar="S",
+        help=f"deadline of each requirement (default {defaults.check_seconds:g})",
+    )
+    for name in ("certificate", "key", "authority"):
+        parser.add_argument(f"--{name}", type=Path, metavar="PEM", help="for mutual TLS, all three")
+    parser.set_defaults(handler=_conformance)
+
+
+def _conformance(arguments: argparse.Namespace) -> int:
+    if arguments.address is None and arguments.command is None:
+        raise ConfigError("conformance: give the ADDRESS of a server, or a --command that starts one")
+    options = KitOptions(
+        run=arguments.run,
+        samples=max(arguments.samples, 64),
+        quiet_seconds=arguments.quiet_seconds,
+        check_seconds=arguments.timeout,
+        call_seconds=arguments.timeout,
+        stop_seconds=arguments.stop_seconds,
+        tolerance=arguments.tolerance,
+        context_length=arguments.context_length,
+    )
+    security = Security.from_files(arguments.certificate, arguments.key, arguments.authority, insecure=True)
+    command = None if arguments.command is None else shlex.split(arguments.command)
+    results = asyncio.run(_results(arguments.address, security, options, arguments.weights, command))
+    if arguments.junit is not None:
+        try:
+            arguments.junit.write_bytes(junit(results, f"leeway conformance {arguments.address or arguments.command}"))
+        except OSError as error:
+            raise ConfigError(f"{arguments.junit}: cannot be written: {error.strerror}") from error
+    _print_table(results)
+    return exit_code(results)
+
+
+async def _results(
+    address: str | None, security: Security, options: KitOptions, weights: Path | None, command: Sequence[str] | None
+) -> list[Result]:
+    """Test the server at an address, or else one that the command starts."""
+    if address is not None:
+        return await _test(address, security, options, weights, command)
+    assert command is not None
+    async with started(command, security) as server:
+        return await _test(server.address, security, options, weights, command)
+
+
+async def _test(
+    address: str, security: Security, options: KitOptions, weights: Path | None, command: Sequence[str] | None
+) -> list[Result]:
+    client = BackendClient(address, security, options.call_seconds)
+    try:
+        base = checkpoint_weights(weights) if weights else None
+        try:
+            info = await client.info(timeout_seconds=min(options.call_seconds, _ANSWER_SECONDS))
+        except Refused as refusal:
+            raise UnavailableError(f"{address}: {refusal}; is an InferenceService there?") from refusal
+        except InvalidDataError:
+            pass  # a finding, which INFO-1 reports
+        else:
+            if base is None and is_arithmetic(info.signature):
+                base = arithmetic_weights()
+            if base is None and info.version is None:
+                raise ConfigError(f"{address} serves no weights yet; give those of its model with --weights DIR")
+        session = Session(client, options, base, security, command)
+        results: list[Result] = []
+        console = Console(stderr=True, highlight=False)
+        with console.status("asking") as status:
+            async for result in kit.run(session):
+                results.append(result)
+                status.update(f"{len(results)} of {len(kit.REQUIREMENTS)}: {result.requirement.id}")
+        order = [requirement.id for requirement in kit.REQUIREMENTS]
+        return sorted(results, key=lambda result: order.index(result.requirement.id))
+    finally:
+        await client.aclose()
+
+
+def _print_table(results: Sequence[Result]) -> None:
+    console = Console(highlight=False)
+    if console.width < _NARROWEST_TABLE and not console.is_terminal:
+        console = Console(highlight=False, width=_NARROWEST_TABLE)
+    table = Table(box=None, pad_edge=False)
+    for name in ("requirement", "", "", "what was seen"):
+        table.add_column(name, no_wrap=not name, overflow="fold")
+    family = ""
+    for result in results:
+        requirement = result.requirement
+        if requirement.id.partition("-")[0] != family and family:
+            table.add_section()
+        family = requirement.id.partition("-")[0]
+        table.add_row(
+            requirement.id,
+            Text(result.status.value, style=_STYLES[result.status]),
+            requirement.title,
+            Text(printable(result.detail), style="" if result.status is Status.FAILED else "dim"),
+        )
+    console.print(table)
+    counts = ", ".join(f"{sum(result.status is status for result in results)} {status.value}" for status in Status)
+    console.print(Text(counts))

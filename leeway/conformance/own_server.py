@@ -1,0 +1,67 @@
+"""A server that the kit starts and ends itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from leeway.conformance.client import BackendClient, Refused
+from leeway.errors import ConfigError, UnavailableError
+from leeway.ports import free_port
+from leeway.rpc import Security, cancel_and_wait
+
+_START_SECONDS: Final = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class OwnServer:
+    """A process that answers at an address."""
+
+    process: asyncio.subprocess.Process
+    address: str
+
+
+@asynccontextmanager
+async def started(command: Sequence[str], security: Security) -> AsyncGenerator[OwnServer]:
+    """Run a command, `{address}` in it replaced, until the block ends; entered when the server answers.
+
+    Raises:
+        ConfigError: the command cannot be run.
+        UnavailableError: it ended, or did not answer.
+    """
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
+    argv = [part.replace("{address}", address) for part in command]
+    try:
+        # Its log goes to stderr, beside the kit's own messages.
+        process = await asyncio.create_subprocess_exec(
+            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL
+        )
+    except OSError as error:
+        raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from error
+    try:
+        await _wait_until_it_answers(process, address, security)
+        yield OwnServer(process, address)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def _wait_until_it_answers(process: asyncio.subprocess.Process, address: str, security: Security) -> None:
+    client = BackendClient(address, security, _START_SECONDS)
+    ending, answering = asyncio.create_task(process.wait()), asyncio.create_task(client.info())
+    try:
+        await asyncio.wait([ending, answering], return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done():
+            raise UnavailableError(f"the server that was started for {address} ended with code {process.returncode}")
+        try:
+            answering.result()
+        except Refused as refusal:
+            raise UnavailableError(f"the server that was started for {address} does not answer: {refusal}") from refusal
+    finally:
+        await cancel_and_wait(ending)
+        await cancel_and_wait(answering)
+        await client.aclose()

@@ -1,0 +1,49 @@
+"""What is needed beyond a file's own fsync: its name lasts only once its directory is synced, and so on upwards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and what it lies in, as far as they are missing; their names are durable then.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    if directory.is_dir():
+        # Whoever made it may have died before its name was durable.
+        sync_directory(directory.parent)
+        return
+    make_directory(directory.parent)
+    directory.mkdir(exist_ok=True)
+    sync_directory(directory.parent)
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file as a whole: after a crash there is the old one or the new one.
+
+    Raises:
+        OSError: the disk is full or fails; the old one stands.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    sync_directory(path.parent)

@@ -1,0 +1,32 @@
+"""`python -m tests.chaos --kills 200`: see tests/chaos/conductor.py. Exit code 1 when anything is violated."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.chaos.conductor import Plan, conduct
+
+
+def main() -> int:
+    """Parse and conduct."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=None, help="of an earlier suite, to repeat it")
+    parser.add_argument("--directory", type=Path, default=None, help="kept; a temporary one is removed")
+    arguments = parser.parse_args()
+    seed = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
+    print(f"chaos: {arguments.kills} kills, seed {seed}", flush=True)
+    with contextlib.ExitStack() as stack:
+        directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+        tally = conduct(Plan(seed, arguments.kills, directory), lambda line: print(line, flush=True))
+    print("\n".join(tally.lines()), flush=True)
+    return 1 if tally.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

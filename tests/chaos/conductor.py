@@ -1,0 +1,472 @@
+"""One run of the rehearsal under fire, and many of them on one buffer.
+
+    conductor ── forks ──> replay buffer, learner, two servers, oracle (with the proxies between them)
+        ▲  │ strikes: kill -9 and loss of power, of one process or of all; SIGSTOP, SIGCONT
+        │  └── a crash point is armed in the oracle ── hit, or its deadline ──> strike ──> go ──> the next one
+        └── ends of processes, the oracle's lines, deadlines: one selector, no thread
+
+A process that dies is started again at once. When a run has taken its strikes the faults end, and it must finish: each
+step has a deadline (invariant 12), and no process may refuse to start.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import os
+import selectors
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
+from leeway.config import load_document
+from leeway.process import EXIT_OK, EXIT_REFUSED
+from tests.chaos import programs
+from tests.chaos.disk import Losses
+from tests.chaos.fleet import Child, Program, lose_power
+from tests.chaos.oracle_process import Scene, run_oracle
+from tests.chaos.weather import TEMPERATE, Climate
+from tests.e2e.rehearsal import EXAMPLE
+
+BUFFER, LEARNER, SERVERS = "replay-buffer", "learner", ("server-0", "server-1")
+ORACLE: Final = "oracle"
+_STEP_SECONDS: Final = 45.0
+"""When faults have ended, each step comes within this time."""
+_STRIKE_SECONDS: Final = 3.0
+"""A crash point that is not reached within this time is struck all the same."""
+_JUDGE_SECONDS: Final = 90.0
+_MAX_DEATHS: Final = 100
+"""Processes of one run that may end by themselves before it counts as going round in circles."""
+
+EVENTS: Final = (
+    ("any", 60),
+    ("write.sent", 40),
+    ("write.answered", 40),
+    ("AcquireTickets.begun", 6),
+    ("AcquireTickets.ended", 6),
+    ("DrawBatch.begun", 3),
+    ("DrawBatch.ended", 3),
+    ("Advance.begun", 3),
+    ("Advance.ended", 3),
+    ("Commit.begun", 1),
+    ("Commit.ended", 1),
+    ("OpenRun.begun", 1),
+    ("OpenRun.ended", 1),
+    ("JoinRun.ended", 1),
+    ("CreateEvaluation.ended", 1),
+    ("WatchPolicy.ended", 4),
+    ("FetchWeights.begun", 4),
+)
+"""Crash points, and how many of their kind may pass first at most."""
+
+
+VICTIMS: Final = ((BUFFER, 3.0), (LEARNER, 2.0), (SERVERS[0], 2.0), (SERVERS[1], 2.0), ("all", 0.5))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to a suite."""
+
+    seed: int
+    kills: int
+    directory: Path
+    victims: tuple[tuple[str, float], ...] = VICTIMS
+    """Who is struck, and how likely."""
+    events: tuple[tuple[str, int], ...] = EVENTS
+    stops: float = 0.2  # share of strikes that only stop a process for a while
+    kills_per_run: int = 20
+    steps: int = 30
+    overrides: tuple[str, ...] = ()
+    climate: Climate = TEMPERATE
+    plant: Callable[[str], Callable[[], None] | None] = lambda _: None
+    """What a process does first, by name: the planted bugs."""
+
+
+@dataclass
+class Tally:
+    """What happened, over all runs."""
+
+    runs: int = 0
+    kills: Counter[str] = field(default_factory=Counter[str])
+    faults: Counter[str] = field(default_factory=Counter[str])
+    checked: Counter[str] = field(default_factory=Counter[str])
+    losses: Losses = field(default_factory=Losses)
+    violations: list[str] = field(default_factory=list[str])
+
+    def lines(self) -> list[str]:
+        """For people; the last line has the counts."""
+        by_number = Counter(int(line.partition(":")[0]) for line in self.violations)
+        kills = ", ".join(f"{name} {count}" for name, count in sorted(self.kills.items()))
+        faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
+        checked = ", ".join(f"{name} {count}" for name, count in sorted(self.checked.items()))
+        losses = self.losses
+        return [
+            *self.violations,
+            f"runs {self.runs}; checked: {checked}",
+            f"disk: {losses.discarded_bytes} bytes discarded, {losses.torn_files} files torn, "
+            f"{losses.lost_names} names lost, {losses.undone_removals} removals undone",
+            f"kills {self.kills.total()} ({kills}); faults: {faults}; "
+            f"violations: {' '.join(f'{number}:{by_number[number]}' for number in range(1, 13))}",
+        ]
+
+
+def conduct(plan: Plan, say: Callable[[str], None]) -> Tally:
+    """Runs until the kills are reached, or something is violated."""
+    tally = Tally()
+    earlier = ""
+    while tally.kills.total() < plan.kills and not tally.violations:
+        run = _Run(plan, tally, tally.runs, earlier)
+        try:
+            run.play()
+        finally:
+            run.end()
+        tally.runs += 1
+        earlier = run.name
+        say(f"{run.name}: {run.described}; {tally.kills.total()} of {plan.kills} kills")
+    return tally
+
+
+class _Run:
+    def __init__(self, plan: Plan, tally: Tally, number: int, earlier: str) -> None:
+        self.name = f"chaos-{number}"
+        self._plan = plan
+        self._tally = tally
+        self._rng = Random(f"{plan.seed}/{number}")
+        self._base = plan.directory.resolve()
+        self._run_directory = self._base / "runs" / self.name
+        for directory in (self._run_directory, self._base / "buffer", self._base / "logs", self._base / "ledgers"):
+            directory.mkdir(parents=True, exist_ok=True)
+        self._lifeline = os.pipe()
+        self._selector = selectors.DefaultSelector()
+        self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._children: dict[str, Child] = {}
+        self._programs: dict[str, Program] = {}
+        self._deaths = 0
+        self._kills_left = min(plan.kills_per_run, plan.kills - tally.kills.total())
+        self._struck: Callable[[], None] | None = None  # the strike that is armed
+        self._strike_number = 0
+        self._calm = False
+        self._step = 0
+        self._progress = 0
+        self._finished = False
+        self._verdict: dict[str, Any] | None = None
+        self._over = False
+        configuration = self._configure()
+        self.described = _described(configuration)
+        self._real = configuration.network
+        ours, theirs = socket.socketpair()
+        self._oracle, self._unread = ours, b""
+        scene = Scene(
+            seed=f"{plan.seed}/{number}",
+            run=self.name,
+            run_directory=self._run_directory,
+            learner_ledger=self._base / "ledgers" / LEARNER,
+            log_directory=self._base / "buffer" / "replay",
+            replay_buffer=self._real.replay_buffer,
+            policy=self._real.policy,
+            earlier_run=earlier,
+            climate=plan.climate,
+        )
+        self._selector.register(ours, selectors.EVENT_READ)
+        self._configuration = configuration
+        self._programs[ORACLE] = Program(ORACLE, partial(run_oracle, scene, theirs), (), self._log_path(ORACLE))
+
+    def _configure(self) -> RunConfiguration:
+        rng, plan = self._rng, self._plan
+        staleness = rng.choice((0, 1, 2, 2))
+        overrides = (
+            f"run.name={self.name}",
+            f"run.directory={self._base / 'runs'}",
+            f"run.steps={plan.steps}",
+            f"run.seed={rng.randrange(1000)}",
+            f"run.groups_per_step={rng.choice((2, 3))}",
+            f"run.members={rng.choice((1, 2))}",
+            f"run.max_staleness={staleness}",
+            "run.max_attempts=20",
+            "task.train_count=64",
+            "task.heldout_count=4",
+            "sampling.max_tokens=16",
+            f"evaluation.every_steps={rng.choice((0, 5))}",
+            "evaluation.tasks=2",
+            "evaluation.members=1",
+            "network.weights=grpc",
+            f"replay_buffer.directory={self._base / 'buffer' / 'replay'}",
+            "replay_buffer.segment_bytes=1048576",
+            "replay_buffer.lease_seconds=1.5",
+            "replay_buffer.soft_free_bytes=0",
+            "replay_buffer.hard_free_bytes=0",
+            "inference_server.prefetch=0",
+            "inference_server.ticket_wait_seconds=0.5",
+            "inference_server.answer_timeout_seconds=5",
+            "inference_server.arithmetic.max_concurrency=4",
+            "inference_server.arithmetic.token_seconds=0.004",
+            f"inference_server.arithmetic.chunk_tokens={rng.choice((2, 4))}",
+            f"learner.checkpoint_every_steps={rng.choice((2, 3, 4))}",
+            "learner.evaluation_timeout_seconds=20",
+            "learner.draw_timeout_seconds=60",
+            "learner.record_policy_logprobs=false",
+            *plan.overrides,
+        )
+        return with_free_ports(read_configuration(load_document(EXAMPLE, overrides)))
+
+    def _log_path(self, name: str) -> Path:
+        return self._base / "logs" / f"{self.name}-{name}.log"
+
+    # The play
+
+    def play(self) -> None:
+        """From the first process to the verdict."""
+        self._start(ORACLE)
+        self._at(10.0, partial(self._give_up, "the oracle did not start"))
+        while not self._over:
+            self._turn()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            heapq.heappop(self._deadlines)[2]()
+            if self._over:
+                return
+        wait_seconds = self._deadlines[0][0] - now if self._deadlines else None
+        for key, _ in self._selector.select(None if wait_seconds is None else max(wait_seconds, 0.0)):
+            if key.fileobj is self._oracle:
+                self._read_oracle()
+            else:
+                child = key.fileobj
+                assert isinstance(child, Child)
+                self._on_end(child)
+            if self._over:
+                return
+
+    def _at(self, seconds: float, act: Callable[[], None]) -> None:
+        heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._order), act))
+
+    def _start(self, name: str) -> None:
+        if self._finished and name in SERVERS:
+            return
+        if name not in self._children and not self._over:
+            child = Child(self._programs[name], self._lifeline)
+            self._children[name] = child
+            self._selector.register(child, selectors.EVENT_READ)
+
+    def _gone(self, child: Child) -> int:
+        self._selector.unregister(child)
+        del self._children[child.program.name]
+        return child.wait()
+
+    def _on_end(self, child: Child) -> None:
+        """A process ended by itself."""
+        name = child.program.name
+        code = self._gone(child)
+        if name == ORACLE:
+            self._give_up(f"the oracle ended with code {code}: {child.last_line()}")
+        elif code == EXIT_OK and name == LEARNER:
+            self._on_finished()
+        elif code == EXIT_OK and name in SERVERS:
+            if self._finished and not any(server in self._children for server in SERVERS):
+                self._last_restart()
+        elif code == EXIT_REFUSED:
+            self._give_up(f"12: {name} refuses to go on: {child.last_line()}")
+        else:
+            self._deaths += 1
+            self._tally.faults["died by itself"] += 1
+            if self._deaths > _MAX_DEATHS:
+                self._give_up(f"12: {name} ended with code {code}, the {self._deaths}th: {child.last_line()}")
+            self._at(0.1, partial(self._start, name))
+
+    def _give_up(self, problem: str) -> None:
+        self._tally.violations.append(f"{'' if problem.startswith('12') else '12: '}{problem} ({self.name})")
+        self._over = True
+
+    # The oracle's lines
+
+    def _tell(self, **message: object) -> None:
+        self._oracle.sendall(json.dumps(message).encode() + b"\n")
+
+    def _read_oracle(self) -> None:
+        data = self._oracle.recv(1 << 16)
+        *lines, self._unread = (self._unread + data).split(b"\n")
+        for line in lines:
+            match json.loads(line):
+                case {"ready": addresses}:
+                    self._on_ready(addresses)
+                case {"hit": event}:
+                    self._strike_now(event)
+                case {"step": int(step)}:
+                    self._step = max(self._step, step)
+                    self._progress += 1
+                case {"verdict": verdict}:
+                    self._on_verdict(verdict)
+                case other:
+                    raise AssertionError(other)
+
+    def _on_ready(self, proxies: dict[str, str]) -> None:
+        self._deadlines.clear()
+        config = self._base / f"{self.name}.toml"
+        replace(self._configuration, network=self._real.model_copy(update=proxies)).write(config)
+        ledgers, common = self._base / "ledgers", ("--config", str(config), "--supervised")
+        for program in (
+            Program(
+                BUFFER,
+                programs.run_replay_buffer,
+                (*common, f"--set=network.replay_buffer={self._real.replay_buffer}"),
+                self._log_path(BUFFER),
+                disk=self._base / "buffer",
+                ledger=ledgers / BUFFER,
+            ),
+            Program(
+                LEARNER,
+                programs.run_learner,
+                (*common, f"--set=network.policy={self._real.policy}"),
+                self._log_path(LEARNER),
+                disk=self._run_directory,
+                ledger=ledgers / LEARNER,
+            ),
+            *(
+                Program(name, programs.run_server, (*common, "--index", str(index)), self._log_path(name))
+                for index, name in enumerate(SERVERS)
+            ),
+        ):
+            self._programs[program.name] = replace(program, before=self._plan.plant(program.name))
+            self._start(program.name)
+        self._next_strike()
+
+    # Strikes
+
+    def _next_strike(self) -> None:
+        if self._kills_left <= 0:
+            self._end_faults()
+            return
+        rng, plan = self._rng, self._plan
+        victim = rng.choices([name for name, _ in plan.victims], [weight for _, weight in plan.victims])[0]
+        event, most = rng.choice(plan.events)
+        victims = [BUFFER, LEARNER, *SERVERS] if victim == "all" else [victim]
+        stop = victim != "all" and rng.random() < plan.stops
+        self._strike_number += 1
+        self._struck = partial(self._stop if stop else self._kill, victims)
+        self._tell(arm={"event": event, "count": rng.randint(1, most)})
+        self._at(_STRIKE_SECONDS, partial(self._strike_late, self._strike_number))
+
+    def _strike_late(self, number: int) -> None:
+        if number == self._strike_number:
+            self._strike_now("")
+
+    def _strike_now(self, event: str) -> None:
+        if self._struck is None or self._finished:
+            self._tell(go=True)
+            return
+        self._tally.faults["crash points" if event else "crash times"] += 1
+        strike, self._struck = self._struck, None
+        strike()
+        self._tell(go=True)
+        self._strike_number += 1
+        self._at(self._rng.random() * 0.6, self._next_strike)
+
+    def _kill(self, victims: Sequence[str]) -> None:
+        for name in victims:
+            child = self._children.get(name)
+            if child is None:
+                continue
+            child.signal(signal.SIGKILL)
+            self._gone(child)
+            self._tally.kills[name] += 1
+            self._kills_left -= 1
+        for name in victims:  # when all of them are dead
+            self._tally.losses.add(lose_power(self._programs[name], self._rng))
+            self._at(self._rng.random() * 0.3, partial(self._start, name))
+
+    def _stop(self, victims: Sequence[str]) -> None:
+        for name in victims:
+            child = self._children.get(name)
+            if child is None or child.stopped:
+                continue
+            child.signal(signal.SIGSTOP)
+            self._tally.faults["stopped"] += 1
+            self._at(self._rng.uniform(0.05, 2.5), partial(self._continue, child))
+
+    def _continue(self, child: Child) -> None:
+        if self._children.get(child.program.name) is child:
+            child.signal(signal.SIGCONT)
+
+    # The end
+
+    def _end_faults(self) -> None:
+        self._calm = True
+        self._tell(calm=True)
+        self._expect_progress()
+
+    def _expect_progress(self) -> None:
+        self._at(_STEP_SECONDS, partial(self._check_progress, self._progress))
+
+    def _check_progress(self, before: int) -> None:
+        if self._finished:
+            return
+        if self._progress == before:
+            self._give_up(f"12: no step within {_STEP_SECONDS:g} s after step {self._step}: {self._blockers()}")
+        self._expect_progress()
+
+    def _blockers(self) -> str:
+        return "; ".join(f"{name}: {child.last_line()}" for name, child in self._children.items())
+
+    def _on_finished(self) -> None:
+        self._finished = True
+        self._tell(calm=True)
+        for name, child in self._children.items():
+            child.signal(signal.SIGCONT)
+            if name in SERVERS:
+                child.signal(signal.SIGTERM)  # one that has just joined waits for a learner, and there will be none
+        self._at(15.0, self._servers_must_have_ended)
+        if not any(server in self._children for server in SERVERS):
+            self._last_restart()
+
+    def _servers_must_have_ended(self) -> None:
+        if self._verdict is None and any(server in self._children for server in SERVERS):
+            self._give_up(f"12: a server goes on after the end: {self._blockers()}")
+
+    def _last_restart(self) -> None:
+        """What is judged is what a loss of power leaves."""
+        self._kills_left = 0
+        child = self._children.get(BUFFER)
+        if child is not None:
+            child.signal(signal.SIGKILL)
+            self._gone(child)
+            self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng))
+        self._start(BUFFER)
+        self._tell(judge=True)
+        self._at(_JUDGE_SECONDS, partial(self._give_up, "12: the buffer could not be exported"))
+
+    def _on_verdict(self, verdict: dict[str, Any]) -> None:
+        self._verdict = verdict
+        self._tally.violations += [f"{line} ({self.name})" for line in verdict["violations"]]
+        self._tally.faults.update(verdict["faults"])
+        self._tally.checked.update(verdict["counts"])
+        self._over = True
+
+    def end(self) -> None:
+        """Leave no process behind."""
+        self._over = True
+        for child in list(self._children.values()):
+            child.signal(signal.SIGKILL)
+            self._gone(child)
+        self._selector.close()
+        self._oracle.close()
+        for descriptor in self._lifeline:
+            os.close(descriptor)
+
+
+def _described(configuration: RunConfiguration) -> str:
+    run = configuration.run
+    return (
+        f"{run.steps} steps of {run.groups_per_step} x {run.members}, bound {run.max_staleness}, "
+        f"a checkpoint every {configuration.learner.checkpoint_every_steps}"
+    )

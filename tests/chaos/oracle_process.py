@@ -1,0 +1,188 @@
+"""The oracle's own process: every link between the others passes here, and here it is judged.
+
+learner, servers ──> proxy ──> replay buffer         servers ──> proxy ──> learner
+                      │ Record, bad weather, crash points
+conductor <── lines of JSON ──> this process ── at the end: export of the buffer, its log ──> violations
+
+conductor says   arm {event, count} | go | calm | judge
+it is told       ready {addresses} | hit {event} | step {step} | verdict {violations, faults, ...}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, Final
+
+import grpc
+
+from leeway.replay_client import ReplayClient
+from leeway.rpc import Security
+from leeway.v1 import replay_pb2, replay_pb2_grpc
+from tests.chaos.account import Account
+from tests.chaos.checkpoints import missing_checkpoint
+from tests.chaos.weather import TEMPERATE, BadWeather, Climate, CrashPoint
+from tests.e2e.oracle import Evidence
+from tests.e2e.recording_proxy import Call, Record, Write, recording_proxy
+from tests.model.law import Broken, audit, read_log
+
+_PROBE_SECONDS: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What an oracle looks at."""
+
+    seed: str
+    run: str
+    run_directory: Path
+    learner_ledger: Path
+    log_directory: Path
+    replay_buffer: str  # where it really listens
+    policy: str
+    earlier_run: str = ""  # one that has finished on the same buffer
+    climate: Climate = TEMPERATE
+
+
+def run_oracle(scene: Scene, connection: socket.socket) -> int:
+    """The process."""
+    asyncio.run(_Watch(scene).run(connection))
+    return 0
+
+
+class _Watch:
+    def __init__(self, scene: Scene) -> None:
+        self._scene = scene
+        self._record = Record()
+        self._rng = Random(f"{scene.seed}/probes")
+        self._weather = BadWeather(scene.climate, Random(f"{scene.seed}/weather"), self._on_hit)
+        self._seen: list[str] = []  # violations found on the way
+        self._probes: set[asyncio.Task[None]] = set()
+        self._counts: Counter[str] = Counter()
+
+    async def run(self, connection: socket.socket) -> None:
+        reader, self._writer = await asyncio.open_connection(sock=connection)
+        self._record.listeners.append(self._on_event)
+        scene = self._scene
+        async with (
+            recording_proxy(scene.replay_buffer, self._record, self._weather) as replay_buffer,
+            recording_proxy(scene.policy, self._record, self._weather) as policy,
+        ):
+            self._tell(ready={"replay_buffer": replay_buffer, "policy": policy})
+            while line := await reader.readline():
+                match json.loads(line):
+                    case {"arm": {"event": str(event), "count": int(count)}}:
+                        self._weather.arm(CrashPoint(event, count))
+                    case {"go": _}:
+                        self._weather.go()
+                    case {"calm": _}:
+                        self._weather.calm()
+                    case {"judge": _}:
+                        await self._judge()
+                    case other:
+                        raise AssertionError(other)
+
+    def _tell(self, **message: object) -> None:
+        self._writer.write(json.dumps(message).encode() + b"\n")
+
+    def _on_hit(self, event: str) -> None:
+        self._tell(hit=event)
+
+    # On the way
+
+    def _on_event(self, event: str, subject: Call | Write) -> None:
+        if isinstance(subject, Write):
+            return
+        match event:
+            case "Commit.begun" if not subject.repeated:
+                scene = self._scene
+                lines = missing_checkpoint(scene.run_directory, scene.learner_ledger, subject.request.step)
+                self._seen += [f"8: {line}" for line in lines]
+                self._counts["commits"] += 1
+            case "Advance.ended":
+                self._tell(step=subject.request.version.step)
+            case "DrawBatch.ended" if not subject.repeated and self._rng.random() < 0.5:
+                self._start(self._slices(subject))
+            case "AcquireTickets.ended" if self._rng.random() < 0.1:
+                self._start(self._cross_runs())
+            case _:
+                pass
+
+    def _start(self, probe: Any) -> None:
+        task = asyncio.create_task(probe)
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    async def _slices(self, draw: Call) -> None:
+        """Ask for the same draw as ranks would: what each gets must be its slice. The head may move on meanwhile."""
+        whole = _group_ids(draw.replies)
+        world_size = self._rng.choice((2, 3))
+        async with grpc.aio.insecure_channel(self._scene.replay_buffer) as channel:
+            stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
+            for rank in range(world_size):
+                request = replay_pb2.DrawBatchRequest()
+                request.CopyFrom(draw.request)
+                request.rank, request.world_size = rank, world_size
+                with suppress(grpc.aio.AioRpcError):
+                    got = _group_ids([reply async for reply in stub.DrawBatch(request, timeout=_PROBE_SECONDS)])
+                    self._counts["slices"] += 1
+                    if got != whole[rank::world_size]:
+                        step = draw.request.step
+                        self._seen.append(f"10: step {step} drew {whole}; rank {rank} of {world_size} gets {got}")
+
+    async def _cross_runs(self) -> None:
+        """Write what belongs to one run into another."""
+        written = [write.item for write in self._record.writes[-50:] if write.acknowledged]
+        if not written or not self._scene.earlier_run:
+            return
+        request = replay_pb2.WriteTrajectoriesRequest(
+            run=self._scene.earlier_run, server_id="stranger", items=[self._rng.choice(written)]
+        )
+
+        async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
+            yield request
+
+        async with grpc.aio.insecure_channel(self._scene.replay_buffer) as channel:
+            stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
+            with suppress(grpc.aio.AioRpcError):
+                async for reply in stub.WriteTrajectories(requests(), timeout=_PROBE_SECONDS):
+                    self._counts["strangers"] += 1
+                    if reply.results[0].status == replay_pb2.WRITE_STATUS_ACKNOWLEDGED:
+                        name = request.items[0].trajectory_id
+                        self._seen.append(f"11: a chunk of {name} was acknowledged in run {request.run}")
+
+    # At the end
+
+    async def _judge(self) -> None:
+        scene = self._scene
+        client = ReplayClient(scene.replay_buffer, scene.run, Security())
+        try:
+            groups = [group async for group in client.export_groups()]
+            evidence = Evidence(self._record, groups, await client.run_status(), scene.run_directory)
+        finally:
+            await client.aclose()
+        try:
+            law = audit(read_log(scene.log_directory), scene.run)
+            assert law is not None
+            self._counts["records"] += law.num_records
+        except Broken as broken:
+            self._seen.append(f"{broken} (by the log)")
+        self._tell(
+            verdict={
+                "violations": [*self._seen, *Account(evidence).violations()],
+                "faults": dict(self._weather.faults),
+                "counts": {**self._counts, "calls": len(self._record.calls), "writes": len(self._record.writes)},
+            }
+        )
+
+
+def _group_ids(replies: list[Any]) -> list[str]:
+    pieces = [piece for reply in replies for piece in reply.pieces]
+    return [piece.group.group_id for piece in pieces if piece.WhichOneof("piece") == "group"]

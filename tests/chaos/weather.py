@@ -1,0 +1,117 @@
+"""A bad network, seeded: messages are lost with their connection, late, or arrive more than once.
+
+Crash points too: the conductor names an event ("Commit.begun", "write.answered", ...) and how many of them to let pass;
+the message of the next one is held until the conductor says go, so that a process can be killed at that very moment.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Final
+
+from tests.e2e.recording_proxy import WRITE, Fate, Weather
+
+_HOLD_SECONDS: Final = 5.0
+_NEVER_TWICE: Final = frozenset({"FetchWeights", "Check"})
+"""Replies of a stream that no transport would repeat inside one connection."""
+_HAUNTED: Final = frozenset(
+    {"OpenRun", "JoinRun", "AcquireTickets", WRITE, "RenewLeases", "DrawBatch", "Advance", "Commit", "FinishRun"}
+)
+
+
+@dataclass(slots=True)
+class CrashPoint:
+    """Hold the message of an event once `count` of its kind have passed; "any" stands for every event."""
+
+    event: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Climate:
+    """How often things go wrong, per message."""
+
+    lost: float = 0.01
+    late: float = 0.03
+    twice: float = 0.02
+    ghost: float = 0.06
+    longest_delay_seconds: float = 0.3
+    longest_ghost_seconds: float = 3.0
+
+
+TEMPERATE: Final = Climate()
+CALM: Final = Climate(0.0, 0.0, 0.0, 0.0)
+
+
+class BadWeather(Weather):
+    """See the module's docstring."""
+
+    def __init__(self, climate: Climate, rng: Random, on_hit: Callable[[str], None]) -> None:
+        self._climate = climate
+        self._rng = rng
+        self._on_hit = on_hit
+        self._point: CrashPoint | None = None
+        self._go = asyncio.Event()
+        self.faults: Counter[str] = Counter()
+
+    def arm(self, point: CrashPoint) -> None:
+        """Wait for an event; at most one is waited for."""
+        self._point = point
+        self._go.clear()
+
+    def go(self) -> None:
+        """Release what is held, and wait for nothing any more."""
+        self._point = None
+        self._go.set()
+
+    def calm(self) -> None:
+        """From now on the network is fair."""
+        self._climate = CALM
+        self.go()
+
+    async def request(self, method: str, first: bool) -> Fate:
+        await self._passes("write.sent" if method == WRITE else f"{method}.begun")
+        may_repeat = not first if method == "WatchPolicy" else method == WRITE
+        return await self._fate(may_repeat=may_repeat)
+
+    async def reply(self, method: str) -> Fate:
+        await self._passes("write.answered" if method == WRITE else f"{method}.ended")
+        return await self._fate(may_repeat=method == "WatchPolicy")
+
+    def ghosts(self, method: str) -> Sequence[float]:
+        if method not in _HAUNTED or self._rng.random() >= self._climate.ghost:
+            return ()
+        self.faults["arrived again"] += 1
+        return (self._rng.random() * self._climate.longest_ghost_seconds,)
+
+    async def _passes(self, event: str) -> None:
+        point = self._point
+        if point is None or point.event not in (event, "any"):
+            return
+        point.count -= 1
+        if point.count > 0:
+            return
+        self._point = None
+        self._on_hit(event)
+        try:
+            async with asyncio.timeout(_HOLD_SECONDS):
+                await self._go.wait()
+        except TimeoutError:
+            self.faults["held too long"] += 1
+
+    async def _fate(self, *, may_repeat: bool) -> Fate:
+        climate, rng = self._climate, self._rng
+        if rng.random() < climate.late:
+            self.faults["delayed"] += 1
+            await asyncio.sleep(rng.random() * climate.longest_delay_seconds)
+        if rng.random() < climate.lost:
+            self.faults["lost"] += 1
+            return Fate.LOST
+        if may_repeat and rng.random() < climate.twice:
+            self.faults["sent twice"] += 1
+            return Fate.TWICE
+        return Fate.ARRIVES

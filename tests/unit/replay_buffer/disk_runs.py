@@ -1,0 +1,106 @@
+"""Runs on a real directory, with segments so small that a few steps fill many."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from leeway.types import PolicyVersion, RunSpec, WriteStatus
+from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.groups import Group, Locations, Member
+from replay_buffer.lineage import Lineage
+from replay_buffer.log import Log, LogOptions
+from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.segments import Position
+from replay_buffer.state import RunState
+from tests.unit.replay_buffer.builders import ROOT, RUN, filled, spec, version
+
+SEGMENT_BYTES = 2048
+
+
+class OpenBuffer:
+    """A buffer on a directory, and what a learner and a worker would remember."""
+
+    def __init__(self, buffer: ReplayBuffer, log: Log, folded: list[Position]) -> None:
+        self.buffer = buffer
+        self.log = log
+        self.folded = folded  # the records that its start has read
+
+    @property
+    def state(self) -> RunState:
+        return self.buffer._runs[RUN].state
+
+    async def open_run(self, checkpoint: PolicyVersion = ROOT, run_spec: RunSpec | None = None) -> None:
+        await self.buffer.open_run(run_spec or spec(total_steps=10_000), checkpoint, [])
+
+    async def step(self, *, commit: bool = True, oldest_kept_step: int = 0) -> tuple[str, ...]:
+        """One whole step on fresh groups."""
+        state = self.state
+        tickets, _ = await self.buffer.acquire_tickets(RUN, "s0", state.head, 1000, 0)
+        for ticket in tickets:
+            results = self.buffer.write(RUN, filled(ticket, [state.head]))
+            assert {result.status for result in results} == {WriteStatus.ACKNOWLEDGED}
+        head = state.head
+        views = await self.buffer.draw(RUN, state.epoch, head.step + 1, self.buffer._now())
+        await self.buffer.advance(RUN, state.epoch, version(head.step + 1, state.epoch), head)
+        if commit:
+            await self.buffer.commit(RUN, state.epoch, head.step + 1, oldest_kept_step)
+        await self.settled()
+        return tuple(view.group_id for view in views)
+
+    async def settled(self) -> None:
+        """Wait for the snapshot on its way."""
+        if (saving := self.buffer._storage._saving) is not None:
+            await saving
+
+
+@asynccontextmanager
+async def opened(
+    directory: Path, *, cleanly: bool = True, segment_bytes: int = SEGMENT_BYTES, **options: Any
+) -> AsyncGenerator[OpenBuffer]:
+    """A buffer on a directory; uncleanly, it leaves what a killed process leaves."""
+    log = Log(LogOptions(directory, segment_bytes))
+    buffer = ReplayBuffer(ReplayBufferOptions(directory=directory, **options), log)
+    folded: list[Position] = []
+    fold = buffer._replay
+
+    def count(payload: bytes, location: Any) -> None:
+        folded.append(Position(location.segment, location.offset))
+        fold(payload, location)
+
+    buffer._replay = count  # type: ignore[method-assign]
+    try:
+        buffer.start()
+        try:
+            yield OpenBuffer(buffer, log, folded)
+        finally:
+            buffer.stop()
+            if cleanly:
+                await buffer.aclose()
+            else:
+                buffer._storage.index._file.close()
+    finally:
+        await log.aclose()
+
+
+def described(thing: Any) -> Any:
+    """Everything that a state consists of, as far down as it goes, so that no new field is forgotten."""
+    if isinstance(thing, RunState):
+        others = {name: value for name, value in vars(thing).items() if name not in ("ended", "groups")}
+        return {**described(others), "groups": described(thing.groups.values())}
+    if isinstance(thing, Lineage):
+        return described(vars(thing))
+    if isinstance(thing, (Group, Member)):
+        return {name: described(getattr(thing, name)) for name in type(thing).__slots__}
+    if isinstance(thing, Locations):
+        return list(thing)
+    if isinstance(thing, dict):
+        return {key: described(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
+        return [described(entry) for entry in thing]
+    if is_dataclass(thing) and thing.__hash__ is None:
+        return {field.name: described(getattr(thing, field.name)) for field in fields(thing)}
+    return thing
