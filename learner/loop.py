@@ -276,7 +276,8 @@ class Learner:
 
         await asyncio.to_thread(finish)
         step = pending.version.step
-        await self._answered(self._parts.buffer.commit(self._epoch, step))
+        kept = await asyncio.to_thread(self._parts.checkpoints.steps)
+        await self._answered(self._parts.buffer.commit(self._epoch, step, kept[0]))
         self._ledger = [entry for entry in self._ledger if entry[0] > step]
         self._parts.metrics.checkpoint_seconds.observe(time.monotonic() - began)
 

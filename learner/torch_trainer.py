@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -39,11 +38,11 @@ from learner.mismatch import RunningMismatch
 from learner.model import PolicyModel
 from learner.older_policies import OlderPolicy
 from learner.optimizer import Optimizer
-from learner.packing import MicroBatch
-from learner.policy_loss import OlderLogprobs, PolicyLoss
+from learner.policy_loss import PolicyLoss
 from learner.r3 import check_routing
 from learner.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
 from learner.step_batch import StepBatch, step_batch
+from learner.step_parts import Part, Partition
 from learner.trainer import FinishSave, StepResult
 from learner.training_options import TrainingOptions
 from learner.training_state import TrainerScalars
@@ -62,16 +61,6 @@ from leeway.huggingface import (
 )
 from leeway.types import ModelSignature, TensorEntry, Trajectory, TrajectoryGroup, WeightManifest
 from leeway.weights import tensor_entry
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A micro-batch, and what is known of it before its loss."""
-
-    micro_batch: MicroBatch
-    with_gradient: bool
-    older: OlderLogprobs
-    is_filler: bool = False  # computed for nothing, because another rank has one more
 
 
 class TorchTrainer:
@@ -102,10 +91,13 @@ class TorchTrainer:
             policy.shard(self._world.mesh())
         self._optimizer = Optimizer(policy.model, options)
         self._loss = PolicyLoss(options, self._world.reduce)
-        self._reference = OlderPolicy(policy.weights()) if options.penalties.reference_kl else None
+        reference = OlderPolicy(policy.weights()) if options.penalties.reference_kl else None
         keeps_proximal = self._loss.needs_proximal and options.proximal_every_steps > 1
         self._proximal = OlderPolicy(policy.weights()) if keeps_proximal else None
         self._replays_routing = _replays_routing(signature, options)
+        self._partition = Partition(
+            policy, options, self._world, self._replays_routing, self._loss.topk, self._proximal, reference
+        )
 
     @classmethod
     def from_directory(
@@ -156,7 +148,7 @@ class TorchTrainer:
         learning_rate = self._optimizer.learning_rate
         if self._proximal is not None and self._optimizer.num_steps % self._options.proximal_every_steps == 0:
             self._proximal.refresh()
-        parts = self._parts(batch, self._has_gradient(batch))
+        parts = self._partition.parts(batch, self._has_gradient(batch))
         statistics = self._measured(batch, parts)
         self._optimizer.zero_gradients()
         scored = [part for part in (self._accumulate(batch, part, statistics) for part in parts) if part is not None]
@@ -255,73 +247,30 @@ class TorchTrainer:
         everywhere = self._loss.penalties.active or self._options.load_balancing > 0
         return batch.advantages.astype(bool) | everywhere
 
-    def _parts(
-        self, batch: StepBatch, has_gradient: NDArray[np.bool_], chosen: NDArray[np.bool_] | None = None
-    ) -> list[_Part]:
-        """Micro-batches of the chosen trajectories [N], or all, those with a gradient first."""
-        everywhere = np.ones_like(has_gradient) if chosen is None else chosen
-        packed = [
-            (micro_batch, with_gradient, is_filler)
-            for with_gradient in (True, False)
-            for micro_batch, is_filler in self._as_many_as_others(
-                batch, self._micro_batches(batch, everywhere & (has_gradient == with_gradient))
-            )
-        ]
-        micro_batches = [micro_batch for micro_batch, _, _ in packed]
-        proximal = self._logprobs_of(self._proximal, micro_batches)
-        reference = self._logprobs_of(self._reference, micro_batches)
-        return [
-            _Part(micro_batch, with_gradient, OlderLogprobs(old, first), is_filler)
-            for (micro_batch, with_gradient, is_filler), old, first in zip(packed, proximal, reference, strict=True)
-        ]
-
-    def _as_many_as_others(
-        self, batch: StepBatch, micro_batches: Sequence[MicroBatch]
-    ) -> Iterator[tuple[MicroBatch, bool]]:
-        """The micro-batches, and fillers up to the number that the busiest rank has: sharded layers meet in each."""
-        for micro_batch in micro_batches:
-            yield micro_batch, False
-        most = int(self._world.reduce(torch.tensor(len(micro_batches)), "max"))
-        for _ in range(most - len(micro_batches)):
-            yield self._micro_batches(batch, batch.shortest())[0], True
-
     @torch.no_grad()
-    def _logprobs_of(self, older: OlderPolicy | None, micro_batches: Sequence[MicroBatch]) -> Sequence[Tensor | None]:
-        """[T] of each micro-batch, under earlier weights."""
-        if older is None:
-            return [None] * len(micro_batches)
-        logprobs: list[Tensor | None] = []
-        with older.in_place():
-            for micro_batch in micro_batches:
-                with self._policy.scored(micro_batch) as scores:
-                    logprobs.append(scores.logprobs)
-        return logprobs
-
-    @torch.no_grad()
-    def _measured(self, batch: StepBatch, parts: Sequence[_Part]) -> BatchStatistics | None:
+    def _measured(self, batch: StepBatch, parts: Sequence[Part]) -> BatchStatistics | None:
         """The pass without gradient that a batch-aware loss needs first."""
         if not self._loss.batch_aware:
             return None
+        device = self._policy.device
 
         def scored() -> Generator[TokenBatch]:
             for part in parts:
                 with self._policy.scored(part.micro_batch) as scores:
                     if not part.is_filler:
-                        advantages = self._per_token(batch.advantages, part)
+                        advantages = part.per_token(batch.advantages, device)
                         yield self._loss.token_batch(
                             part.micro_batch, scores, advantages, part.older, first_sequence=batch.first
                         )
 
         return self._loss.measured(scored(), batch.num_sequences)
 
-    def _micro_batches(self, batch: StepBatch, chosen: NDArray[np.bool_]) -> list[MicroBatch]:
-        return batch.micro_batches(chosen, self._options, with_routing=self._replays_routing, topk=self._loss.topk)
-
-    def _accumulate(self, batch: StepBatch, part: _Part, statistics: BatchStatistics | None) -> ScoredTokens | None:
+    def _accumulate(self, batch: StepBatch, part: Part, statistics: BatchStatistics | None) -> ScoredTokens | None:
         """Score one micro-batch and add its gradient; a filler adds nothing."""
-        sequences = torch.from_numpy(part.micro_batch.target_sequences).to(self._policy.device)
-        advantages = self._per_token(batch.advantages, part)
-        weights = self._per_token(batch.weights, part)
+        device = self._policy.device
+        sequences = torch.from_numpy(part.micro_batch.target_sequences).to(device)
+        advantages = part.per_token(batch.advantages, device)
+        weights = part.per_token(batch.weights, device)
 
         def tokens_at(places: slice, scores: TokenScores) -> TokenBatch:
             return self._loss.token_batch(
@@ -366,11 +315,6 @@ class TorchTrainer:
             load_balancing,
         )
 
-    def _per_token(self, numbers: NDArray[np.float64], part: _Part) -> Tensor:
-        """[T] float32 of the micro-batch's targets from [N] of their trajectories."""
-        of_targets = numbers[part.micro_batch.target_sequences]
-        return torch.from_numpy(of_targets).float().to(self._policy.device)
-
     def _router_statistics(self, scored: Sequence[ScoredTokens]) -> dict[str, float]:
         if self._options.load_balancing == 0:
             return {}
@@ -403,7 +347,7 @@ class TorchTrainer:
         for index in np.flatnonzero(np.concatenate(self._world.gather(has_gradient))).tolist():
             self._optimizer.zero_gradients()
             alone = np.arange(len(batch.trajectories)) == index - batch.first
-            for part in self._parts(batch, has_gradient, alone):
+            for part in self._partition.parts(batch, has_gradient, alone):
                 self._accumulate(batch, part, statistics)
             norm = float(self._optimizer.gradient_norm())
             norm = norm if math.isfinite(norm) else math.inf

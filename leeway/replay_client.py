@@ -147,12 +147,14 @@ class ReplayClient:
         with mapped_errors(f"Advance at {self.address}"):
             await self.stub.Advance(request, timeout=self.patience_seconds)
 
-    async def commit(self, epoch: int, step: int) -> None:
-        """A checkpoint of `step` is durable: its groups are consumed for good."""
+    async def commit(self, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
+        """A checkpoint of `step` is durable: its groups are consumed for good.
+
+        Of the oldest checkpoint that is kept depends what may be retired; 0 keeps everything.
+        """
+        request = replay_pb2.CommitRequest(run=self.run, epoch=epoch, step=step, oldest_kept_step=oldest_kept_step)
         with mapped_errors(f"Commit at {self.address}"):
-            await self.stub.Commit(
-                replay_pb2.CommitRequest(run=self.run, epoch=epoch, step=step), timeout=self.patience_seconds
-            )
+            await self.stub.Commit(request, timeout=self.patience_seconds)
 
     async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
         """Set a group aside that cannot be trained on; draw the step again afterwards."""

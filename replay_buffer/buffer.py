@@ -62,7 +62,7 @@ from replay_buffer.lifecycle import (
 from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
-from replay_buffer.selection import select
+from replay_buffer.selection import check_kept, select
 from replay_buffer.signals import Signal
 from replay_buffer.state import RunState
 from replay_buffer.storage import Storage
@@ -386,9 +386,10 @@ class ReplayBuffer:
         """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
 
         Raises:
-            NotFoundError: no such run.
+            NotFoundError: no such run, or the groups of the step that is asked for have been retired.
         """
         state = self._run(name).state
+        check_kept(state, wanted)
         for group_id in select(state, wanted, limit):
             group = state.groups.get(group_id)
             if group is not None:
@@ -429,7 +430,7 @@ class ReplayBuffer:
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns(), transition)
-        location = self._storage.append(encode(record), record.recorded_at_ns, self._states)
+        location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
         self._apply(record, location)
         run = self._runs[name]

@@ -17,9 +17,10 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from leeway import codec
+from leeway.durable import sync_directory
 from leeway.errors import CorruptDataError
 from leeway.v1 import storage_pb2
-from replay_buffer.segments import HEADER, crc32c, frame, sync_directory
+from replay_buffer.segments import HEADER, crc32c, frame
 
 FILE: Final = "generation"
 _ID_BYTES: Final = 16

@@ -249,6 +249,16 @@ class Index:
             after = page[-1]
         yield from extra
 
+    def first_whole_step(self, run: str, groups_per_step: int) -> int | None:
+        """The oldest committed step of which no group has been retired."""
+        self._write()
+        row = self._file.execute(
+            "SELECT step FROM groups WHERE run = ? AND state = ? AND step > 0 "
+            "GROUP BY step HAVING count(*) >= ? ORDER BY step LIMIT 1",
+            (run, int(GroupState.CONSUMED), groups_per_step),
+        ).fetchone()
+        return None if row is None else row[0]
+
     def counts(self) -> dict[str, int]:
         """Groups by run."""
         self._write()
@@ -307,6 +317,10 @@ class RunIndex:
     def created(self, wanted: Filter, *, newest: int = 0) -> Iterator[int]:
         """The numbers of matching groups, ascending; `newest` keeps only so many."""
         return self._index.created(self._run, wanted, newest=newest)
+
+    def first_whole_step(self, groups_per_step: int) -> int | None:
+        """The oldest committed step of which no group has been retired."""
+        return self._index.first_whole_step(self._run, groups_per_step)
 
     def groups(self) -> Iterator[Group]:
         for number in self._index.created(self._run, Filter()):

@@ -198,10 +198,17 @@ class Log:
         segment, offset, header = self._last_header
         return LastRecord(Position(segment, offset), HEADER.unpack(header)[1])
 
+    def retire_before(self, segment: int, size_bytes: int) -> None:
+        """Older segments, of so many bytes, are about to be deleted."""
+        self.first_segment = segment
+        self.size_bytes -= size_bytes
+        self._reader.close_before(segment)
+
     def read(self, location: Location) -> bytes:
         """A record, from memory until it is durable.
 
         Raises:
+            NotFoundError: it has been retired.
             CorruptDataError: it is damaged on disk.
         """
         parts = self._unsynced.get((location.segment, location.offset))

@@ -37,12 +37,25 @@ class ReplayBufferOptions(Options):
     disk_retry_seconds: float = Field(
         default=1.0, gt=0, le=60, description="time between two attempts to write to a full disk"
     )
+    retain_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="size of the log beyond which its oldest segments are deleted, unless something live or a kept "
+        "checkpoint needs them; 0 deletes what nothing needs, unset keeps everything",
+    )
+    retain_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        description="age beyond which segments are deleted that nothing needs; unset: none is too old",
+    )
     stop_seconds: float = Field(default=3.0, ge=0, le=60, description="time that calls in flight get at a clean stop")
 
     @model_validator(mode="after")
     def _marks_in_order(self) -> ReplayBufferOptions:
         if self.hard_free_bytes > self.soft_free_bytes:
             raise ValueError("hard_free_bytes must not be above soft_free_bytes")
+        if self.retain_bytes and self.retain_bytes < 2 * self.segment_bytes:
+            raise ValueError("retain_bytes must be 0 or at least 2 * segment_bytes: whole segments are deleted")
         return self
 
 

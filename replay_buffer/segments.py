@@ -22,7 +22,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 import google_crc32c
 
 from leeway.durable import make_directory, sync_directory
-from leeway.errors import ConfigError, CorruptDataError
+from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from replay_buffer.groups import Location
 
 HEADER: Final = struct.Struct("<II")
@@ -77,6 +77,30 @@ def segment_numbers(directory: Path) -> list[int]:
                 f"{segment_path(directory, number + 1)} is missing; restore it, or start with an empty directory"
             )
     return numbers
+
+
+class Segment(NamedTuple):
+    """A segment's file."""
+
+    number: int
+    size_bytes: int
+    written_at: float  # Unix time of the newest record; for display and retention by age
+
+
+def list_segments(directory: Path) -> list[Segment]:
+    """The segments there are, oldest first. Raises CorruptDataError: one is missing in between."""
+    segments: list[Segment] = []
+    for number in segment_numbers(directory):
+        status = segment_path(directory, number).stat()
+        segments.append(Segment(number, status.st_size, status.st_mtime))
+    return segments
+
+
+def remove_segments(directory: Path, numbers: list[int]) -> None:
+    """Delete segments, oldest first, so that what is left has no gap whenever this ends. Raises OSError."""
+    for number in sorted(numbers):
+        segment_path(directory, number).unlink(missing_ok=True)
+        sync_directory(directory)
 
 
 class SegmentFile(Protocol):
@@ -258,7 +282,8 @@ class SegmentReader:
         """The payload at a location.
 
         Raises:
-            CorruptDataError: the bytes fail their checksum, or are gone.
+            NotFoundError: the segment has been retired.
+            CorruptDataError: the bytes fail their checksum.
         """
         path = segment_path(self._directory, location.segment)
         with self._lock:
@@ -268,6 +293,8 @@ class SegmentReader:
                     HEADER.size + location.size_bytes,
                     location.offset - HEADER.size,
                 )
+            except FileNotFoundError as error:
+                raise NotFoundError(f"{path} has been retired; what it held is gone") from error
             except OSError as error:
                 raise CorruptDataError(f"{path}: cannot read byte {location.offset}: {error.strerror}") from error
         payload = _frame_at(data, 0)
@@ -283,6 +310,12 @@ class SegmentReader:
             if len(self._descriptors) > _MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
         return self._descriptors[segment]
+
+    def close_before(self, segment: int) -> None:
+        """Let go of older segments, so that deleting them frees their space."""
+        with self._lock:
+            for number in [number for number in self._descriptors if number < segment]:
+                os.close(self._descriptors.pop(number))
 
     def close(self) -> None:
         """Close every file."""

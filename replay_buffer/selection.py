@@ -5,8 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from heapq import merge
 
+from leeway.errors import NotFoundError
+from leeway.types import Purpose
 from replay_buffer.index import Filter, RunIndex
 from replay_buffer.state import RunState
+
+
+def check_kept(state: RunState, wanted: Filter) -> None:
+    """Say so when what a step trained on is no longer there, instead of giving less.
+
+    Raises:
+        NotFoundError: groups of the step have been retired.
+    """
+    step, ended = wanted.step, state.ended
+    assert isinstance(ended, RunIndex)
+    if not 0 < step <= state.committed_step or wanted.purpose is Purpose.EVAL:
+        return
+    if len(state.batch(step)) < state.spec.groups_per_step:
+        kept = ended.first_whole_step(state.spec.groups_per_step)
+        there = (
+            "no committed step's groups are left" if kept is None else f"those of step {kept} and later are still there"
+        )
+        raise NotFoundError(
+            f"run {state.spec.run!r}: the groups that step {step} trained on have been retired from the log "
+            f"([replay_buffer] retain_bytes, retain_seconds); {there}"
+        )
 
 
 def select(state: RunState, wanted: Filter, limit: int = 0) -> Iterator[str]:

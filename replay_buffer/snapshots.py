@@ -16,10 +16,11 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
+from leeway.durable import sync_directory
 from leeway.errors import CorruptDataError
 from leeway.v1 import storage_pb2
 from replay_buffer.generation import Generation
-from replay_buffer.segments import HEADER, Position, crc32c, frame, record_checksum, segment_path, sync_directory
+from replay_buffer.segments import HEADER, Position, crc32c, frame, record_checksum, segment_path
 
 _PREFIX: Final = "snapshot-"
 _PARTIAL: Final = ".partial"

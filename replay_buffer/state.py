@@ -3,8 +3,8 @@
 `RunState.apply` is total on what the deciding functions produce, decides nothing beyond what a transition's docstring
 says, and never looks at a clock. Occupancy is read off the groups' states, so it cannot leak.
 
-    live groups, batches that are not committed, evaluations under way     in memory
-    ended groups and evaluations                                           handed to `Ended`, and asked for by id
+    live groups, batches that are not committed, the newest evaluations    in memory
+    ended groups, older evaluations                                        handed to `Ended`, and asked for by id
 
 So memory is bounded by what is live, however long the run is; only versions (one per step) and counters stay.
 """
@@ -48,6 +48,9 @@ from replay_buffer.transitions import (
 REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
 """A group dropped for one of these gives its task back."""
 
+KEPT_EVALUATIONS: Final = 4
+"""Ended evaluations that stay in memory: whoever asked for them may ask again, whatever is retired meanwhile."""
+
 SET_ASIDE: Final = frozenset(
     {
         DropReason.DEAD_LETTER,
@@ -75,7 +78,7 @@ class RunState:
         self.live: dict[str, Group] = {}  # training groups that have not ended, in the order of issue
         self.live_evaluation: dict[str, Group] = {}
         self.batches: dict[int, Batch] = {}  # of steps that are not committed
-        self.evaluations: dict[str, EvaluationState] = {}  # that have not ended
+        self.evaluations: dict[str, EvaluationState] = {}  # under way, and the newest ended ones
         self.task_cursor = 0
         self.requeued: deque[int] = deque()
         self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
@@ -107,6 +110,14 @@ class RunState:
         if group is None or not member.isdecimal() or int(member) >= len(group.members):
             return None
         return group, int(member)
+
+    def is_retired(self, trajectory_id: str) -> bool:
+        """Whether the group of a trajectory was issued and is gone: its number is the only trace that it has left."""
+        group_id, _, member = trajectory_id.rpartition(".")
+        number = group_id.removeprefix(f"{self.spec.run}-g")
+        if not (member.isdecimal() and number != group_id and number.isdecimal() and 1 <= int(number) <= self.created):
+            return False
+        return self.groups.get(group_id) is None
 
     def occupying(self) -> Iterator[Group]:
         """L of the admission inequality: OPEN, READY, or DRAWN in a batch that is not sealed."""
@@ -324,9 +335,12 @@ class RunState:
             self._end_if_complete(evaluation, location)
 
     def _end_if_complete(self, evaluation: EvaluationState, location: Location) -> None:
-        if evaluation.ended:
-            del self.evaluations[evaluation.evaluation.evaluation_id]
-            self.ended.put_evaluation(evaluation, location)
+        if not evaluation.ended:
+            return
+        ended = [evaluation for evaluation in self.evaluations.values() if evaluation.ended]
+        for oldest in ended[:-KEPT_EVALUATIONS]:
+            del self.evaluations[oldest.evaluation.evaluation_id]
+            self.ended.put_evaluation(oldest, location)
 
     def _commit(self, step: int, location: Location) -> None:
         for at in range(self.committed_step + 1, step + 1):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
@@ -22,7 +23,8 @@ from replay_buffer.groups import Location
 from replay_buffer.log import Log, LogFailedError, Take
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.recovery import choose_start
-from replay_buffer.segments import HEADER, LastRecord, Position
+from replay_buffer.retention import choose_beginning, first_needed
+from replay_buffer.segments import HEADER, LastRecord, Position, list_segments, remove_segments
 from replay_buffer.snapshots import remove_snapshots, snapshot_positions, write_snapshot
 from replay_buffer.state import RunState
 from replay_buffer.stored_state import run_to_proto
@@ -31,7 +33,6 @@ _AMPLIFICATION: Final = 8
 """Bytes of log that one byte of snapshot has to save."""
 _CLOSING_SECONDS: Final = 30.0
 """How long a last snapshot may take; the disk may be full."""
-_NANOS: Final = 1_000_000_000
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,6 @@ class Storage:
         self.log = durable_log
         self._options = options
         self._directory = options.directory
-        self._recorded_at_ns = 0  # the newest record
         self._snapshot_bytes = 0  # of the newest
         self._snapshot_at = 0  # log bytes appended by then
         self._saving: asyncio.Task[None] | None = None
@@ -72,26 +72,29 @@ class Storage:
         await self.log.durable()
         await asyncio.to_thread(write_generation, self._directory, self.generation)
 
-    def append(
-        self, payload: Sequence[bytes], recorded_at_ns: int, states: Callable[[], Iterable[RunState]]
-    ) -> Location:
+    def append(self, payload: Sequence[bytes], states: Callable[[], Iterable[RunState]]) -> Location:
         """Append a record, in parts, that has not been applied yet; `states` are the runs without it."""
         location = self.log.append(*payload)
-        self._recorded_at_ns = recorded_at_ns
         if location.offset == HEADER.size:
-            self._segment_began(location.segment, states())
+            self._segment_began(location.segment, states)
         return location
 
-    def _segment_began(self, segment: int, states: Iterable[RunState]) -> None:
+    def _remove(self, numbers: list[int]) -> None:
+        """Disk work, beside the event loop. Snapshots go last: until then each segment's beginning has its own."""
+        remove_segments(self._directory, numbers)
+        older = [position for position in snapshot_positions(self._directory) if position.segment <= max(numbers)]
+        remove_snapshots(self._directory, older)
+
+    def _segment_began(self, segment: int, states: Callable[[], Iterable[RunState]]) -> None:
         appended = self.log.appended_bytes
         if segment == 1 or self._saving is not None:
             return
         if appended - self._snapshot_at < _AMPLIFICATION * self._snapshot_bytes:
             return  # many live groups in small segments
         self._snapshot_at = appended
-        snapshot = self._capture(Position(segment, 0), self.log.segment_ended_with, states)
+        snapshot = self._capture(Position(segment, 0), self.log.segment_ended_with, states())
         if snapshot is not None:
-            self._saving = asyncio.create_task(self._save(snapshot, self.log.mark))
+            self._saving = asyncio.create_task(self._save(snapshot, self.log.mark, states))
             self._saving.add_done_callback(self._saved)
 
     def _capture(
@@ -108,15 +111,50 @@ class Storage:
             position=storage_pb2.LogPosition(segment=position.segment, offset=position.offset),
             runs=[run_to_proto(state) for state in states],
         )
-        snapshot.recorded_at.seconds, snapshot.recorded_at.nanos = divmod(self._recorded_at_ns, _NANOS)
         if last is not None:
             snapshot.last_record.segment, snapshot.last_record.offset = last.position
             snapshot.last_checksum = last.checksum
         return snapshot
 
-    async def _save(self, snapshot: storage_pb2.Snapshot, mark: int) -> None:
+    async def _save(self, snapshot: storage_pb2.Snapshot, mark: int, states: Callable[[], Iterable[RunState]]) -> None:
         await self.log.durable(mark)
         self._snapshot_bytes = await asyncio.to_thread(self._write, snapshot)
+        await self.retire(states())
+
+    async def retire(self, states: Iterable[RunState]) -> None:
+        """Delete the oldest segments, as far as nothing needs them and the options do not want them."""
+        retain_bytes, retain_seconds = self._options.retain_bytes, self._options.retain_seconds
+        if retain_bytes is None and retain_seconds is None:
+            return
+        needed = first_needed(states, self.index, self.log.durable_end.segment)
+        segments = list_segments(self._directory)
+        beginning = choose_beginning(
+            segments,
+            [position.segment for position in snapshot_positions(self._directory) if position.offset == 0],
+            needed,
+            time.time(),
+            retain_bytes=retain_bytes,
+            retain_seconds=retain_seconds,
+        )
+        if beginning is None:
+            return
+        gone = [segment for segment in segments if segment.number < beginning]
+        size_bytes = sum(segment.size_bytes for segment in gone if segment.number >= self.log.first_segment)
+        self.log.retire_before(beginning, size_bytes)
+        self.index.forget_before(beginning)
+        try:
+            await asyncio.to_thread(self._remove, [segment.number for segment in gone])
+        except OSError as error:
+            log.warning(
+                "%s: a retired segment is still there: %s; the next retirement tries again", self._directory, error
+            )
+            return
+        log.info(
+            "%s: segments up to %d are retired (%d MiB): nothing needs them",
+            self._directory,
+            beginning - 1,
+            size_bytes >> 20,
+        )
 
     def _write(self, snapshot: storage_pb2.Snapshot) -> int:
         """Disk work, beside the event loop."""

@@ -50,6 +50,8 @@ def decide_write(run: RunState, item: WriteItem, read: Read, drafts: Drafts, *, 
     The transitions have to be applied: `drafts` counts on it.
     """
     found = run.find(item.trajectory_id)
+    if found is None and run.is_retired(item.trajectory_id):
+        return _refuse(item, WriteStatus.ABORTED, f"the group of {item.trajectory_id} ended and has been retired")
     if found is None:
         return _refuse(item, WriteStatus.UNKNOWN, f"trajectory {item.trajectory_id!r} was never issued in this run")
     group, index = found

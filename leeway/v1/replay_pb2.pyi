@@ -58,7 +58,7 @@ class _WriteStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WriteStat
     WRITE_STATUS_ACKNOWLEDGED: _WriteStatus.ValueType  # 1
     """On disk, now or already before."""
     WRITE_STATUS_ABORTED: _WriteStatus.ValueType  # 2
-    """Another server holds the group by a higher attempt, or the group has ended: stop working on it."""
+    """Another server holds the group by a higher attempt, or the group has ended (and may be retired): stop working on it."""
     WRITE_STATUS_CONFLICT: _WriteStatus.ValueType  # 3
     """The same seq was written with other bytes."""
     WRITE_STATUS_OUT_OF_RANGE: _WriteStatus.ValueType  # 4
@@ -66,7 +66,7 @@ class _WriteStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WriteStat
     WRITE_STATUS_INVALID: _WriteStatus.ValueType  # 5
     """The item is malformed; `message` says how."""
     WRITE_STATUS_UNKNOWN: _WriteStatus.ValueType  # 6
-    """No such trajectory was ever issued, or it was retired."""
+    """No such trajectory was ever issued."""
     WRITE_STATUS_EXHAUSTED: _WriteStatus.ValueType  # 7
     """The disk is nearly full: nothing was written; repeat later."""
 
@@ -78,7 +78,7 @@ WRITE_STATUS_UNSPECIFIED: WriteStatus.ValueType  # 0
 WRITE_STATUS_ACKNOWLEDGED: WriteStatus.ValueType  # 1
 """On disk, now or already before."""
 WRITE_STATUS_ABORTED: WriteStatus.ValueType  # 2
-"""Another server holds the group by a higher attempt, or the group has ended: stop working on it."""
+"""Another server holds the group by a higher attempt, or the group has ended (and may be retired): stop working on it."""
 WRITE_STATUS_CONFLICT: WriteStatus.ValueType  # 3
 """The same seq was written with other bytes."""
 WRITE_STATUS_OUT_OF_RANGE: WriteStatus.ValueType  # 4
@@ -86,7 +86,7 @@ WRITE_STATUS_OUT_OF_RANGE: WriteStatus.ValueType  # 4
 WRITE_STATUS_INVALID: WriteStatus.ValueType  # 5
 """The item is malformed; `message` says how."""
 WRITE_STATUS_UNKNOWN: WriteStatus.ValueType  # 6
-"""No such trajectory was ever issued, or it was retired."""
+"""No such trajectory was ever issued."""
 WRITE_STATUS_EXHAUSTED: WriteStatus.ValueType  # 7
 """The disk is nearly full: nothing was written; repeat later."""
 Global___WriteStatus: _TypeAlias = WriteStatus  # noqa: Y015

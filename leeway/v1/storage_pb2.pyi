@@ -122,7 +122,6 @@ class Snapshot(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     LAST_RECORD_FIELD_NUMBER: _builtins.int
     LAST_CHECKSUM_FIELD_NUMBER: _builtins.int
-    RECORDED_AT_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     generation: _builtins.bytes
     """The generation that wrote it."""
@@ -137,10 +136,6 @@ class Snapshot(_message.Message):
         """Where the last record before `position` begins; unset at the log's beginning."""
 
     @_builtins.property
-    def recorded_at(self) -> _timestamp_pb2.Timestamp:
-        """When the last record before it was decided; for retention by age."""
-
-    @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunSnapshot]:
         """The runs, in the order of their opening."""
 
@@ -151,12 +146,11 @@ class Snapshot(_message.Message):
         position: Global___LogPosition | None = ...,
         last_record: Global___LogPosition | None = ...,
         last_checksum: _builtins.int = ...,
-        recorded_at: _timestamp_pb2.Timestamp | None = ...,
         runs: _abc.Iterable[Global___RunSnapshot] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_record", b"last_record", "position", b"position", "recorded_at", b"recorded_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_record", b"last_record", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "last_checksum", b"last_checksum", "last_record", b"last_record", "position", b"position", "recorded_at", b"recorded_at", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "last_checksum", b"last_checksum", "last_record", b"last_record", "position", b"position", "runs", b"runs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -223,7 +217,7 @@ class RunSnapshot(_message.Message):
 
     @_builtins.property
     def evaluations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationSnapshot]:
-        """Evaluations that have not ended."""
+        """Evaluations under way, and the newest ended ones."""
 
     @_builtins.property
     def requeued(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -74,13 +74,15 @@ async def opened(
     buffer._replay = count  # type: ignore[method-assign]
     try:
         buffer.start()
-        yield OpenBuffer(buffer, log, folded)
+        try:
+            yield OpenBuffer(buffer, log, folded)
+        finally:
+            buffer.stop()
+            if cleanly:
+                await buffer.aclose()
+            else:
+                buffer._storage.index._file.close()
     finally:
-        buffer.stop()
-        if cleanly:
-            await buffer.aclose()
-        else:
-            buffer._storage.index._file.close()
         await log.aclose()
 
 
