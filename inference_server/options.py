@@ -11,7 +11,7 @@ from inference_server.engines.transformers_options import TransformersEngineOpti
 from inference_server.reward import RewardLimits
 from inference_server.rollout_worker import WorkerLimits
 from inference_server.trajectory_writer import WriterLimits
-from leeway.config import Options
+from leeway.config import Address, Options
 
 
 class InferenceServerOptions(Options):
@@ -19,6 +19,12 @@ class InferenceServerOptions(Options):
 
     engine: Literal["transformers", "arithmetic"] = Field(
         default="transformers", description="what samples; arithmetic rehearses the protocol without a model"
+    )
+    backends: tuple[Address, ...] = Field(
+        default=(),
+        strict=False,
+        description="foreign InferenceServices that sample, one per server; without any the servers sample themselves "
+        "(`engine` then still names tokenizer and law)",
     )
     transformers: TransformersEngineOptions = TransformersEngineOptions()
     arithmetic: ArithmeticEngineOptions = ArithmeticEngineOptions()

@@ -197,7 +197,7 @@ class RolloutWorker:
                     self._server_id, info.signature, self._tasks.digest, _JOIN_WAIT_SECONDS
                 )
                 break
-            except (DeadlineError, UnavailableError) as error:
+            except (DeadlineError, UnavailableError, ExhaustedError) as error:
                 log.info("run %s is not open yet (%s)", self._client.run, error.message)
                 await asyncio.sleep(_RETRY_SECONDS)
         if spec.sampling.routing and not info.routing:
@@ -255,7 +255,8 @@ class RolloutWorker:
             )
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
             log.warning("no tickets: %s; asking again", error.message)
-            await asyncio.sleep(_RETRY_SECONDS)
+            told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
+            await asyncio.sleep(told_seconds or _RETRY_SECONDS)
             return []
         if finished:
             log.info("run %s has finished", self._client.run)

@@ -55,7 +55,7 @@ class InferenceServerProcess:
     Args:
         document: the run's configuration.
         index: which entry of network.inference_servers and metrics.inference_servers this is.
-        backend: address of a foreign InferenceService that samples; None for an engine in this process.
+        backend: address of a foreign InferenceService that samples, in place of the configured one.
 
     Raises:
         ConfigError: a section cannot be used, or there is no server with that index.
@@ -69,7 +69,9 @@ class InferenceServerProcess:
         self.network = section(document, "network", NetworkOptions)
         self.metrics = section(document, "metrics", MetricsOptions)
         self.options = section(document, "inference_server", InferenceServerOptions)
+        backends = self.options.backends
         for key, entries in (
+            *([("inference_server.backends", backends)] if backends else []),
             ("network.inference_servers", self.network.inference_servers),
             ("metrics.inference_servers", self.metrics.inference_servers),
         ):
@@ -77,7 +79,7 @@ class InferenceServerProcess:
                 raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
         self.index = index
         self.server_id = f"server-{index}"
-        self.backend = backend
+        self.backend = backend or (backends[index] if backends else None)
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )

@@ -7,7 +7,8 @@
                                                              exhausted, out of range: sent again, in order
 
 When the stream breaks, everything in flight goes back before what is unsent and a new stream starts with it; the buffer
-recognizes what it has already. Nobody waits for an acknowledgement but `drain`.
+recognizes what it has already. A buffer without room says when to come back, and is believed: however long its disk
+is full, nothing is given up. Nobody waits for an acknowledgement but `drain`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Final
 import grpc
 
 from leeway import codec
-from leeway.errors import InvalidDataError, LeewayError, UnavailableError
+from leeway.errors import ExhaustedError, InvalidDataError, LeewayError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import MAX_MESSAGE_BYTES, cancel_and_wait, from_rpc_error
 from leeway.types import WriteItem, WriteResult, WriteStatus
@@ -37,7 +38,8 @@ MAX_ITEM_BYTES: Final = MAX_MESSAGE_BYTES - (1 << 16)
 
 log = logging.getLogger(__name__)
 
-_FATAL_CODES: Final = {
+_RAISED_CODES: Final = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.NOT_FOUND,
@@ -59,7 +61,7 @@ class WriterLimits:
         flush_seconds: or this long after its first item.
         answer_timeout_seconds: without an answer for so long the stream counts as broken.
         patience_seconds: without any answer for so long, over all streams, the writer gives up.
-        exhausted_wait_seconds: how long to wait when the buffer has no room.
+        exhausted_wait_seconds: how long to wait when the buffer has no room and does not say for how long.
     """
 
     max_items: int = 4096
@@ -155,7 +157,13 @@ class TrajectoryWriter:
             while True:
                 await self._sendable.wait()
                 waiting_since = self._waiting_since
-                problem = await self._stream_until_broken()
+                try:
+                    problem = await self._stream_until_broken()
+                except ExhaustedError as error:
+                    self._take_back()
+                    self._waiting_since = loop.time()  # that was an answer
+                    await asyncio.sleep(self._told_to_wait(error.retry_seconds))
+                    continue
                 self._take_back()
                 if self._waiting_since > waiting_since:
                     backoff_seconds = _FIRST_BACKOFF_SECONDS
@@ -178,6 +186,7 @@ class TrajectoryWriter:
         """Send and receive until the stream ends; say why it did.
 
         Raises:
+            ExhaustedError: the buffer has no room; it may say when to come back.
             LeewayError: the buffer refuses the stream itself.
         """
         call = self._client.stub.WriteTrajectories()
@@ -194,7 +203,7 @@ class TrajectoryWriter:
         except TimeoutError:
             return f"no answer within {self._limits.answer_timeout_seconds:g} s"
         except grpc.aio.AioRpcError as error:
-            if error.code() in _FATAL_CODES:
+            if error.code() in _RAISED_CODES:
                 raise from_rpc_error(error, f"WriteTrajectories at {self._client.address}") from error
             return f"{error.code().name}: {error.details()}"
         except InvalidDataError as error:
@@ -279,11 +288,15 @@ class TrajectoryWriter:
                 continue
             coming.add((item.trajectory_id, item.attempt, item.seq))
             items.append(item)
-        if any(result.status is WriteStatus.EXHAUSTED for _, result in again):
-            wait_seconds = self._limits.exhausted_wait_seconds
-            log.warning("the replay buffer has no room; writing again in %g s", wait_seconds)
-            self._send_not_before = asyncio.get_running_loop().time() + wait_seconds
+        if exhausted := [result.retry_seconds for _, result in again if result.status is WriteStatus.EXHAUSTED]:
+            self._send_not_before = asyncio.get_running_loop().time() + self._told_to_wait(max(exhausted))
         self._put_back(items)
+
+    def _told_to_wait(self, retry_seconds: float | None) -> float:
+        """How long to leave a buffer alone that has no room."""
+        wait_seconds = retry_seconds or self._limits.exhausted_wait_seconds
+        log.warning("the replay buffer at %s has no room; writing again in %g s", self._client.address, wait_seconds)
+        return wait_seconds
 
     def _take_back(self) -> None:
         """The stream broke: whatever has no final answer is unsent again, in its order."""
@@ -318,7 +331,8 @@ class TrajectoryWriter:
         now = asyncio.get_running_loop().time()
         self._waiting_since = now
         if self._stall is not None and not self._stall.expired():
-            self._stall.reschedule(now + self._limits.answer_timeout_seconds if self.num_unacknowledged else None)
+            due = max(now, self._send_not_before) + self._limits.answer_timeout_seconds
+            self._stall.reschedule(due if self.num_unacknowledged else None)
 
 
 _Call = grpc.aio.StreamStreamCall[replay_pb2.WriteTrajectoriesRequest, replay_pb2.WriteTrajectoriesResponse]

@@ -460,6 +460,7 @@ def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
         status=int(result.status),  # type: ignore[arg-type]
         expected_seq=result.expected_seq,
         message=result.message,
+        retry_delay=duration_to_proto(result.retry_seconds) if result.retry_seconds else None,
     )
 
 
@@ -471,6 +472,7 @@ def result_from_proto(message: replay_pb2.WriteResult) -> WriteResult:
         enum_from_proto(WriteStatus, message.status),
         message.expected_seq,
         message.message,
+        seconds_from_proto(message.retry_delay),
     )
 
 

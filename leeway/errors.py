@@ -82,6 +82,11 @@ class ExhaustedError(LeewayError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
     reason = "EXHAUSTED"
 
+    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
+        """When to come back, if whoever refused knows; travels as `google.rpc.RetryInfo`."""
+
 
 class UnavailableError(LeewayError):
     """The peer cannot be reached; the same call may succeed later."""

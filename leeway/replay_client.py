@@ -1,19 +1,23 @@
 """The replay buffer as its callers see it: dataclasses in, dataclasses out, LeewayErrors for failures.
 
 One `ReplayClient` per process. Unary calls wait for the connection and repeat while the buffer restarts, up to
-`patience_seconds`. The rollout worker drives `write_stream`.
+`patience_seconds`. The learner's calls, all of which may be repeated, also wait while the buffer has no room (its disk
+is full): it says when to come back. The rollout worker drives `write_stream`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Final, TypeVar
 
 import grpc
 
 from leeway import codec
 from leeway.assembly import assemble_groups, assemble_records
-from leeway.errors import UnavailableError
+from leeway.errors import ExhaustedError, UnavailableError
 from leeway.rpc import Security, mapped_errors, open_channel
 from leeway.types import (
     DeadLetter,
@@ -32,8 +36,16 @@ from leeway.types import (
 )
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 
-_MARGIN_SECONDS = 10.0
+_MARGIN_SECONDS: Final = 10.0
 """Added to a call's own wait, so that the server's answer wins over the client's deadline."""
+_FULL_PATIENCE_SECONDS: Final = 6 * 3600.0
+"""How long the learner's calls wait for room."""
+_RETRY_SECONDS: Final = 2.0
+"""Pause before a call is repeated that the buffer had no room for, unless it says how long."""
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class ReplayClient:
@@ -108,8 +120,7 @@ class ReplayClient:
             checkpoint=codec.version_to_proto(checkpoint),
             ledger=[replay_pb2.LedgerStep(step=step, group_ids=group_ids) for step, group_ids in ledger],
         )
-        with mapped_errors(f"OpenRun at {self.address}"):
-            reply = await self.stub.OpenRun(request, timeout=self.patience_seconds)
+        reply = await self._answered("OpenRun", lambda: self.stub.OpenRun(request, timeout=self.patience_seconds))
         return OpenedRun(reply.epoch, codec.version_from_proto(reply.head), reply.finished)
 
     async def draw_batch(
@@ -134,6 +145,11 @@ class ReplayClient:
             except UnavailableError:
                 # The stream broke. A draw is idempotent: draw again; the call itself waits for the buffer to return.
                 continue
+            except ExhaustedError as error:
+                if time.monotonic() > deadline:
+                    raise
+                await self._leave_alone(error)
+                continue
             return assemble_groups(pieces)
 
     async def advance(self, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
@@ -144,8 +160,7 @@ class ReplayClient:
             version=codec.version_to_proto(version),
             parent=codec.version_to_proto(parent),
         )
-        with mapped_errors(f"Advance at {self.address}"):
-            await self.stub.Advance(request, timeout=self.patience_seconds)
+        await self._answered("Advance", lambda: self.stub.Advance(request, timeout=self.patience_seconds))
 
     async def commit(self, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
         """A checkpoint of `step` is durable: its groups are consumed for good.
@@ -153,21 +168,19 @@ class ReplayClient:
         Of the oldest checkpoint that is kept depends what may be retired; 0 keeps everything.
         """
         request = replay_pb2.CommitRequest(run=self.run, epoch=epoch, step=step, oldest_kept_step=oldest_kept_step)
-        with mapped_errors(f"Commit at {self.address}"):
-            await self.stub.Commit(request, timeout=self.patience_seconds)
+        await self._answered("Commit", lambda: self.stub.Commit(request, timeout=self.patience_seconds))
 
     async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
         """Set a group aside that cannot be trained on; draw the step again afterwards."""
         request = replay_pb2.RejectGroupRequest(run=self.run, epoch=epoch, group_id=group_id, message=message)
-        with mapped_errors(f"RejectGroup at {self.address}"):
-            await self.stub.RejectGroup(request, timeout=self.patience_seconds)
+        await self._answered("RejectGroup", lambda: self.stub.RejectGroup(request, timeout=self.patience_seconds))
 
     async def create_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
         """Ask for a measurement of one version."""
-        with mapped_errors(f"CreateEvaluation at {self.address}"):
-            await self.stub.CreateEvaluation(
-                codec.evaluation_to_proto(evaluation, epoch), timeout=self.patience_seconds
-            )
+        request = codec.evaluation_to_proto(evaluation, epoch)
+        await self._answered(
+            "CreateEvaluation", lambda: self.stub.CreateEvaluation(request, timeout=self.patience_seconds)
+        )
 
     async def await_evaluation(self, evaluation_id: str, wait_seconds: float) -> EvaluationResult:
         """Wait for an evaluation; `complete` says whether it has ended."""
@@ -180,10 +193,25 @@ class ReplayClient:
 
     async def finish_run(self, epoch: int) -> None:
         """End the run; what is still live is dropped with reason run_end."""
-        with mapped_errors(f"FinishRun at {self.address}"):
-            await self.stub.FinishRun(
-                replay_pb2.FinishRunRequest(run=self.run, epoch=epoch), timeout=self.patience_seconds
-            )
+        request = replay_pb2.FinishRunRequest(run=self.run, epoch=epoch)
+        await self._answered("FinishRun", lambda: self.stub.FinishRun(request, timeout=self.patience_seconds))
+
+    async def _answered(self, name: str, call: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a call that may be repeated, once the buffer has room for what it decides."""
+        give_up_at = time.monotonic() + _FULL_PATIENCE_SECONDS
+        while True:
+            try:
+                with mapped_errors(f"{name} at {self.address}"):
+                    return await call()
+            except ExhaustedError as error:
+                if time.monotonic() > give_up_at:
+                    raise
+                await self._leave_alone(error)
+
+    async def _leave_alone(self, error: ExhaustedError) -> None:
+        pause_seconds = error.retry_seconds or _RETRY_SECONDS
+        log.warning("the replay buffer has no room (%s); calling again in %g s", error.message, pause_seconds)
+        await asyncio.sleep(pause_seconds)
 
     # For people and tools
 
@@ -216,6 +244,14 @@ class ReplayClient:
                 replay_pb2.GetRunStatusRequest(run=self.run), timeout=self.patience_seconds
             )
         return codec.status_from_proto(reply)
+
+    async def back_up(self, directory: str) -> int:
+        """Copy the log to a new folder of the buffer's host; returns the copy's size in bytes."""
+        with mapped_errors(f"BackUp at {self.address}"):
+            reply = await self.stub.BackUp(
+                replay_pb2.BackUpRequest(directory=directory), timeout=self.patience_seconds * 10
+            )
+        return reply.size_bytes
 
     async def export_groups(
         self,

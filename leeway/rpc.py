@@ -15,6 +15,7 @@ import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from leeway import errors
-from leeway.errors import ConfigError, DeadlineError, LeewayError, UnavailableError
+from leeway.errors import ConfigError, DeadlineError, ExhaustedError, LeewayError, UnavailableError
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
 BULK_PIECE_BYTES: Final = 1 << 20
@@ -236,21 +237,36 @@ def from_rpc_error(error: grpc.aio.AioRpcError, what: str) -> LeewayError:
     """The LeewayError behind a status."""
     status: status_pb2.Status | None = _rpc_status.from_call(error)
     details: Any = () if status is None else status.details
-    for detail in details:
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == _DOMAIN and info.reason in _BY_REASON:
-            return _BY_REASON[info.reason](error.details() or info.reason)
+    retry, info = error_details_pb2.RetryInfo(), error_details_pb2.ErrorInfo()
+    unpacked = [message.DESCRIPTOR.name for detail in details for message in (retry, info) if detail.Unpack(message)]
+    retry_seconds = retry.retry_delay.ToTimedelta().total_seconds() if "RetryInfo" in unpacked else None
+    if "ErrorInfo" in unpacked and info.domain == _DOMAIN and info.reason in _BY_REASON:
+        kind = _BY_REASON[info.reason]
+        message = error.details() or info.reason
+        return ExhaustedError(message, retry_seconds) if kind is ExhaustedError else kind(message)
     kind = _BY_CODE.get(error.code(), UnavailableError if error.code() is grpc.StatusCode.CANCELLED else LeewayError)
     if kind is DeadlineError:
         return DeadlineError(f"{what}: no answer within the deadline; is the peer running?")
+    if kind is ExhaustedError:
+        return ExhaustedError(f"{what}: {error.code().name}: {error.details()}", retry_seconds)
     return kind(f"{what}: {error.code().name}: {error.details()}")
 
 
 def _status_of(error: LeewayError) -> grpc.Status:
-    detail = any_pb2.Any()
-    detail.Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN))
+    details = [error_details_pb2.ErrorInfo(reason=error.reason, domain=_DOMAIN), *_retry_info(error)]
+    packed = [any_pb2.Any() for _ in details]
+    for target, detail in zip(packed, details, strict=True):
+        target.Pack(detail)
     code: int = error.code.value[0]
-    return _rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=[detail]))
+    return _rpc_status.to_status(status_pb2.Status(code=code, message=error.message, details=packed))
+
+
+def _retry_info(error: LeewayError) -> list[error_details_pb2.RetryInfo]:
+    if not isinstance(error, ExhaustedError) or error.retry_seconds is None:
+        return []
+    info = error_details_pb2.RetryInfo()
+    info.retry_delay.FromTimedelta(timedelta(seconds=error.retry_seconds))
+    return [info]
 
 
 class _ErrorInterceptor(grpc.aio.ServerInterceptor):

@@ -245,6 +245,7 @@ class WriteResult:
     status: WriteStatus
     expected_seq: int = 0
     message: str = ""
+    retry_seconds: float = 0.0  # for EXHAUSTED: how long to wait; 0 when not said
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,10 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from leeway.errors import CorruptDataError, DeadlineError, ExhaustedError, NotFoundError, UnavailableError
+from leeway.errors import CorruptDataError, DeadlineError, NotFoundError, UnavailableError
 from leeway.types import (
     DeadLetter,
     Evaluation,
@@ -41,6 +41,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.backup import Backup
 from replay_buffer.completion import decide_after_restart
 from replay_buffer.dead_letters import decide_requeue
 from replay_buffer.drafts import Drafts
@@ -48,6 +49,7 @@ from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
 from replay_buffer.index import Filter
+from replay_buffer.intake import Intake
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -57,6 +59,7 @@ from replay_buffer.lifecycle import (
     decide_commit,
     decide_finish,
     decide_open_run,
+    decide_restored,
     decide_rollback,
 )
 from replay_buffer.log import Log
@@ -118,6 +121,7 @@ class ReplayBuffer:
         self._log = durable_log
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
+        self.intake = Intake(options, durable_log)
         self._runs: dict[str, _Run] = {}
         self._storage = Storage(options, durable_log)
         self._drafts = Drafts()
@@ -138,10 +142,23 @@ class ReplayBuffer:
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
             self._observer.run_opened(run.state)
+            if self._storage.restored_from is not None:
+                self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
                 self._record(run.state.spec.run, drop)
             self._drop_expired(run)
         self._arm_lease_timer()
+        if self._storage.restored_from is not None:
+            self._storage.begin_generation()
+
+    def _record_restored(self, state: RunState) -> None:
+        restored = decide_restored(state, int(time.time()))
+        if restored is not None:
+            self._record(state.spec.run, restored)
+            log.warning(
+                "run %s is restored from a backup at %s; %d open groups are dropped, epochs below %d are fenced",
+                *(state.spec.run, state.head, len(restored.group_ids), restored.epoch),
+            )
 
     def _restore(self, state: RunState) -> None:
         self._runs[state.spec.run] = _Run(state, Leases(self._options.lease_seconds))
@@ -188,7 +205,7 @@ class ReplayBuffer:
             log.info("run %s: epoch %d opens it at %s", spec.run, opened.epoch, checkpoint)
         state = self._runs[spec.run].state
         answer = OpenedRun(state.epoch, state.head, state.finished)
-        await self._log.durable()
+        await self.intake.settled()
         return answer
 
     async def draw(self, name: str, epoch: int, step: int, deadline: float) -> list[GroupView]:
@@ -208,7 +225,7 @@ class ReplayBuffer:
             self._check_running()
         self._observer.draw_waited(name, self._now() - began)
         views = [view_group(run.state.groups[group_id]) for group_id in batch.group_ids]
-        await self._log.durable()
+        await self.intake.settled()
         return views
 
     async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
@@ -218,7 +235,7 @@ class ReplayBuffer:
         if advanced is not None:
             self._record(name, advanced)
             self._drop_expired(run)
-        await self._log.durable()
+        await self.intake.settled()
 
     async def commit(self, name: str, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
         """Consume steps for good. Raises: see ReplayService.Commit."""
@@ -242,7 +259,7 @@ class ReplayBuffer:
         run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
         while not (result := result_of(run.state, evaluation_id)).complete and await run.results.wait(deadline):
             self._check_running()
-        await self._log.durable()
+        await self.intake.settled()
         return result
 
     async def finish_run(self, name: str, epoch: int) -> None:
@@ -275,7 +292,7 @@ class ReplayBuffer:
             run.leases.expire(held)
             self._drop_expired(run)
         spec = run.state.spec
-        await self._log.durable()
+        await self.intake.settled()
         return spec
 
     async def acquire_tickets(
@@ -310,7 +327,7 @@ class ReplayBuffer:
             if run.asked[server_id] > asked_at:
                 break
         finished = run.state.finished
-        await self._log.durable()
+        await self.intake.settled()
         return [entry.ticket for entry in issued], finished
 
     def write(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
@@ -326,7 +343,10 @@ class ReplayBuffer:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
             for transition in decision.transitions:
                 self._record(name, transition)
-            results.append(decision.result)
+            result = decision.result
+            if result.status is WriteStatus.EXHAUSTED:
+                result = replace(result, retry_seconds=self._options.retry_seconds)
+            results.append(result)
         self._renew_written(run, results)
         self._observer.items_written(name, results)
         return results
@@ -342,7 +362,7 @@ class ReplayBuffer:
             elif group.state is GroupState.OPEN:
                 run.leases.renew(group_id, now)
         self._arm_lease_timer()
-        await self._log.durable()
+        await self.intake.settled()
         return aborted
 
     # For people and tools
@@ -361,13 +381,13 @@ class ReplayBuffer:
                 self._record(name, drop)
             log.warning("run %s is rolled back to %s; %d groups are dropped", name, version, len(rolled_back.group_ids))
         epoch = run.state.epoch
-        await self._log.durable()
+        await self.intake.settled()
         return epoch, len(rolled_back.group_ids) if rolled_back is not None else 0
 
     async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
         """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""
         letters = list(self._run(name).state.dead_letters.values())
-        await self._log.durable()
+        await self.intake.settled()
         return letters[-limit:] if limit else letters
 
     async def requeue_dead_letters(self, name: str, group_ids: Sequence[str]) -> int:
@@ -379,7 +399,7 @@ class ReplayBuffer:
     async def status(self, name: str) -> RunStatus:
         """Counts and versions. Raises NotFoundError for an unknown run."""
         status = self._run(name).state.status()
-        await self._log.durable()
+        await self.intake.settled()
         return status
 
     async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[GroupView]:
@@ -394,7 +414,7 @@ class ReplayBuffer:
             group = state.groups.get(group_id)
             if group is not None:
                 seen = view_group(group)
-                await self._log.durable()
+                await self.intake.settled()
                 yield seen
 
     def read(self, location: Location) -> bytes:
@@ -412,20 +432,29 @@ class ReplayBuffer:
         return self._log.durable_mark
 
     async def durable(self, mark: int) -> None:
-        """Wait until everything decided before `mark` is on disk."""
-        await self._log.durable(mark)
+        """Wait until everything decided before `mark` is on disk.
 
-    async def room(self) -> None:
-        """Hold a writer back while too much of what was written is not durable yet."""
-        if self._log.pending_bytes > self._options.max_pending_bytes:
-            await self._log.durable()
+        Raises:
+            ExhaustedError: the disk takes nothing.
+        """
+        await self.intake.settled(mark)
+
+    async def back_up(self, directory: Path) -> Backup:
+        """Copy everything that is acknowledged, and perhaps more, to a new folder.
+
+        Raises:
+            PreconditionError: the folder exists or cannot be written.
+        """
+        self._check_running()
+        await self._log.durable()
+        return await self._storage.back_up(directory)
 
     # Deciding and recording
 
     async def _decided(self, name: str, transition: Transition | None) -> None:
         if transition is not None:
             self._record(name, transition)
-        await self._log.durable()
+        await self.intake.settled()
 
     def _record(self, name: str, transition: Transition) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
@@ -490,13 +519,12 @@ class ReplayBuffer:
             raise UnavailableError("the replay buffer is stopping; call again when it is back")
 
     def _check_soft_mark(self) -> None:
-        directory, wanted = self._options.directory, self._options.soft_free_bytes
         if self._log.stalled:
-            raise ExhaustedError(f"{directory}: the disk is full; no new work is given out until there is room")
-        free = self._free_bytes(directory)
+            raise self.intake.refusal("the disk is full; no new work is given out until there is room")
+        free, wanted = self._free_bytes(self._options.directory), self._options.soft_free_bytes
         if free < wanted:
-            raise ExhaustedError(
-                f"{directory}: {free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
+            raise self.intake.refusal(
+                f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
                 "no new work is given out until there is room"
             )
 

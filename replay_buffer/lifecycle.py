@@ -15,6 +15,7 @@ from replay_buffer.transitions import (
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRestored,
     RunRolledBack,
     StepsCommitted,
 )
@@ -104,6 +105,11 @@ def _show(value: object) -> str:
 
 def _check_checkpoint(run: RunState, checkpoint: PolicyVersion) -> None:
     name = run.spec.run
+    if checkpoint not in run.lineage and run.restored_at is not None:
+        raise PreconditionError(
+            f"run {name!r}: checkpoint {checkpoint} is ahead of this log, which was restored from a backup taken at "
+            f"{run.restored_at}; restore a newer backup, or remove checkpoints after step {run.restored_at.step}"
+        )
     if checkpoint not in run.lineage:
         raise PreconditionError(
             f"run {name!r}: checkpoint {checkpoint} was never registered here; "
@@ -183,6 +189,22 @@ def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | No
         run.epoch + 1,
         tuple(group.group_id for group in dropped),
         tuple(group.task_index for group in dropped),
+    )
+
+
+def decide_restored(run: RunState, now_seconds: int) -> RunRestored | None:
+    """Raise fences and numbers above what the original of a restored backup may have handed out; None: finished.
+
+    The time only makes numbers that nobody has: seconds since 1970 are above any count of incarnations and groups, and
+    above those of an earlier restoration of the same backup.
+    """
+    if run.finished:
+        return None
+    still_open = [*run.live.values(), *run.live_evaluation.values()]
+    return RunRestored(
+        epoch=max(run.epoch + 1, now_seconds),
+        created=max(run.created, now_seconds),
+        group_ids=tuple(group.group_id for group in still_open if group.state is GroupState.OPEN),
     )
 
 

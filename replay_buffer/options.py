@@ -31,8 +31,21 @@ class ReplayBufferOptions(Options):
         ge=0,
         description="with less free space than this, no chunks are taken; the rest is kept for control records",
     )
+    slow_pending_bytes: int = Field(
+        default=64 * MIB,
+        ge=1,
+        description="received but not yet durable bytes beyond which streams are not read, which slows their writers",
+    )
     max_pending_bytes: int = Field(
-        default=64 * MIB, ge=1 * MIB, description="written but not yet durable bytes beyond which writers are held back"
+        default=256 * MIB,
+        ge=1,
+        description="bound of such bytes, beyond which writers are refused and told when to return",
+    )
+    hold_seconds: float = Field(
+        default=10.0, gt=0, le=600, description="longest wait of a call for a disk that takes nothing"
+    )
+    retry_seconds: float = Field(
+        default=2.0, gt=0, le=600, description="when a caller that was refused for want of room is told to return"
     )
     disk_retry_seconds: float = Field(
         default=1.0, gt=0, le=60, description="time between two attempts to write to a full disk"
@@ -54,6 +67,8 @@ class ReplayBufferOptions(Options):
     def _marks_in_order(self) -> ReplayBufferOptions:
         if self.hard_free_bytes > self.soft_free_bytes:
             raise ValueError("hard_free_bytes must not be above soft_free_bytes")
+        if self.slow_pending_bytes > self.max_pending_bytes:
+            raise ValueError("slow_pending_bytes must not be above max_pending_bytes")
         if self.retain_bytes and self.retain_bytes < 2 * self.segment_bytes:
             raise ValueError("retain_bytes must be 0 or at least 2 * segment_bytes: whole segments are deleted")
         return self

@@ -20,6 +20,7 @@ from replay_buffer.transitions import (
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRestored,
     RunRolledBack,
     StepsCommitted,
     TicketIssued,
@@ -113,6 +114,10 @@ def _message(record: Record) -> log_pb2.LogRecord:
             message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
         case DeadLettersRequeued() as requeued:
             message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
+        case RunRestored() as restored:
+            message.run_restored.epoch = restored.epoch
+            message.run_restored.created = restored.created
+            message.run_restored.group_ids.extend(restored.group_ids)
         case _:
             assert_never(record.transition)
     return message
@@ -189,6 +194,9 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             )
         case "dead_letters_requeued":
             return DeadLettersRequeued(tuple(message.dead_letters_requeued.group_ids))
+        case "run_restored":
+            restored = message.run_restored
+            return RunRestored(restored.epoch, restored.created, tuple(restored.group_ids))
         case _:
             raise InvalidDataError("the record holds no known transition")
 

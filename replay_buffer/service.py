@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Final, cast
 
 import grpc
@@ -175,6 +176,18 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         self, request: replay_pb2.GetRunStatusRequest, context: _Context
     ) -> replay_pb2.GetRunStatusResponse:
         return codec.status_to_proto(await self._buffer.status(request.run))
+
+    async def BackUp(self, request: replay_pb2.BackUpRequest, context: _Context) -> replay_pb2.BackUpResponse:
+        directory = Path(request.directory)
+        if not directory.is_absolute():
+            raise InvalidDataError(f"a backup needs an absolute path, not {request.directory!r}")
+        backup = await self._buffer.back_up(directory)
+        return replay_pb2.BackUpResponse(
+            generation=backup.generation,
+            segment=backup.end.segment,
+            offset=backup.end.offset,
+            size_bytes=backup.size_bytes,
+        )
 
     async def ExportGroups(
         self, request: replay_pb2.ExportGroupsRequest, context: _Context

@@ -37,6 +37,7 @@ from replay_buffer.transitions import (
     PolicyAdvanced,
     RunFinished,
     RunOpened,
+    RunRestored,
     RunRolledBack,
     StepsCommitted,
     TicketIssued,
@@ -84,6 +85,7 @@ class RunState:
         self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
         self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first
         self.rollback: Rollback | None = None  # the newest explicit one
+        self.restored_at: PolicyVersion | None = None  # the head when the log was last restored from a backup
         self.created = 0  # groups of both purposes
         self.issued = 0  # training groups
         self.consumed = 0
@@ -213,6 +215,11 @@ class RunState:
                     self._end_if_complete(evaluation_state, location)
             case RunRolledBack():
                 self._roll_back(transition, location)
+            case RunRestored():
+                self.epoch, self.created = transition.epoch, transition.created
+                self.restored_at = self.head
+                message = "the log was restored from a backup"
+                self._drop(transition.group_ids, DropReason.ROLLED_BACK, message, location)
             case DeadLettersRequeued():
                 for group_id in transition.group_ids:
                     task_index = self.dead_letters.pop(group_id).task_index

@@ -15,9 +15,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Final
 
+from leeway.errors import PreconditionError
 from leeway.v1 import storage_pb2
+from replay_buffer.backup import Backup, write_backup
 from replay_buffer.generation import Generation, read_generation, write_generation
 from replay_buffer.groups import Location
 from replay_buffer.log import Log, LogFailedError, Take
@@ -47,6 +50,8 @@ class Storage:
         self._snapshot_bytes = 0  # of the newest
         self._snapshot_at = 0  # log bytes appended by then
         self._saving: asyncio.Task[None] | None = None
+        self._beginning: asyncio.Task[None] | None = None
+        self._keeping = asyncio.Lock()  # held while segments are linked or deleted
 
     def recover(self, restore: Callable[[RunState], None], take: Take) -> None:
         """Bring the state back: runs of a snapshot to `restore`, what came after it, record by record, to `take`.
@@ -67,10 +72,30 @@ class Storage:
         if found is None:
             write_generation(self._directory, self.generation)
 
-    async def begin_generation(self) -> None:
-        """Once what was appended so far is durable: a restored backup is a log of its own from now on."""
-        await self.log.durable()
-        await asyncio.to_thread(write_generation, self._directory, self.generation)
+    async def back_up(self, target: Path) -> Backup:
+        """Copy the durable log to a new folder.
+
+        Raises:
+            PreconditionError: the folder exists or cannot be written.
+        """
+        async with self._keeping:
+            try:
+                return await asyncio.to_thread(
+                    write_backup, self._directory, target, self.log.durable_end, self.generation
+                )
+            except OSError as error:
+                raise PreconditionError(f"{target}: no backup was written: {error.strerror or error}") from error
+
+    def begin_generation(self) -> None:
+        """Once what was appended so far is durable, a restored backup is a log of its own; before, it is one still."""
+        self._beginning = asyncio.create_task(self._begin_generation())
+
+    async def _begin_generation(self) -> None:
+        try:
+            await self.log.durable()
+            await asyncio.to_thread(write_generation, self._directory, self.generation)
+        except (OSError, LogFailedError) as error:
+            log.warning("%s: is still a backup, which the next start restores again: %s", self._directory, error)
 
     def append(self, payload: Sequence[bytes], states: Callable[[], Iterable[RunState]]) -> Location:
         """Append a record, in parts, that has not been applied yet; `states` are the runs without it."""
@@ -119,7 +144,8 @@ class Storage:
     async def _save(self, snapshot: storage_pb2.Snapshot, mark: int, states: Callable[[], Iterable[RunState]]) -> None:
         await self.log.durable(mark)
         self._snapshot_bytes = await asyncio.to_thread(self._write, snapshot)
-        await self.retire(states())
+        async with self._keeping:
+            await self.retire(states())
 
     async def retire(self, states: Iterable[RunState]) -> None:
         """Delete the oldest segments, as far as nothing needs them and the options do not want them."""
@@ -183,8 +209,8 @@ class Storage:
             self.index.close()
 
     async def _leave_snapshot(self, states: Iterable[RunState]) -> None:
-        if self._saving is not None:
-            await asyncio.wait([self._saving])
+        if tasks := [task for task in (self._beginning, self._saving) if task is not None]:
+            await asyncio.wait(tasks)
         await self.log.durable()
         last = self.log.last_record
         snapshot = None if last is None else self._capture(self.log.end, last, states)

@@ -133,6 +133,15 @@ class DeadLettersRequeued:
     group_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RunRestored:
+    """The log goes on as a restored backup: fences and numbers rise above the original's, OPEN groups are dropped."""
+
+    epoch: int
+    created: int
+    group_ids: tuple[str, ...]
+
+
 Transition = (
     RunOpened
     | TicketIssued
@@ -147,4 +156,5 @@ Transition = (
     | RunFinished
     | RunRolledBack
     | DeadLettersRequeued
+    | RunRestored
 )

@@ -2,7 +2,8 @@
 
 client ──> read: decide and append, message by message ──> unanswered ──> answer: wait until durable ──> client
              ▲                                                                  │
-             └── waits while too much is unanswered, or not yet on disk         │   one message answers everything
+             └── waits while too much is unanswered, or received and not yet    │   one message answers everything
+                 on disk (intake.py)                                            │
                                                                                 └── that one fsync made durable
 
 waits     read, for the next message, and for room; answer, for something unanswered, and for the disk
@@ -52,6 +53,7 @@ class WriteStream:
 
         Raises:
             NotFoundError: no such run.
+            ExhaustedError: too much waits for the disk; says when to come back.
             UnavailableError: the buffer stops.
             LogFailedError: the log is dead; nothing more is acknowledged.
         """
@@ -87,12 +89,13 @@ class WriteStream:
     async def _read(self) -> None:
         try:
             async for request in self._requests:
+                if self._buffer.intake.crowded():
+                    await self._buffer.intake.admit(request.ByteSize())
                 self._unanswered.append((self._write(request), self._buffer.mark))
                 self._read_more.set()
                 while len(self._unanswered) >= _UNANSWERED_MESSAGES:
                     self._room.clear()
                     await self._room.wait()
-                await self._buffer.room()
         finally:
             self._read_more.set()
 

@@ -1,7 +1,9 @@
 """Any InferenceService as an Engine: a foreign backend behind the contract.
 
-The backend owns slots and weights; this side keeps what it last said of itself. A backend that restarts has lost its
-weights, which shows as a failed `generate`: the worker's process then ends, and a new one joins like any late server.
+The backend owns slots and weights; this side keeps what it last said of itself. Only `connect` waits for a backend: a
+later call fails as soon as the connection is lost, so that nothing is held for a backend that may never come back.
+One that restarts has lost its weights, which shows as a failed `generate`, too: the worker's process then ends, and a
+new one joins like any late server.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class RemoteEngine:
     def __init__(self, address: str, security: Security, timeout_seconds: float) -> None:
         self.address = address
         self._timeout_seconds = timeout_seconds
-        self._channel = rpc.open_channel(address, security)
+        self._channel = rpc.open_channel(address, security, patient=False)
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(
             self._channel
         )
@@ -46,7 +48,7 @@ class RemoteEngine:
         try:
             with mapped_errors(f"GetServerInfo at {address}"):
                 reply = await engine._stub.GetServerInfo(
-                    inference_pb2.GetServerInfoRequest(), timeout=min(timeout_seconds, 120.0)
+                    inference_pb2.GetServerInfoRequest(), timeout=min(timeout_seconds, 120.0), wait_for_ready=True
                 )
             engine._info = codec.info_from_proto(reply)
         except BaseException:

@@ -103,6 +103,12 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"metrics.inference_servers: lists {len(metrics.inference_servers)} ports, network.inference_servers "
             f"{len(network.inference_servers)} addresses; give one port per server"
         )
+    servers = configuration.inference_server
+    if servers.backends and len(servers.backends) != len(network.inference_servers):
+        raise ConfigError(
+            f"inference_server.backends: lists {len(servers.backends)} addresses, network.inference_servers "
+            f"{len(network.inference_servers)}; give one backend per server"
+        )
     engine, trainer = configuration.inference_server.engine, configuration.learner.trainer
     if (engine == "arithmetic") != (trainer == "arithmetic"):
         raise ConfigError(
@@ -112,11 +118,10 @@ def _check_together(configuration: RunConfiguration) -> None:
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
         check_recorded_topk(configuration.learner.training, configuration.sampling)
-    servers = configuration.inference_server
     slots = (
         servers.transformers if engine == "transformers" else servers.arithmetic
     ).max_concurrency + servers.prefetch
-    if configuration.evaluation.members > slots:
+    if not servers.backends and configuration.evaluation.members > slots:
         raise ConfigError(
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
             "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"

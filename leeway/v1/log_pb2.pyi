@@ -45,6 +45,7 @@ class LogRecord(_message.Message):
     RUN_FINISHED_FIELD_NUMBER: _builtins.int
     RUN_ROLLED_BACK_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_REQUEUED_FIELD_NUMBER: _builtins.int
+    RUN_RESTORED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     @_builtins.property
@@ -103,6 +104,10 @@ class LogRecord(_message.Message):
     def dead_letters_requeued(self) -> Global___DeadLettersRequeued:
         """Tasks of dead letters were queued again."""
 
+    @_builtins.property
+    def run_restored(self) -> Global___RunRestored:
+        """The log goes on as a restored backup."""
+
     def __init__(
         self,
         *,
@@ -121,12 +126,13 @@ class LogRecord(_message.Message):
         run_finished: Global___RunFinished | None = ...,
         run_rolled_back: Global___RunRolledBack | None = ...,
         dead_letters_requeued: Global___DeadLettersRequeued | None = ...,
+        run_restored: Global___RunRestored | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_restored", b"run_restored", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run", b"run", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run", b"run", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_restored", b"run_restored", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transition: _TypeAlias = _typing.Literal["run_opened", "ticket_issued", "chunk_written", "trajectory_closed", "trajectory_failed", "group_dropped", "batch_drawn", "policy_advanced", "steps_committed", "evaluation_created", "run_finished", "run_rolled_back", "dead_letters_requeued"]  # noqa: Y015
+    _WhichOneofReturnType_transition: _TypeAlias = _typing.Literal["run_opened", "ticket_issued", "chunk_written", "trajectory_closed", "trajectory_failed", "group_dropped", "batch_drawn", "policy_advanced", "steps_committed", "evaluation_created", "run_finished", "run_rolled_back", "dead_letters_requeued", "run_restored"]  # noqa: Y015
     _WhichOneofArgType_transition: _TypeAlias = _typing.Literal["transition", b"transition"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transition) -> _WhichOneofReturnType_transition | None: ...
 
@@ -539,3 +545,38 @@ class DeadLettersRequeued(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeadLettersRequeued: _TypeAlias = DeadLettersRequeued  # noqa: Y015
+
+@_typing.final
+class RunRestored(_message.Message):
+    """The log was restored from a backup: what the original recorded after it never happened here. Fences and numbers go on above
+    everything that the original can have handed out meanwhile; groups that were OPEN, and may have been lent again there, are
+    dropped as rolled_back.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """The raised epoch; no learner holds it."""
+    created: _builtins.int
+    """The number of groups created is raised to this."""
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The groups that were OPEN."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        created: _builtins.int = ...,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "epoch", b"epoch", "group_ids", b"group_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunRestored: _TypeAlias = RunRestored  # noqa: Y015

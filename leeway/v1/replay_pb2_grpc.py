@@ -123,6 +123,11 @@ class ReplayServiceStub(object):
                 request_serializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersRequest.SerializeToString,
                 response_deserializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersResponse.FromString,
                 _registered_method=True)
+        self.BackUp = channel.unary_unary(
+                '/leeway.v1.ReplayService/BackUp',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.BackUpRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.BackUpResponse.FromString,
+                _registered_method=True)
         self.ExportGroups = channel.unary_stream(
                 '/leeway.v1.ReplayService/ExportGroups',
                 request_serializer=leeway_dot_v1_dot_replay__pb2.ExportGroupsRequest.SerializeToString,
@@ -276,8 +281,18 @@ class ReplayServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BackUp(self, request, context):
+        """Copies the durable log to a new folder of the buffer's host, while everything goes on. Whoever opens the copy gets a log of its
+        own: every fence is raised, and OpenRun refuses checkpoints that the copy does not know. Errors:
+        FAILED_PRECONDITION when the folder exists or cannot be written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ExportGroups(self, request, context):
-        """Streams groups with their trajectories and fate, in the order of their issue. Idempotent.
+        """Streams groups with their trajectories and fate, in the order of their issue. Idempotent. Errors: NOT_FOUND when `step` was
+        trained on groups that have been retired since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -365,6 +380,11 @@ def add_ReplayServiceServicer_to_server(servicer, server):
                     servicer.RequeueDeadLetters,
                     request_deserializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersRequest.FromString,
                     response_serializer=leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersResponse.SerializeToString,
+            ),
+            'BackUp': grpc.unary_unary_rpc_method_handler(
+                    servicer.BackUp,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.BackUpRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.BackUpResponse.SerializeToString,
             ),
             'ExportGroups': grpc.unary_stream_rpc_method_handler(
                     servicer.ExportGroups,
@@ -813,6 +833,33 @@ class ReplayService(object):
             '/leeway.v1.ReplayService/RequeueDeadLetters',
             leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersRequest.SerializeToString,
             leeway_dot_v1_dot_replay__pb2.RequeueDeadLettersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BackUp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/BackUp',
+            leeway_dot_v1_dot_replay__pb2.BackUpRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.BackUpResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -108,8 +108,15 @@ class ReplayServiceStub:
     """Issues the tasks of dead letters again as new groups, each with all its tries; the groups themselves stay dropped.
     Idempotent. Errors: NOT_FOUND for an unknown group; FAILED_PRECONDITION for one that is no dead letter, or a finished run.
     """
+    BackUp: _grpc.UnaryUnaryMultiCallable[_replay_pb2.BackUpRequest, _replay_pb2.BackUpResponse]
+    """Copies the durable log to a new folder of the buffer's host, while everything goes on. Whoever opens the copy gets a log of its
+    own: every fence is raised, and OpenRun refuses checkpoints that the copy does not know. Errors:
+    FAILED_PRECONDITION when the folder exists or cannot be written.
+    """
     ExportGroups: _grpc.UnaryStreamMultiCallable[_replay_pb2.ExportGroupsRequest, _replay_pb2.ExportGroupsResponse]
-    """Streams groups with their trajectories and fate, in the order of their issue. Idempotent."""
+    """Streams groups with their trajectories and fate, in the order of their issue. Idempotent. Errors: NOT_FOUND when `step` was
+    trained on groups that have been retired since.
+    """
 
 @_typing.type_check_only
 class ReplayServiceAsyncStub(ReplayServiceStub):
@@ -191,8 +198,15 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     """Issues the tasks of dead letters again as new groups, each with all its tries; the groups themselves stay dropped.
     Idempotent. Errors: NOT_FOUND for an unknown group; FAILED_PRECONDITION for one that is no dead letter, or a finished run.
     """
+    BackUp: _aio.UnaryUnaryMultiCallable[_replay_pb2.BackUpRequest, _replay_pb2.BackUpResponse]  # type: ignore[assignment]
+    """Copies the durable log to a new folder of the buffer's host, while everything goes on. Whoever opens the copy gets a log of its
+    own: every fence is raised, and OpenRun refuses checkpoints that the copy does not know. Errors:
+    FAILED_PRECONDITION when the folder exists or cannot be written.
+    """
     ExportGroups: _aio.UnaryStreamMultiCallable[_replay_pb2.ExportGroupsRequest, _replay_pb2.ExportGroupsResponse]  # type: ignore[assignment]
-    """Streams groups with their trajectories and fate, in the order of their issue. Idempotent."""
+    """Streams groups with their trajectories and fate, in the order of their issue. Idempotent. Errors: NOT_FOUND when `step` was
+    trained on groups that have been retired since.
+    """
 
 class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
     """The durable buffer between inference servers and the learner.
@@ -369,11 +383,24 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         """
 
     @_abc_1.abstractmethod
+    def BackUp(
+        self,
+        request: _replay_pb2.BackUpRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.BackUpResponse, _abc.Awaitable[_replay_pb2.BackUpResponse]]:
+        """Copies the durable log to a new folder of the buffer's host, while everything goes on. Whoever opens the copy gets a log of its
+        own: every fence is raised, and OpenRun refuses checkpoints that the copy does not know. Errors:
+        FAILED_PRECONDITION when the folder exists or cannot be written.
+        """
+
+    @_abc_1.abstractmethod
     def ExportGroups(
         self,
         request: _replay_pb2.ExportGroupsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_replay_pb2.ExportGroupsResponse], _abc.AsyncIterator[_replay_pb2.ExportGroupsResponse]]:
-        """Streams groups with their trajectories and fate, in the order of their issue. Idempotent."""
+        """Streams groups with their trajectories and fate, in the order of their issue. Idempotent. Errors: NOT_FOUND when `step` was
+        trained on groups that have been retired since.
+        """
 
 def add_ReplayServiceServicer_to_server(servicer: ReplayServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

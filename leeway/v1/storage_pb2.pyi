@@ -181,6 +181,7 @@ class RunSnapshot(_message.Message):
     LOST_ATTEMPTS_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     ROLLBACK_FIELD_NUMBER: _builtins.int
+    RESTORED_AT_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     head: _builtins.int
@@ -239,6 +240,10 @@ class RunSnapshot(_message.Message):
     def rollback(self) -> _replay_pb2.Rollback:
         """The newest explicit rollback; unset when there was none."""
 
+    @_builtins.property
+    def restored_at(self) -> _common_pb2.PolicyVersion:
+        """The head when the log was last restored from a backup; unset when it never was."""
+
     def __init__(
         self,
         *,
@@ -261,10 +266,11 @@ class RunSnapshot(_message.Message):
         lost_attempts: _abc.Iterable[Global___LostAttempts] | None = ...,
         dead_letters: _abc.Iterable[_replay_pb2.DeadLetter] | None = ...,
         rollback: _replay_pb2.Rollback | None = ...,
+        restored_at: _common_pb2.PolicyVersion | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

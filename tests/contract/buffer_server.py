@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from leeway import codec
 from leeway.replay_client import ReplayClient
@@ -26,19 +27,32 @@ PLAIN = Security()
 async def serving(
     directory: Path,
     *,
-    lease_seconds: float = 60.0,
     open_file: OpenFile = AppendFile,
     free_bytes: Callable[[Path], int] = lambda _: 1 << 40,
+    **options: Any,
 ) -> AsyncGenerator[str]:
     """Serve a directory; yields the address."""
-    options = ReplayBufferOptions(directory=directory, lease_seconds=lease_seconds, stop_seconds=0.2)
+    async with serving_buffer(directory, open_file=open_file, free_bytes=free_bytes, **options) as (address, _):
+        yield address
+
+
+@asynccontextmanager
+async def serving_buffer(
+    directory: Path,
+    *,
+    open_file: OpenFile = AppendFile,
+    free_bytes: Callable[[Path], int] = lambda _: 1 << 40,
+    **options: Any,
+) -> AsyncGenerator[tuple[str, ReplayBuffer]]:
+    """Serve a directory; yields the address and what is behind it."""
+    values = {"directory": directory, "lease_seconds": 60.0, "stop_seconds": 0.2, **options}
     durable_log = Log(LogOptions(directory, retry_seconds=0.01, open_file=open_file))
-    buffer = ReplayBuffer(options, durable_log, free_bytes=free_bytes)
+    buffer = ReplayBuffer(ReplayBufferOptions.model_validate(values), durable_log, free_bytes=free_bytes)
     buffer.start()
     service = ReplayService(buffer)
     server = await start_server("127.0.0.1:0", service.add_to, [SERVICE_NAME], PLAIN)
     try:
-        yield f"127.0.0.1:{server.port}"
+        yield f"127.0.0.1:{server.port}", buffer
     finally:
         buffer.stop()
         service.stop()

@@ -12,6 +12,7 @@ import grpc
 
 from leeway import arithmetic, codec
 from leeway.assembly import assemble_trajectory
+from leeway.errors import ExhaustedError
 from leeway.rpc import RunningServer, Security, start_server
 from leeway.types import (
     Purpose,
@@ -101,7 +102,7 @@ class FakeReplay(_Servicer):
         self.abort_on_renewal: set[tuple[str, int]] = set()
         self.streams = 0
         self.judge: Callable[[WriteItem], WriteResult | None] = lambda _: None
-        self.break_stream: Callable[[int, WriteItem], str] = lambda _stream, _item: ""  # "before" or "after" writing
+        self.break_stream: Callable[[int, WriteItem], str] = lambda _stream, _item: ""  # "before", "after", "exhausted"
         self.max_in_message = 0
         self.joined = 0
         self.ignore_pins = False  # hands evaluations to servers at any version
@@ -166,6 +167,8 @@ class FakeReplay(_Servicer):
                 item = codec.item_from_proto(message)
                 self.arrived.append(item)
                 cut = self.break_stream(stream, item)
+                if cut == "exhausted":
+                    raise ExhaustedError("no room", retry_seconds=0.01)
                 if cut == "before":
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "cut before writing")
                 results.append(self.judge(item) or self.write(item))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -35,8 +34,9 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2
-from replay_buffer.segments import AppendFile, SegmentFile, segment_path
+from replay_buffer.segments import AppendFile, segment_path
 from tests.contract.buffer_server import connected, serving, write
+from tests.contract.held_disk import HeldDisk
 from tests.unit.replay_buffer.builders import (
     DATASET,
     ROOT,
@@ -365,6 +365,67 @@ async def test_a_learner_restarts_from_its_checkpoint(tmp_path: Path) -> None:
         assert (await client.run_status()).consumed == 4
 
 
+async def test_a_rollback_survives_a_restart_and_fences_a_learner_that_waits(tmp_path: Path) -> None:
+    async with serving(tmp_path) as address, connected(address) as client:
+        opened = await client.open_run(spec(max_staleness=0, groups_per_step=1), ROOT, [])
+        heads = [ROOT]
+        for step in (1, 2, 3):
+            await fill(client, heads[-1], 1)
+            await client.draw_batch(opened.epoch, step, WAIT_SECONDS)
+            heads.append(version(step, opened.epoch))
+            await client.advance(opened.epoch, heads[-1], heads[-2])
+        await client.commit(opened.epoch, 2)
+        waiting = asyncio.create_task(client.draw_batch(opened.epoch, 4, WAIT_SECONDS))
+        await client.run_status()  # the draw has begun to wait before this is answered
+        epoch, dropped = await client.rollback_run(heads[1])
+        assert (epoch, dropped) == (2, 2)
+        with pytest.raises(FencedError, match="was rolled back"):
+            await waiting
+        assert await client.rollback_run(heads[1]) == (2, 0)
+    async with serving(tmp_path) as address, connected(address) as client:
+        status = await client.run_status()
+        assert (status.head, status.committed_step, status.consumed) == (heads[1], 1, 1)
+        assert status.rollback is not None
+        assert (status.rollback.version, status.rollback.epoch) == (heads[1], 2)
+        assert status.dropped == {DropReason.ROLLED_BACK: 2}
+        assert [group.step async for group in client.export_groups(state=GroupState.DROPPED)] == [0, 0]
+        with pytest.raises(PreconditionError, match="resume from that checkpoint"):
+            await client.open_run(spec(max_staleness=0, groups_per_step=1), heads[2], [])
+        reopened = await client.open_run(spec(max_staleness=0, groups_per_step=1), heads[1], [])
+        assert (reopened.epoch, reopened.head) == (3, heads[1])
+        await fill(client, heads[1], 1)
+        assert len(await client.draw_batch(3, 2, WAIT_SECONDS)) == 1
+
+
+async def test_dead_letters_are_listed_and_queued_again(tmp_path: Path) -> None:
+    async with serving(tmp_path) as address, connected(address) as client:
+        await client.open_run(spec(max_staleness=0, groups_per_step=1, max_attempts=2), ROOT, [])
+        for attempt in (1, 2):
+            ((ticket,), _) = await client.acquire_tickets(f"s{attempt}", ROOT, 2, WAIT_SECONDS)
+            failure = TrajectoryFailure("the prompt kills the engine", retryable=True)
+            await write(client, [WriteItem(member.trajectory_id, attempt, 0, failure) for member in ticket.members])
+        (letter,) = await client.dead_letters()
+        assert (letter.group_id, letter.task_index) == (ticket.group_id, ticket.task_index)
+        assert (letter.reason, letter.attempts, letter.server_id) == (DropReason.DEAD_LETTER, 2, "s2")
+        assert (await client.run_status()).dead_letters == 1
+    async with serving(tmp_path) as address, connected(address) as client:
+        assert await client.dead_letters() == [letter]
+        with pytest.raises(NotFoundError):
+            await client.requeue_dead_letters(["nobody"])
+        waiting = asyncio.create_task(client.acquire_tickets("s3", ROOT, 2, 0))
+        ((other,), _) = await waiting
+        assert other.task_index != letter.task_index
+        await write(client, filled(other))
+        assert await client.requeue_dead_letters([letter.group_id]) == 1
+        assert await client.requeue_dead_letters() == 0
+        assert await client.dead_letters() == []
+        await client.draw_batch(1, 1, WAIT_SECONDS)
+        await client.advance(1, version(1), ROOT)
+        ((again,), _) = await client.acquire_tickets("s3", version(1), 2, WAIT_SECONDS)
+        assert (again.task_index, again.attempt) == (letter.task_index, 1)
+        assert again.group_id != letter.group_id
+
+
 async def test_runs_do_not_see_each_other(address: str) -> None:
     async with connected(address) as one, connected(address, "other-run") as other:
         await one.open_run(spec(), ROOT, [])
@@ -381,28 +442,6 @@ async def test_runs_do_not_see_each_other(address: str) -> None:
 
 
 # What is durable
-
-
-class HeldDisk:
-    """A disk that syncs only when it may, and an account of what it promised."""
-
-    def __init__(self) -> None:
-        self.may_sync = threading.Event()
-        self.may_sync.set()
-        self.synced = threading.Event()
-        self.durable_bytes: dict[Path, int] = {}
-
-    def open(self, path: Path) -> SegmentFile:
-        disk = self
-
-        class File(AppendFile):
-            def sync(self) -> None:
-                disk.synced.set()
-                assert disk.may_sync.wait(WAIT_SECONDS)
-                super().sync()
-                disk.durable_bytes[path] = path.stat().st_size
-
-        return File(path)
 
 
 async def test_nothing_is_answered_before_it_is_durable(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -146,6 +147,36 @@ async def test_a_full_disk_is_waited_out_in_order() -> None:
         assert stored(replay, "b") == list(range(3))
         assert not refused
         assert replay.streams == 1
+
+
+async def test_a_refused_stream_comes_back_when_it_was_told_to() -> None:
+    replay = FakeReplay()
+    replay.break_stream = lambda stream, item: "exhausted" if item.seq == 5 and stream <= 3 else ""
+    # Left to itself the writer would wait for ever.
+    limits = WriterLimits(flush_seconds=0.0, batch_items=1, exhausted_wait_seconds=1e6)
+    async with writing(replay, limits) as (writer, refused, _):
+        await writer.write(items("a", 8))
+        await writer.drain()
+        assert stored(replay, "a") == list(range(8))
+        assert replay.streams == 4
+        assert not refused
+
+
+async def test_an_item_that_found_no_room_is_sent_again_when_it_was_told_to() -> None:
+    replay = FakeReplay()
+    refusals = iter([True] * 3)
+
+    def judge(item: WriteItem) -> WriteResult | None:
+        refused = item.seq == 2 and next(refusals, False)
+        return replace(result(item, WriteStatus.EXHAUSTED), retry_seconds=0.01) if refused else None
+
+    replay.judge = judge
+    async with writing(replay, WriterLimits(flush_seconds=0.0, exhausted_wait_seconds=1e6)) as (writer, refused, _):
+        await writer.write(items("a", 6))
+        await writer.drain()
+        assert stored(replay, "a") == list(range(6))
+        assert replay.streams == 1
+        assert not refused
 
 
 async def test_refusals_are_reported_once_and_nothing_waits_for_them() -> None:

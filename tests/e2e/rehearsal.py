@@ -14,7 +14,7 @@ import json
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,17 @@ class Ghosts:
 
 
 async def rehearse(
-    directory: Path, victim: str, points: Sequence[KillPoint], overrides: Sequence[str] = ()
+    directory: Path,
+    victim: str,
+    points: Sequence[KillPoint],
+    overrides: Sequence[str] = (),
+    listeners: Sequence[Callable[[str, Call | Write], None]] = (),
+    backends: Sequence[str] = (),
 ) -> tuple[Outcome, KillPlan, list[str], Evidence]:
-    """Run under fire; returns how it ended, the plan, the supervisor's events, and the evidence."""
+    """Run under fire; returns how it ended, the plan, the supervisor's events, and the evidence.
+
+    With addresses of `backends` the servers are workers that feed the run from them.
+    """
     document = load_document(EXAMPLE, [*SMALL, f"run.directory={directory}", *overrides])
     configuration = with_free_ports(read_configuration(document))
     network = configuration.network
@@ -160,7 +168,7 @@ async def rehearse(
     record, plan, events = Record(), KillPlan(victim, deque(points)), list[str]()
     async with recording_proxy(network.replay_buffer, record) as address:
         ghosts = Ghosts(address, record)
-        record.listeners += [plan.on_event, ghosts.on_event]
+        record.listeners += [plan.on_event, ghosts.on_event, *listeners]
         replace(configuration, network=network.model_copy(update={"replay_buffer": address})).write(config)
         arguments = ("--config", str(config), "--supervised")
         plan.supervisor = Supervisor(
@@ -168,7 +176,7 @@ async def rehearse(
                 "replay-buffer", ("replay_buffer", *arguments, f"--set=network.replay_buffer={network.replay_buffer}")
             ),
             learner=Service("learner", ("learner", *arguments)),
-            servers=[Service(f"server-{i}", ("inference_server", *arguments, "--index", str(i))) for i in range(2)],
+            servers=[Service(f"server-{i}", (*_server(i, backends), *arguments)) for i in range(2)],
             learner_stop_seconds=6.0,
             log_directory=run_directory / "logs",
             on_journal_line=plan.on_journal_line,
@@ -180,6 +188,13 @@ async def rehearse(
         groups = [group async for group in client.export_groups()]
         evidence = Evidence(record, groups, await client.run_status(), run_directory)
     return outcome, plan, events, evidence
+
+
+def _server(index: int, backends: Sequence[str]) -> tuple[str, ...]:
+    """Module and own arguments of a server."""
+    if not backends:
+        return "inference_server", "--index", str(index)
+    return "inference_server.worker", "--index", str(index), "--backend", backends[index]
 
 
 def _server_of(subject: Call | Write) -> str:

@@ -1,0 +1,77 @@
+"""How much may be in memory that was received and is not durable yet.
+
+    message ──> admit ──> decide, append (pending) ──> fsync (durable)
+                  │
+                  ├── pending <= slow_pending_bytes             at once
+                  ├── above: the stream waits, unread           flow control reaches the writer
+                  └── pending + waiting > max_pending_bytes,
+                      or nothing moved for hold_seconds         RESOURCE_EXHAUSTED, with the time to come back
+
+So max_pending_bytes and one message bound what is held, however many writers there are; gRPC itself holds at most one
+message more for each stream that is being read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from leeway.errors import ExhaustedError
+from replay_buffer.log import Log
+from replay_buffer.options import ReplayBufferOptions
+
+
+class Intake:
+    """Slows writers, then refuses them."""
+
+    def __init__(self, options: ReplayBufferOptions, durable_log: Log) -> None:
+        self._options = options
+        self._log = durable_log
+        self.waiting_bytes = 0
+
+    @property
+    def received_bytes(self) -> int:
+        """What is in memory and not durable, whether it is in the log's order already or waits for it."""
+        return self._log.pending_bytes + self.waiting_bytes
+
+    def crowded(self) -> bool:
+        """Whether a message has to wait."""
+        return self._log.pending_bytes > self._options.slow_pending_bytes
+
+    async def admit(self, size_bytes: int) -> None:
+        """Wait until a message of this size may be taken.
+
+        Raises:
+            ExhaustedError: there is no room for it, and the writer has to come back.
+            LogFailedError: the log is dead.
+        """
+        if not self.crowded():
+            return
+        limit = self._options.max_pending_bytes
+        if self.received_bytes + size_bytes > limit:
+            raise self.refusal(f"{limit >> 20} MiB of writes wait for the disk (replay_buffer.max_pending_bytes)")
+        self.waiting_bytes += size_bytes
+        try:
+            while self.crowded():
+                await self.settled()
+        finally:
+            self.waiting_bytes -= size_bytes
+
+    async def settled(self, mark: int | None = None) -> None:
+        """Wait until everything before `mark` (default: so far) is durable, but not on a disk that takes nothing.
+
+        Raises:
+            ExhaustedError: it took longer than hold_seconds; what was decided may still become durable.
+            LogFailedError: the log is dead.
+        """
+        try:
+            async with asyncio.timeout(self._options.hold_seconds):
+                await self._log.durable(mark)
+        except TimeoutError:
+            cause = "is full" if self._log.stalled else "is too slow"
+            raise self.refusal(
+                f"the disk {cause}: nothing became durable within {self._options.hold_seconds:g} s"
+            ) from None
+
+    def refusal(self, message: str) -> ExhaustedError:
+        """The error that says when to come back."""
+        return ExhaustedError(f"{self._options.directory}: {message}", self._options.retry_seconds)

@@ -1,0 +1,101 @@
+"""A run fed by foreign backends: in another language, and killed in mid-run. Every label is checked by the oracle."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from leeway.commands.main import main
+from leeway.types import GroupState, Purpose
+from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
+from tests.e2e.oracle import Evidence, violations
+from tests.e2e.recording_proxy import Call, Write
+from tests.e2e.rehearsal import STEPS, rehearse
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+
+
+def backends_option(*backends: Backend) -> str:
+    return f"inference_server.backends={json.dumps([backend.address for backend in backends])}"
+
+
+def trained_tokens(evidence: Evidence) -> Counter[str]:
+    """Trajectories that were trained on, by the server that sampled them."""
+    return Counter(
+        trajectory.server_id
+        for group in evidence.groups
+        if group.state is GroupState.CONSUMED and group.purpose is Purpose.TRAIN
+        for trajectory in group.trajectories
+    )
+
+
+def engines(evidence: Evidence) -> set[str]:
+    """Every engine that a written segment names."""
+    from leeway import codec
+
+    return {
+        segment.engine
+        for group in evidence.groups
+        for trajectory in group.trajectories
+        for chunk in trajectory.chunks
+        for segment in codec.decode_chunk(chunk).segments
+        if segment.engine
+    }
+
+
+def test_the_node_backend_keeps_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--samples", "128", "--quiet-seconds", "0.1", "--timeout", "60"]
+    code = main(["conformance", *arguments, "--command", f"{node_command()} --max-concurrency 8"])
+    output = capsys.readouterr().out
+    assert code == 0, output
+    assert " 0 FAILED, 0 skipped, 0 not run" in output
+
+
+async def test_the_node_backend_feeds_a_run(tmp_path: Path) -> None:
+    flags = ("--max-concurrency", "4", "--chunk-tokens", "4", "--token-milliseconds", "4")
+    backends = [node_backend(*flags) for _ in range(2)]
+    async with running(*backends):
+        options = ("sampling.topk=5", "sampling.routing=true")
+        addresses = [backend.address for backend in backends]
+        outcome, _, events, evidence = await rehearse(tmp_path, "learner", [], options, backends=addresses)
+    assert outcome.error == ""
+    assert events == []
+    assert violations(evidence) == []
+    assert engines(evidence) == {"node-arithmetic/1.0.0"}
+    assert set(trained_tokens(evidence)) == {"server-0", "server-1"}
+    summary = json.loads((evidence.run_directory / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["steps"] == STEPS
+
+
+async def test_a_run_survives_backends_that_are_killed(tmp_path: Path) -> None:
+    options = ("max_concurrency=4", "token_seconds=0.004", "chunk_tokens=4")
+    backends = [arithmetic_backend(*options) for _ in range(2)]
+    kill_at = [10, 60, 120]  # acknowledged writes of server-0
+    written = 0
+
+    def on_event(event: str, subject: Call | Write) -> None:
+        nonlocal written
+        if event == "write.answered" and isinstance(subject, Write) and subject.server_id == "server-0":
+            written += 1
+            if kill_at and written >= kill_at[0]:
+                del kill_at[0]
+                backends[0].kill()
+
+    async with running(*backends):
+        outcome, _, events, evidence = await rehearse(
+            tmp_path, "learner", [], (backends_option(*backends),), [on_event]
+        )
+    assert outcome.error == ""
+    assert kill_at == []
+    assert backends[0].starts == 4
+    # The worker noticed, said why, and was started again; nobody else was disturbed.
+    assert [event.partition(";")[0] for event in events] == ["server-0 exited with code 1"] * 3
+    log = (evidence.run_directory / "logs" / "server-0.log").read_text()
+    assert log.count("server-0: the engine is gone: ") == 3
+    assert violations(evidence) == []
+    assert any(write.item.attempt > 1 and write.acknowledged for write in evidence.record.writes)
+    assert set(trained_tokens(evidence)) == {"server-0", "server-1"}
