@@ -48,12 +48,14 @@ from leeway.types import (
     TrajectoryClose,
     TrajectoryFailure,
     VersionSpan,
+    WeightDelta,
     WeightManifest,
+    WeightRequest,
     WriteItem,
     WriteResult,
     WriteStatus,
 )
-from leeway.v1 import common_pb2, inference_pb2, replay_pb2, trajectory_pb2
+from leeway.v1 import common_pb2, inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
 
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
 DIGEST_BYTES: Final = hashlib.sha256().digest_size
@@ -626,6 +628,33 @@ def manifest_from_proto(message: inference_pb2.WeightManifest) -> WeightManifest
     if manifest.size_bytes != message.size_bytes:
         raise InvalidDataError(f"the manifest's tensors take {manifest.size_bytes} bytes, not {message.size_bytes}")
     return manifest
+
+
+def delta_to_proto(delta: WeightDelta) -> policy_pb2.WeightDelta:
+    return policy_pb2.WeightDelta(
+        base_digest=delta.base_digest,
+        target_digest=delta.target_digest,
+        digest=delta.digest,
+        size_bytes=delta.size_bytes,
+    )
+
+
+def delta_from_proto(message: policy_pb2.WeightDelta) -> WeightDelta:
+    return WeightDelta(message.base_digest, message.target_digest, message.digest, message.size_bytes)
+
+
+def weight_request_to_proto(request: WeightRequest) -> policy_pb2.FetchWeightsRequest:
+    return policy_pb2.FetchWeightsRequest(
+        version=version_to_proto(request.version),
+        base_digest=request.base_digest,
+        first_part=request.first_part,
+        end_part=request.end_part,
+    )
+
+
+def weight_request_from_proto(message: policy_pb2.FetchWeightsRequest) -> WeightRequest:
+    version = version_from_proto(message.version)
+    return WeightRequest(version, message.base_digest, message.first_part, message.end_part)
 
 
 def info_to_proto(info: EngineInfo) -> inference_pb2.GetServerInfoResponse:

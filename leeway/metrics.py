@@ -86,6 +86,27 @@ class InferenceServerMetrics:
             buckets=_SECONDS_BUCKETS,
             registry=registry,
         )
+        self.weight_stage_seconds = Histogram(
+            "leeway_inference_weight_stage_seconds",
+            "Time of a push by stage: transfer, stage (deltas applied, digests checked), swap (its pause included)",
+            ["stage"],
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
+        )
+        self.received_weight_bytes = Counter(
+            "leeway_inference_received_weight_bytes_total",
+            "Weight bytes received, as snapshots or deltas",
+            ["transport", "kind"],
+            registry=registry,
+        )
+        self.weight_fallbacks = Counter(
+            "leeway_inference_weight_fallbacks_total",
+            "Transfers given up for the next way, by what was given up: delta, zmq",
+            ["from"],
+            registry=registry,
+        )
+        for given_up in ("delta", "zmq"):
+            self.weight_fallbacks.labels(given_up)
         self.reward_seconds = Histogram(
             "leeway_inference_reward_seconds", "Time of one reward call", buckets=_SECONDS_BUCKETS, registry=registry
         )
@@ -129,5 +150,17 @@ class LearnerMetrics:
             "leeway_learner_server_policy_step", "Step acknowledged by each server", ["server"], registry=registry
         )
         self.published_bytes = Counter(
-            "leeway_learner_published_bytes_total", "Weight bytes sent to servers", ["transport"], registry=registry
+            "leeway_learner_published_bytes_total",
+            "Weight bytes sent to servers, as snapshots or deltas",
+            ["transport", "kind"],
+            registry=registry,
+        )
+        self.delta_seconds = Histogram(
+            "leeway_learner_delta_seconds", "Time to encode one delta", buckets=_SECONDS_BUCKETS, registry=registry
+        )
+        self.delta_ratio = Gauge(
+            "leeway_learner_delta_ratio", "Newest delta's bytes over its snapshot's; 1 without one", registry=registry
+        )
+        self.refusing_servers = Gauge(
+            "leeway_learner_refusing_servers", "Servers that could not apply the newest weights", registry=registry
         )

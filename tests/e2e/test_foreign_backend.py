@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from leeway.commands.main import main
+from leeway.ports import free_port
 from leeway.types import GroupState, Purpose
 from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
 from tests.e2e.oracle import Evidence, violations
 from tests.e2e.recording_proxy import Call, Write
-from tests.e2e.rehearsal import STEPS, rehearse
+from tests.e2e.rehearsal import EXAMPLE, STEPS, rehearse
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -69,6 +72,29 @@ async def test_the_node_backend_feeds_a_run(tmp_path: Path) -> None:
     summary = json.loads((evidence.run_directory / "summary.json").read_text())
     assert summary["finished"]
     assert summary["steps"] == STEPS
+
+
+async def test_a_worker_that_waits_for_its_backend_stops_when_asked() -> None:
+    command = [
+        "-m",
+        "inference_server.worker",
+        "--config",
+        str(EXAMPLE),
+        "--backend",
+        f"127.0.0.1:{free_port('127.0.0.1')}",
+    ]
+    worker = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
+    assert worker.stderr is not None
+    try:
+        async with asyncio.timeout(30):
+            while b"waiting for the backend" not in await worker.stderr.readline():
+                pass
+            worker.terminate()
+            assert await worker.wait() == 0
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await worker.wait()
 
 
 async def test_a_run_survives_backends_that_are_killed(tmp_path: Path) -> None:
