@@ -17,7 +17,7 @@ KILLS ?= 200
 INPUTS ?= 1000000
 SEED ?=
 
-.PHONY: help quickstart env test chaos fuzz lint lint-python lint-proto format proto deploy-check clean
+.PHONY: help quickstart env test chaos fuzz lint lint-python lint-proto format proto deploy-check push-chaos clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
@@ -75,6 +75,9 @@ format: env ## formats Python and proto files
 
 proto: ## generates leeway/v1 from proto/leeway/v1
 	proto/generate
+
+push-chaos: env ## pushes weights PUSHES times under kills and corruption; 1000 unless set
+	$(BIN)/python -m tests.push --pushes $(or $(PUSHES),1000)
 
 deploy-check: env ## checks Dockerfiles, compose file and Prometheus configuration
 	deploy/check
