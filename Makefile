@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 RUNTIME := $(VENV)/installed-all
 DEVELOPMENT := $(VENV)/installed-all-dev
 
-.PHONY: help quickstart env test lint lint-python lint-proto format proto deploy-check clean
+.PHONY: help quickstart env test lint lint-python lint-proto format proto deploy-check push-chaos clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
@@ -65,6 +65,9 @@ format: env ## formats Python and proto files
 
 proto: ## generates leeway/v1 from proto/leeway/v1
 	proto/generate
+
+push-chaos: env ## pushes weights PUSHES times under kills and corruption; 1000 unless set
+	$(BIN)/python -m tests.push --pushes $(or $(PUSHES),1000)
 
 deploy-check: env ## checks Dockerfiles, compose file and Prometheus configuration
 	deploy/check

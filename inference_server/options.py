@@ -60,6 +60,9 @@ class InferenceServerOptions(Options):
         default=600.0, gt=0, description="time without any acknowledgement after which the server gives up"
     )
 
+    take_deltas: bool = Field(
+        default=True, description="hold the newest weights in host memory, so that a push brings only what changed"
+    )
     fetch_timeout_seconds: float = Field(default=600.0, gt=0, description="longest transfer of one version's weights")
 
     def worker_limits(self) -> WorkerLimits:

@@ -41,7 +41,7 @@ from leeway.config import (
 from leeway.errors import ConfigError, LeewayError
 from leeway.metrics import InferenceServerMetrics, serve_metrics
 from leeway.plugins import load_function
-from leeway.process import EXIT_OK, report_error, serve, service_parser
+from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.tasks import load_tasks
@@ -97,7 +97,9 @@ class InferenceServerProcess:
         )
         tokenizer = self._make_tokenizer()
         serve_metrics(registry, self.metrics.host, self.metrics.inference_servers[self.index])
-        engine = await self._make_engine()
+        engine = await unless_stopped(stop, self._make_engine())
+        if engine is None:
+            return
         policy = ServedPolicy(engine, self.run.name)
         client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         receiver = WeightReceiver(
@@ -108,6 +110,7 @@ class InferenceServerProcess:
             address=self.network.policy,
             security=self.security,
             allow_local=self.network.weights != "grpc",
+            take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,
         )

@@ -1,91 +1,64 @@
-"""Brings the bytes of an announced version here and verifies them: ZeroMQ on one host, gRPC otherwise.
+"""Brings an announced version here, whole and verified, with as few bytes as possible.
 
-ZeroMQ: a DEALER socket sends [b"leeway/1", serialized PolicyVersion] to the learner's ipc endpoint and receives
-[b"ok", one frame per tensor in manifest order], or [b"gone"] when that version is no longer the newest. Any trouble
-there falls back to gRPC, and an endpoint that gave trouble is not tried again.
+    held weights ──> the same digest?        nothing is transferred
+                 ──> a chain of deltas?      deltas ── each checked ──> applied to a copy ── every digest ──> staged
+                 ──> else, or when that fails: tensors ── each checked as it comes ───────────────────────> staged
+
+Each transfer takes the first transport that reaches the learner; one that gives trouble is passed over. What is staged
+is held as the base of the next delta. A delta that is malformed or leads to other bytes than announced costs a whole
+snapshot, never a wrong weight.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
+import time
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
 
-import zmq
-import zmq.asyncio
-
-from inference_server.service import staged_buffers
-from leeway import codec
-from leeway.errors import CorruptDataError, InvalidDataError, NotFoundError
-from leeway.rpc import mapped_errors
-from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights import verify_weights
-
-_PROTOCOL: Final = b"leeway/1"
-_IPC: Final = "ipc://"
+from inference_server.weight_transport import Announcement, Part, WeightTransport
+from leeway.deltas import apply_deltas
+from leeway.errors import CorruptDataError, DeadlineError, InvalidDataError, NotFoundError, UnavailableError
+from leeway.metrics import InferenceServerMetrics
+from leeway.types import WeightDelta, WeightRequest, WeightSnapshot
+from leeway.weights import verify_weights, weights_digest
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Announcement:
-    """What a learner says of its newest version."""
+class _Wanted:
+    """What a part must be."""
 
-    publisher_epoch: int
-    version: PolicyVersion
-    manifest: WeightManifest
-    local_endpoint: str
-
-    @classmethod
-    def from_proto(cls, message: policy_pb2.WatchPolicyResponse) -> Announcement:
-        """Read an announcement.
-
-        Raises:
-            InvalidDataError: it is malformed.
-        """
-        return cls(
-            message.publisher_epoch,
-            codec.version_from_proto(message.version),
-            codec.manifest_from_proto(message.manifest),
-            message.local_endpoint,
-        )
+    name: str
+    size_bytes: int
+    digest: bytes
 
 
 class WeightFetcher:
     """Fetches announced versions.
 
     Args:
-        stub: the learner's PolicyService.
-        address: of that service, for messages.
-        allow_local: whether ZeroMQ may be used at all.
-        timeout_seconds: longest fetch.
-        local_timeout_seconds: longest wait for an answer over ZeroMQ, beside a second per 100 MB.
+        transports: the ways to the learner, best first; the last one reaches every learner.
+        take_deltas: whether to hold the newest weights and take what changed.
+        metrics: shows bytes, stages and fallbacks.
     """
 
     def __init__(
-        self,
-        stub: policy_pb2_grpc.PolicyServiceAsyncStub,
-        address: str,
-        *,
-        allow_local: bool,
-        timeout_seconds: float,
-        local_timeout_seconds: float = 5.0,
+        self, transports: Sequence[WeightTransport], *, take_deltas: bool, metrics: InferenceServerMetrics
     ) -> None:
-        self._stub = stub
-        self._address = address
-        self._allow_local = allow_local
-        self._timeout_seconds = timeout_seconds
-        self._local_timeout_seconds = local_timeout_seconds
-        self._unusable_endpoints: set[str] = set()
-        self._context = zmq.asyncio.Context()
+        self._transports = transports
+        self._take_deltas = take_deltas
+        self._metrics = metrics
+        self._held: WeightSnapshot | None = None
 
     def close(self) -> None:
-        """Release the ZeroMQ context."""
-        self._context.destroy(linger=0)
+        """Release the transports."""
+        for transport in self._transports:
+            transport.close()
 
     async def fetch(self, announcement: Announcement) -> WeightSnapshot:
         """The verified bytes of a version.
@@ -95,62 +68,104 @@ class WeightFetcher:
             CorruptDataError, InvalidDataError: the bytes are not what was announced.
             UnavailableError, DeadlineError: the learner cannot be reached.
         """
-        buffers = await self._fetch_local(announcement)
+        if weights_digest(announcement.manifest) != announcement.version.digest:
+            raise CorruptDataError("the weight manifest does not have the announced digest")
+        buffers = await self._from_held(announcement)
         if buffers is None:
-            buffers = await self._fetch_remote(announcement)
-        return WeightSnapshot(announcement.version, announcement.publisher_epoch, announcement.manifest, buffers)
+            buffers = await self._snapshot(announcement)
+        snapshot = WeightSnapshot(announcement.version, announcement.publisher_epoch, announcement.manifest, buffers)
+        if self._take_deltas:
+            self._held = snapshot
+        return snapshot
 
-    async def _fetch_local(self, announcement: Announcement) -> Sequence[memoryview] | None:
-        """The bytes over ZeroMQ; None when that is not possible."""
-        endpoint = announcement.local_endpoint
-        if not self._allow_local or not endpoint or endpoint in self._unusable_endpoints:
+    async def _from_held(self, announcement: Announcement) -> Sequence[Part] | None:
+        """The buffers by way of what is held; None when a snapshot is needed."""
+        held = self._held
+        if held is None:
             return None
-        if not _is_on_this_host(endpoint):
-            log.info("the learner's ZeroMQ endpoint %s is not on this host; fetching weights over gRPC", endpoint)
-            self._unusable_endpoints.add(endpoint)
+        deltas = announcement.deltas_from(held.version.digest)
+        same = held.version.digest == announcement.version.digest
+        if not deltas and not same:
+            log.info("no deltas lead from %s to %s; fetching the snapshot", held.version, announcement.version)
             return None
-        seconds = self._local_timeout_seconds + announcement.manifest.size_bytes / 100e6
         try:
-            async with asyncio.timeout(seconds):
-                frames = await self._request_local(endpoint, announcement.version)
-            if frames[0].bytes == b"gone":
-                raise NotFoundError(f"{announcement.version} is no longer the newest version")
-            buffers = [frame.buffer for frame in frames[1:]]
-            await asyncio.to_thread(verify_weights, announcement.manifest, buffers, announcement.version.digest)
-        except TimeoutError:
-            problem = f"no answer within {seconds:.1f} s"
-        except zmq.ZMQError as error:
-            problem = str(error)
-        except CorruptDataError as error:
-            problem = error.message
-        else:
-            return buffers
-        log.warning("ZeroMQ at %s fails (%s); fetching weights over gRPC from now on", endpoint, problem)
-        self._unusable_endpoints.add(endpoint)
-        return None
+            if same:
+                await asyncio.to_thread(verify_weights, announcement.manifest, held.buffers, held.version.digest)
+                return held.buffers
+            return await self._deltas(held, deltas, announcement)
+        except (CorruptDataError, InvalidDataError, NotFoundError) as error:
+            log.warning("deltas to %s fail (%s); fetching the snapshot", announcement.version, error.message)
+            self._metrics.weight_fallbacks.labels("delta").inc()
+            return None
 
-    async def _request_local(self, endpoint: str, version: PolicyVersion) -> list[zmq.Frame]:
-        # A socket for each request: a late answer to an abandoned one can never be taken for the next.
-        socket: Any
-        with self._context.socket(zmq.DEALER) as socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(endpoint)
-            await socket.send_multipart([_PROTOCOL, codec.version_to_proto(version).SerializeToString()])
-            return await socket.recv_multipart(copy=False)
+    async def _deltas(
+        self, held: WeightSnapshot, deltas: Sequence[WeightDelta], announcement: Announcement
+    ) -> Sequence[Part]:
+        request = WeightRequest(announcement.version, base_digest=held.version.digest)
+        wanted = [_Wanted(f"delta {index}", delta.size_bytes, delta.digest) for index, delta in enumerate(deltas)]
+        payloads = await self._transfer(announcement, request, wanted)
+        began = time.monotonic()
+        buffers = await asyncio.to_thread(
+            apply_deltas, held, payloads, announcement.manifest, announcement.version.digest
+        )
+        self._metrics.weight_stage_seconds.labels("stage").observe(time.monotonic() - began)
+        return buffers
 
-    async def _fetch_remote(self, announcement: Announcement) -> list[bytes]:
-        manifest = announcement.manifest
-        request = policy_pb2.FetchWeightsRequest(version=codec.version_to_proto(announcement.version))
-        pieces: list[bytes] = []
-        room = manifest.size_bytes
-        with mapped_errors(f"FetchWeights at {self._address}"):
-            async for reply in self._stub.FetchWeights(request, timeout=self._timeout_seconds):
-                room -= len(reply.data)
-                if room < 0:
-                    raise InvalidDataError("more bytes came than the weight manifest lists")
-                pieces.append(reply.data)
-        return await asyncio.to_thread(staged_buffers, manifest, pieces, announcement.version.digest)
+    async def _snapshot(self, announcement: Announcement) -> Sequence[Part]:
+        wanted = [
+            _Wanted(f"tensor {entry.name}", entry.size_bytes, entry.digest) for entry in announcement.manifest.tensors
+        ]
+        return await self._transfer(announcement, WeightRequest(announcement.version), wanted)
+
+    async def _transfer(
+        self, announcement: Announcement, request: WeightRequest, wanted: Sequence[_Wanted]
+    ) -> list[Part]:
+        """The verified parts, by the first way that brings them."""
+        began = time.monotonic()
+        ways = [transport for transport in self._transports if transport.reaches(announcement)]
+        for transport in ways:
+            try:
+                parts = await self._collect(transport, announcement, request, wanted)
+            except (CorruptDataError, InvalidDataError, UnavailableError, DeadlineError) as error:
+                transport.gave_trouble(announcement)
+                if transport is ways[-1]:
+                    raise
+                log.warning("weights over %s fail (%s); trying the next way", transport.name, error.message)
+                self._metrics.weight_fallbacks.labels(transport.name).inc()
+                continue
+            kind = "delta" if request.base_digest else "snapshot"
+            self._metrics.received_weight_bytes.labels(transport.name, kind).inc(sum(map(len, parts)))
+            self._metrics.weight_stage_seconds.labels("transfer").observe(time.monotonic() - began)
+            return parts
+        raise UnavailableError(f"no way leads to the learner of {announcement.version}; check network.weights")
+
+    @staticmethod
+    async def _collect(
+        transport: WeightTransport, announcement: Announcement, request: WeightRequest, wanted: Sequence[_Wanted]
+    ) -> list[Part]:
+        """All parts over one transport; each batch is checked in a thread while the next ones come."""
+        parts: list[Part] = []
+        checks: list[asyncio.Task[str]] = []
+        try:
+            async with aclosing(transport.fetch(announcement, request, [part.size_bytes for part in wanted])) as source:
+                async for batch in source:
+                    expected = wanted[len(parts) : len(parts) + len(batch)]
+                    parts += batch
+                    checks.append(asyncio.create_task(asyncio.to_thread(_fault, expected, batch)))
+            faults = [fault for fault in await asyncio.gather(*checks) if fault]
+        finally:
+            for check in checks:
+                check.cancel()
+        if len(parts) != len(wanted):
+            raise InvalidDataError(f"{len(parts)} parts came where {len(wanted)} were announced")
+        if faults:
+            raise CorruptDataError(f"the bytes of {faults[0]} differ from their digest")
+        return parts
 
 
-def _is_on_this_host(endpoint: str) -> bool:
-    return endpoint.startswith(_IPC) and Path(endpoint.removeprefix(_IPC)).exists()
+def _fault(expected: Sequence[_Wanted], parts: Sequence[Part]) -> str:
+    """Name of the first part that is not what was announced; empty when all are."""
+    for part, data in zip(expected, parts, strict=False):
+        if len(data) != part.size_bytes or hashlib.sha256(data).digest() != part.digest:
+            return part.name
+    return ""

@@ -1,13 +1,14 @@
 """Keeps an engine at the learner's newest version, for as long as the server lives.
 
-    WatchPolicy stream ── announcements ──> newest one ──> fetch ──> verify ──> ServedPolicy.update ──> engine
-           ▲                                                                          │
-           └──────────────── acknowledgement, or refusal with its reason <────────────┘
+    WatchPolicy stream ── announcements ──> newest one ──> fetch, stage, verify ──> ServedPolicy.update ──> engine:
+           ▲                                               (WeightFetcher)                    │    pause, copy, resume
+           └──────────────── acknowledgement, or refusal with its reason <────────────────────┘
 
 Two tasks: one watches, and opens the stream again when the learner restarts; one applies. An announcement that comes
 while another is applied waits; of several only the newest remains. What is being fetched is finished, so that a learner
 that publishes faster than this server fetches cannot starve it; but not when the stream breaks: then its learner is
-gone, and the next one announces anew.
+gone, and the next one announces anew. Within one incarnation of the learner steps only rise: an announcement of an
+earlier step comes too late and is passed over, one that comes twice is acknowledged twice.
 """
 
 from __future__ import annotations
@@ -18,10 +19,21 @@ from typing import Final
 
 import grpc
 
+from inference_server.ipc_weights import IpcWeights
 from inference_server.served_policy import ServedPolicy
-from inference_server.weight_fetcher import Announcement, WeightFetcher
+from inference_server.streamed_weights import StreamedWeights
+from inference_server.weight_fetcher import WeightFetcher
+from inference_server.weight_transport import Announcement, WeightTransport
 from leeway import codec
-from leeway.errors import DeadlineError, InvalidDataError, LeewayError, NotFoundError, UnavailableError
+from leeway.errors import (
+    CorruptDataError,
+    DeadlineError,
+    FencedError,
+    InvalidDataError,
+    LeewayError,
+    NotFoundError,
+    UnavailableError,
+)
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security, cancel_and_wait, from_rpc_error, open_channel
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
@@ -53,6 +65,7 @@ class WeightReceiver:
         address: the learner's PolicyService.
         security: the run's certificates.
         allow_local: whether weights may come over ZeroMQ on the same host.
+        take_deltas: whether to hold the newest weights on the host and fetch only what changed.
         fetch_timeout_seconds: longest fetch of one version.
         metrics: shows pushes and pauses.
     """
@@ -67,6 +80,7 @@ class WeightReceiver:
         address: str,
         security: Security,
         allow_local: bool,
+        take_deltas: bool = True,
         fetch_timeout_seconds: float,
         metrics: InferenceServerMetrics,
     ) -> None:
@@ -75,9 +89,9 @@ class WeightReceiver:
         self._metrics = metrics
         self._channel = open_channel(address, security)
         self._stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(self._channel)
-        self._fetcher = WeightFetcher(
-            self._stub, address, allow_local=allow_local, timeout_seconds=fetch_timeout_seconds
-        )
+        streamed = StreamedWeights(self._stub, address, fetch_timeout_seconds)
+        transports: list[WeightTransport] = [IpcWeights(), streamed] if allow_local else [streamed]
+        self._fetcher = WeightFetcher(transports, take_deltas=take_deltas, metrics=metrics)
         self._hello = policy_pb2.WatchPolicyRequest(
             hello=policy_pb2.PolicyWatcher(run=run, server_id=server_id, signature=codec.signature_to_proto(signature))
         )
@@ -124,8 +138,7 @@ class WeightReceiver:
             await call.write(self._hello)
             self._call = call
             while isinstance(message := await call.read(), policy_pb2.WatchPolicyResponse):
-                self._newest = Announcement.from_proto(message), asyncio.get_running_loop().time()
-                self._announced.set()
+                await self._take(_announcement_from_proto(message))
             return "the learner closed it"
         except grpc.aio.AioRpcError as error:
             if error.code() in _FATAL_CODES:
@@ -138,6 +151,20 @@ class WeightReceiver:
             call.cancel()
             if self._fetching is not None:
                 self._fetching.cancel()
+
+    async def _take(self, announcement: Announcement) -> None:
+        newest = self._newest[0] if self._newest is not None else announcement
+        if announcement.publisher_epoch < newest.publisher_epoch:
+            error = FencedError(
+                f"weights of learner epoch {announcement.publisher_epoch} are refused: "
+                f"epoch {newest.publisher_epoch} has taken over"
+            )
+            await self._refuse(announcement.version, error)
+        elif announcement.publisher_epoch == newest.publisher_epoch and announcement.version.step < newest.version.step:
+            log.info("%s was announced after %s; passed over", announcement.version, newest.version)
+        else:
+            self._newest = announcement, asyncio.get_running_loop().time()
+            self._announced.set()
 
     async def _answer(self, answer: policy_pb2.WatchPolicyRequest) -> None:
         """Tell the learner; if its stream is gone, the next one begins with an announcement again."""
@@ -166,7 +193,9 @@ class WeightReceiver:
             if version != self._policy.version:
                 snapshot = await self._fetch(announcement)
                 fetched_seconds = loop.time() - announced_at
+                swap_began = loop.time()
                 paused_seconds = await self._policy.update(snapshot)
+                self._metrics.weight_stage_seconds.labels("swap").observe(loop.time() - swap_began)
                 self._metrics.weight_pause_seconds.observe(paused_seconds)
         except NotFoundError:
             log.debug("%s was overtaken before it was fetched", version)
@@ -177,6 +206,8 @@ class WeightReceiver:
             return
         except LeewayError as error:
             await self._refuse(version, error)
+            if isinstance(error, CorruptDataError | InvalidDataError):  # spoilt on its way: perhaps not the next time
+                await self._announce_again()
             return
         self._metrics.weight_push_seconds.observe(loop.time() - announced_at)
         log.debug("%s is in force", version)
@@ -218,3 +249,18 @@ class WeightReceiver:
         log.error("%s is refused: %s", version, error.message)
         message = policy_pb2.PolicyRefusal(version=codec.version_to_proto(version), message=error.message)
         await self._answer(policy_pb2.WatchPolicyRequest(refusal=message))
+
+
+def _announcement_from_proto(message: policy_pb2.WatchPolicyResponse) -> Announcement:
+    """Read an announcement.
+
+    Raises:
+        InvalidDataError: it is malformed.
+    """
+    return Announcement(
+        message.publisher_epoch,
+        codec.version_from_proto(message.version),
+        codec.manifest_from_proto(message.manifest),
+        message.local_endpoint,
+        tuple(map(codec.delta_from_proto, message.deltas)),
+    )

@@ -113,7 +113,9 @@ class LearnerProcess:
             return
         restored = self._restore(trainer, checkpoints, root)
         local = LocalWeights(metrics) if self._local_weights() else None
-        publisher = Publisher(self.run.name, trainer.signature, metrics, local)
+        publisher = Publisher(
+            self.run.name, trainer.signature, metrics, local, max_delta_chain=self.options.max_delta_chain
+        )
         server = await start_server(
             self.network.policy,
             lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(publisher, server),

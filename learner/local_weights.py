@@ -1,8 +1,8 @@
 """Weight bytes to servers on this host, over ZeroMQ.
 
-A ROUTER socket on an ipc endpoint in a folder that only this user can enter. A request is [b"leeway/1", serialized
-PolicyVersion]; the reply is [b"ok", one frame per tensor in manifest order], or [b"gone"] when that version is no
-longer the newest. The receiver checks every digest, so a wrong byte is noticed, never served.
+A ROUTER socket on an ipc endpoint in a folder that only this user can enter. policy.proto says at `local_endpoint` what
+a request and its answer are: the answer repeats the request, so that a receiver with several on their way knows which
+one it belongs to. The receiver checks every digest, so a wrong byte is noticed, never served.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Final
 import zmq
 import zmq.asyncio
 
+from learner.publication import Part, Publication, kind_of
 from leeway import codec
-from leeway.errors import InvalidDataError
+from leeway.errors import InvalidDataError, NotFoundError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
-from leeway.types import WeightSnapshot
-from leeway.v1 import common_pb2
+from leeway.v1 import policy_pb2
 
 log = logging.getLogger(__name__)
 
-PROTOCOL: Final = b"leeway/1"
+PROTOCOL: Final = b"leeway/2"
 
 
 class LocalWeights:
-    """Answers weight requests of this host with the newest snapshot."""
+    """Answers weight requests of this host; implements `learner.weight_outlet.WeightOutlet`."""
 
     def __init__(self, metrics: LearnerMetrics) -> None:
         self._metrics = metrics
@@ -40,12 +40,11 @@ class LocalWeights:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 4096)  # of requests; replies may be of any size
         self._socket.bind(self.endpoint)
-        self._snapshot: WeightSnapshot | None = None
+        self._publication: Publication | None = None
         self._task = asyncio.create_task(self._answer_requests())
 
-    def serve(self, snapshot: WeightSnapshot) -> None:
-        """Answer with this snapshot from now on."""
-        self._snapshot = snapshot
+    def offer(self, publication: Publication) -> None:
+        self._publication = publication
 
     async def aclose(self) -> None:
         """Stop answering and remove the endpoint."""
@@ -60,16 +59,18 @@ class LocalWeights:
             reply = self._reply(frames[1:])
             await self._socket.send_multipart([frames[0], *reply], copy=False)
 
-    def _reply(self, request: list[bytes]) -> list[bytes | memoryview]:
+    def _reply(self, request: list[bytes]) -> list[Part]:
         try:
             if len(request) != 2 or request[0] != PROTOCOL:
                 raise InvalidDataError("not a weight request")
-            version = codec.version_from_proto(codec.parse(common_pb2.PolicyVersion, request[1]))
+            wanted = codec.weight_request_from_proto(codec.parse(policy_pb2.FetchWeightsRequest, request[1]))
+            if self._publication is None:
+                raise NotFoundError("nothing is published yet")
+            parts = self._publication.parts(wanted)
+        except NotFoundError:
+            return [b"gone", request[1]]
         except InvalidDataError as error:
             log.warning("refused a request on %s: %s", self.endpoint, error.message)
-            return [b"gone"]
-        snapshot = self._snapshot
-        if snapshot is None or snapshot.version != version:
-            return [b"gone"]
-        self._metrics.published_bytes.labels("zmq").inc(snapshot.manifest.size_bytes)
-        return [b"ok", *snapshot.buffers]
+            return [b"gone", *request[1:2]]
+        self._metrics.published_bytes.labels("zmq", kind_of(wanted)).inc(sum(map(len, parts)))
+        return [b"ok", request[1], *parts]

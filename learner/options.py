@@ -28,6 +28,12 @@ class LearnerOptions(Options):
         ge=1,
         description="steps between published versions; more than max_staleness + 1 would starve the run",
     )
+    max_delta_chain: int = Field(
+        default=8,
+        ge=0,
+        le=256,
+        description="newest versions from which servers are sent only what changed; 0 sends whole snapshots",
+    )
     checkpoint_every_steps: int = Field(
         default=50, ge=1, description="steps between checkpoints; a crash repeats at most this many"
     )

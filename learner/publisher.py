@@ -1,14 +1,15 @@
 """Publishing weights: one snapshot at a time, announced to every server, fetched by each at its own pace.
 
-    loop ── publish(snapshot) ──> newest snapshot ── condition ──> WatchPolicy stream of each server: announcement out,
-                 ▲                     │                                      acknowledgement or refusal back in
-            hold / release             ├──> FetchWeights (gRPC stream): bytes to servers beyond this host
-        (an evaluation keeps           └──> local weights (ZeroMQ ROUTER on ipc): bytes to servers on this host
-         servers at its version)
+    loop ── publish(snapshot) ──> delta from the one before ──> publication ── condition ──> WatchPolicy stream of each
+                 ▲                                                  │         server: announcement out, acknowledgement
+            hold / release                                          │         or refusal back in
+        (an evaluation keeps                                        │
+         servers at its version)        the outlets answer requests ├──> streamed weights (gRPC): servers anywhere
+                                        for it and no other         └──> local weights (ZeroMQ): servers on this host
 
-`publish` never waits for a server. A server that falls behind skips what was overtaken; one that joins late gets the
-newest announcement first. While the publication is held, `publish` keeps the newest snapshot back and `release`
-announces it.
+`publish` waits for its delta, never for a server. A server that falls behind skips what was overtaken and takes several
+deltas at once; one that joins late gets the newest announcement first. While the publication is held, `publish` keeps
+the newest snapshot back and `release` announces it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ from dataclasses import dataclass, field
 import grpc
 
 from learner.local_weights import LocalWeights
+from learner.publication import Publication
+from learner.streamed_weights import StreamedWeights
+from learner.weight_outlet import WeightOutlet
 from leeway import codec
-from leeway.errors import InvalidDataError, NotFoundError, PreconditionError
+from leeway.errors import InvalidDataError, PreconditionError
 from leeway.metrics import LearnerMetrics
-from leeway.rpc import BULK_PIECE_BYTES, cancel_and_wait
+from leeway.rpc import cancel_and_wait
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 
@@ -48,16 +52,33 @@ class PushTimes:
 
 
 class Publisher(policy_pb2_grpc.PolicyServiceServicer):
-    """The PolicyService of one learner incarnation."""
+    """The PolicyService of one learner incarnation.
+
+    Args:
+        run: name of the run.
+        signature: of the model whose weights are published.
+        metrics: shows bytes sent and versions acknowledged.
+        local: sends weights on this host; None when all servers are elsewhere.
+        max_delta_chain: newest versions from which deltas are offered.
+    """
 
     def __init__(
-        self, run: str, signature: ModelSignature, metrics: LearnerMetrics, local: LocalWeights | None
+        self,
+        run: str,
+        signature: ModelSignature,
+        metrics: LearnerMetrics,
+        local: LocalWeights | None,
+        max_delta_chain: int = 8,
     ) -> None:
         self._run = run
         self._signature = signature
         self._metrics = metrics
         self._local = local
-        self._newest: WeightSnapshot | None = None
+        self._streamed = StreamedWeights(metrics)
+        self._outlets: list[WeightOutlet] = [self._streamed] if local is None else [self._streamed, local]
+        self._max_delta_chain = max_delta_chain
+        self._newest: Publication | None = None
+        self._announcing = asyncio.Lock()
         self._announced_at: dict[PolicyVersion, float] = {}
         self._held: WeightSnapshot | None = None
         self._holds = 0
@@ -89,12 +110,24 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             await self._announce(snapshot)
 
     async def _announce(self, snapshot: WeightSnapshot) -> None:
-        self._newest = snapshot
-        self._announced_at = {snapshot.version: time.monotonic()}
-        if self._local is not None:
-            self._local.serve(snapshot)
-        async with self._changed:
-            self._changed.notify_all()
+        async with self._announcing:  # in the order in which they come
+            publication = await self._publication(snapshot)
+            self._newest = publication
+            self._announced_at = {snapshot.version: time.monotonic()}
+            for outlet in self._outlets:
+                outlet.offer(publication)
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _publication(self, snapshot: WeightSnapshot) -> Publication:
+        if self._newest is None:
+            return Publication(snapshot)
+        began = time.monotonic()
+        publication = await asyncio.to_thread(self._newest.followed_by, snapshot, self._max_delta_chain)
+        self._metrics.delta_seconds.observe(time.monotonic() - began)
+        newest_bytes = publication.deltas[-1].size_bytes if publication.deltas else snapshot.manifest.size_bytes
+        self._metrics.delta_ratio.set(newest_bytes / max(snapshot.manifest.size_bytes, 1))
+        return publication
 
     # PolicyService
 
@@ -112,14 +145,15 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         answers = asyncio.create_task(self._read_answers(server_id, server, requests))
         announced: PolicyVersion | None = None
         try:
-            while (snapshot := await self._next_snapshot(announced, answers)) is not None:
-                announced = snapshot.version
-                yield self._announcement(snapshot)
+            while (publication := await self._next_publication(announced, answers)) is not None:
+                announced = publication.snapshot.version
+                yield self._announcement(publication)
             await answers
         finally:
             await cancel_and_wait(answers)
             if self._servers.get(server_id) is server:
                 del self._servers[server_id]
+                self._count_refusing()
             log.info("%s no longer watches the policy", server_id)
 
     async def FetchWeights(
@@ -128,24 +162,16 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         context: grpc.aio.ServicerContext[policy_pb2.FetchWeightsRequest, policy_pb2.FetchWeightsResponse],
     ) -> AsyncIterator[policy_pb2.FetchWeightsResponse]:
         """See policy.proto."""
-        version = codec.version_from_proto(request.version)
-        snapshot = self._newest
-        if snapshot is None or snapshot.version != version:
-            raise NotFoundError(f"{version} is no longer the newest version; wait for the next announcement")
-        for buffer in snapshot.buffers:
-            view = memoryview(buffer)
-            for start in range(0, len(view), BULK_PIECE_BYTES):
-                piece = bytes(view[start : start + BULK_PIECE_BYTES])
-                self._metrics.published_bytes.labels("grpc").inc(len(piece))
-                yield policy_pb2.FetchWeightsResponse(data=piece)
+        for piece in self._streamed.pieces(codec.weight_request_from_proto(request)):
+            yield policy_pb2.FetchWeightsResponse(data=piece)
 
-    async def _next_snapshot(
+    async def _next_publication(
         self, announced: PolicyVersion | None, answers: asyncio.Task[None]
-    ) -> WeightSnapshot | None:
+    ) -> Publication | None:
         """Wait for a version newer than `announced`; None when the server's side of the stream has ended."""
         async with self._changed:
             await self._changed.wait_for(
-                lambda: answers.done() or (self._newest is not None and self._newest.version != announced)
+                lambda: answers.done() or (self._newest is not None and self._newest.snapshot.version != announced)
             )
         return None if answers.done() else self._newest
 
@@ -164,12 +190,14 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             raise PreconditionError(f"{hello.server_id}: its model differs from the learner's; use the same [model]")
         return hello.server_id
 
-    def _announcement(self, snapshot: WeightSnapshot) -> policy_pb2.WatchPolicyResponse:
+    def _announcement(self, publication: Publication) -> policy_pb2.WatchPolicyResponse:
+        snapshot = publication.snapshot
         return policy_pb2.WatchPolicyResponse(
             publisher_epoch=snapshot.publisher_epoch,
             version=codec.version_to_proto(snapshot.version),
             manifest=codec.manifest_to_proto(snapshot.manifest),
             local_endpoint=self._local.endpoint if self._local is not None else "",
+            deltas=map(codec.delta_to_proto, publication.deltas),
         )
 
     async def _read_answers(
@@ -182,6 +210,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
                         self._acknowledged(server_id, server, request.acknowledgement)
                     case "refusal":
                         server.refusal = request.refusal.message
+                        self._count_refusing()
                         log.error("%s is fenced: it cannot apply the new weights: %s", server_id, server.refusal)
                     case _:
                         raise InvalidDataError(f"{server_id}: after hello come acknowledgements and refusals only")
@@ -192,7 +221,11 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
     def _acknowledged(self, server_id: str, server: _Server, message: policy_pb2.PolicyAcknowledgement) -> None:
         server.version = codec.version_from_proto(message.version)
         server.refusal = ""
+        self._count_refusing()
         self._metrics.server_policy_step.labels(server_id).set(server.version.step)
         announced_at = self._announced_at.get(server.version)
         if announced_at is not None:
             self.push_times.seconds.append(time.monotonic() - announced_at)
+
+    def _count_refusing(self) -> None:
+        self._metrics.refusing_servers.set(sum(bool(server.refusal) for server in self._servers.values()))

@@ -6,19 +6,26 @@ two to it. Where assembly marks tokens in arrays, ranges are kept here, merged a
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 
 from leeway import codec
 from leeway.assembly import LAYOUT
-from leeway.dtypes import dtype_name
+from leeway.dtypes import dtype_name, wire_number
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import Array, ColumnKind, PolicyVersion, RunSpec, SamplingParams, SegmentKind, TrajectoryClose
-from leeway.v1 import common_pb2, trajectory_pb2
+from leeway.v1 import trajectory_pb2
+from leeway.wire import WireColumn, leading_columns
 
 LARGEST_LOGPROB: Final = 1e-4
 """Behavior log-probs are at most 0, up to rounding."""
+_FLOAT32: Final = np.dtype("<f4")
+_UINT32: Final = np.dtype("<u4")  # token ids, so that negative ones are huge
+_UINT8: Final = np.dtype("u1")
+_UINT16: Final = np.dtype("<u2")
+_UINT8_NUMBER: Final = wire_number("uint8")
 
 
 class TrajectoryCheck:
@@ -42,22 +49,29 @@ class TrajectoryCheck:
         Raises:
             InvalidDataError: the bytes are not a TrajectoryChunk; nothing is taken over.
         """
-        message = codec.parse(trajectory_pb2.TrajectoryChunk, chunk)
+        columns, end = leading_columns(chunk)
+        rest = codec.parse(trajectory_pb2.TrajectoryChunk, chunk[end:])
+        columns += map(codec.wire_column, rest.columns)
         self.digest = codec.chain_digest(self.digest, chunk)
         self.num_chunks += 1
-        versions = codec.span_versions(message)
+        versions = codec.span_versions(rest)
         try:
-            self._take(message, versions)
+            self._take(columns, rest, versions)
         except InvalidDataError as error:
             self._problem = self._problem or error.message
         return versions
 
-    def _take(self, message: trajectory_pb2.TrajectoryChunk, versions: tuple[PolicyVersion, ...]) -> None:
-        for column in message.columns:
-            kind = column.kind
-            known = self._columns.get(kind)
+    def _take(
+        self,
+        columns: Sequence[WireColumn],
+        message: trajectory_pb2.TrajectoryChunk,
+        versions: tuple[PolicyVersion, ...],
+    ) -> None:
+        for column in columns:
+            known = self._columns.get(column.kind)
             if known is None:
-                known = self._columns[kind] = _Column(codec.enum_from_proto(ColumnKind, kind))
+                kind = codec.enum_from_proto(ColumnKind, column.kind)
+                known = self._columns[column.kind] = _Column(kind)
             known.add(column)
         for segment in message.segments:
             codec.check_segment(segment)
@@ -207,38 +221,46 @@ class _Column:
         self.finite = True
         self._dtype = 0
 
-    def add(self, message: common_pb2.Column) -> None:
+    def add(self, column: WireColumn) -> None:
         """Take values over.
 
         Raises:
             InvalidDataError: the column does not decode.
         """
-        values = codec.column_values(message)
+        codec.check_column(column)
+        shape = column.shape
         if not self._dtype:
-            self._dtype, self.row = message.values.dtype, values.shape[1:]
+            self._dtype, self.row = column.dtype, shape[1:]
             ndim, dtypes = LAYOUT[self.kind]
-            if values.ndim != ndim or values.dtype.name not in dtypes:
+            name = dtype_name(column.dtype)
+            if len(shape) != ndim or name not in dtypes:
                 self.problem = (
-                    f"{self.kind.name} must be {' or '.join(dtypes)} with {ndim} axes, "
-                    f"but is {dtype_name(self._dtype)} with {values.ndim}"
+                    f"{self.kind.name} must be {' or '.join(dtypes)} with {ndim} axes, but is {name} with {len(shape)}"
                 )
-        elif message.values.dtype != self._dtype or values.shape[1:] != self.row:
+        elif column.dtype != self._dtype or shape[1:] != self.row:
             self.problem = self.problem or f"{self.kind.name} changes its type or shape between chunks"
         if self.problem:
             return
-        self.ranges.add(message.start_token, message.end_token)
-        if values.size:
-            self._look_at(values)
+        self.ranges.add(column.start_token, column.end_token)
+        if column.size_bytes:
+            self._look_at(column)
 
-    def _look_at(self, values: Array) -> None:
+    def _look_at(self, column: WireColumn) -> None:
         if self.kind is ColumnKind.BEHAVIOR_LOGPROBS:
             # NaN is the minimum and the maximum of what contains it, and no comparison with it holds.
+            values = _values(column, _FLOAT32)
             if not (np.minimum.reduce(values) > -np.inf and np.maximum.reduce(values) <= LARGEST_LOGPROB):
                 self.finite = False
         elif self.kind is ColumnKind.TOKEN_IDS:
-            self.largest = max(self.largest, int(np.maximum.reduce(values.view(np.uint32))))
+            self.largest = max(self.largest, int(np.maximum.reduce(_values(column, _UINT32))))
         elif self.kind is ColumnKind.ROUTING:
-            self.largest = max(self.largest, int(values.max()))
+            values = _values(column, _UINT8 if column.dtype == _UINT8_NUMBER else _UINT16)
+            self.largest = max(self.largest, int(np.maximum.reduce(values)))
+
+
+def _values(column: WireColumn, dtype: np.dtype[Any]) -> Array:
+    """All values of a column in one row, where they lie."""
+    return np.frombuffer(column.buffer, dtype, column.size_bytes // dtype.itemsize, column.offset)
 
 
 def _all(n: int) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Final, TypeVar
 
 import numpy as np
@@ -48,20 +49,32 @@ from leeway.types import (
     TrajectoryClose,
     TrajectoryFailure,
     VersionSpan,
+    WeightDelta,
     WeightManifest,
+    WeightRequest,
     WriteItem,
     WriteResult,
     WriteStatus,
 )
-from leeway.v1 import common_pb2, inference_pb2, replay_pb2, trajectory_pb2
+from leeway.v1 import common_pb2, inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
+from leeway.wire import WireColumn
 
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
 DIGEST_BYTES: Final = hashlib.sha256().digest_size
+_SEGMENT_KINDS: Final = frozenset(int(kind) for kind in SegmentKind)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_SECOND: Final = -62_135_596_800
+"""The year 1."""
+_LAST_SECOND: Final = 253_402_300_799
+"""The end of the year 9999."""
 EnumT = TypeVar("EnumT", bound=enum.IntEnum)
 MessageT = TypeVar("MessageT", bound=Message)
 
 # NumPy has no bfloat16; weights in that type travel as raw bytes and never become arrays here.
-_NUMPY_DTYPES: Final = {"uint8", "uint16", "int32", "int64", "float16", "float32", "float64"}
+_NUMPY_DTYPES: Final = {
+    wire_number(name): np.dtype(name).newbyteorder("<")
+    for name in ("uint8", "uint16", "int32", "int64", "float16", "float32", "float64")
+}
 
 
 def parse(message: type[MessageT], data: bytes) -> MessageT:
@@ -112,17 +125,22 @@ def array_to_proto(array: Array) -> common_pb2.Tensor:
 
 def array_from_proto(tensor: common_pb2.Tensor) -> Array:
     """A read-only view of the message's bytes."""
-    name = dtype_name(tensor.dtype)
-    if name not in _NUMPY_DTYPES:
-        raise InvalidDataError(f"{name} arrays are only allowed among weights")
-    elements = math.prod(tensor.shape)
-    expected_bytes = elements * element_size_bytes(name)
-    if elements > MAX_TENSOR_ELEMENTS or expected_bytes != len(tensor.data):
+    data, shape = tensor.data, tuple(tensor.shape)
+    check_array(tensor.dtype, shape, len(data))
+    return np.frombuffer(data, _NUMPY_DTYPES[tensor.dtype]).reshape(shape)
+
+
+def check_array(number: int, shape: tuple[int, ...], size_bytes: int) -> None:
+    """Raises InvalidDataError unless so many bytes are an array of this DataType and shape."""
+    dtype = _NUMPY_DTYPES.get(number)
+    if dtype is None:
+        raise InvalidDataError(f"{dtype_name(number)} arrays are only allowed among weights")
+    elements = math.prod(shape)
+    if elements > MAX_TENSOR_ELEMENTS or elements * dtype.itemsize != size_bytes:
         raise InvalidDataError(
-            f"a {name} tensor of shape {list(tensor.shape)} takes {expected_bytes} bytes, but {len(tensor.data)} came"
+            f"a {dtype.name} tensor of shape {list(shape)} takes {elements * dtype.itemsize} bytes, "
+            f"but {size_bytes} came"
         )
-    array = np.frombuffer(tensor.data, dtype=np.dtype(name).newbyteorder("<"))
-    return array.reshape(tuple(tensor.shape))
 
 
 # Versions, sampling, signatures
@@ -253,30 +271,46 @@ EMPTY_CHAIN: Final = hashlib.sha256().digest()
 
 def span_versions(chunk: trajectory_pb2.TrajectoryChunk) -> tuple[PolicyVersion, ...]:
     """The policy versions that a chunk's spans name, each once; not checked."""
-    spans = chunk.version_spans
-    if not spans:
-        return ()
-    versions: dict[PolicyVersion, None] = {}
-    for span in spans:
-        version = span.version
-        versions[PolicyVersion(version.run, version.epoch, version.step, version.digest)] = None
-    return tuple(versions)
+    versions: tuple[PolicyVersion, ...] = ()
+    for span in chunk.version_spans:
+        message = span.version
+        version = _known_version(message.run, message.epoch, message.step, message.digest)
+        if version not in versions:
+            versions = (*versions, version)
+    return versions
 
 
-def column_values(message: common_pb2.Column) -> Array:
-    """A column's values, one row per token of its range; a read-only view."""
-    values = array_from_proto(message.values)
-    if message.end_token < message.start_token or values.shape[:1] != (message.end_token - message.start_token,):
+@lru_cache(maxsize=256)
+def _known_version(run: str, epoch: int, step: int, digest: bytes) -> PolicyVersion:
+    """One object for all the chunks that name it."""
+    return PolicyVersion(run, epoch, step, digest)
+
+
+def wire_column(message: common_pb2.Column) -> WireColumn:
+    """A column that was parsed, in the form of those that were not."""
+    tensor = message.values
+    data = tensor.data
+    return WireColumn(
+        message.kind, message.start_token, message.end_token, tensor.dtype, tuple(tensor.shape), data, 0, len(data)
+    )
+
+
+def check_column(column: WireColumn) -> None:
+    """Raises InvalidDataError unless its values are an array with one row per token of its range."""
+    shape = column.shape
+    check_array(column.dtype, shape, column.size_bytes)
+    if not shape or shape[0] != column.end_token - column.start_token:
         raise InvalidDataError(
-            f"column {enum_from_proto(ColumnKind, message.kind).name} covers tokens "
-            f"[{message.start_token}, {message.end_token}) but has shape {list(values.shape)}"
+            f"column {enum_from_proto(ColumnKind, column.kind).name} covers tokens "
+            f"[{column.start_token}, {column.end_token}) but has shape {list(shape)}"
         )
-    return values
 
 
 def _column_from_proto(message: common_pb2.Column) -> Column:
-    values = column_values(message)
-    return Column(enum_from_proto(ColumnKind, message.kind), message.start_token, message.end_token, values)
+    column = wire_column(message)
+    check_column(column)
+    values = np.frombuffer(column.buffer, _NUMPY_DTYPES[column.dtype]).reshape(column.shape)
+    return Column(enum_from_proto(ColumnKind, column.kind), column.start_token, column.end_token, values)
 
 
 def _segment_to_proto(segment: Segment) -> common_pb2.Segment:
@@ -292,11 +326,13 @@ def _segment_to_proto(segment: Segment) -> common_pb2.Segment:
 
 def check_segment(message: common_pb2.Segment) -> None:
     """Raises InvalidDataError for a segment that makes no sense by itself."""
-    kind = enum_from_proto(SegmentKind, message.kind)
+    kind = message.kind
+    if kind not in _SEGMENT_KINDS:
+        enum_from_proto(SegmentKind, kind)
     if message.end_token < message.start_token:
         raise InvalidDataError(f"a segment ends at token {message.end_token}, before its start {message.start_token}")
-    if message.in_loss and kind is not SegmentKind.MODEL:
-        raise InvalidDataError(f"a {kind.name} segment cannot be in the loss")
+    if message.in_loss and kind != SegmentKind.MODEL:
+        raise InvalidDataError(f"a {SegmentKind(kind).name} segment cannot be in the loss")
     if message.HasField("sampling"):
         check_sampling(message.sampling)
 
@@ -612,6 +648,33 @@ def manifest_from_proto(message: inference_pb2.WeightManifest) -> WeightManifest
     return manifest
 
 
+def delta_to_proto(delta: WeightDelta) -> policy_pb2.WeightDelta:
+    return policy_pb2.WeightDelta(
+        base_digest=delta.base_digest,
+        target_digest=delta.target_digest,
+        digest=delta.digest,
+        size_bytes=delta.size_bytes,
+    )
+
+
+def delta_from_proto(message: policy_pb2.WeightDelta) -> WeightDelta:
+    return WeightDelta(message.base_digest, message.target_digest, message.digest, message.size_bytes)
+
+
+def weight_request_to_proto(request: WeightRequest) -> policy_pb2.FetchWeightsRequest:
+    return policy_pb2.FetchWeightsRequest(
+        version=version_to_proto(request.version),
+        base_digest=request.base_digest,
+        first_part=request.first_part,
+        end_part=request.end_part,
+    )
+
+
+def weight_request_from_proto(message: policy_pb2.FetchWeightsRequest) -> WeightRequest:
+    version = version_from_proto(message.version)
+    return WeightRequest(version, message.base_digest, message.first_part, message.end_part)
+
+
 def info_to_proto(info: EngineInfo) -> inference_pb2.GetServerInfoResponse:
     return inference_pb2.GetServerInfoResponse(
         signature=signature_to_proto(info.signature),
@@ -660,16 +723,15 @@ def split_buffers(manifest: WeightManifest, pieces: Iterable[bytes]) -> Iterator
 
 
 def timestamp_to_proto(moment: datetime) -> Timestamp:
-    message = Timestamp()
-    message.FromDatetime(moment)
-    return message
+    since = moment - _EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1000)
 
 
 def timestamp_from_proto(message: Timestamp) -> datetime:
-    try:
-        return message.ToDatetime(tzinfo=UTC)
-    except ValueError as error:
-        raise InvalidDataError(f"not a time: {error}") from error
+    seconds, nanos = message.seconds, message.nanos
+    if not (_FIRST_SECOND <= seconds <= _LAST_SECOND and 0 <= nanos < 1_000_000_000):
+        raise InvalidDataError(f"not a time: {seconds} seconds and {nanos} nanoseconds")
+    return _EPOCH + timedelta(seconds=seconds, microseconds=nanos // 1000)
 
 
 def duration_to_proto(seconds: float) -> Duration:

@@ -433,6 +433,26 @@ class WeightSnapshot:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightDelta:
+    """A payload that leads from one published version to another."""
+
+    base_digest: bytes
+    target_digest: bytes
+    digest: bytes  # SHA-256 of the payload
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRequest:
+    """Parts [first_part, end_part) of a version: its tensors, or the deltas that lead to it from `base_digest`."""
+
+    version: PolicyVersion
+    base_digest: bytes = b""  # empty: tensors
+    first_part: int = 0
+    end_part: int = 0  # 0: all that follow
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What an engine serves."""
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from leeway.dtypes import wire_number
 from leeway.errors import CorruptDataError
 from leeway.types import TensorEntry, WeightManifest
+
+WEIGHT_THREADS: Final = min(4, os.cpu_count() or 1)
+"""Threads that hash or code weights at once."""
+
+_ALONE_BYTES: Final = 4 << 20  # below, threads cost more than they save
 
 
 def tensor_entry(name: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> TensorEntry:
@@ -35,8 +43,16 @@ def verify_weights(manifest: WeightManifest, buffers: Sequence[bytes | memoryvie
         raise CorruptDataError("the weight manifest does not have the announced digest; fetch the snapshot again")
     if len(buffers) != len(manifest.tensors):
         raise CorruptDataError(f"{len(buffers)} tensors arrived where {len(manifest.tensors)} were announced")
-    for entry, data in zip(manifest.tensors, buffers, strict=True):
-        if len(data) != entry.size_bytes or hashlib.sha256(data).digest() != entry.digest:
-            raise CorruptDataError(
-                f"the bytes of tensor {entry.name} differ from their digest; fetch the snapshot again"
-            )
+    if manifest.size_bytes < _ALONE_BYTES:
+        faulty = next(filter(None, map(_fault, manifest.tensors, buffers)), None)
+    else:
+        with ThreadPoolExecutor(WEIGHT_THREADS, thread_name_prefix="verify") as pool:
+            faulty = next(filter(None, pool.map(_fault, manifest.tensors, buffers)), None)
+    if faulty:
+        raise CorruptDataError(f"the bytes of tensor {faulty} differ from their digest; fetch the snapshot again")
+
+
+def _fault(entry: TensorEntry, data: bytes | memoryview) -> str | None:
+    """The tensor's name when its bytes are not what was announced."""
+    right = len(data) == entry.size_bytes and hashlib.sha256(data).digest() == entry.digest
+    return None if right else entry.name

@@ -16,6 +16,7 @@ from leeway.process import report_error, serve, service_parser
 from leeway.rpc import Security, start_server
 from replay_buffer.buffer import ReplayBuffer, free_bytes_of
 from replay_buffer.log import Log, LogOptions
+from replay_buffer.memory import keep_freed_memory
 from replay_buffer.metrics import observer
 from replay_buffer.options import ReplayBufferOptions, read_options
 from replay_buffer.service import SERVICE_NAME, ReplayService
@@ -49,7 +50,10 @@ async def run(
     try:
         metrics.log_bytes.set_function(lambda: durable_log.size_bytes)
         metrics.free_bytes.set_function(lambda: free_bytes_of(options.directory))
+        metrics.stalled.set_function(lambda: durable_log.stalled)
         buffer = ReplayBuffer(options, durable_log, observer(metrics))
+        metrics.received_bytes.set_function(lambda: buffer.intake.received_bytes)
+        metrics.waiting_bytes.set_function(lambda: buffer.intake.waiting_bytes)
         buffer.start()
         serve_metrics(registry, metrics_options.host, metrics_options.replay_buffer)
         service = ReplayService(buffer)
@@ -89,6 +93,7 @@ def main(arguments: Namespace) -> int:
         return report_error("replay_buffer", error)
     if arguments.check:
         return 0
+    keep_freed_memory()
     return serve("replay_buffer", lambda stop: run(network, security, metrics_options, options, stop), arguments)
 
 

@@ -23,6 +23,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from leeway.errors import CorruptDataError, DeadlineError, NotFoundError, UnavailableError
 from leeway.types import (
@@ -33,7 +34,6 @@ from leeway.types import (
     ModelSignature,
     OpenedRun,
     PolicyVersion,
-    Purpose,
     RunSpec,
     RunStatus,
     Ticket,
@@ -49,7 +49,7 @@ from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
 from replay_buffer.index import Filter
-from replay_buffer.intake import Intake
+from replay_buffer.intake import Cause, Intake
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -63,6 +63,7 @@ from replay_buffer.lifecycle import (
     decide_rollback,
 )
 from replay_buffer.log import Log
+from replay_buffer.observer import ENDS, Observer, endings
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
 from replay_buffer.selection import check_kept, select
@@ -81,6 +82,9 @@ from replay_buffer.transitions import (
 from replay_buffer.views import GroupView, view_group
 from replay_buffer.writing import decide_write
 
+_FAR_FROM_FULL_BYTES: Final = 1 << 30
+_ROOM_SECONDS: Final = 0.05
+
 log = logging.getLogger(__name__)
 
 
@@ -97,16 +101,6 @@ class _Run:
     """(epoch, step) of the newest version that each server has asked for work at."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observer:
-    """Who is told what happened, for metrics."""
-
-    run_opened: Callable[[RunState], None] = lambda _: None
-    ticket_issued: Callable[[str, Purpose, str], None] = lambda _run, _purpose, _server: None
-    items_written: Callable[[str, Sequence[WriteResult]], None] = lambda _run, _results: None
-    draw_waited: Callable[[str, float], None] = lambda _run, _seconds: None
-
-
 class ReplayBuffer:
     """Every run of one log directory."""
 
@@ -121,10 +115,11 @@ class ReplayBuffer:
         self._log = durable_log
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
-        self.intake = Intake(options, durable_log)
+        self.intake = Intake(options, durable_log, self._observer.refused)
         self._runs: dict[str, _Run] = {}
         self._storage = Storage(options, durable_log)
         self._drafts = Drafts()
+        self._room_until = 0.0  # until then there is room for chunks
         self._opened = Signal()
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
@@ -141,7 +136,7 @@ class ReplayBuffer:
         for run in self._runs.values():
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
-            self._observer.run_opened(run.state)
+            self._observer.run_opened(run.state, run.leases)
             if self._storage.restored_from is not None:
                 self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
@@ -306,7 +301,8 @@ class ReplayBuffer:
             PreconditionError: the version was never registered.
             ExhaustedError: the disk is nearly full.
         """
-        run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
+        run, began = self._run(name), self._now()
+        deadline = began + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
         asked_at = (version.epoch, version.step)
         if asked_at > run.asked.get(server_id, asked_at):
@@ -320,24 +316,26 @@ class ReplayBuffer:
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
-                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id)
+                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id, ticket.ticket.attempt)
             if issued or not await run.work.wait(deadline):
                 break
             self._check_running()
             if run.asked[server_id] > asked_at:
                 break
         finished = run.state.finished
+        if issued:
+            self._observer.tickets_waited(name, self._now() - began)
         await self.intake.settled()
         return [entry.ticket for entry in issued], finished
 
-    def write(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
+    def write(self, name: str, items: Sequence[WriteItem], server_id: str = "") -> list[WriteResult]:
         """Take items in order. Their answers may go out when `durable(mark)` returns, with `mark` read right after.
 
         Raises:
             NotFoundError: no such run.
         """
         run = self._run(name)
-        room = not self._log.stalled and self._free_bytes(self._options.directory) >= self._options.hard_free_bytes
+        room = not self._log.stalled and self._has_room()
         results: list[WriteResult] = []
         for item in items:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
@@ -345,10 +343,11 @@ class ReplayBuffer:
                 self._record(name, transition)
             result = decision.result
             if result.status is WriteStatus.EXHAUSTED:
+                self._observer.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
                 result = replace(result, retry_seconds=self._options.retry_seconds)
             results.append(result)
         self._renew_written(run, results)
-        self._observer.items_written(name, results)
+        self._observer.items_written(name, server_id, items, results)
         return results
 
     async def renew_leases(self, name: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -417,9 +416,9 @@ class ReplayBuffer:
                 await self.intake.settled()
                 yield seen
 
-    def read(self, location: Location) -> bytes:
-        """A record's payload. Safe from any thread once it is durable."""
-        return self._log.read(location)
+    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
+        """Records' payloads. Safe from any thread once they are durable."""
+        return self._log.read_many(locations)
 
     @property
     def mark(self) -> int:
@@ -461,8 +460,11 @@ class ReplayBuffer:
         record = Record(name, time.time_ns(), transition)
         location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
+        ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
         self._apply(record, location)
         run = self._runs[name]
+        if ended:
+            self._observer.groups_ended(name, ended)
         match transition:
             case StepsCommitted():
                 return
@@ -479,7 +481,7 @@ class ReplayBuffer:
                     run.leases.release(found[0].group_id)
                     run.results.notify()
             case RunOpened() if is_new:
-                self._observer.run_opened(run.state)
+                self._observer.run_opened(run.state, run.leases)
                 self._opened.notify()
             case _:
                 run.work.notify()
@@ -518,14 +520,27 @@ class ReplayBuffer:
         if self._stopping:
             raise UnavailableError("the replay buffer is stopping; call again when it is back")
 
+    def _has_room(self) -> bool:
+        """Whether chunks may be taken; far from the mark the disk is not asked for each message."""
+        now = self._now()
+        if now >= self._room_until:
+            spare = self._free_bytes(self._options.directory) - self._options.hard_free_bytes
+            if spare < _FAR_FROM_FULL_BYTES:
+                return spare >= 0
+            self._room_until = now + _ROOM_SECONDS
+        return True
+
     def _check_soft_mark(self) -> None:
         if self._log.stalled:
-            raise self.intake.refusal("the disk is full; no new work is given out until there is room")
+            message = "the disk is full; no new work is given out until there is room"
+            raise self.intake.refusal(Cause.DISK, message)
         free, wanted = self._free_bytes(self._options.directory), self._options.soft_free_bytes
         if free < wanted:
+            self._room_until = 0.0
             raise self.intake.refusal(
+                Cause.FREE_BYTES,
                 f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
-                "no new work is given out until there is room"
+                "no new work is given out until there is room",
             )
 
     # Leases
@@ -547,6 +562,7 @@ class ReplayBuffer:
     def _drop_expired(self, run: _Run) -> None:
         for drop in decide_expired(run.state, self._expired(run)):
             self._record(run.state.spec.run, drop)
+        run.leases.retain(run.state.groups.unended)
         run.work.notify()
         run.results.notify()  # a draw waits for nobody whose lease ran out
 

@@ -1,51 +1,90 @@
-"""Groups as a stream of pieces, in messages of about a mebibyte; chunks come from the log byte for byte."""
+"""Groups as a stream of pieces, in serialized messages of about a mebibyte; stored chunks go out without a parser.
+
+locations, in the order of the stream ──> records, many at a time ──> pieces: their framing, then the stored bytes
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Final
 
 from leeway import codec
 from leeway.rpc import BULK_PIECE_BYTES
 from leeway.v1 import replay_pb2
 from replay_buffer.groups import Location
-from replay_buffer.records import decode
-from replay_buffer.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
+from replay_buffer.records import decode, stored_chunk
+from replay_buffer.transitions import TrajectoryClosed, TrajectoryFailed
 from replay_buffer.views import GroupView, MemberView
 
-Read = Callable[[Location], bytes]
-_HEADER_BYTES = 256
-"""What a header counts for when messages are filled; only their rough size matters."""
+ReadMany = Callable[[Sequence[Location]], list[bytes]]
+"""Records' payloads, in the order asked for."""
+Bytes = bytes | memoryview
+
+_MOST_RECORDS: Final = 1024
+"""Read at once; fewer when they are large."""
+_PIECES: Final = codec.field_tag(replay_pb2.DrawBatchResponse, "pieces")
+_CHUNK: Final = codec.field_tag(replay_pb2.GroupPiece, "chunk")
+assert codec.field_tag(replay_pb2.ExportGroupsResponse, "pieces") == _PIECES, "one framing serves both"
 
 
-def messages(views: Iterable[GroupView], read: Read) -> Iterator[list[replay_pb2.GroupPiece]]:
-    """The pieces of groups, gathered into messages.
+def messages(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[bytes]:
+    """Serialized DrawBatchResponses, which are ExportGroupsResponses too.
 
     Raises:
         CorruptDataError: a record is damaged on disk.
     """
-    gathered: list[replay_pb2.GroupPiece] = []
+    gathered: list[Bytes] = []
     size_bytes = 0
-    for piece in pieces(views, read):
-        piece_bytes = len(piece.chunk) or _HEADER_BYTES
+    for piece_bytes, parts in _pieces(views, read_many):
         if gathered and size_bytes + piece_bytes > BULK_PIECE_BYTES:
-            yield gathered
+            yield b"".join(gathered)
             gathered, size_bytes = [], 0
-        gathered.append(piece)
+        gathered += parts
         size_bytes += piece_bytes
     if gathered:
-        yield gathered
+        yield b"".join(gathered)
 
 
-def pieces(views: Iterable[GroupView], read: Read) -> Iterator[replay_pb2.GroupPiece]:
-    """Each group announces itself, then each of its trajectories, then that one's chunks."""
+def _pieces(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[tuple[int, Sequence[Bytes]]]:
+    """Each group announces itself, then each of its trajectories, then that one's chunks; sizes, and bytes in parts."""
+    records = _read(_locations(views), read_many)
     for view in views:
-        yield replay_pb2.GroupPiece(group=_group_header(view))
+        yield _serialized(replay_pb2.GroupPiece(group=_group_header(view)))
         for member in view.members:
-            yield replay_pb2.GroupPiece(trajectory=_trajectory_header(member, read))
-            for location in member.chunks:
-                written = decode(read(location)).transition
-                assert isinstance(written, ChunkWritten)
-                yield replay_pb2.GroupPiece(chunk=written.chunk)
+            ending = None if member.ending is None else next(records)
+            yield _serialized(replay_pb2.GroupPiece(trajectory=_trajectory_header(member, ending)))
+            for _ in member.chunks:
+                chunk = stored_chunk(next(records))
+                inner = _CHUNK + codec.varint(len(chunk))
+                size_bytes = len(inner) + len(chunk)
+                yield size_bytes, (_PIECES, codec.varint(size_bytes), inner, chunk)
+
+
+def _serialized(piece: replay_pb2.GroupPiece) -> tuple[int, Sequence[Bytes]]:
+    data = piece.SerializeToString()
+    return len(data), (_PIECES, codec.varint(len(data)), data)
+
+
+def _locations(views: Sequence[GroupView]) -> Iterator[Location]:
+    for view in views:
+        for member in view.members:
+            if member.ending is not None:
+                yield member.ending
+            yield from member.chunks
+
+
+def _read(locations: Iterable[Location], read_many: ReadMany) -> Iterator[bytes]:
+    """The records at these places, read ahead by about one message."""
+    ahead: list[Location] = []
+    size_bytes = 0
+    for location in locations:
+        if ahead and (size_bytes + location.size_bytes > BULK_PIECE_BYTES or len(ahead) == _MOST_RECORDS):
+            yield from read_many(ahead)
+            ahead, size_bytes = [], 0
+        ahead.append(location)
+        size_bytes += location.size_bytes
+    if ahead:
+        yield from read_many(ahead)
 
 
 def _group_header(view: GroupView) -> replay_pb2.GroupHeader:
@@ -64,7 +103,7 @@ def _group_header(view: GroupView) -> replay_pb2.GroupHeader:
     return header
 
 
-def _trajectory_header(view: MemberView, read: Read) -> replay_pb2.TrajectoryHeader:
+def _trajectory_header(view: MemberView, ending: bytes | None) -> replay_pb2.TrajectoryHeader:
     header = replay_pb2.TrajectoryHeader(
         trajectory_id=view.trajectory_id,
         member=view.member,
@@ -72,7 +111,7 @@ def _trajectory_header(view: MemberView, read: Read) -> replay_pb2.TrajectoryHea
         server_id=view.server_id,
         chunk_count=len(view.chunks),
     )
-    match decode(read(view.ending)).transition if view.ending is not None else None:
+    match None if ending is None else decode(ending).transition:
         case TrajectoryClosed(close=close):
             header.close.CopyFrom(codec.close_to_proto(close))
         case TrajectoryFailed(failure=failure):

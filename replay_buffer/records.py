@@ -11,6 +11,7 @@ from leeway import codec
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import DropReason, PolicyVersion
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
+from leeway.wire import leading_columns, varint_at
 from replay_buffer.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -32,6 +33,11 @@ from replay_buffer.transitions import (
 _NANOS = 1_000_000_000
 _CHUNK_WRITTEN_TAG = codec.field_tag(log_pb2.LogRecord, "chunk_written")
 _CHUNK_TAG = codec.field_tag(log_pb2.ChunkWritten, "chunk")
+_RECORDED_AT_TAG = codec.field_tag(log_pb2.LogRecord, "recorded_at")[0]
+_RUN_TAG = codec.field_tag(log_pb2.LogRecord, "run")[0]
+_TRAJECTORY_ID_TAG = codec.field_tag(log_pb2.ChunkWritten, "trajectory_id")[0]
+_ATTEMPT_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["attempt"].number << 3
+_SEQ_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["seq"].number << 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +207,38 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             raise InvalidDataError("the record holds no known transition")
 
 
+def stored_chunk(payload: bytes) -> memoryview:
+    """The chunk in a payload that `encode` made of a ChunkWritten: the bytes at its end, not copied.
+
+    Raises:
+        CorruptDataError: the payload is another record.
+    """
+    try:
+        at = 0
+        for tag in (_RECORDED_AT_TAG, _RUN_TAG):
+            if payload[at] == tag:
+                size_bytes, at = varint_at(payload, at + 1)
+                at += size_bytes
+        if payload[at] == _CHUNK_WRITTEN_TAG[0]:
+            size_bytes, at = varint_at(payload, at + 1)
+            if at + size_bytes == len(payload) and payload[at] == _TRAJECTORY_ID_TAG:
+                size_bytes, at = varint_at(payload, at + 1)
+                at += size_bytes
+                for tag in (_ATTEMPT_TAG, _SEQ_TAG):
+                    if payload[at] == tag:
+                        _, at = varint_at(payload, at + 1)
+                if payload[at] == _CHUNK_TAG[0]:
+                    size_bytes, at = varint_at(payload, at + 1)
+                    if at + size_bytes == len(payload):
+                        return memoryview(payload)[at:]
+    except IndexError:
+        pass  # it was encoded in another way
+    transition = decode(payload).transition
+    if not isinstance(transition, ChunkWritten):
+        raise CorruptDataError(f"the log holds {type(transition).__name__} where a chunk should be")
+    return memoryview(transition.chunk)
+
+
 def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
     """The policy versions that a serialized chunk's spans name, each once.
 
@@ -209,4 +247,5 @@ def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
     Raises:
         InvalidDataError: the bytes are not a TrajectoryChunk.
     """
-    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk))
+    _, end = leading_columns(chunk)  # columns name no versions, and are most of the bytes
+    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk[end:]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Final, cast
@@ -38,6 +38,17 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
         replay_pb2_grpc.add_ReplayServiceServicer_to_server(self, server)
+        # The responses of these two are serialized as they are made, so they need no serializer.
+        streams: dict[str, Any] = {
+            "DrawBatch": grpc.unary_stream_rpc_method_handler(
+                self.DrawBatch, request_deserializer=replay_pb2.DrawBatchRequest.FromString
+            ),
+            "ExportGroups": grpc.unary_stream_rpc_method_handler(
+                self.ExportGroups, request_deserializer=replay_pb2.ExportGroupsRequest.FromString
+            ),
+        }
+        registered: Any = server
+        registered.add_registered_method_handlers(SERVICE_NAME, streams)
 
     def stop(self) -> None:
         """End write streams after what was read so far; their clients go on elsewhere or later."""
@@ -56,15 +67,13 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
             epoch=opened.epoch, head=codec.version_to_proto(opened.head), finished=opened.finished
         )
 
-    async def DrawBatch(
-        self, request: replay_pb2.DrawBatchRequest, context: _Context
-    ) -> AsyncIterator[replay_pb2.DrawBatchResponse]:
+    async def DrawBatch(self, request: replay_pb2.DrawBatchRequest, context: _Context) -> AsyncIterator[Any]:
         world_size = request.world_size or 1
         if request.rank >= world_size:
             raise InvalidDataError(f"rank {request.rank} does not exist among {world_size}")
         groups = await self._buffer.draw(request.run, request.epoch, request.step, _deadline(context))
-        async for gathered in self._streamed(groups[request.rank :: world_size]):
-            yield replay_pb2.DrawBatchResponse(pieces=gathered)
+        async for message in self._streamed(groups[request.rank :: world_size]):
+            yield message
 
     async def Advance(self, request: replay_pb2.AdvanceRequest, context: _Context) -> replay_pb2.AdvanceResponse:
         version, parent = codec.version_from_proto(request.version), codec.version_from_proto(request.parent)
@@ -189,19 +198,24 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
             size_bytes=backup.size_bytes,
         )
 
-    async def ExportGroups(
-        self, request: replay_pb2.ExportGroupsRequest, context: _Context
-    ) -> AsyncIterator[replay_pb2.ExportGroupsResponse]:
+    async def ExportGroups(self, request: replay_pb2.ExportGroupsRequest, context: _Context) -> AsyncIterator[Any]:
         wanted = Filter(codec.optional_purpose(request.purpose), codec.optional_state(request.state), request.step)
         async for view in self._buffer.export(request.run, wanted, request.limit):
-            async for gathered in self._streamed([view]):
-                yield replay_pb2.ExportGroupsResponse(pieces=gathered)
+            async for message in self._streamed([view]):
+                yield message
 
-    async def _streamed(self, views: Iterable[GroupView]) -> AsyncIterator[list[replay_pb2.GroupPiece]]:
-        """Read from disk beside the event loop, one message ahead of the network."""
-        source = messages(views, self._buffer.read)
-        while (gathered := await asyncio.to_thread(next, source, None)) is not None:
-            yield gathered
+    async def _streamed(self, views: Sequence[GroupView]) -> AsyncGenerator[bytes]:
+        """Serialized messages, read from disk beside the event loop, one ahead of the network."""
+        source = messages(views, self._buffer.read_many)
+        ahead = asyncio.create_task(asyncio.to_thread(next, source, None))
+        try:
+            while (message := await ahead) is not None:
+                ahead = asyncio.create_task(asyncio.to_thread(next, source, None))
+                yield message
+        finally:
+            await asyncio.wait([ahead])  # a thread cannot be cancelled; it reads one message at most
+            if not ahead.cancelled():
+                ahead.exception()
 
 
 def _deadline(context: _Context) -> float:

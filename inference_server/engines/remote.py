@@ -8,6 +8,7 @@ new one joins like any late server.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -18,6 +19,8 @@ from leeway.errors import UnavailableError
 from leeway.rpc import BULK_PIECE_BYTES, Security, mapped_errors
 from leeway.types import EngineInfo, FinishReason, TrajectoryChunk, WeightSnapshot
 from leeway.v1 import inference_pb2, inference_pb2_grpc
+
+log = logging.getLogger(__name__)
 
 
 class RemoteEngine:
@@ -45,6 +48,7 @@ class RemoteEngine:
             DeadlineError, UnavailableError: there is no backend at the address.
         """
         engine = cls(address, security, timeout_seconds)
+        log.info("waiting for the backend at %s", address)
         try:
             with mapped_errors(f"GetServerInfo at {address}"):
                 reply = await engine._stub.GetServerInfo(

@@ -42,9 +42,9 @@ async def _topk_values(session: Session) -> str:
     completion = await topk_completion(session)
     ids, logprobs = completion.values(ColumnKind.TOPK_TOKEN_IDS), completion.values(ColumnKind.TOPK_LOGPROBS)
     vocab_size = session.info.signature.vocab_size
-    require((((ids >= 0) & (ids < vocab_size)).all()), f"a candidate is outside the vocabulary of {vocab_size}")
+    require(((ids >= 0) & (ids < vocab_size)).all(), f"a candidate is outside the vocabulary of {vocab_size}")
     require(all(len(set(row)) == len(row) for row in ids.tolist()), "a candidate is listed twice for one token")
-    require(((np.diff(logprobs, axis=1) <= 1e-6).all()), "candidates do not come likeliest first")
+    require((np.diff(logprobs, axis=1) <= 1e-6).all(), "candidates do not come likeliest first")
     mass = float(np.exp(logprobs.astype(np.float64)).sum(axis=1).max())
     require(mass <= 1.0 + _MASS_ERROR, f"the probabilities of one token's candidates sum to {mass:.4f}")
     same = ids == completion.token_ids[:, None]
@@ -77,7 +77,7 @@ async def _routing(session: Session) -> str:
     rows = completion.values(ColumnKind.ROUTING)
     require(int(rows.max()) < signature.experts, f"expert {int(rows.max())} was chosen of {signature.experts}")
     ordered = np.sort(rows, axis=2)
-    require(((ordered[:, :, 1:] != ordered[:, :, :-1]).all()), "an expert was chosen twice for one token")
+    require((ordered[:, :, 1:] != ordered[:, :, :-1]).all(), "an expert was chosen twice for one token")
     return f"{end} rows of {dtype} [{shape[0]}, {shape[1]}]"
 
 

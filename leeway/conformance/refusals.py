@@ -35,7 +35,7 @@ async def _refused(what: str, stream: Stream, words: Sequence[str]) -> str:
             require("\n" not in refusal.message.strip(), f"the message for {what} has more than one line")
             require(not stream.completion.chunks, f"{what} is refused after tokens were sent")
             return f"{what}: {refusal.message}"
-    raise Violation(f"{what} is served") from None
+    raise Violation(f"{what} is served")
 
 
 async def _still_serves(session: Session, finding: str) -> str:

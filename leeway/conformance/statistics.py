@@ -67,41 +67,38 @@ def g_statistic(counts: Int64Array, probabilities: Float64Array) -> Float64Array
     return 2.0 * terms.sum(axis=-1)
 
 
-@dataclass(frozen=True, slots=True)
 class FrequencyTest:
-    """The outcome of comparing counts with claims."""
-
-    p_value: float
-    power: float  # against an alternative
-
-    @property
-    def rejected(self) -> bool:
-        """Whether the claims are refuted at level FALSE_ALARM."""
-        return self.p_value <= FALSE_ALARM
-
-
-def frequency_test(
-    counts: Int64Array, claimed: Float64Array, alternative: Float64Array, seed: int = 0
-) -> FrequencyTest:
-    """Are the counts a sample of what was claimed? A Monte Carlo test, exact at any size (Barnard 1963, Dwass 1957).
+    """Are counts a sample of what was claimed? A Monte Carlo test, exact at any size (Barnard 1963, Dwass 1957).
 
     With G of the counts and G_1 .. G_B of experiments simulated from the claims,
 
         p = (1 + #{b: G_b >= G}) / (B + 1),    P(p <= alpha) <= alpha   if the claims are true.
 
     Args:
-        counts: [C].
-        claimed: [C], fixed before the counts were drawn.
-        alternative: [C], what would be sampled if the claims were wrong in the way that matters.
+        claimed: [C], fixed before anything is counted.
+        total: how many tokens are counted.
         seed: of the simulation.
     """
-    rng = np.random.default_rng(seed)
-    total = int(counts.sum())
-    null = g_statistic(rng.multinomial(total, claimed, size=_SIMULATED), claimed)  # [B]
-    p_value = (1 + int((null >= g_statistic(counts, claimed)).sum())) / (_SIMULATED + 1)
-    critical = np.quantile(null, 1.0 - FALSE_ALARM)
-    others = g_statistic(rng.multinomial(total, alternative, size=_SIMULATED // 6), claimed)
-    return FrequencyTest(p_value, float((others > critical).mean()))
+
+    def __init__(self, claimed: Float64Array, total: int, seed: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._claimed = claimed
+        self._total = total
+        self._null = self._simulated(claimed, _SIMULATED)  # [B]
+
+    def power(self, alternative: Float64Array) -> float:
+        """The probability of refuting the claims when tokens come from another distribution, [C]."""
+        critical = np.quantile(self._null, 1.0 - FALSE_ALARM)
+        return float((self._simulated(alternative, _SIMULATED // 6) > critical).mean())
+
+    def p_value(self, counts: Int64Array) -> float:
+        """Of the counts, [C]; the claims are refuted when it is at most FALSE_ALARM."""
+        extreme = int((self._null >= g_statistic(counts, self._claimed)).sum())
+        return (1 + extreme) / (_SIMULATED + 1)
+
+    def _simulated(self, probabilities: Float64Array, experiments: int) -> Float64Array:
+        counts = self._rng.multinomial(self._total, probabilities, size=experiments)
+        return g_statistic(counts, self._claimed)
 
 
 def tempered(probabilities: Float64Array, temperature: float, vocab_size: int) -> Float64Array:

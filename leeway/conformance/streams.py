@@ -68,9 +68,9 @@ async def _values(session: Session) -> str:
     completion = await plain_completion(session)
     ids, logprobs = completion.token_ids, completion.logprobs
     vocab_size = session.info.signature.vocab_size
-    require((((ids >= 0) & (ids < vocab_size)).all()), f"a token id is outside the vocabulary of {vocab_size}")
-    require((np.isfinite(logprobs).all()), "a log-prob is not a finite number")
-    require(((logprobs <= 1e-4).all()), f"a log-prob is {float(logprobs.max())}; the largest possible one is 0")
+    require(((ids >= 0) & (ids < vocab_size)).all(), f"a token id is outside the vocabulary of {vocab_size}")
+    require(np.isfinite(logprobs).all(), "a log-prob is not a finite number")
+    require((logprobs <= 1e-4).all(), f"a log-prob is {float(logprobs.max())}; the largest possible one is 0")
     return f"log-probs from {float(logprobs.min()):.3f} to {float(logprobs.max()):.3f}"
 
 

@@ -77,10 +77,10 @@ async def _require_refused(
     except Refused as refusal:
         names = " or ".join(code.name for code in codes)
         require(refusal.code in codes, f"{what} should be refused as {names}; {refusal}")
-        require((refusal.message.strip()), f"{what} is refused as {refusal.code.name} without a message")
+        require(refusal.message.strip(), f"{what} is refused as {refusal.code.name} without a message")
         code = refusal.code
     else:
-        raise Violation(f"{what} is answered with {version} in force") from None
+        raise Violation(f"{what} is answered with {version} in force")
     info = await session.client.info()
     require(info.version == session.served, f"after {what} GetServerInfo says {info.version}, not {session.served}")
     after = await session.fingerprint()

@@ -3,9 +3,11 @@
 isort:skip_file
 How weights come back: the learner announces, servers fetch, verify, swap and acknowledge."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from leeway.v1 import common_pb2 as _common_pb2
 from leeway.v1 import inference_pb2 as _inference_pb2
 import builtins as _builtins
@@ -163,10 +165,14 @@ class WatchPolicyResponse(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     LOCAL_ENDPOINT_FIELD_NUMBER: _builtins.int
+    DELTAS_FIELD_NUMBER: _builtins.int
     publisher_epoch: _builtins.int
     """Incarnation of the learner that announces. A server refuses one below the highest it has seen."""
     local_endpoint: _builtins.str
-    """ZeroMQ endpoint that serves the same bytes to this host; empty when there is none."""
+    """ZeroMQ endpoint that serves the same bytes to this host; empty when there is none. A request there is the two frames
+    "leeway/2" and a serialized FetchWeightsRequest; the answer "ok", the request's second frame again and one frame for
+    each part; or "gone" and that frame where FetchWeights would say NOT_FOUND.
+    """
     @_builtins.property
     def version(self) -> _common_pb2.PolicyVersion:
         """The version to fetch."""
@@ -175,6 +181,13 @@ class WatchPolicyResponse(_message.Message):
     def manifest(self) -> _inference_pb2.WeightManifest:
         """What it consists of."""
 
+    @_builtins.property
+    def deltas(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightDelta]:
+        """Deltas that lead to this version, oldest first: each starts where the one before it ends, the last ends here. Their
+        sum is smaller than the snapshot. A server that holds the weights of any `base_digest` needs only those from there
+        on.
+        """
+
     def __init__(
         self,
         *,
@@ -182,22 +195,66 @@ class WatchPolicyResponse(_message.Message):
         version: _common_pb2.PolicyVersion | None = ...,
         manifest: _inference_pb2.WeightManifest | None = ...,
         local_endpoint: _builtins.str = ...,
+        deltas: _abc.Iterable[Global___WeightDelta] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_endpoint", b"local_endpoint", "manifest", b"manifest", "publisher_epoch", b"publisher_epoch", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "local_endpoint", b"local_endpoint", "manifest", b"manifest", "publisher_epoch", b"publisher_epoch", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchPolicyResponse: _TypeAlias = WatchPolicyResponse  # noqa: Y015
 
 @_typing.final
+class WeightDelta(_message.Message):
+    """What changed between two versions: an opaque payload, see leeway/deltas.py for its form."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    TARGET_DIGEST_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    base_digest: _builtins.bytes
+    """Digest of the version that it starts from."""
+    target_digest: _builtins.bytes
+    """Digest of the version that it leads to."""
+    digest: _builtins.bytes
+    """SHA-256 of the payload."""
+    size_bytes: _builtins.int
+    """Bytes of the payload."""
+    def __init__(
+        self,
+        *,
+        base_digest: _builtins.bytes = ...,
+        target_digest: _builtins.bytes = ...,
+        digest: _builtins.bytes = ...,
+        size_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "digest", b"digest", "size_bytes", b"size_bytes", "target_digest", b"target_digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightDelta: _TypeAlias = WeightDelta  # noqa: Y015
+
+@_typing.final
 class FetchWeightsRequest(_message.Message):
-    """Asks for a snapshot."""
+    """Asks for weights."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     VERSION_FIELD_NUMBER: _builtins.int
+    BASE_DIGEST_FIELD_NUMBER: _builtins.int
+    FIRST_PART_FIELD_NUMBER: _builtins.int
+    END_PART_FIELD_NUMBER: _builtins.int
+    base_digest: _builtins.bytes
+    """Digest of the weights that the asker holds: the parts are the deltas from there. Empty: the parts are the tensors."""
+    first_part: _builtins.int
+    """First wanted part."""
+    end_part: _builtins.int
+    """End of the wanted parts, which are [first_part, end_part); 0 for all that follow."""
     @_builtins.property
     def version(self) -> _common_pb2.PolicyVersion:
         """The announced version."""
@@ -206,10 +263,13 @@ class FetchWeightsRequest(_message.Message):
         self,
         *,
         version: _common_pb2.PolicyVersion | None = ...,
+        base_digest: _builtins.bytes = ...,
+        first_part: _builtins.int = ...,
+        end_part: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_digest", b"base_digest", "end_part", b"end_part", "first_part", b"first_part", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -217,7 +277,7 @@ Global___FetchWeightsRequest: _TypeAlias = FetchWeightsRequest  # noqa: Y015
 
 @_typing.final
 class FetchWeightsResponse(_message.Message):
-    """A piece of a snapshot."""
+    """A piece of the parts."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

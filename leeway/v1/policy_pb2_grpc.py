@@ -27,8 +27,9 @@ if _version_not_supported:
 
 class PolicyServiceStub(object):
     """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that joins late or missed a version fetches the newest snapshot and is
-    whole again, and a slow one never holds up another.
+    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
+    whole again. A slow one never holds up another.
     """
 
     def __init__(self, channel):
@@ -51,8 +52,9 @@ class PolicyServiceStub(object):
 
 class PolicyServiceServicer(object):
     """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that joins late or missed a version fetches the newest snapshot and is
-    whole again, and a slow one never holds up another.
+    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
+    whole again. A slow one never holds up another.
     """
 
     def WatchPolicy(self, request_iterator, context):
@@ -66,8 +68,9 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FetchWeights(self, request, context):
-        """The newest snapshot's bytes, concatenated in manifest order. NOT_FOUND when `version` is no longer the newest: wait
-        for the next announcement. Idempotent.
+        """Parts of the newest version, concatenated: its tensors in manifest order, or the deltas that lead to it. NOT_FOUND
+        when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
+        `base_digest`: fetch the tensors. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,8 +99,9 @@ def add_PolicyServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class PolicyService(object):
     """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that joins late or missed a version fetches the newest snapshot and is
-    whole again, and a slow one never holds up another.
+    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
+    whole again. A slow one never holds up another.
     """
 
     @staticmethod

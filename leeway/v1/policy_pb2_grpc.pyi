@@ -28,8 +28,9 @@ GRPC_VERSION: str
 
 class PolicyServiceStub:
     """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that joins late or missed a version fetches the newest snapshot and is
-    whole again, and a slow one never holds up another.
+    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
+    whole again. A slow one never holds up another.
     """
 
     @_typing.overload
@@ -43,15 +44,17 @@ class PolicyServiceStub:
     learner restarts (open the stream again).
     """
     FetchWeights: _grpc.UnaryStreamMultiCallable[_policy_pb2.FetchWeightsRequest, _policy_pb2.FetchWeightsResponse]
-    """The newest snapshot's bytes, concatenated in manifest order. NOT_FOUND when `version` is no longer the newest: wait
-    for the next announcement. Idempotent.
+    """Parts of the newest version, concatenated: its tensors in manifest order, or the deltas that lead to it. NOT_FOUND
+    when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
+    `base_digest`: fetch the tensors. Idempotent.
     """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
     """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that joins late or missed a version fetches the newest snapshot and is
-    whole again, and a slow one never holds up another.
+    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
+    whole again. A slow one never holds up another.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -62,14 +65,16 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     learner restarts (open the stream again).
     """
     FetchWeights: _aio.UnaryStreamMultiCallable[_policy_pb2.FetchWeightsRequest, _policy_pb2.FetchWeightsResponse]  # type: ignore[assignment]
-    """The newest snapshot's bytes, concatenated in manifest order. NOT_FOUND when `version` is no longer the newest: wait
-    for the next announcement. Idempotent.
+    """Parts of the newest version, concatenated: its tensors in manifest order, or the deltas that lead to it. NOT_FOUND
+    when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
+    `base_digest`: fetch the tensors. Idempotent.
     """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that joins late or missed a version fetches the newest snapshot and is
-    whole again, and a slow one never holds up another.
+    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
+    whole again. A slow one never holds up another.
     """
 
     @_abc_1.abstractmethod
@@ -90,8 +95,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.FetchWeightsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_policy_pb2.FetchWeightsResponse], _abc.AsyncIterator[_policy_pb2.FetchWeightsResponse]]:
-        """The newest snapshot's bytes, concatenated in manifest order. NOT_FOUND when `version` is no longer the newest: wait
-        for the next announcement. Idempotent.
+        """Parts of the newest version, concatenated: its tensors in manifest order, or the deltas that lead to it. NOT_FOUND
+        when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
+        `base_digest`: fetch the tensors. Idempotent.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

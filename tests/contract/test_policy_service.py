@@ -16,7 +16,7 @@ from leeway import codec
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import Security, mapped_errors, open_channel, start_server
-from leeway.types import ModelSignature, PolicyVersion, WeightManifest, WeightSnapshot
+from leeway.types import ModelSignature, PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights import tensor_entry, weights_digest
 
@@ -28,6 +28,10 @@ def snapshot(step: int) -> WeightSnapshot:
     data = bytes([step]) * 3_000_000
     manifest = WeightManifest((tensor_entry("w", "uint8", (len(data),), data),))
     return WeightSnapshot(PolicyVersion("demo", 1, step, weights_digest(manifest)), 1, manifest, [data])
+
+
+def request(parts: WeightRequest) -> bytes:
+    return codec.weight_request_to_proto(parts).SerializeToString()
 
 
 class Harness:
@@ -159,10 +163,14 @@ async def test_bytes_come_whole_over_zeromq(harness: Harness) -> None:
     socket = context.socket(zmq.DEALER)
     socket.connect(harness.local.endpoint)
     try:
+        right = request(WeightRequest(newest.version))
+        gone = request(WeightRequest(snapshot(4).version))
+        beyond = request(WeightRequest(newest.version, first_part=1, end_part=2))
         for frames, expected in [
-            ([PROTOCOL, codec.version_to_proto(newest.version).SerializeToString()], [b"ok", newest.buffers[0]]),
-            ([PROTOCOL, codec.version_to_proto(snapshot(4).version).SerializeToString()], [b"gone"]),
-            ([PROTOCOL, b"\xff rubbish"], [b"gone"]),
+            ([PROTOCOL, right], [b"ok", right, newest.buffers[0]]),
+            ([PROTOCOL, gone], [b"gone", gone]),
+            ([PROTOCOL, beyond], [b"gone", beyond]),
+            ([PROTOCOL, b"\xff rubbish"], [b"gone", b"\xff rubbish"]),
             ([b"other/9"], [b"gone"]),
         ]:
             await socket.send_multipart(frames)

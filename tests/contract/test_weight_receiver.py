@@ -15,6 +15,7 @@ import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.ipc_weights import IpcWeights
 from inference_server.served_policy import ServedPolicy
 from inference_server.weight_receiver import WeightReceiver
 from learner.local_weights import LocalWeights
@@ -98,6 +99,12 @@ class Server:
         }
         self.receiver = WeightReceiver(**(fields | options))
         self.task = asyncio.create_task(self.receiver.run())
+
+    @property
+    def local(self) -> IpcWeights:
+        transport = self.receiver._fetcher._transports[0]
+        assert isinstance(transport, IpcWeights)
+        return transport
 
     async def reaches(self, version: PolicyVersion) -> None:
         async with asyncio.timeout(20):
@@ -229,7 +236,7 @@ async def test_a_fetch_ends_when_its_learner_is_gone(tmp_path: Path) -> None:
     silent.bind(f"ipc://{tmp_path / 'silent'}")
     try:
         async with pair() as (learner, server, address):
-            server.receiver._fetcher._local_timeout_seconds = 600.0
+            server.local.timeout_seconds = 600.0
             assert learner.local is not None
             learner.local.endpoint = f"ipc://{tmp_path / 'silent'}"
             await learner.publisher.publish(snapshot(7))
@@ -262,7 +269,7 @@ async def test_a_version_already_served_is_acknowledged_without_a_transfer() -> 
 
 async def test_zeromq_that_never_answers_falls_back_to_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
     async with pair() as (learner, server, _):
-        server.receiver._fetcher._local_timeout_seconds = 0.05
+        server.local.timeout_seconds = 0.05
         assert learner.local is not None
         with monkeypatch.context() as broken:
             broken.setattr(learner.local, "_reply", lambda _request: [b"ok"] * 7)  # nonsense: too many frames
@@ -281,7 +288,7 @@ async def test_a_silent_or_missing_endpoint_falls_back_to_grpc(tmp_path: Path) -
     try:
         for endpoint in (f"ipc://{tmp_path / 'silent'}", f"ipc://{tmp_path / 'missing'}", "tcp://127.0.0.1:1"):
             async with pair() as (learner, server, _):
-                server.receiver._fetcher._local_timeout_seconds = 0.05
+                server.local.timeout_seconds = 0.05
                 assert learner.local is not None
                 learner.local.endpoint = endpoint
                 await learner.publisher.publish(snapshot(0))

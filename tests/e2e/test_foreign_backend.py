@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from inference_server.engines.remote import RemoteEngine
+from leeway import arithmetic, codec
+from leeway.arithmetic import ArithmeticWeights
 from leeway.commands.main import main
-from leeway.types import GroupState, Purpose
+from leeway.ports import free_port
+from leeway.rpc import Security
+from leeway.types import ColumnKind, GroupState, Purpose
+from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
 from tests.e2e.oracle import Evidence, violations
 from tests.e2e.recording_proxy import Call, Write
-from tests.e2e.rehearsal import STEPS, rehearse
+from tests.e2e.rehearsal import EXAMPLE, STEPS, rehearse
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -34,8 +42,6 @@ def trained_tokens(evidence: Evidence) -> Counter[str]:
 
 def engines(evidence: Evidence) -> set[str]:
     """Every engine that a written segment names."""
-    from leeway import codec
-
     return {
         segment.engine
         for group in evidence.groups
@@ -54,6 +60,32 @@ def test_the_node_backend_keeps_the_contract(capsys: pytest.CaptureFixture[str])
     assert " 0 FAILED, 0 skipped, 0 not run" in output
 
 
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.7])
+async def test_the_node_backend_samples_by_the_law_to_the_bit(temperature: float) -> None:
+    backend = node_backend("--chunk-tokens", "7")
+    async with running(backend):
+        remote = await RemoteEngine.connect(backend.address, Security(), timeout_seconds=60)
+        try:
+            await remote.update_weights(snapshot(1, 2))
+            generation = request(400, seed=2**64 - 1, temperature=temperature, topk=6, routing=True)
+            completion = await Completion(generation).collect(remote)
+            assert completion.check_labels() == {2}
+        finally:
+            await remote.aclose()
+    weights = ArithmeticWeights.of(snapshot(1, 2).version)
+    prompt = len(generation.prompt_token_ids)
+    tokens = [*generation.prompt_token_ids.tolist(), *completion.column(ColumnKind.TOKEN_IDS).tolist()]
+    rows = completion.column(ColumnKind.ROUTING).tolist()
+    assert rows == [arithmetic.routing_row(weights, at, token) for at, token in enumerate(tokens[:-1])]
+    candidates = completion.column(ColumnKind.TOPK_TOKEN_IDS).tolist()
+    for at in range(prompt, len(tokens)):
+        distribution = arithmetic.next_distribution(weights, at, tokens[at - 1], temperature)
+        assert (tokens[at], candidates[at - prompt]) == (
+            arithmetic.sample(distribution, at, generation.sampling.seed)[0],
+            distribution.top(6),
+        )
+
+
 async def test_the_node_backend_feeds_a_run(tmp_path: Path) -> None:
     flags = ("--max-concurrency", "4", "--chunk-tokens", "4", "--token-milliseconds", "4")
     backends = [node_backend(*flags) for _ in range(2)]
@@ -69,6 +101,29 @@ async def test_the_node_backend_feeds_a_run(tmp_path: Path) -> None:
     summary = json.loads((evidence.run_directory / "summary.json").read_text())
     assert summary["finished"]
     assert summary["steps"] == STEPS
+
+
+async def test_a_worker_that_waits_for_its_backend_stops_when_asked() -> None:
+    command = [
+        "-m",
+        "inference_server.worker",
+        "--config",
+        str(EXAMPLE),
+        "--backend",
+        f"127.0.0.1:{free_port('127.0.0.1')}",
+    ]
+    worker = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
+    assert worker.stderr is not None
+    try:
+        async with asyncio.timeout(30):
+            while b"waiting for the backend" not in await worker.stderr.readline():
+                pass
+            worker.terminate()
+            assert await worker.wait() == 0
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await worker.wait()
 
 
 async def test_a_run_survives_backends_that_are_killed(tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import pytest
 
 from leeway.conformance.statistics import (
     FALSE_ALARM,
+    FrequencyTest,
     claimed_cells,
     distance,
     freedman_bound,
-    frequency_test,
     g_statistic,
     miscalibration,
     tempered,
@@ -29,24 +29,24 @@ def test_g_is_the_log_likelihood_ratio() -> None:
 
 def test_true_claims_are_refuted_as_seldom_as_stated() -> None:
     rng = np.random.default_rng(0)
-    alternative = tempered(CLAIMED, 0.7, VOCAB_SIZE)
-    p_values = [frequency_test(rng.multinomial(200, CLAIMED), CLAIMED, alternative).p_value for _ in range(100)]
-    # Under true claims the p-value is uniform: 10 of 100 are expected below 0.1, with a standard deviation of 3.
-    assert 1 <= sum(p <= 0.1 for p in p_values) <= 22
+    test = FrequencyTest(CLAIMED, 200)
+    p_values = [test.p_value(rng.multinomial(200, CLAIMED)) for _ in range(1000)]
+    # Under true claims the p-value is uniform: 100 of 1000 are expected below 0.1, with a standard deviation of 9.5.
+    assert sum(p <= 0.1 for p in p_values) == pytest.approx(100, abs=40)
     assert min(p_values) > FALSE_ALARM
 
 
 def test_raw_claims_are_refuted_with_the_stated_power() -> None:
     rng = np.random.default_rng(1)
     sampled_from = tempered(CLAIMED, 0.7, VOCAB_SIZE)
-    tests = [frequency_test(rng.multinomial(300, sampled_from), CLAIMED, sampled_from) for _ in range(80)]
-    power = tests[0].power
+    test = FrequencyTest(CLAIMED, 300)
+    power = test.power(sampled_from)
     assert 0.2 < power < 0.99  # so few samples that the power can be told from 1
-    refuted = sum(test.rejected for test in tests) / len(tests)
-    assert refuted == pytest.approx(power, abs=0.19)  # more than three standard deviations
-    certain = frequency_test(rng.multinomial(1000, sampled_from), CLAIMED, sampled_from)
-    assert certain.rejected
-    assert certain.power > 0.99
+    refuted = np.mean([test.p_value(rng.multinomial(300, sampled_from)) <= FALSE_ALARM for _ in range(500)])
+    assert refuted == pytest.approx(power, abs=0.1)  # more than four standard deviations
+    certain = FrequencyTest(CLAIMED, 1500)
+    assert certain.power(sampled_from) > 0.99
+    assert certain.p_value(rng.multinomial(1500, sampled_from)) <= FALSE_ALARM
 
 
 def test_tempering_is_what_a_softmax_does() -> None:

@@ -58,7 +58,7 @@ async def test_what_a_kept_checkpoint_needs_stays_and_the_rest_goes(tmp_path: Pa
             views = [view async for view in run.buffer.export(RUN, Filter(Purpose.TRAIN, None, step), 0)]
             assert [view.step for view in views] == [step, step]
             for location in [place for view in views for member in view.members for place in member.chunks]:
-                assert run.buffer.read(location)
+                assert run.buffer.read_many([location])
         assert sum(segment_path(tmp_path, n).stat().st_size for n in segment_numbers(tmp_path)) == run.log.size_bytes
 
 

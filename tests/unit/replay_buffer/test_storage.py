@@ -282,4 +282,4 @@ async def test_damage_before_the_snapshot_is_found_when_it_is_read(tmp_path: Pat
         data[location.offset + 20] ^= 1
         path.write_bytes(data)
         with pytest.raises(CorruptDataError, match="damaged on disk"):
-            run.buffer.read(location)
+            run.buffer.read_many([location])

@@ -1,0 +1,284 @@
+"""Pushes as deltas: what changed is all that travels, and whatever goes wrong ends in the right weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from learner.publication import Publication
+from leeway import codec
+from leeway.metrics import InferenceServerMetrics
+from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
+from leeway.v1 import policy_pb2
+from leeway.weights import tensor_entry, verify_weights, weights_digest
+from tests.contract.test_weight_receiver import RUN, Learner, Server, pair, until
+
+
+def snapshot(step: int, epoch: int = 1, *, seed: int | None = None) -> WeightSnapshot:
+    """Three tensors of which each step changes a few elements; with a `seed`, everything is different."""
+    entries, buffers = [], []
+    for index, size in enumerate((40_000, 0, 9_000)):
+        words = np.random.default_rng(index if seed is None else 100 + seed).integers(0, 1 << 16, size, np.uint16)
+        if size:
+            words[np.random.default_rng(step).integers(0, size, 50)] += np.uint16(1)
+            words[step] += np.uint16(1)
+        data = words.astype("<u2").tobytes()
+        entries.append(tensor_entry(f"t{index}", "bfloat16", (size,), data))
+        buffers.append(data)
+    manifest = WeightManifest(tuple(entries))
+    return WeightSnapshot(PolicyVersion(RUN, epoch, step, weights_digest(manifest)), epoch, manifest, buffers)
+
+
+class BytesEngine(ArithmeticEngine):
+    """Serves any bytes; checks at every update that they are what the label says."""
+
+    def __init__(self) -> None:
+        super().__init__(ArithmeticEngineOptions())
+        self.served: list[PolicyVersion] = []
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def update_weights(self, snapshot: WeightSnapshot) -> float:
+        await self.open.wait()
+        verify_weights(snapshot.manifest, snapshot.buffers, snapshot.version.digest)
+        self.served.append(snapshot.version)
+        return 0.0
+
+
+def received(metrics: InferenceServerMetrics, kind: str, transport: str = "zmq") -> int:
+    return int(metrics.received_weight_bytes.labels(transport, kind)._value.get())
+
+
+def fallbacks(metrics: InferenceServerMetrics, given_up: str) -> int:
+    return int(metrics.weight_fallbacks.labels(given_up)._value.get())
+
+
+@pytest.fixture
+def metrics() -> InferenceServerMetrics:
+    return InferenceServerMetrics(CollectorRegistry())
+
+
+@pytest.mark.parametrize(("local", "transport"), [(True, "zmq"), (False, "grpc")])
+async def test_a_server_that_holds_a_version_gets_only_what_changed(
+    metrics: InferenceServerMetrics, local: bool, transport: str
+) -> None:
+    engine = BytesEngine()
+    async with pair(local=local, engine=engine, metrics=metrics) as (learner, server, _):
+        for step in range(6):
+            await learner.publisher.publish(snapshot(step))
+            await server.reaches(snapshot(step).version)
+        assert engine.served == [snapshot(step).version for step in range(6)]
+        assert received(metrics, "snapshot", transport) == snapshot(0).manifest.size_bytes
+        assert 0 < received(metrics, "delta", transport) < 0.1 * snapshot(0).manifest.size_bytes
+        sent = learner.publisher._metrics.published_bytes
+        assert sent.labels(transport, "delta")._value.get() == received(metrics, "delta", transport)
+        assert not fallbacks(metrics, "delta")
+
+
+async def test_a_slow_server_takes_several_deltas_at_once(metrics: InferenceServerMetrics) -> None:
+    engine = BytesEngine()
+    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+        await learner.publisher.publish(snapshot(0))
+        await server.reaches(snapshot(0).version)
+        engine.open.clear()
+        for step in range(1, 6):
+            await learner.publisher.publish(snapshot(step))
+        engine.open.set()
+        await server.reaches(snapshot(5).version)
+        assert received(metrics, "snapshot") == snapshot(0).manifest.size_bytes
+
+
+async def test_a_server_beyond_the_chain_gets_the_snapshot(metrics: InferenceServerMetrics) -> None:
+    engine = BytesEngine()
+    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+        learner.publisher._max_delta_chain = 2
+        await learner.publisher.publish(snapshot(0))
+        await server.reaches(snapshot(0).version)
+        engine.open.clear()
+        await learner.publisher.publish(snapshot(1))
+        await until(lambda: received(metrics, "delta"))  # on its way into the engine
+        for step in range(2, 6):
+            await learner.publisher.publish(snapshot(step))
+        engine.open.set()
+        await server.reaches(snapshot(5).version)
+        assert received(metrics, "snapshot") == 2 * snapshot(0).manifest.size_bytes
+
+
+async def test_a_change_of_everything_is_a_snapshot_and_the_chain_goes_on_from_there(
+    metrics: InferenceServerMetrics,
+) -> None:
+    async with pair(engine=BytesEngine(), metrics=metrics) as (learner, server, _):
+        for step, seed in enumerate([None, 1, 1, 1]):
+            await learner.publisher.publish(snapshot(step, seed=seed))
+            await server.reaches(snapshot(step, seed=seed).version)
+        assert received(metrics, "snapshot") == 2 * snapshot(0).manifest.size_bytes
+
+
+async def test_the_same_weights_under_another_label_need_no_transfer(metrics: InferenceServerMetrics) -> None:
+    engine = BytesEngine()
+    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+        await learner.publisher.publish(snapshot(0))
+        await server.reaches(snapshot(0).version)
+        again = replace(snapshot(0), version=replace(snapshot(0).version, step=1))
+        await learner.publisher.publish(again)
+        await server.reaches(again.version)
+        assert received(metrics, "snapshot") == snapshot(0).manifest.size_bytes
+        assert received(metrics, "delta") == 0
+
+
+@pytest.mark.parametrize("where", ["learner", "server"])
+async def test_without_deltas_every_push_is_a_snapshot(metrics: InferenceServerMetrics, where: str) -> None:
+    async with pair(engine=BytesEngine(), metrics=metrics, take_deltas=where != "server") as (learner, server, _):
+        learner.publisher._max_delta_chain = 0 if where == "learner" else 8
+        for step in range(3):
+            await learner.publisher.publish(snapshot(step))
+            await server.reaches(snapshot(step).version)
+        assert received(metrics, "snapshot") == 3 * snapshot(0).manifest.size_bytes
+        assert received(metrics, "delta") == 0
+
+
+async def test_a_server_whose_base_went_bad_repairs_itself(metrics: InferenceServerMetrics) -> None:
+    """Also where no delta touches it: every digest of the result is checked."""
+    async with pair(engine=BytesEngine(), metrics=metrics) as (learner, server, _):
+        await learner.publisher.publish(snapshot(0))
+        await server.reaches(snapshot(0).version)
+        held = server.receiver._fetcher._held
+        assert held is not None
+        bad = bytearray(held.buffers[2])
+        bad[17_000] ^= 4
+        server.receiver._fetcher._held = replace(held, buffers=[*held.buffers[:2], bytes(bad)])
+        await learner.publisher.publish(snapshot(1))
+        await server.reaches(snapshot(1).version)
+        assert fallbacks(metrics, "delta") == 1
+        await learner.publisher.publish(snapshot(2))
+        await server.reaches(snapshot(2).version)
+        assert fallbacks(metrics, "delta") == 1
+        assert not learner.refusal()
+
+
+async def test_a_delta_that_leads_elsewhere_is_repaired_by_the_snapshot(metrics: InferenceServerMetrics) -> None:
+    async with pair(engine=BytesEngine(), metrics=metrics) as (learner, server, _):
+        await learner.publisher.publish(snapshot(0))
+        await server.reaches(snapshot(0).version)
+        # Right in all its digests, but made of other weights.
+        spoilt = Publication(replace(snapshot(0), buffers=snapshot(9).buffers))
+        learner.publisher._newest = spoilt
+        await learner.publisher.publish(snapshot(1))
+        await server.reaches(snapshot(1).version)
+        assert received(metrics, "delta") > 0
+        assert fallbacks(metrics, "delta") == 1
+        assert received(metrics, "snapshot") == 2 * snapshot(0).manifest.size_bytes
+
+
+@pytest.mark.parametrize("fault", ["flip", "cut", "extend", "swap", "twice"])
+async def test_deltas_spoilt_on_their_way_are_repaired(metrics: InferenceServerMetrics, fault: str) -> None:
+    async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, address):
+        await learner.stop()
+        fetch = learner.publisher.FetchWeights
+
+        async def fetch_weights(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+            pieces = [reply.data async for reply in fetch(request, context)]
+            if request.base_digest:
+                match fault:
+                    case "flip":
+                        pieces[0] = pieces[0][:-1] + bytes([pieces[0][-1] ^ 1])
+                    case "cut":
+                        pieces[-1] = pieces[-1][:-1]
+                    case "extend":
+                        pieces.append(b"x")
+                    case "swap":
+                        pieces = [pieces[0][100:], pieces[0][:100], *pieces[1:]]
+                    case _:
+                        pieces *= 2
+            for piece in pieces:
+                yield policy_pb2.FetchWeightsResponse(data=piece)
+
+        learner.publisher.FetchWeights = fetch_weights
+        await learner.start(address)
+        for step in range(3):
+            await learner.publisher.publish(snapshot(step))
+            await server.reaches(snapshot(step).version)
+        assert fallbacks(metrics, "delta") == 2
+        assert not learner.refusal()
+
+
+async def test_announcements_out_of_order_never_lead_back(metrics: InferenceServerMetrics) -> None:
+    engine = BytesEngine()
+    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+        await learner.publisher.publish(snapshot(2))
+        await server.reaches(snapshot(2).version)
+        await learner.publisher.publish(snapshot(1))  # it was sent before, and comes late
+        await learner.publisher.publish(snapshot(3))
+        await server.reaches(snapshot(3).version)
+        await until(lambda: snapshot(3).version in learner.acknowledged)
+        assert engine.served == [snapshot(2).version, snapshot(3).version]
+
+
+async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_nothing(
+    metrics: InferenceServerMetrics,
+) -> None:
+    engine = BytesEngine()
+    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+        engine.open.clear()
+        await learner.publisher.publish(snapshot(1, epoch=2))
+        await until(lambda: received(metrics, "snapshot"))
+        await learner.publisher.publish(snapshot(2, epoch=2))
+        await until(lambda: server.receiver._newest and server.receiver._newest[0].version.step == 2)
+        newest = learner.publisher._newest
+        await learner.publisher.publish(snapshot(9, epoch=1))
+        await until(learner.refusal)
+        assert "epoch 2 has taken over" in learner.refusal()
+        assert newest is not None
+        for outlet in learner.publisher._outlets:
+            outlet.offer(newest)  # the newer learner is still there
+        engine.open.set()
+        await server.reaches(snapshot(2, epoch=2).version)
+
+
+async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(
+    metrics: InferenceServerMetrics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inference_server.weight_receiver._LAST_BACKOFF_SECONDS", 0.01)
+    async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, _):
+        good = snapshot(0)
+        await learner.publisher.publish(replace(good, buffers=[b"\0" * 80_000, *good.buffers[1:]]))
+        await until(learner.refusal)
+        assert learner.publisher._metrics.refusing_servers._value.get() == 1
+        learner.publisher._streamed.offer(Publication(good))
+        await server.reaches(good.version)
+        await until(lambda: good.version in learner.acknowledged)
+        assert not learner.refusal()
+        assert learner.publisher._metrics.refusing_servers._value.get() == 0
+
+
+async def test_an_announcement_names_the_chain_and_no_more_than_that() -> None:
+    learner = Learner(local=False)
+    learner.publisher._max_delta_chain = 3
+    for step in range(6):
+        await learner.publisher.publish(snapshot(step))
+    assert learner.publisher._newest is not None
+    message = learner.publisher._announcement(learner.publisher._newest)
+    deltas = [codec.delta_from_proto(delta) for delta in message.deltas]
+    assert [delta.base_digest for delta in deltas] == [snapshot(step).version.digest for step in (2, 3, 4)]
+    assert [delta.target_digest for delta in deltas] == [snapshot(step).version.digest for step in (3, 4, 5)]
+    assert sum(delta.size_bytes for delta in deltas) < snapshot(5).manifest.size_bytes
+
+
+async def test_a_killed_server_that_comes_back_has_no_base_and_gets_the_snapshot() -> None:
+    first, second = (InferenceServerMetrics(CollectorRegistry()) for _ in range(2))
+    async with pair(engine=BytesEngine(), metrics=first) as (learner, server, address):
+        for step in range(2):
+            await learner.publisher.publish(snapshot(step))
+            await server.reaches(snapshot(step).version)
+        reborn = Server(address, BytesEngine(), metrics=second, server_id="server-1")
+        await reborn.reaches(snapshot(1).version)
+        assert received(second, "snapshot") == snapshot(0).manifest.size_bytes
+        reborn.task.cancel()
+        await asyncio.wait([reborn.task])
