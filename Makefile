@@ -15,7 +15,12 @@ ENGINES ?= $(basename $(notdir $(wildcard deploy/engines/*.lock)))
 RUNTIME := $(VENV)/installed-all
 DEVELOPMENT := $(VENV)/installed-all-dev
 
-.PHONY: help quickstart env engine-env test test-engines lint lint-python lint-proto format proto deploy-check push-chaos clean
+KILLS ?= 200
+INPUTS ?= 1000000
+SEED ?=
+
+.PHONY: help quickstart env engine-env test test-engines chaos fuzz lint lint-python lint-proto format proto \
+	deploy-check push-chaos clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
@@ -49,6 +54,12 @@ test-engines: env ## one suite for every engine, each in its own environment, wh
 		$(BIN)/python deploy/engines/build $$engine || echo "the environment of $$engine could not be made; its tests are skipped" >&2; \
 	done
 	$(BIN)/pytest tests/engines -m engines $(PYTEST_ARGS)
+
+chaos: env ## a rehearsal under fire: KILLS=200 processes killed with loss of power, a bad network; SEED=N repeats one
+	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+fuzz: env ## INPUTS=1000000 arbitrary and mutated inputs for every RPC and the log reader; SEED=N repeats some
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 lint: lint-python lint-proto ## style, types, import contracts, the wire contract
 
