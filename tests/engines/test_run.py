@@ -59,7 +59,7 @@ def configuration(directory: Path, metrics_ports: list[int]) -> Path:
             "inference_servers": ["127.0.0.1:0"] * len(ENGINES),
         },
         "metrics": {"replay_buffer": 0, "learner": 0, "inference_servers": metrics_ports},
-        "evaluation": {"tasks": 0},
+        "evaluation": {"tasks": 0, "members": 1},
         "inference_server": {
             "engines": list(ENGINES),
             "prefetch": 0,
