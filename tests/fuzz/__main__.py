@@ -1,8 +1,8 @@
 """`python -m tests.fuzz --inputs 1000000`: arbitrary and mutated inputs for every RPC and for the log reader.
 
 In one process, at the handlers, without a network. An input may be refused with a LeewayError and nothing else; it may
-take ten seconds of CPU at most, and the process may not grow beyond a bound. The first input that breaks this ends it, with
-the seed of its batch, which repeats it: `--seed SEED --inputs 10000`.
+take ten seconds of CPU at most, and the process may not grow beyond a bound. The first input that breaks this ends it,
+with the seed of its batch, which repeats it: `--seed SEED --inputs 10000`.
 """
 
 from __future__ import annotations
