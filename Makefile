@@ -13,7 +13,11 @@ PYTEST_ARGS ?=
 RUNTIME := $(VENV)/installed-all
 DEVELOPMENT := $(VENV)/installed-all-dev
 
-.PHONY: help quickstart env test lint lint-python lint-proto format proto deploy-check clean
+KILLS ?= 200
+INPUTS ?= 1000000
+SEED ?=
+
+.PHONY: help quickstart env test chaos fuzz lint lint-python lint-proto format proto deploy-check push-chaos clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
@@ -37,6 +41,12 @@ $(DEVELOPMENT): $(RUNTIME)
 
 test: env lint ## lint, then every test
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+chaos: env ## a rehearsal under fire: KILLS=200 processes killed with loss of power, a bad network; SEED=N repeats one
+	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+fuzz: env ## INPUTS=1000000 arbitrary and mutated inputs for every RPC and the log reader; SEED=N repeats some
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 lint: lint-python lint-proto ## style, types, import contracts, the wire contract
 
@@ -65,6 +75,9 @@ format: env ## formats Python and proto files
 
 proto: ## generates leeway/v1 from proto/leeway/v1
 	proto/generate
+
+push-chaos: env ## pushes weights PUSHES times under kills and corruption; 1000 unless set
+	$(BIN)/python -m tests.push --pushes $(or $(PUSHES),1000)
 
 deploy-check: env ## checks Dockerfiles, compose file and Prometheus configuration
 	deploy/check
