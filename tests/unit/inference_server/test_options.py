@@ -59,7 +59,7 @@ def test_every_bound_reaches_the_part_that_keeps_it(config: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("inference_server.engine=vllm", "inference_server.engine"),
+        ("inference_server.engine=tgi", "inference_server.engine"),
         ("inference_server.window=9", r"inference_server\.window: unknown key"),
         ("inference_server.reward_concurrency=0", "inference_server.reward_concurrency"),
         ("inference_server.arithmetic.token_seconds=-1", r"inference_server\.arithmetic\.token_seconds"),
