@@ -78,6 +78,16 @@ def test_an_index_without_an_address_is_refused(config: Path, index: int) -> Non
         InferenceServerProcess(load_document(config), index)
 
 
+def test_a_backend_samples_where_one_is_named(config: Path) -> None:
+    named = 'inference_server.backends=["127.0.0.1:7501", "127.0.0.1:7502"]'
+    assert InferenceServerProcess(load_document(config), 1).backend is None
+    assert InferenceServerProcess(load_document(config, [named]), 1).backend == "127.0.0.1:7502"
+    assert InferenceServerProcess(load_document(config, [named]), 1, "127.0.0.1:9").backend == "127.0.0.1:9"
+    one = 'inference_server.backends=["127.0.0.1:7501"]'
+    with pytest.raises(ConfigError, match=r"inference_server.backends has 1 entries"):
+        InferenceServerProcess(load_document(config, [one]), 1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
