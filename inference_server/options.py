@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from inference_server.engines.arithmetic import ArithmeticEngineOptions
+from inference_server.engines.sglang_options import SglangEngineOptions
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from inference_server.engines.vllm_options import VllmEngineOptions
 from inference_server.reward import RewardLimits
@@ -16,7 +17,7 @@ from inference_server.trajectory_writer import WriterLimits
 from leeway.config import Address, Options
 from leeway.errors import ConfigError
 
-EngineName = Literal["transformers", "vllm", "arithmetic"]
+EngineName = Literal["transformers", "vllm", "sglang", "arithmetic"]
 
 
 class InferenceServerOptions(Options):
@@ -38,6 +39,7 @@ class InferenceServerOptions(Options):
     )
     transformers: TransformersEngineOptions = TransformersEngineOptions()
     vllm: VllmEngineOptions = VllmEngineOptions()
+    sglang: SglangEngineOptions = SglangEngineOptions()
     arithmetic: ArithmeticEngineOptions = ArithmeticEngineOptions()
 
     prefetch: int = Field(
@@ -88,12 +90,23 @@ class InferenceServerOptions(Options):
 
     def max_concurrency(self, engine: EngineName) -> int:
         """Most sequences that an engine decodes at once."""
-        options = {"transformers": self.transformers, "vllm": self.vllm, "arithmetic": self.arithmetic}
+        options = {
+            "transformers": self.transformers,
+            "vllm": self.vllm,
+            "sglang": self.sglang,
+            "arithmetic": self.arithmetic,
+        }
         return options[engine].max_concurrency
 
     def python(self, engine: EngineName) -> Path | None:
         """The interpreter of an engine with an environment of its own, where it has one."""
-        return self.vllm.python if engine == "vllm" else None
+        match engine:
+            case "vllm":
+                return self.vllm.python
+            case "sglang":
+                return self.sglang.python
+            case "transformers" | "arithmetic":
+                return None
 
     def worker_limits(self) -> WorkerLimits:
         """Bounds of the worker."""

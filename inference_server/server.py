@@ -176,6 +176,11 @@ class InferenceServerProcess:
             from inference_server.engines.vllm_engine import VllmEngine
 
             return await VllmEngine.start(self.model.directory, self.options.vllm)
+        if self.engine == "sglang":
+            _require_module("sglang")
+            from inference_server.engines.sglang_engine import SglangEngine
+
+            return await SglangEngine.start(self.model.directory, self.options.sglang)
         from inference_server.engines.transformers_engine import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)

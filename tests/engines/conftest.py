@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from tests.engines.engine_server import EngineServer, EnvironmentMissingError, engine_server
 from tests.unit import tiny_models
 
-ENGINES = ("transformers", "vllm")
+ENGINES = ("transformers", "vllm", "sglang")
 VOCAB_SIZE = 256
 CONTEXT_LENGTH = 2048
 # A head size and an expert size that every engine has kernels for.

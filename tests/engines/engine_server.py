@@ -49,6 +49,8 @@ def engine_options(engine: str, *, gpu: bool = False, **options: Any) -> dict[st
     own: dict[str, Any] = {}
     if engine == "vllm" and not gpu:
         own = {"kv_cache_bytes": 1 << 26, "arguments": {"enforce_eager": True}}
+    elif engine == "sglang" and not gpu:
+        own = {"max_cached_tokens": 16384, "arguments": ["--mem-fraction-static", "0.3"]}
     return {"dtype": "float32", "max_concurrency": 4, **own, **options}
 
 

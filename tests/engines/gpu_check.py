@@ -55,7 +55,7 @@ class Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", choices=("vllm",), default="vllm")
+    parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm")
     parser.add_argument("--python", default=sys.executable, help="interpreter of the engine's environment")
     parser.add_argument("--on-cpu", action="store_true", help="try the script itself where there is no GPU")
     arguments = parser.parse_args()

@@ -37,7 +37,8 @@ def snapshot(models: list[PreTrainedModel], step: int) -> WeightSnapshot:
 
 def long_sampling(server: EngineServer, *, routing: bool = False) -> SamplingParams:
     """For a sequence that is still running when a swap has been made ready: engines differ in speed."""
-    return SamplingParams(1.0, 400 if server.engine == "transformers" else 1700, (), 3, 0, routing=routing)
+    num_tokens = {"transformers": 400, "vllm": 1700, "sglang": 150}[server.engine]
+    return SamplingParams(1.0, num_tokens, (), 3, 0, routing=routing)
 
 
 async def test_logprobs_candidates_and_routing_are_those_of_transformers(
@@ -210,6 +211,9 @@ def test_an_engines_own_metrics_are_passed_on(server: EngineServer) -> None:
         for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total"):
             assert f"vllm:{name}" in metrics
         assert metrics["vllm:generation_tokens_total"] > 0
+    if server.engine == "sglang":
+        for name in ("num_running_reqs", "num_queue_reqs", "token_usage", "generation_tokens_total"):
+            assert f"sglang:{name}" in metrics
 
 
 async def test_a_dense_model_and_the_death_of_an_engines_process(dense_server: EngineServer) -> None:
