@@ -213,12 +213,16 @@ async def test_deltas_spoilt_on_their_way_are_repaired(metrics: InferenceServerM
         assert not learner.refusal()
 
 
-async def test_announcements_out_of_order_never_lead_back(metrics: InferenceServerMetrics) -> None:
+async def test_announcements_out_of_order_never_lead_back(
+    metrics: InferenceServerMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "inference_server.weight_receiver")
     engine = BytesEngine()
     async with pair(engine=engine, metrics=metrics) as (learner, server, _):
         await learner.publisher.publish(snapshot(2))
         await server.reaches(snapshot(2).version)
         await learner.publisher.publish(snapshot(1))  # it was sent before, and comes late
+        await until(lambda: "passed over" in caplog.text or len(engine.served) > 1)
         await learner.publisher.publish(snapshot(3))
         await server.reaches(snapshot(3).version)
         await until(lambda: snapshot(3).version in learner.acknowledged)
