@@ -65,7 +65,7 @@ async def test_a_backup_holds_what_was_acknowledged(
         assert after["consumed"] == before["consumed"]
         ready = run.state.groups[tickets[0].group_id]
         assert ready.state is GroupState.READY
-        assert all(run.buffer.read_many([place) for member in ready.members for place in member.records])
+        assert all(run.buffer.read_many([place]) for member in ready.members for place in member.records)
 
 
 async def test_a_restored_copy_fences_what_the_original_did_afterwards(original: Path, copy: Path) -> None:
