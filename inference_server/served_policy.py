@@ -3,6 +3,9 @@
 weight receiver ──┐
                   ├── update: fence, then one at a time ──> engine.update_weights ──> wakes wait_for_change (the worker)
 UpdateWeights ────┘
+
+An update that has begun is finished, even if whoever asked for it is gone: the engine is never left between two
+versions.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class ServedPolicy:
         self._highest_epoch = 0
         self._updating = asyncio.Lock()
         self._changed = asyncio.Event()
+        self._swaps: set[asyncio.Task[float]] = set()
 
     @property
     def version(self) -> PolicyVersion | None:
@@ -55,6 +59,17 @@ class ServedPolicy:
                 f"weights {snapshot.version} belong to another run; this server serves {self._run!r}"
             )
         self.raise_fence(snapshot.publisher_epoch)
+        swap = asyncio.create_task(self._swap(snapshot), name=f"swap to {snapshot.version}")
+        self._swaps.add(swap)
+        swap.add_done_callback(self._swapped)
+        return await asyncio.shield(swap)
+
+    def _swapped(self, swap: asyncio.Task[float]) -> None:
+        self._swaps.discard(swap)
+        if not swap.cancelled():
+            swap.exception()  # seen, though whoever asked may be gone
+
+    async def _swap(self, snapshot: WeightSnapshot) -> float:
         async with self._updating:
             self.raise_fence(snapshot.publisher_epoch)
             if snapshot.version == self.version:

@@ -206,7 +206,7 @@ class WeightReceiver:
             return
         except LeewayError as error:
             await self._refuse(version, error)
-            if isinstance(error, CorruptDataError):  # what is wrong on its way may be right the next time
+            if isinstance(error, CorruptDataError | InvalidDataError):  # spoilt on its way: perhaps not the next time
                 await self._announce_again()
             return
         self._metrics.weight_push_seconds.observe(loop.time() - announced_at)

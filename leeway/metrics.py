@@ -38,10 +38,50 @@ class ReplayBufferMetrics:
         self.dropped_groups = Gauge(
             "leeway_replay_dropped_groups", "Training groups dropped, by reason", ["run", "reason"], registry=registry
         )
+        self.oldest_group_age_seconds = Gauge(
+            "leeway_replay_oldest_group_age_seconds",
+            "Since the first ticket of the oldest training group in a state",
+            ["run", "state"],
+            registry=registry,
+        )
+        self.ended_groups = Counter(
+            "leeway_replay_ended_groups_total",
+            "Training groups ended since the start, by fate",
+            ["run", "fate"],
+            registry=registry,
+        )
+        self.ended_group_bytes = Counter(
+            "leeway_replay_ended_group_bytes_total",
+            "What was written of them, by fate: the length bias of what is dropped",
+            ["run", "fate"],
+            registry=registry,
+        )
+        self.dead_letters = Gauge(
+            "leeway_replay_dead_letters",
+            "Groups set aside whose tasks were not queued again",
+            ["run"],
+            registry=registry,
+        )
+        self.leases = Gauge(
+            "leeway_replay_leases", "Groups lent out, lapsed loans included", ["run"], registry=registry
+        )
         self.head_step = Gauge("leeway_replay_head_step", "Step of the head version", ["run"], registry=registry)
+        self.committed_step = Gauge(
+            "leeway_replay_committed_step", "Newest step consumed for good", ["run"], registry=registry
+        )
         self.epoch = Gauge("leeway_replay_epoch", "Newest learner epoch", ["run"], registry=registry)
         self.log_bytes = Gauge("leeway_replay_log_bytes", "Size of the log on disk", registry=registry)
         self.free_bytes = Gauge("leeway_replay_disk_free_bytes", "Free space on the log's disk", registry=registry)
+        self.received_bytes = Gauge(
+            "leeway_replay_received_bytes", "Received, not yet durable; bounded by max_pending_bytes", registry=registry
+        )
+        self.waiting_bytes = Gauge(
+            "leeway_replay_waiting_bytes", "Part of them in streams that are slowed", registry=registry
+        )
+        self.stalled = Gauge("leeway_replay_log_stalled", "1 while the disk is full, else 0", registry=registry)
+        self.refusals = Counter(
+            "leeway_replay_refusals_total", "RESOURCE_EXHAUSTED answered, by cause", ["cause"], registry=registry
+        )
         self.appended_records = Counter(
             "leeway_replay_appended_records_total", "Records made durable", registry=registry
         )
@@ -52,8 +92,27 @@ class ReplayBufferMetrics:
         self.issued_tickets = Counter(
             "leeway_replay_issued_tickets_total", "Tickets issued", ["run", "purpose", "server"], registry=registry
         )
+        self.reissued_tickets = Counter(
+            "leeway_replay_reissued_tickets_total",
+            "Tickets for groups that an earlier one did not finish",
+            ["run", "purpose"],
+            registry=registry,
+        )
+        self.ticket_wait_seconds = Histogram(
+            "leeway_replay_ticket_wait_seconds",
+            "Wait of a call that got tickets",
+            ["run"],
+            buckets=_SECONDS_BUCKETS,
+            registry=registry,
+        )
         self.written_items = Counter(
             "leeway_replay_written_items_total", "Items answered, by status", ["run", "status"], registry=registry
+        )
+        self.written_bytes = Counter(
+            "leeway_replay_written_bytes_total", "Chunks accepted", ["run", "server"], registry=registry
+        )
+        self.closed_trajectories = Counter(
+            "leeway_replay_closed_trajectories_total", "Closes accepted", ["run", "server"], registry=registry
         )
         self.draw_wait_seconds = Histogram(
             "leeway_replay_draw_wait_seconds",

@@ -50,7 +50,10 @@ async def run(
     try:
         metrics.log_bytes.set_function(lambda: durable_log.size_bytes)
         metrics.free_bytes.set_function(lambda: free_bytes_of(options.directory))
+        metrics.stalled.set_function(lambda: durable_log.stalled)
         buffer = ReplayBuffer(options, durable_log, observer(metrics))
+        metrics.received_bytes.set_function(lambda: buffer.intake.received_bytes)
+        metrics.waiting_bytes.set_function(lambda: buffer.intake.waiting_bytes)
         buffer.start()
         serve_metrics(registry, metrics_options.host, metrics_options.replay_buffer)
         service = ReplayService(buffer)

@@ -34,7 +34,6 @@ from leeway.types import (
     ModelSignature,
     OpenedRun,
     PolicyVersion,
-    Purpose,
     RunSpec,
     RunStatus,
     Ticket,
@@ -50,7 +49,7 @@ from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.evaluation import decide_evaluation, result_of
 from replay_buffer.groups import Group, Location
 from replay_buffer.index import Filter
-from replay_buffer.intake import Intake
+from replay_buffer.intake import Cause, Intake
 from replay_buffer.leases import Leases
 from replay_buffer.lifecycle import (
     Ledger,
@@ -64,6 +63,7 @@ from replay_buffer.lifecycle import (
     decide_rollback,
 )
 from replay_buffer.log import Log
+from replay_buffer.observer import ENDS, Observer, endings
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.records import Record, decode, encode
 from replay_buffer.selection import check_kept, select
@@ -101,16 +101,6 @@ class _Run:
     """(epoch, step) of the newest version that each server has asked for work at."""
 
 
-@dataclass(frozen=True, slots=True)
-class Observer:
-    """Who is told what happened, for metrics."""
-
-    run_opened: Callable[[RunState], None] = lambda _: None
-    ticket_issued: Callable[[str, Purpose, str], None] = lambda _run, _purpose, _server: None
-    items_written: Callable[[str, Sequence[WriteResult]], None] = lambda _run, _results: None
-    draw_waited: Callable[[str, float], None] = lambda _run, _seconds: None
-
-
 class ReplayBuffer:
     """Every run of one log directory."""
 
@@ -125,7 +115,7 @@ class ReplayBuffer:
         self._log = durable_log
         self._observer = observer or Observer()
         self._free_bytes = free_bytes or free_bytes_of
-        self.intake = Intake(options, durable_log)
+        self.intake = Intake(options, durable_log, self._observer.refused)
         self._runs: dict[str, _Run] = {}
         self._storage = Storage(options, durable_log)
         self._drafts = Drafts()
@@ -146,7 +136,7 @@ class ReplayBuffer:
         for run in self._runs.values():
             for group in _open_groups(run.state):
                 run.leases.renew(group.group_id, now)
-            self._observer.run_opened(run.state)
+            self._observer.run_opened(run.state, run.leases)
             if self._storage.restored_from is not None:
                 self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
@@ -311,7 +301,8 @@ class ReplayBuffer:
             PreconditionError: the version was never registered.
             ExhaustedError: the disk is nearly full.
         """
-        run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
+        run, began = self._run(name), self._now()
+        deadline = began + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
         asked_at = (version.epoch, version.step)
         if asked_at > run.asked.get(server_id, asked_at):
@@ -325,17 +316,19 @@ class ReplayBuffer:
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
-                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id)
+                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id, ticket.ticket.attempt)
             if issued or not await run.work.wait(deadline):
                 break
             self._check_running()
             if run.asked[server_id] > asked_at:
                 break
         finished = run.state.finished
+        if issued:
+            self._observer.tickets_waited(name, self._now() - began)
         await self.intake.settled()
         return [entry.ticket for entry in issued], finished
 
-    def write(self, name: str, items: Sequence[WriteItem]) -> list[WriteResult]:
+    def write(self, name: str, items: Sequence[WriteItem], server_id: str = "") -> list[WriteResult]:
         """Take items in order. Their answers may go out when `durable(mark)` returns, with `mark` read right after.
 
         Raises:
@@ -350,10 +343,11 @@ class ReplayBuffer:
                 self._record(name, transition)
             result = decision.result
             if result.status is WriteStatus.EXHAUSTED:
+                self._observer.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
                 result = replace(result, retry_seconds=self._options.retry_seconds)
             results.append(result)
         self._renew_written(run, results)
-        self._observer.items_written(name, results)
+        self._observer.items_written(name, server_id, items, results)
         return results
 
     async def renew_leases(self, name: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
@@ -466,8 +460,11 @@ class ReplayBuffer:
         record = Record(name, time.time_ns(), transition)
         location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
+        ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
         self._apply(record, location)
         run = self._runs[name]
+        if ended:
+            self._observer.groups_ended(name, ended)
         match transition:
             case StepsCommitted():
                 return
@@ -484,7 +481,7 @@ class ReplayBuffer:
                     run.leases.release(found[0].group_id)
                     run.results.notify()
             case RunOpened() if is_new:
-                self._observer.run_opened(run.state)
+                self._observer.run_opened(run.state, run.leases)
                 self._opened.notify()
             case _:
                 run.work.notify()
@@ -535,13 +532,15 @@ class ReplayBuffer:
 
     def _check_soft_mark(self) -> None:
         if self._log.stalled:
-            raise self.intake.refusal("the disk is full; no new work is given out until there is room")
+            message = "the disk is full; no new work is given out until there is room"
+            raise self.intake.refusal(Cause.DISK, message)
         free, wanted = self._free_bytes(self._options.directory), self._options.soft_free_bytes
         if free < wanted:
             self._room_until = 0.0
             raise self.intake.refusal(
+                Cause.FREE_BYTES,
                 f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
-                "no new work is given out until there is room"
+                "no new work is given out until there is room",
             )
 
     # Leases
@@ -563,6 +562,7 @@ class ReplayBuffer:
     def _drop_expired(self, run: _Run) -> None:
         for drop in decide_expired(run.state, self._expired(run)):
             self._record(run.state.spec.run, drop)
+        run.leases.retain(run.state.groups.unended)
         run.work.notify()
         run.results.notify()  # a draw waits for nobody whose lease ran out
 

@@ -31,6 +31,8 @@ _VERSION: Final = 1
 _WAITING: Final = 64
 """Ended groups that are written in one transaction."""
 _PAGE: Final = 256
+_LARGEST: Final = (1 << 63) - 1
+"""SQLite's largest integer; no group has such a number or step."""
 
 _SCHEMA: Final = """
 CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
@@ -68,16 +70,21 @@ class Filter(NamedTuple):
 class Index:
     """The index of one directory; without a path it lives in memory. Used from one thread, except `sync`."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, read_only: bool = False) -> None:
         """Open the file, or make it.
+
+        Args:
+            path: the file.
+            read_only: it exists, and perhaps belongs to a running buffer; what is put stays in memory.
 
         Raises:
             CorruptDataError: it is not an index that can be used; `remove` it.
         """
         self._path = path
+        self._read_only = read_only
         self._groups: dict[tuple[str, int], Group] = {}  # waiting to be written
         self._evaluations: dict[tuple[str, str], tuple[EvaluationState, Location]] = {}
-        self._file = _connect(path)
+        self._file = _connect(path, read_only=read_only)
         self.first_segment = 1
         """The oldest segment that there is; what has a record in an older one is retired."""
 
@@ -143,7 +150,7 @@ class Index:
         self._write()
         row = self._file.execute(
             "SELECT min(oldest_segment) FROM groups WHERE run = ? AND state = ? AND purpose = ? AND step > ?",
-            (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), after_step),
+            (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), min(after_step, _LARGEST)),
         ).fetchone()
         return row[0]
 
@@ -164,7 +171,7 @@ class Index:
         self._evaluations[run, state.evaluation.evaluation_id] = (state, location)
 
     def _write(self, complete: tuple[bytes, Position] | None = None) -> None:
-        if not (self._groups or self._evaluations or complete):
+        if self._read_only or not (self._groups or self._evaluations or complete):
             return
         try:
             with self._file:
@@ -193,7 +200,7 @@ class Index:
             return waiting
         with _reading(self._path):
             row = self._file.execute(
-                "SELECT checksum, body FROM groups WHERE run = ? AND created = ?", (run, created)
+                "SELECT checksum, body FROM groups WHERE run = ? AND created = ?", (run, min(created, _LARGEST))
             ).fetchone()
         return None if row is None else self._group(row)
 
@@ -218,7 +225,7 @@ class Index:
         with _reading(self._path):
             rows = self._file.execute(
                 "SELECT created, checksum, body FROM groups WHERE run = ? AND step = ? AND step > 0 AND state = ?",
-                (run, step, int(GroupState.CONSUMED)),
+                (run, min(step, _LARGEST), int(GroupState.CONSUMED)),
             ).fetchall()
         written = [self._group(row[1:]) for row in rows if (run, row[0]) not in self._groups]
         consumed = [group for group in [*waiting, *written] if group.state is GroupState.CONSUMED]
@@ -259,16 +266,21 @@ class Index:
         ).fetchone()
         return None if row is None else row[0]
 
-    def counts(self) -> dict[str, int]:
-        """Groups by run."""
-        self._write()
-        return dict(self._file.execute("SELECT run, count(*) FROM groups GROUP BY run").fetchall())
+    def entries(self, before: Position) -> Iterator[tuple[str, str, bytes]]:
+        """(run, group or evaluation, entry) of what ended before a place of the log, in a fixed order; for comparison.
 
-    def evaluation_ids(self, run: str) -> list[str]:
-        """Every ended evaluation of a run."""
+        Raises:
+            CorruptDataError: an entry fails its checksum.
+        """
         self._write()
-        query = "SELECT evaluation_id FROM evaluations WHERE run = ? ORDER BY evaluation_id"
-        return [evaluation_id for (evaluation_id,) in self._file.execute(query, (run,))]
+        for name, key in (("groups", "created"), ("evaluations", "evaluation_id")):
+            query = (
+                f"SELECT run, {key}, checksum, body FROM {name} "  # noqa: S608 (fixed names)
+                f"WHERE (ended_segment, ended_offset) < (?, ?) ORDER BY run, {key}"
+            )
+            with _reading(self._path):
+                for run, number, checksum, body in self._file.execute(query, before):
+                    yield run, f"{name} {number}", self._checked((checksum, body))
 
     def _group(self, row: tuple[int, bytes]) -> Group:
         try:
@@ -329,15 +341,24 @@ class RunIndex:
                 yield group
 
 
-def _connect(path: Path | None) -> sqlite3.Connection:
-    file = sqlite3.connect(path or ":memory:", check_same_thread=False)
+def _connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
+    try:
+        if path is not None and read_only:
+            # Without a write-ahead log beside it nobody writes it, and reading it must not make one.
+            how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+            file = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, check_same_thread=False)
+        else:
+            file = sqlite3.connect(path or ":memory:", check_same_thread=False)
+    except sqlite3.Error as error:
+        raise CorruptDataError(_damaged(path, str(error))) from error
     try:
         if file.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
-            if file.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+            if read_only or file.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                 raise CorruptDataError(_damaged(path, "it has another version"))
             file.executescript(f"PRAGMA journal_mode=WAL; {_SCHEMA} PRAGMA user_version={_VERSION};")
         # Whole after a power cut, though perhaps behind. Only `sync` waits for the disk.
-        file.executescript("PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;")
+        if not read_only:
+            file.executescript("PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;")
     except sqlite3.DatabaseError as error:
         file.close()
         raise CorruptDataError(_damaged(path, str(error))) from error
@@ -371,7 +392,7 @@ def _clauses(run: str, wanted: Filter) -> tuple[str, list[object]]:
         values.append(int(wanted.state))
     if wanted.step:
         clauses.append("step = ? AND step > 0")
-        values.append(wanted.step)
+        values.append(min(wanted.step, _LARGEST))
     return " AND ".join(clauses), values
 
 

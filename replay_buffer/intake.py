@@ -14,18 +14,31 @@ message more for each stream that is being read.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from enum import StrEnum
 
 from leeway.errors import ExhaustedError
 from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
 
 
+class Cause(StrEnum):
+    """Why somebody was refused."""
+
+    PENDING_BYTES = "pending_bytes"  # too much waits for the disk
+    DISK = "disk"  # it takes nothing
+    FREE_BYTES = "free_bytes"  # it is nearly full
+
+
 class Intake:
     """Slows writers, then refuses them."""
 
-    def __init__(self, options: ReplayBufferOptions, durable_log: Log) -> None:
+    def __init__(
+        self, options: ReplayBufferOptions, durable_log: Log, on_refused: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._options = options
         self._log = durable_log
+        self._on_refused = on_refused
         self.waiting_bytes = 0
 
     @property
@@ -48,7 +61,8 @@ class Intake:
             return
         limit = self._options.max_pending_bytes
         if self.received_bytes + size_bytes > limit:
-            raise self.refusal(f"{limit >> 20} MiB of writes wait for the disk (replay_buffer.max_pending_bytes)")
+            message = f"{limit >> 20} MiB of writes wait for the disk (replay_buffer.max_pending_bytes)"
+            raise self.refusal(Cause.PENDING_BYTES, message)
         self.waiting_bytes += size_bytes
         try:
             while self.crowded():
@@ -68,10 +82,10 @@ class Intake:
                 await self._log.durable(mark)
         except TimeoutError:
             cause = "is full" if self._log.stalled else "is too slow"
-            raise self.refusal(
-                f"the disk {cause}: nothing became durable within {self._options.hold_seconds:g} s"
-            ) from None
+            message = f"the disk {cause}: nothing became durable within {self._options.hold_seconds:g} s"
+            raise self.refusal(Cause.DISK, message) from None
 
-    def refusal(self, message: str) -> ExhaustedError:
+    def refusal(self, cause: Cause, message: str) -> ExhaustedError:
         """The error that says when to come back."""
+        self._on_refused(cause)
         return ExhaustedError(f"{self._options.directory}: {message}", self._options.retry_seconds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Final
 
 EXPIRED: Final = float("-inf")
@@ -14,6 +14,9 @@ class Leases:
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
         self._deadlines: dict[str, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._deadlines)
 
     def renew(self, group_id: str, now: float) -> None:
         """The server showed that it is at work."""
@@ -27,6 +30,11 @@ class Leases:
     def release(self, group_id: str) -> None:
         """The group needs no server any more."""
         self._deadlines.pop(group_id, None)
+
+    def retain(self, group_ids: Container[str]) -> None:
+        """Forget every group but these."""
+        for group_id in [group_id for group_id in self._deadlines if group_id not in group_ids]:
+            del self._deadlines[group_id]
 
     def expired(self, group_id: str, now: float) -> bool:
         """Whether the group may be lent again."""

@@ -101,7 +101,8 @@ class WriteStream:
 
     def _write(self, request: replay_pb2.WriteTrajectoriesRequest) -> list[WriteResult]:
         items = [_item(message) for message in request.items]
-        written = iter(self._buffer.write(request.run, [item for item in items if isinstance(item, WriteItem)]))
+        taken = [item for item in items if isinstance(item, WriteItem)]
+        written = iter(self._buffer.write(request.run, taken, request.server_id))
         return [next(written) if isinstance(item, WriteItem) else item for item in items]
 
 

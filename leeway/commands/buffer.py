@@ -13,6 +13,7 @@ from rich.table import Table
 
 from learner.checkpoint import CheckpointStore
 from learner.options import LearnerOptions
+from leeway.commands import buffer_files
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import load_run_document
 from leeway.config import section
@@ -24,7 +25,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
     """Declare the group of commands."""
     parser = subparsers.add_parser("buffer", help="look after a run's replay buffer", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_rollback, _add_dead_letters, _add_requeue):
+    for add in (_add_rollback, _add_dead_letters, _add_requeue, _add_backup, buffer_files.add_commands):
         add(commands)
 
 
@@ -130,4 +131,34 @@ def _requeue(arguments: argparse.Namespace) -> int:
             return await client.requeue_dead_letters([] if arguments.all else arguments.groups)
 
     print(f"{asyncio.run(requeue())} tasks are queued again")
+    return EXIT_OK
+
+
+# leeway buffer backup
+
+
+def _add_backup(commands: Any) -> None:  # noqa: ANN401
+    parser = _command(
+        commands,
+        "backup",
+        "copy the log to a new folder, while the run goes on",
+        "The copy is consistent and can be opened in the original's place ([replay_buffer] directory). It is a log of "
+        "its own then: every learner and every loan from before is fenced, and a learner's checkpoint that it does not "
+        "know is refused. Sealed segments are hard links on the same disk.",
+    )
+    parser.add_argument(
+        "target", type=Path, metavar="DIR", help="a folder on the buffer's host that does not exist yet"
+    )
+    parser.set_defaults(handler=_backup)
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    document = load_run_document(arguments.run)
+    target: Path = arguments.target.resolve()
+
+    async def back_up() -> int:
+        async with open_replay(document) as client:
+            return await client.back_up(str(target))
+
+    print(f"{target}: {asyncio.run(back_up()) >> 20} MiB of log")
     return EXIT_OK

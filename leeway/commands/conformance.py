@@ -30,7 +30,7 @@ from leeway.errors import ConfigError, InvalidDataError, UnavailableError
 from leeway.rpc import Security
 
 _STYLES: Final = {Status.PASSED: "green", Status.FAILED: "bold red", Status.SKIPPED: "yellow", Status.NOT_RUN: "dim"}
-_NARROWEST_TABLE: Final = 140
+_NARROWEST_TABLE: Final = 160
 _ANSWER_SECONDS: Final = 20.0
 
 

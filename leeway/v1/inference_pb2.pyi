@@ -240,7 +240,7 @@ class WeightUpdateHeader(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     publisher_epoch: _builtins.int
-    """Incarnation of the learner that publishes; a server refuses one below the highest it has seen."""
+    """Incarnation of the learner that publishes; a server refuses one below the highest it has seen of the version's run."""
     @_builtins.property
     def version(self) -> _common_pb2.PolicyVersion:
         """The version whose weights follow."""

@@ -22,7 +22,9 @@ from tests.contract.test_inference_service import Completion, request, snapshot
 @asynccontextmanager
 async def process(address: str) -> AsyncGenerator[asyncio.subprocess.Process]:
     """The arithmetic backend as a process, killed at the end."""
-    command = ["-m", "tests.contract.arithmetic_backend", "--address", address, "--run", "rehearsal"]
+    # At this pace a long completion takes most of a minute: it is in flight whenever this side gets to look.
+    pace = ("--set", "token_seconds=0.01", "--set", "chunk_tokens=1")
+    command = ["-m", "tests.contract.arithmetic_backend", "--address", address, "--run", "rehearsal", *pace]
     backend = await asyncio.create_subprocess_exec(sys.executable, *command)
     try:
         yield backend

@@ -7,14 +7,17 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from leeway.rpc import check_health
+from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.log import Log, LogOptions
 from replay_buffer.segments import segment_path
-from tests.contract.buffer_server import PLAIN, connected
-from tests.unit.replay_buffer.builders import ROOT, spec
+from tests.contract.buffer_server import PLAIN, connected, write
+from tests.unit.replay_buffer.builders import ROOT, filled, spec, version
 
 WAIT_SECONDS = 30
 
@@ -59,6 +62,66 @@ async def test_it_serves_until_it_is_told_to_stop(
         process.send_signal(how)
         assert await ended(process) == (0, [])
         waiting.cancel()
+
+
+async def test_its_metrics_can_be_scraped(tmp_path: Path, ports: tuple[int, list[str]]) -> None:
+    port, arguments = ports
+    process = await start(tmp_path, *arguments)
+    await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
+    async with connected(f"127.0.0.1:{port}") as client:
+        await client.open_run(spec(groups_per_step=1, max_staleness=1, max_attempts=1), ROOT, [])
+        (whole, poison), _ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
+        await write(client, filled(whole))
+        failure = TrajectoryFailure("the engine died", retryable=True)
+        await write(client, [WriteItem(member.trajectory_id, 1, 0, failure) for member in poison.members])
+        await client.draw_batch(1, 1, WAIT_SECONDS)
+        await client.advance(1, version(1), ROOT)
+        await client.commit(1, 1)
+    metrics_port = arguments[1].rpartition("=")[2]
+    page = await asyncio.to_thread(_scrape, f"http://127.0.0.1:{metrics_port}/metrics")
+    values = {
+        (sample.name, *sorted(set(sample.labels.values()) - {ROOT.run})): sample.value
+        for family in text_string_to_metric_families(page)
+        for sample in family.samples
+    }
+    expected = {
+        ("leeway_replay_groups", "consumed"): 1,
+        ("leeway_replay_groups", "dropped"): 1,
+        ("leeway_replay_groups", "open"): 0,
+        ("leeway_replay_dropped_groups", "dead_letter"): 1,
+        ("leeway_replay_dropped_groups", "stale"): 0,
+        ("leeway_replay_ended_groups_total", "consumed"): 1,
+        ("leeway_replay_ended_groups_total", "dead_letter"): 1,
+        ("leeway_replay_dead_letters",): 1,
+        ("leeway_replay_leases",): 0,
+        ("leeway_replay_head_step",): 1,
+        ("leeway_replay_committed_step",): 1,
+        ("leeway_replay_epoch",): 1,
+        ("leeway_replay_issued_tickets_total", "s0", "train"): 2,
+        ("leeway_replay_reissued_tickets_total", "train"): 0,
+        ("leeway_replay_closed_trajectories_total", "s0"): 2,
+        ("leeway_replay_written_items_total", "acknowledged"): 6,
+        ("leeway_replay_ticket_wait_seconds_count",): 1,
+        ("leeway_replay_draw_wait_seconds_count",): 1,
+        ("leeway_replay_oldest_group_age_seconds", "open"): 0,
+        ("leeway_replay_received_bytes",): 0,
+        ("leeway_replay_waiting_bytes",): 0,
+        ("leeway_replay_log_stalled",): 0,
+        ("leeway_replay_refusals_total", "disk"): 0,
+        ("leeway_replay_refusals_total", "pending_bytes"): 0,
+    }
+    assert {key: values.get(key) for key in expected} == expected
+    assert values["leeway_replay_written_bytes_total", "s0"] > 0
+    assert values["leeway_replay_log_bytes",] > 0
+    assert values["leeway_replay_disk_free_bytes",] > 0
+    assert values["leeway_replay_fsync_seconds_count",] > 0
+    process.send_signal(signal.SIGTERM)
+    assert await ended(process) == (0, [])
+
+
+def _scrape(address: str) -> str:
+    with urlopen(address, timeout=WAIT_SECONDS) as reply:
+        return reply.read().decode()
 
 
 async def test_check_reads_the_configuration_and_nothing_else(tmp_path: Path) -> None:

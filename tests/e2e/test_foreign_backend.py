@@ -10,9 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from inference_server.engines.remote import RemoteEngine
+from leeway import arithmetic, codec
+from leeway.arithmetic import ArithmeticWeights
 from leeway.commands.main import main
 from leeway.ports import free_port
-from leeway.types import GroupState, Purpose
+from leeway.rpc import Security
+from leeway.types import ColumnKind, GroupState, Purpose
+from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
 from tests.e2e.oracle import Evidence, violations
 from tests.e2e.recording_proxy import Call, Write
@@ -37,8 +42,6 @@ def trained_tokens(evidence: Evidence) -> Counter[str]:
 
 def engines(evidence: Evidence) -> set[str]:
     """Every engine that a written segment names."""
-    from leeway import codec
-
     return {
         segment.engine
         for group in evidence.groups
@@ -55,6 +58,32 @@ def test_the_node_backend_keeps_the_contract(capsys: pytest.CaptureFixture[str])
     output = capsys.readouterr().out
     assert code == 0, output
     assert " 0 FAILED, 0 skipped, 0 not run" in output
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.7])
+async def test_the_node_backend_samples_by_the_law_to_the_bit(temperature: float) -> None:
+    backend = node_backend("--chunk-tokens", "7")
+    async with running(backend):
+        remote = await RemoteEngine.connect(backend.address, Security(), timeout_seconds=60)
+        try:
+            await remote.update_weights(snapshot(1, 2))
+            generation = request(400, seed=2**64 - 1, temperature=temperature, topk=6, routing=True)
+            completion = await Completion(generation).collect(remote)
+            assert completion.check_labels() == {2}
+        finally:
+            await remote.aclose()
+    weights = ArithmeticWeights.of(snapshot(1, 2).version)
+    prompt = len(generation.prompt_token_ids)
+    tokens = [*generation.prompt_token_ids.tolist(), *completion.column(ColumnKind.TOKEN_IDS).tolist()]
+    rows = completion.column(ColumnKind.ROUTING).tolist()
+    assert rows == [arithmetic.routing_row(weights, at, token) for at, token in enumerate(tokens[:-1])]
+    candidates = completion.column(ColumnKind.TOPK_TOKEN_IDS).tolist()
+    for at in range(prompt, len(tokens)):
+        distribution = arithmetic.next_distribution(weights, at, tokens[at - 1], temperature)
+        assert (tokens[at], candidates[at - prompt]) == (
+            arithmetic.sample(distribution, at, generation.sampling.seed)[0],
+            distribution.top(6),
+        )
 
 
 async def test_the_node_backend_feeds_a_run(tmp_path: Path) -> None:

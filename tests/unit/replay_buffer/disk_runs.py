@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import fields, is_dataclass
@@ -81,6 +82,8 @@ async def opened(
             if cleanly:
                 await buffer.aclose()
             else:
+                if (saving := buffer._storage._saving) is not None:
+                    await asyncio.wait([saving])  # a thread cannot be killed
                 buffer._storage.index._file.close()
     finally:
         await log.aclose()

@@ -1,0 +1,153 @@
+"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are spoilt with a given probability."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from learner.local_weights import LocalWeights
+from learner.publication import Part, Publication
+from learner.publisher import Publisher
+from learner.streamed_weights import StreamedWeights
+from leeway import arithmetic
+from leeway.errors import UnavailableError
+from leeway.metrics import LearnerMetrics
+from leeway.rpc import RunningServer, Security, start_server
+from leeway.types import PolicyVersion, WeightSnapshot
+from leeway.v1 import policy_pb2, policy_pb2_grpc
+
+
+class Faults:
+    """When, and what: reproducible from a seed."""
+
+    def __init__(self, seed: int, probability: float) -> None:
+        self.random = random.Random(seed)
+        self.probability = probability
+        self.counts: Counter[str] = Counter()
+
+    def strikes(self, what: str) -> bool:
+        """Whether something goes wrong here."""
+        if self.random.random() >= self.probability:
+            return False
+        self.counts[what] += 1
+        return True
+
+    def spoilt(self, data: Part) -> bytes:
+        """One bit differs, or the end is missing, or there is more of it."""
+        changed = bytearray(data)
+        kind = self.random.choice(["flip", "cut", "more"])
+        if kind == "flip" and changed:
+            changed[self.random.randrange(len(changed))] ^= 1 << self.random.randrange(8)
+        elif kind == "cut" and changed:
+            del changed[self.random.randrange(len(changed)) :]
+        else:
+            changed += b"\0"
+        return bytes(changed)
+
+    def disordered(self, parts: Sequence[Any]) -> list[Any]:
+        """Two are swapped, or one comes twice, or one not at all."""
+        changed = list(parts)
+        if changed:
+            one, other = (self.random.randrange(len(changed)) for _ in range(2))
+            kind = self.random.choice(["swap", "twice", "lost"])
+            if kind == "swap":
+                changed[one], changed[other] = changed[other], changed[one]
+            elif kind == "twice":
+                changed.insert(one, changed[other])
+            else:
+                del changed[one]
+        return changed
+
+
+class FaultyLocalWeights(LocalWeights):
+    """Answers over ZeroMQ, some of them wrongly."""
+
+    def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
+        self._faults = faults
+        super().__init__(metrics)
+
+    def _reply(self, request: list[bytes]) -> list[Part]:
+        reply = super()._reply(request)
+        if reply[0] == b"ok" and self._faults.strikes("zmq frame spoilt"):
+            at = self._faults.random.randrange(1, len(reply))
+            reply = [*reply[:at], self._faults.spoilt(reply[at]), *reply[at + 1 :]]
+        if reply[0] == b"ok" and self._faults.strikes("zmq frames disordered"):
+            reply = [*reply[:2], *self._faults.disordered(reply[2:])]
+        return reply
+
+
+class FaultyStream(StreamedWeights):
+    """Answers over gRPC, some of them wrongly."""
+
+    def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
+        self._faults = faults
+        super().__init__(metrics)
+
+    def pieces(self, request: Any) -> Iterator[bytes]:
+        pieces = [part[at : at + 5000] for part in super().pieces(request) for at in range(0, len(part), 5000)]
+        if self._faults.strikes("grpc pieces disordered"):
+            pieces = self._faults.disordered(pieces)
+        for piece in pieces:
+            if self._faults.strikes("grpc piece spoilt"):
+                piece = self._faults.spoilt(piece)
+            if self._faults.random.random() < 0.02 and self._faults.strikes("grpc stream broken"):
+                raise UnavailableError("the stream broke")
+            yield piece
+
+
+class FaultyPublisher(Publisher):
+    """Publishes, but deltas may be wrong in spite of their digests, and announcements come late, twice or not."""
+
+    def __init__(self, run: str, faults: Faults) -> None:
+        metrics = LearnerMetrics(CollectorRegistry())
+        self.zmq = FaultyLocalWeights(metrics, faults)
+        super().__init__(run, arithmetic.SIGNATURE, metrics, self.zmq, max_delta_chain=4)
+        self._streamed = FaultyStream(metrics, faults)
+        self._outlets = [self._streamed, self.zmq]
+        self._faults = faults
+        self.acknowledged: list[tuple[str, PolicyVersion]] = []
+        self.server: RunningServer | None = None
+
+    async def start(self, address: str) -> str:
+        """Serve; the address with its port."""
+        self.server = await start_server(
+            address, lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, server), [], Security()
+        )
+        return f"127.0.0.1:{self.server.port}"
+
+    async def die(self) -> None:
+        """As a killed learner: at once, streams and all."""
+        assert self.server is not None
+        await self.server.stop(0.0)
+        await self.zmq.aclose()
+
+    async def _publication(self, snapshot: WeightSnapshot) -> Publication:
+        if self._newest is not None and self._faults.strikes("delta made of other weights"):
+            wrong = [bytes(len(buffer)) for buffer in self._newest.snapshot.buffers[:1]]
+            base = replace(self._newest.snapshot, buffers=[*wrong, *self._newest.snapshot.buffers[1:]])
+            self._newest = replace(self._newest, snapshot=base)
+        return await super()._publication(snapshot)
+
+    async def WatchPolicy(self, request_iterator: Any, context: Any) -> AsyncIterator[policy_pb2.WatchPolicyResponse]:
+        earlier: list[policy_pb2.WatchPolicyResponse] = []
+        async for message in super().WatchPolicy(request_iterator, context):
+            if earlier and self._faults.strikes("older announcement first"):
+                yield self._faults.random.choice(earlier)
+            if self._faults.strikes("announcement lost"):
+                earlier.append(message)
+                continue
+            yield message
+            if self._faults.strikes("announcement twice"):
+                yield message
+            if earlier and self._faults.strikes("older announcement after"):
+                yield self._faults.random.choice(earlier)
+            earlier = [*earlier[-3:], message]
+
+    def _acknowledged(self, server_id: str, server: Any, message: Any) -> None:
+        super()._acknowledged(server_id, server, message)
+        self.acknowledged.append((server_id, server.version))
