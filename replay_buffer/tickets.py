@@ -96,8 +96,10 @@ class TicketOffice:
         evaluation_id = state.evaluation.evaluation_id
         groups = [group for group in self._run.live_evaluation.values() if group.evaluation_id == evaluation_id]
         yield from self._reissues(groups, state.evaluation)
+        if state.evaluation.members > self._server.capacity:
+            return
         for task_index in range(state.evaluation.task_count):
-            if task_index not in state.group_ids and state.evaluation.members <= self._server.capacity:
+            if task_index not in state.group_ids:
                 yield self._new_group(task_index, self._run.task_cursor, state.evaluation)
 
     def _reissues(self, groups: Iterable[Group], evaluation: Evaluation | None = None) -> Iterator[TicketIssued]:

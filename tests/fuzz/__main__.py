@@ -1,8 +1,8 @@
 """`python -m tests.fuzz --inputs 1000000`: arbitrary and mutated inputs for every RPC and for the log reader.
 
 In one process, at the handlers, without a network. An input may be refused with a LeewayError and nothing else; it may
-take ten seconds at most, and the process may not grow beyond a bound. The first input that breaks this ends it, with
-the seed of its batch, which repeats it: `--seed SEED --inputs 10000`.
+take ten seconds of CPU at most, and the process may not grow beyond a bound. The first input that breaks this ends it,
+with the seed of its batch, which repeats it: `--seed SEED --inputs 10000`.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def _batch(inputs: int, seed: int, outcomes: Counter[str]) -> None:
     try:
         for number in range(inputs):
             name = rng.choices(names, shares)[0]
-            signal.setitimer(signal.ITIMER_REAL, _INPUT_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, _INPUT_SECONDS)
             try:
                 outcomes[f"{name}: {targets[name].try_one()}"] += 1
             except BaseException as error:
                 error.add_note(f"input {number} of the batch with seed {seed}, target {name}")
                 raise
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
     finally:
         for target in targets.values():
             target.close()
@@ -108,7 +108,7 @@ def _honest_directory(rng: Random) -> Path:
 
 
 def _on_alarm(_number: int, _frame: FrameType | None) -> None:
-    raise Hung(f"an input took longer than {_INPUT_SECONDS} s")
+    raise Hung(f"an input took more than {_INPUT_SECONDS} s of CPU")
 
 
 def main() -> int:
@@ -119,7 +119,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
     logging.disable(logging.CRITICAL)
-    signal.signal(signal.SIGALRM, _on_alarm)
+    signal.signal(signal.SIGPROF, _on_alarm)
     size_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size_bytes + _GROWTH_BYTES, resource.RLIM_INFINITY))
     print(f"fuzz: {arguments.inputs} inputs, seed {seed}", flush=True)

@@ -10,6 +10,7 @@ from leeway.types import Evaluation, GroupState, Purpose, SamplingParams
 from leeway.v1 import replay_pb2
 from replay_buffer.index import Filter, Index
 from replay_buffer.tickets import task_at
+from replay_buffer.transitions import EvaluationCreated
 from tests.unit.replay_buffer.builders import ROOT, RUN, Machine, spec
 
 
@@ -51,6 +52,12 @@ def test_tasks_without_number_need_no_memory() -> None:
 def test_a_bound_without_measure_takes_no_time() -> None:
     machine = Machine(spec(max_staleness=(1 << 32) - 1, groups_per_step=2, total_steps=3, members=1))
     assert len(machine.acquire()) == 6  # (T - h) * B
+
+
+def test_an_evaluation_that_fits_no_server_takes_no_time() -> None:
+    machine = Machine(spec(max_staleness=0, groups_per_step=1, members=1))
+    machine.record(EvaluationCreated(Evaluation("e", ROOT, 1 << 32, 2, SamplingParams(max_tokens=1)), 1))
+    assert [ticket.purpose for ticket in machine.acquire(capacity=1)] == [Purpose.TRAIN]
 
 
 def test_one_call_gets_no_more_members_than_a_message_carries() -> None:
