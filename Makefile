@@ -8,12 +8,19 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PYTEST_ARGS ?=
+# Engines with an environment of their own.
+ENGINES ?= $(basename $(notdir $(wildcard deploy/engines/*.lock)))
 
 # Stamps: installed again when the requirements change, else at no cost.
 RUNTIME := $(VENV)/installed-all
 DEVELOPMENT := $(VENV)/installed-all-dev
 
-.PHONY: help quickstart env test lint lint-python lint-proto format proto deploy-check push-chaos clean
+KILLS ?= 200
+INPUTS ?= 1000000
+SEED ?=
+
+.PHONY: help quickstart env engine-env test test-engines chaos fuzz lint lint-python lint-proto format proto \
+	deploy-check push-chaos clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
@@ -22,6 +29,9 @@ quickstart: $(RUNTIME) ## trains the first example: replay buffer, two inference
 	$(BIN)/leeway run examples/sortmix8.toml
 
 env: $(DEVELOPMENT) ## makes .venv with everything needed to run, test and check
+
+engine-env: | $(BIN)/python ## makes the environment of ENGINE=vllm and prints its interpreter
+	@$(BIN)/python deploy/engines/build $(ENGINE)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Leeway needs Python 3.11 or newer with venv; install it or set PYTHON=/path/to/python" >&2; exit 1; }
@@ -35,8 +45,21 @@ $(DEVELOPMENT): $(RUNTIME)
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[all,dev]' --constraint constraints.txt
 	@touch $@
 
-test: env lint ## lint, then every test
+test: env lint ## lint, then every test but those of the engines with environments of their own
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# An environment that cannot be made is reported as skipped, with the reason, by the tests that need it.
+test-engines: env ## one suite for every engine, each in its own environment, which is made first
+	@for engine in $(ENGINES); do \
+		$(BIN)/python deploy/engines/build $$engine || echo "the environment of $$engine could not be made; its tests are skipped" >&2; \
+	done
+	$(BIN)/pytest tests/engines -m engines $(PYTEST_ARGS)
+
+chaos: env ## a rehearsal under fire: KILLS=200 processes killed with loss of power, a bad network; SEED=N repeats one
+	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
+
+fuzz: env ## INPUTS=1000000 arbitrary and mutated inputs for every RPC and the log reader; SEED=N repeats some
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) $(if $(SEED),--seed $(SEED))
 
 lint: lint-python lint-proto ## style, types, import contracts, the wire contract
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from prometheus_client.registry import Collector
 
 from leeway.types import EngineInfo, FinishReason, Int32Array, SamplingParams, TrajectoryChunk, WeightSnapshot
 
@@ -68,4 +70,21 @@ class Engine(Protocol):
 
     async def aclose(self) -> None:
         """Stop; open iterators raise UnavailableError."""
+        ...
+
+
+@runtime_checkable
+class EngineProcess(Protocol):
+    """What an engine that samples in processes of its own has beside Engine."""
+
+    async def watch(self) -> None:
+        """Wait until those processes have died.
+
+        Raises:
+            UnavailableError: they have.
+        """
+        ...
+
+    def collectors(self) -> Sequence[Collector]:
+        """The engine's own metrics, to be served beside Leeway's."""
         ...

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
 
 from inference_server.engines.arithmetic import ArithmeticEngineOptions
 from inference_server.engines.transformers_options import TransformersEngineOptions
+from inference_server.engines.vllm_options import VllmEngineOptions
 from inference_server.reward import RewardLimits
 from inference_server.rollout_worker import WorkerLimits
 from inference_server.trajectory_writer import WriterLimits
 from leeway.config import Address, Options
+from leeway.errors import ConfigError
+
+EngineName = Literal["transformers", "vllm", "arithmetic"]
 
 
 class InferenceServerOptions(Options):
     """[inference_server]: the engine, and how its rollout worker feeds the run."""
 
-    engine: Literal["transformers", "arithmetic"] = Field(
+    engine: EngineName = Field(
         default="transformers", description="what samples; arithmetic rehearses the protocol without a model"
+    )
+    engines: tuple[EngineName, ...] = Field(
+        default=(),
+        strict=False,
+        description="the engine of each server, where they differ; unset takes `engine` for all",
     )
     backends: tuple[Address, ...] = Field(
         default=(),
@@ -27,6 +37,7 @@ class InferenceServerOptions(Options):
         "(`engine` then still names tokenizer and law)",
     )
     transformers: TransformersEngineOptions = TransformersEngineOptions()
+    vllm: VllmEngineOptions = VllmEngineOptions()
     arithmetic: ArithmeticEngineOptions = ArithmeticEngineOptions()
 
     prefetch: int = Field(
@@ -64,6 +75,25 @@ class InferenceServerOptions(Options):
         default=True, description="hold the newest weights in host memory, so that a push brings only what changed"
     )
     fetch_timeout_seconds: float = Field(default=600.0, gt=0, description="longest transfer of one version's weights")
+
+    def engine_of(self, index: int) -> EngineName:
+        """The engine of the server with an index.
+
+        Raises:
+            ConfigError: `engines` names none for it.
+        """
+        if self.engines and index >= len(self.engines):
+            raise ConfigError(f"inference_server.engines: names {len(self.engines)} engines, none for server {index}")
+        return self.engines[index] if self.engines else self.engine
+
+    def max_concurrency(self, engine: EngineName) -> int:
+        """Most sequences that an engine decodes at once."""
+        options = {"transformers": self.transformers, "vllm": self.vllm, "arithmetic": self.arithmetic}
+        return options[engine].max_concurrency
+
+    def python(self, engine: EngineName) -> Path | None:
+        """The interpreter of an engine with an environment of its own, where it has one."""
+        return self.vllm.python if engine == "vllm" else None
 
     def worker_limits(self) -> WorkerLimits:
         """Bounds of the worker."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from types import TracebackType
 
@@ -27,12 +28,18 @@ def check_request(request: GenerationRequest, info: EngineInfo) -> None:
         )
     if int(prompt.min()) < 0 or int(prompt.max()) >= signature.vocab_size:
         raise InvalidDataError(f"a prompt token id is outside the vocabulary of {signature.vocab_size}")
-    if any(token_id >= signature.vocab_size for token_id in sampling.stop_token_ids):
+    if any(not 0 <= token_id < signature.vocab_size for token_id in sampling.stop_token_ids):
         raise InvalidDataError(f"a stop token id is outside the vocabulary of {signature.vocab_size}")
     if sampling.topk > info.max_topk:
         raise InvalidDataError(f"top-{sampling.topk} was asked for; {info.engine} records at most {info.max_topk}")
     if sampling.routing and not info.routing:
         raise InvalidDataError(f"routing was asked for, but {info.engine} does not record it for this model")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
+        raise InvalidDataError(f"temperature {sampling.temperature} is not a number greater than 0")
+    if sampling.max_tokens < 1:
+        raise InvalidDataError(f"max_tokens {sampling.max_tokens} is below 1")
+    if not 0 <= sampling.seed < 2**64:
+        raise InvalidDataError(f"seed {sampling.seed} is not an unsigned 64-bit number")
 
 
 class Closing:

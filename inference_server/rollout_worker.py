@@ -169,13 +169,12 @@ class RolloutWorker:
         spec = await unless_stopped(stop, self._join())
         if spec is None or await unless_stopped(stop, self._policy.wait_for_change(None)) is None:
             return
-        capacity = max(self._info.max_concurrency + self._limits.prefetch, spec.members)
         async with asyncio.TaskGroup() as services:
             writer = services.create_task(self._writer.run(), name="trajectory writer")
             renewer = services.create_task(self._renew_leases(), name="lease renewer")
             try:
                 async with asyncio.TaskGroup() as self._members:
-                    await self._serve_tickets(stop, self._members, capacity, spec.members)
+                    await self._serve_tickets(stop, self._members, spec.members)
             finally:
                 await cancel_and_wait(renewer)
                 await self._hand_back()
@@ -211,14 +210,14 @@ class RolloutWorker:
 
     # Tickets
 
-    async def _serve_tickets(
-        self, stop: asyncio.Event, members: asyncio.TaskGroup, capacity: int, members_per_group: int
-    ) -> None:
+    async def _serve_tickets(self, stop: asyncio.Event, members: asyncio.TaskGroup, members_per_group: int) -> None:
         calls: dict[asyncio.Task[list[Ticket]], PolicyVersion] = {}
         watchers = [asyncio.create_task(self._watch_version()), asyncio.create_task(self._watch_stop(stop))]
         try:
             while not (stop.is_set() or self._finished):
                 self._turn.clear()
+                # Asked each time: an engine may take on less when its memory is short.
+                capacity = max(self._engine.info().max_concurrency + self._limits.prefetch, members_per_group)
                 free = capacity - len(self._loan_of)
                 version = self._policy.version
                 if (

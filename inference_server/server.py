@@ -11,12 +11,14 @@ handle itself.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
+import sys
 from argparse import Namespace
 
 from prometheus_client import CollectorRegistry
 
-from inference_server.engine import Engine
+from inference_server.engine import Engine, EngineProcess
 from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
 from inference_server.options import InferenceServerOptions
@@ -79,6 +81,7 @@ class InferenceServerProcess:
                 raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
         self.index = index
         self.server_id = f"server-{index}"
+        self.engine = self.options.engine_of(index)
         self.backend = backend or (backends[index] if backends else None)
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
@@ -100,6 +103,9 @@ class InferenceServerProcess:
         engine = await unless_stopped(stop, self._make_engine())
         if engine is None:
             return
+        if isinstance(engine, EngineProcess):
+            for collector in engine.collectors():
+                registry.register(collector)
         policy = ServedPolicy(engine, self.run.name)
         client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         receiver = WeightReceiver(
@@ -148,9 +154,12 @@ class InferenceServerProcess:
             log.info("serving %s on %s as %s", engine.info().engine, address, self.server_id)
         try:
             async with asyncio.TaskGroup() as group:
-                receiving = group.create_task(receiver.run(), name="weight receiver")
+                services = [group.create_task(receiver.run(), name="weight receiver")]
+                if isinstance(engine, EngineProcess):
+                    services.append(group.create_task(engine.watch(), name="engine watch"))
                 await worker.run(stop)
-                await cancel_and_wait(receiving)
+                for service in services:
+                    await cancel_and_wait(service)
         finally:
             if server is not None:
                 await server.stop(grace_seconds=1.0)
@@ -160,16 +169,34 @@ class InferenceServerProcess:
             return await RemoteEngine.connect(
                 self.backend, self.security, timeout_seconds=self.options.trajectory_timeout_seconds
             )
-        if self.options.engine == "arithmetic":
+        if self.engine == "arithmetic":
             return ArithmeticEngine(self.options.arithmetic)
+        if self.engine == "vllm":
+            _require_module("vllm")
+            from inference_server.engines.vllm_engine import VllmEngine
+
+            return await VllmEngine.start(self.model.directory, self.options.vllm)
         from inference_server.engines.transformers_engine import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)
 
     def _make_tokenizer(self) -> Tokenizer:
-        if self.options.engine == "arithmetic":
+        if self.engine == "arithmetic":
             return ArithmeticTokenizer()
         return HuggingFaceTokenizer(self.model.directory, chat=self.task.chat)
+
+
+def _require_module(name: str) -> None:
+    """Say where an engine's library belongs.
+
+    Raises:
+        ConfigError: this interpreter does not have it.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(
+            f"inference_server.engine: {sys.executable} has no {name}; set inference_server.{name}.python to the "
+            f"interpreter of its environment (`make engine-env ENGINE={name}` builds one)"
+        )
 
 
 def main(*, with_backend: bool = False) -> int:

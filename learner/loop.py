@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
@@ -122,7 +123,9 @@ class Learner:
             await self._leave_checkpoint()
 
     async def _run(self, stop: asyncio.Event) -> bool:
-        opened = await unless_stopped(stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger))
+        opened = await unless_stopped(
+            stop, self._parts.buffer.open_run(self._spec, self._head, self._ledger, secrets.token_bytes(16))
+        )
         if opened is None:
             return False
         if opened.finished:

@@ -387,6 +387,18 @@ def failure_from_proto(message: trajectory_pb2.TrajectoryFailure) -> TrajectoryF
 # Delivery
 
 
+_MOST: Final = {
+    "groups_per_step": 1 << 16,
+    "members": 1 << 12,
+    "total_steps": 1 << 48,
+    "train_task_count": 1 << 48,
+    "max_attempts": 1 << 31,
+}
+"""Largest numbers of a run. What a caller makes the buffer hold at once is a product of the first two."""
+_MOST_TASKS: Final = 1 << 32
+"""Of an evaluation."""
+
+
 def spec_to_proto(spec: RunSpec) -> replay_pb2.RunSpec:
     return replay_pb2.RunSpec(
         run=spec.run,
@@ -406,10 +418,11 @@ def spec_to_proto(spec: RunSpec) -> replay_pb2.RunSpec:
 
 
 def spec_from_proto(message: replay_pb2.RunSpec) -> RunSpec:
-    positive = ("groups_per_step", "members", "total_steps", "train_task_count", "max_attempts")
-    for name in positive:
-        if getattr(message, name) < 1:
-            raise InvalidDataError(f"run {message.run!r}: {name} must be at least 1")
+    for name, most in _MOST.items():
+        if not 1 <= getattr(message, name) <= most:
+            raise InvalidDataError(f"run {message.run!r}: {name} must be between 1 and {most}")
+    if message.max_staleness > _MOST["total_steps"]:
+        raise InvalidDataError(f"run {message.run!r}: max_staleness must be at most {_MOST['total_steps']}")
     if message.drop_no_signal and message.members < 2:
         raise InvalidDataError(f"run {message.run!r}: groups of one member never have a signal; unset drop_no_signal")
     root = version_from_proto(message.root)
@@ -527,6 +540,9 @@ def evaluation_to_proto(evaluation: Evaluation, epoch: int) -> replay_pb2.Create
 def evaluation_from_proto(message: replay_pb2.CreateEvaluationRequest) -> Evaluation:
     if not message.evaluation_id or message.task_count < 1 or message.members < 1:
         raise InvalidDataError("an evaluation needs an id, at least one task and at least one member")
+    if message.task_count > _MOST_TASKS or message.members > _MOST["members"]:
+        most = f"{_MOST_TASKS} tasks and {_MOST['members']} members"
+        raise InvalidDataError(f"evaluation {message.evaluation_id!r} is too large: at most {most}")
     return Evaluation(
         message.evaluation_id,
         version_from_proto(message.version),

@@ -54,6 +54,18 @@ def _from_config_directory(value: object, info: ValidationInfo) -> object:
 ConfigPath = Annotated[Path, BeforeValidator(_from_config_directory)]
 """A path; relative ones start at the configuration file's directory."""
 
+
+def _program(value: object, info: ValidationInfo) -> object:
+    if not isinstance(value, (str, Path)):
+        return value
+    context: Mapping[str, Path] = info.context or {}
+    # Links are kept: the interpreter of a virtual environment is often one, and knows by its own path where it is.
+    return (context.get("directory", Path()) / Path(value).expanduser()).absolute()
+
+
+ConfigProgram = Annotated[Path, BeforeValidator(_program)]
+"""A program; relative ones start at the configuration file's directory."""
+
 Address = Annotated[str, Field(pattern=r"^[^:\s]+:\d{1,5}$", description="host:port")]
 
 

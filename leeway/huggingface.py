@@ -123,6 +123,21 @@ def load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
+def model_outline(path: Path) -> PreTrainedModel:
+    """The model in a directory without its weights: for `check_published`, where another program holds the weights.
+
+    Raises:
+        ConfigError: the directory has no config.json, or one that cannot be used.
+    """
+    _require_config(path)
+    try:
+        config = cast("Any", AutoConfig).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return cast("PreTrainedModel", cast("Any", AutoModelForCausalLM).from_config(config))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{path / 'config.json'} cannot be used: {_one_line(error)}") from error
+
+
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer beside a model.
 

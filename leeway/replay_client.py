@@ -112,13 +112,22 @@ class ReplayClient:
     # The learner's calls
 
     async def open_run(
-        self, spec: RunSpec, checkpoint: PolicyVersion, ledger: Sequence[tuple[int, Sequence[str]]]
+        self,
+        spec: RunSpec,
+        checkpoint: PolicyVersion,
+        ledger: Sequence[tuple[int, Sequence[str]]],
+        incarnation: bytes = b"",
     ) -> OpenedRun:
-        """Fence older learners, commit the ledger's steps (step, ordered group ids), return everything else drawn."""
+        """Fence older learners, commit the ledger's steps (step, ordered group ids), return everything else drawn.
+
+        Raises:
+            FencedError: a learner of this incarnation has opened the run before, and another one since.
+        """
         request = replay_pb2.OpenRunRequest(
             spec=codec.spec_to_proto(spec),
             checkpoint=codec.version_to_proto(checkpoint),
             ledger=[replay_pb2.LedgerStep(step=step, group_ids=group_ids) for step, group_ids in ledger],
+            incarnation=incarnation,
         )
         reply = await self._answered("OpenRun", lambda: self.stub.OpenRun(request, timeout=self.patience_seconds))
         return OpenedRun(reply.epoch, codec.version_from_proto(reply.head), reply.finished)

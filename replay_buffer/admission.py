@@ -82,7 +82,10 @@ class Admission:
         head, per_step = self._head_step, self._groups_per_step
         if by_deadline.total() > self._remaining:
             return False
-        return all(
-            sum(count for due, count in by_deadline.items() if due <= k) <= (k - head + 1) * per_step
-            for k in range(head, head + self._max_staleness + 1)
-        )
+        # Between two deadlines the left side stands still while the right side grows.
+        early = 0
+        for due in sorted(by_deadline):
+            early += by_deadline[due]
+            if due <= head + self._max_staleness and early > (max(due, head) - head + 1) * per_step:
+                return False
+        return True

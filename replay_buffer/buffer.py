@@ -183,15 +183,17 @@ class ReplayBuffer:
 
     # The learner's calls
 
-    async def open_run(self, spec: RunSpec, checkpoint: PolicyVersion, ledger: Ledger) -> OpenedRun:
+    async def open_run(
+        self, spec: RunSpec, checkpoint: PolicyVersion, ledger: Ledger, incarnation: bytes = b""
+    ) -> OpenedRun:
         """Fence older learners, commit the checkpoint's steps, return everything else drawn.
 
         Raises:
-            PreconditionError: see ReplayService.OpenRun.
+            FencedError, PreconditionError: see ReplayService.OpenRun.
         """
         self._check_running()
         known = self._runs.get(spec.run)
-        opened = decide_open_run(known.state if known else None, spec, checkpoint, ledger)
+        opened = decide_open_run(known.state if known else None, spec, checkpoint, ledger, incarnation)
         if opened is not None:
             self._record(spec.run, opened)
             run = self._runs[spec.run]

@@ -31,6 +31,8 @@ _VERSION: Final = 1
 _WAITING: Final = 64
 """Ended groups that are written in one transaction."""
 _PAGE: Final = 256
+_LARGEST: Final = (1 << 63) - 1
+"""SQLite's largest integer; no group has such a number or step."""
 
 _SCHEMA: Final = """
 CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
@@ -148,7 +150,7 @@ class Index:
         self._write()
         row = self._file.execute(
             "SELECT min(oldest_segment) FROM groups WHERE run = ? AND state = ? AND purpose = ? AND step > ?",
-            (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), after_step),
+            (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), min(after_step, _LARGEST)),
         ).fetchone()
         return row[0]
 
@@ -198,7 +200,7 @@ class Index:
             return waiting
         with _reading(self._path):
             row = self._file.execute(
-                "SELECT checksum, body FROM groups WHERE run = ? AND created = ?", (run, created)
+                "SELECT checksum, body FROM groups WHERE run = ? AND created = ?", (run, min(created, _LARGEST))
             ).fetchone()
         return None if row is None else self._group(row)
 
@@ -223,7 +225,7 @@ class Index:
         with _reading(self._path):
             rows = self._file.execute(
                 "SELECT created, checksum, body FROM groups WHERE run = ? AND step = ? AND step > 0 AND state = ?",
-                (run, step, int(GroupState.CONSUMED)),
+                (run, min(step, _LARGEST), int(GroupState.CONSUMED)),
             ).fetchall()
         written = [self._group(row[1:]) for row in rows if (run, row[0]) not in self._groups]
         consumed = [group for group in [*waiting, *written] if group.state is GroupState.CONSUMED]
@@ -390,7 +392,7 @@ def _clauses(run: str, wanted: Filter) -> tuple[str, list[object]]:
         values.append(int(wanted.state))
     if wanted.step:
         clauses.append("step = ? AND step > 0")
-        values.append(wanted.step)
+        values.append(min(wanted.step, _LARGEST))
     return " AND ".join(clauses), values
 
 

@@ -48,10 +48,13 @@ def check_live(run: RunState) -> None:
         raise PreconditionError(f"run {run.spec.run!r} has finished; start a run with another name")
 
 
-def decide_open_run(run: RunState | None, spec: RunSpec, checkpoint: PolicyVersion, ledger: Ledger) -> RunOpened | None:
-    """The next epoch at `checkpoint`; None when the run has already finished.
+def decide_open_run(
+    run: RunState | None, spec: RunSpec, checkpoint: PolicyVersion, ledger: Ledger, incarnation: bytes = b""
+) -> RunOpened | None:
+    """The next epoch at `checkpoint`; None when the run has already finished, or this very learner has opened it.
 
     Raises:
+        FencedError: this learner has opened the run before, and another one since.
         PreconditionError: another specification, an unknown or abandoned checkpoint, a ledger unlike what was drawn.
     """
     if run is None:
@@ -60,9 +63,12 @@ def decide_open_run(run: RunState | None, spec: RunSpec, checkpoint: PolicyVersi
                 f"run {spec.run!r} is unknown here, but its learner resumes from {checkpoint}; "
                 "is [replay_buffer] directory the one this run was started with?"
             )
-        return RunOpened(spec, 1, checkpoint)
+        return RunOpened(spec, 1, checkpoint, incarnation)
     _check_spec(run.spec, spec)
     if run.finished:
+        return None
+    if incarnation in run.incarnations:
+        check_epoch(run, run.incarnations[incarnation])
         return None
     if run.must_open_at is not None and checkpoint != run.must_open_at:
         raise PreconditionError(
@@ -71,7 +77,7 @@ def decide_open_run(run: RunState | None, spec: RunSpec, checkpoint: PolicyVersi
         )
     _check_checkpoint(run, checkpoint)
     _check_ledger(run, checkpoint, ledger)
-    return RunOpened(spec, run.epoch + 1, checkpoint)
+    return RunOpened(spec, run.epoch + 1, checkpoint, incarnation)
 
 
 def decide_after_open(run: RunState) -> list[GroupsDropped]:

@@ -107,6 +107,7 @@ def _message(record: Record) -> log_pb2.LogRecord:
             message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
             message.run_opened.epoch = opened.epoch
             message.run_opened.checkpoint.CopyFrom(codec.version_to_proto(opened.checkpoint))
+            message.run_opened.incarnation = opened.incarnation
         case EvaluationCreated() as created:
             message.evaluation_created.evaluation.CopyFrom(codec.evaluation_to_proto(created.evaluation, created.epoch))
         case RunFinished() as finished:
@@ -183,7 +184,10 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
         case "run_opened":
             opened = message.run_opened
             return RunOpened(
-                codec.spec_from_proto(opened.spec), opened.epoch, codec.version_from_proto(opened.checkpoint)
+                codec.spec_from_proto(opened.spec),
+                opened.epoch,
+                codec.version_from_proto(opened.checkpoint),
+                opened.incarnation,
             )
         case "evaluation_created":
             request: replay_pb2.CreateEvaluationRequest = message.evaluation_created.evaluation

@@ -62,6 +62,7 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
             codec.spec_from_proto(request.spec),
             codec.version_from_proto(request.checkpoint),
             [(entry.step, tuple(entry.group_ids)) for entry in request.ledger],
+            request.incarnation,
         )
         return replay_pb2.OpenRunResponse(
             epoch=opened.epoch, head=codec.version_to_proto(opened.head), finished=opened.finished

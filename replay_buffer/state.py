@@ -71,6 +71,7 @@ class RunState:
         self.spec = spec
         self.ended = ended
         self.epoch = 0
+        self.incarnations: dict[bytes, int] = {}  # epochs of the learners that named themselves
         self.lineage = Lineage(spec.root)
         self.committed_step = 0
         self.oldest_kept_step = 0  # of the learner's checkpoints; 0 while it has not said
@@ -357,6 +358,8 @@ class RunState:
 
     def _open(self, opened: RunOpened, location: Location) -> None:
         self.epoch = opened.epoch
+        if opened.incarnation:
+            self.incarnations[opened.incarnation] = opened.epoch
         self._commit(opened.checkpoint.step, location)
         self._void_batches(opened.checkpoint, location)
         self.lineage.rollback(opened.checkpoint)

@@ -135,6 +135,10 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
         dead_letters=[codec.letter_to_proto(letter) for letter in state.dead_letters.values()],
         rollback=None if state.rollback is None else codec.rollback_to_proto(state.rollback),
         restored_at=None if state.restored_at is None else codec.version_to_proto(state.restored_at),
+        incarnations=[
+            storage_pb2.Incarnation(incarnation=incarnation, epoch=epoch)
+            for incarnation, epoch in state.incarnations.items()
+        ],
     )
     _lineage_to_proto(state.lineage, message)
     return message
@@ -171,6 +175,7 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
     state.dead_letters = {letter.group_id: codec.letter_from_proto(letter) for letter in message.dead_letters}
     state.rollback = codec.rollback_from_proto(message.rollback) if message.HasField("rollback") else None
     state.restored_at = codec.version_from_proto(message.restored_at) if message.HasField("restored_at") else None
+    state.incarnations = {entry.incarnation: entry.epoch for entry in message.incarnations}
     return state
 
 

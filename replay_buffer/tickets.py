@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from random import Random
+from typing import Final
 
 from leeway.errors import InvalidDataError, PreconditionError
 from leeway.types import (
@@ -27,6 +26,10 @@ from replay_buffer.admission import Admission, deadline_of, is_stale, may_serve
 from replay_buffer.groups import EvaluationState, Group, Progress
 from replay_buffer.state import RunState
 from replay_buffer.transitions import GroupsDropped, TicketIssued
+
+_MOST_MEMBERS: Final = 1 << 14
+"""Of one call, whatever its server asks for: the answer has to fit into a message."""
+_FEISTEL_TURNS: Final = 6
 
 Expired = Callable[[str], bool]
 """Whether a group's lease has run out."""
@@ -72,6 +75,7 @@ class TicketOffice:
             raise InvalidDataError(
                 f"server {self._server.server_id!r} asks for work for {max_members} members; ask for at least 1"
             )
+        max_members = min(max_members, _MOST_MEMBERS)
         issued: list[TicketIssued] = []
         for ticket in self._candidates():
             if len(ticket.ticket.members) > max_members:
@@ -92,8 +96,10 @@ class TicketOffice:
         evaluation_id = state.evaluation.evaluation_id
         groups = [group for group in self._run.live_evaluation.values() if group.evaluation_id == evaluation_id]
         yield from self._reissues(groups, state.evaluation)
+        if state.evaluation.members > self._server.capacity:
+            return
         for task_index in range(state.evaluation.task_count):
-            if task_index not in state.group_ids and state.evaluation.members <= self._server.capacity:
+            if task_index not in state.group_ids:
                 yield self._new_group(task_index, self._run.task_cursor, state.evaluation)
 
     def _reissues(self, groups: Iterable[Group], evaluation: Evaluation | None = None) -> Iterator[TicketIssued]:
@@ -196,12 +202,23 @@ def member_seed(run_seed: int, origin: str, member: int, attempt: int) -> int:
 
 
 def task_at(seed: int, task_count: int, cursor: int) -> int:
-    """The task at a position of the cursor, which walks one permutation of all tasks after another."""
-    return _permutation(seed, task_count, cursor // task_count)[cursor % task_count]
+    """The task at a position of the cursor, which walks one permutation of all tasks after another.
+
+    Each permutation is a Feistel network over the next even number of bits, walked until it meets a task (Black and
+    Rogaway 2002, "Ciphers with arbitrary finite domains"): it needs no memory, whatever the number of tasks.
+    """
+    tour, at = divmod(cursor, task_count)
+    half_bits = ((task_count - 1).bit_length() + 1) // 2
+    while True:
+        at = _permuted(f"{seed}/{tour}".encode(), half_bits, at)
+        if at < task_count:
+            return at
 
 
-@lru_cache(maxsize=8)
-def _permutation(seed: int, task_count: int, tour: int) -> tuple[int, ...]:
-    order = list(range(task_count))
-    Random(f"{seed}/{tour}").shuffle(order)
-    return tuple(order)
+def _permuted(key: bytes, half_bits: int, number: int) -> int:
+    mask = (1 << half_bits) - 1
+    left, right = number >> half_bits, number & mask
+    for turn in range(_FEISTEL_TURNS):
+        digest = hashlib.blake2b(b"%d/%d" % (turn, right), key=key[:64], digest_size=8).digest()
+        left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+    return left << half_bits | right

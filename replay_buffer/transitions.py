@@ -22,6 +22,7 @@ class RunOpened:
     spec: RunSpec
     epoch: int
     checkpoint: PolicyVersion  # the new head
+    incarnation: bytes = b""  # names the learner's process; empty when it has no name
 
 
 @dataclass(frozen=True, slots=True)

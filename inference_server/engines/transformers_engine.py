@@ -9,7 +9,6 @@ by definition what each token was sampled from.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import Future
 from importlib.metadata import version
@@ -146,18 +145,11 @@ class TransformersEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         check_request(request, self.info())
-        sampling = request.sampling
         num_prompt = request.prompt_token_ids.shape[0]
         if num_prompt + 1 > self._context_length:
             raise InvalidDataError(
                 f"a prompt of {num_prompt} tokens leaves no room to sample in a context of {self._context_length}"
             )
-        if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
-            raise InvalidDataError(f"temperature {sampling.temperature} is not a number greater than 0")
-        if sampling.max_tokens < 1:
-            raise InvalidDataError(f"max_tokens {sampling.max_tokens} is below 1")
-        if not 0 <= sampling.seed < 2**64:
-            raise InvalidDataError(f"seed {sampling.seed} is not an unsigned 64-bit number")
 
     def _stage(self, snapshot: WeightSnapshot) -> Mapping[str, torch.Tensor]:
         entries = snapshot.manifest.tensors

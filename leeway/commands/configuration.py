@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from inference_server.options import InferenceServerOptions
+from inference_server.options import EngineName, InferenceServerOptions
 from learner.loss_options import check_recorded_topk
 from learner.options import LearnerOptions
 from leeway.config import (
@@ -103,24 +103,32 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"metrics.inference_servers: lists {len(metrics.inference_servers)} ports, network.inference_servers "
             f"{len(network.inference_servers)} addresses; give one port per server"
         )
-    servers = configuration.inference_server
+    servers, trainer = configuration.inference_server, configuration.learner.trainer
     if servers.backends and len(servers.backends) != len(network.inference_servers):
         raise ConfigError(
             f"inference_server.backends: lists {len(servers.backends)} addresses, network.inference_servers "
             f"{len(network.inference_servers)}; give one backend per server"
         )
-    engine, trainer = configuration.inference_server.engine, configuration.learner.trainer
-    if (engine == "arithmetic") != (trainer == "arithmetic"):
+    if servers.engines and len(servers.engines) != len(network.inference_servers):
         raise ConfigError(
-            f"inference_server.engine is {engine}, but learner.trainer is {trainer}; "
-            "a rehearsal needs arithmetic for both"
+            f"inference_server.engines: names {len(servers.engines)} engines, network.inference_servers "
+            f"{len(network.inference_servers)} addresses; name one per server"
         )
+    engines: set[EngineName] = {servers.engine_of(index) for index in range(len(network.inference_servers))}
+    engines = engines or {servers.engine}
+    for engine in engines:
+        if (engine == "arithmetic") != (trainer == "arithmetic"):
+            raise ConfigError(
+                f"inference_server.engine is {engine}, but learner.trainer is {trainer}; "
+                "a rehearsal needs arithmetic for both"
+            )
+        python = servers.python(engine)
+        if python is not None and not python.is_file():
+            raise ConfigError(f"inference_server.{engine}.python: there is no interpreter {python}")
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
         check_recorded_topk(configuration.learner.training, configuration.sampling)
-    slots = (
-        servers.transformers if engine == "transformers" else servers.arithmetic
-    ).max_concurrency + servers.prefetch
+    slots = servers.prefetch + min(servers.max_concurrency(engine) for engine in engines)
     if not servers.backends and configuration.evaluation.members > slots:
         raise ConfigError(
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "

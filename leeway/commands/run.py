@@ -86,8 +86,13 @@ def _finished(directory: Path) -> bool:
 async def _supervise(configuration: RunConfiguration, config_path: Path, *, plain: bool) -> Outcome:
     run, network = configuration.run, configuration.network
     arguments = ("--config", str(config_path), "--supervised")
+    options = configuration.inference_server
     servers = tuple(
-        Service(f"server-{index}", ("inference_server", *arguments, "--index", str(index)))
+        Service(
+            f"server-{index}",
+            ("inference_server", *arguments, "--index", str(index)),
+            str(options.python(options.engine_of(index)) or sys.executable),
+        )
         for index in range(len(network.inference_servers))
     )
     stop = asyncio.Event()

@@ -38,10 +38,11 @@ _MAX_RESTARTS: Final = 10
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One process: `python -m argv[0] argv[1:]`."""
+    """One process: `python -m argv[0] argv[1:]`; `python` is this interpreter unless the service needs another."""
 
     name: str
     argv: tuple[str, ...]
+    python: str = sys.executable
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +178,7 @@ class Supervisor:
 
     async def _run_once(self, child: _Child) -> int:
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
+            child.service.python,
             "-m",
             *child.service.argv,
             stdin=asyncio.subprocess.PIPE,  # never written; its end tells the child that the supervisor is gone

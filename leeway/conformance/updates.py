@@ -14,7 +14,7 @@ from leeway.conformance.requirement import Requirement, Violation, require
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE
 from leeway.conformance.versions import labels
-from leeway.conformance.weights import flipped, pieces, renamed
+from leeway.conformance.weights import flipped, foreign_piece, pieces, renamed
 from leeway.types import SamplingParams
 
 Code = grpc.StatusCode
@@ -139,6 +139,14 @@ async def _foreign_manifest(session: Session) -> str:
     return await _require_refused(session, "the weights of another model", update, _STATE_REFUSALS, before)
 
 
+async def _large_message(session: Session) -> str:
+    """Where messages are limited to gRPC's 4 MiB, one with 4 MiB of data is refused for its size, whatever it holds."""
+    before = await session.fingerprint()
+    update = session.new_update(foreign_piece())
+    what = "a message with 4 MiB of another model's weights"
+    return await _require_refused(session, what, update, _STATE_REFUSALS, before)
+
+
 async def _older_epoch(session: Session) -> str:
     await session.push(session.weights)
     before = await session.fingerprint()
@@ -162,4 +170,5 @@ REQUIREMENTS = (
     Requirement("UPDATE-6", "another model's manifest is FAILED_PRECONDITION", _foreign_manifest, needs=_REFUSAL_NEEDS),
     Requirement("UPDATE-7", "an older learner is FAILED_PRECONDITION", _older_epoch, needs=_REFUSAL_NEEDS),
     Requirement("UPDATE-8", "bytes may be cut anywhere", _any_cut, needs=_NEEDS),
+    Requirement("UPDATE-9", "a message may hold 4 MiB of them", _large_message, needs=(*_REFUSAL_NEEDS, "UPDATE-6")),
 )

@@ -24,7 +24,8 @@ _DTYPES: Final = {
     "U8": "uint8",
     "U16": "uint16",
 }
-_LARGEST_PIECE_BYTES: Final = 4 << 20
+LARGEST_PIECE_BYTES: Final = 4 << 20
+"""Data in one message of an update, at most."""
 _safetensors: Any = safetensors
 
 
@@ -96,6 +97,12 @@ def renamed(weights: Weights) -> Weights:
     return Weights(WeightManifest(tuple(tensors)), weights.buffers)
 
 
+def foreign_piece() -> Weights:
+    """Weights of no model: one tensor, as large as a message of an update may be."""
+    data = bytes(LARGEST_PIECE_BYTES)
+    return Weights(WeightManifest((tensor_entry("leeway.conformance", "uint8", (len(data),), data),)), [data])
+
+
 def flipped(data: Sequence[bytes]) -> list[bytes]:
     """The same bytes but for one bit, in the last tensor: all others have been seen when it comes."""
     *whole, last = data
@@ -110,7 +117,7 @@ def pieces(data: Sequence[bytes], first_sizes: Sequence[int] = ()) -> Iterator[b
         first_sizes: sizes of the first pieces; all others are as large as the contract allows.
     """
     sizes = iter(first_sizes)
-    size = next(sizes, _LARGEST_PIECE_BYTES)
+    size = next(sizes, LARGEST_PIECE_BYTES)
     pending = bytearray()
     for buffer in data:
         view = memoryview(buffer)
@@ -121,7 +128,7 @@ def pieces(data: Sequence[bytes], first_sizes: Sequence[int] = ()) -> Iterator[b
             if len(pending) == size:
                 yield bytes(pending)
                 pending.clear()
-                size = next(sizes, _LARGEST_PIECE_BYTES)
+                size = next(sizes, LARGEST_PIECE_BYTES)
     if pending:
         yield bytes(pending)
 

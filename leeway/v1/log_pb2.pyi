@@ -147,8 +147,11 @@ class RunOpened(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The new epoch."""
+    incarnation: _builtins.bytes
+    """The learner's process, as it named itself; a repetition of its call opens nothing."""
     @_builtins.property
     def spec(self) -> _replay_pb2.RunSpec:
         """The run's specification."""
@@ -163,10 +166,11 @@ class RunOpened(_message.Message):
         spec: _replay_pb2.RunSpec | None = ...,
         epoch: _builtins.int = ...,
         checkpoint: _common_pb2.PolicyVersion | None = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "epoch", b"epoch", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "epoch", b"epoch", "incarnation", b"incarnation", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -298,6 +298,9 @@ class OpenRunRequest(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.bytes
+    """Names the learner's process: random, 16 bytes, another one after each start. Unset: each call is a new incarnation."""
     @_builtins.property
     def spec(self) -> Global___RunSpec:
         """What the run is."""
@@ -316,10 +319,11 @@ class OpenRunRequest(_message.Message):
         spec: Global___RunSpec | None = ...,
         checkpoint: _common_pb2.PolicyVersion | None = ...,
         ledger: _abc.Iterable[Global___LedgerStep] | None = ...,
+        incarnation: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "incarnation", b"incarnation", "ledger", b"ledger", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -149,9 +149,9 @@ class ReplayServiceServicer(object):
 
     def OpenRun(self, request, context):
         """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
-        the steps of the checkpoint's ledger, and returns every other drawn group to READY. Not idempotent: each call fences the
-        one before, which is harmless. Errors: FAILED_PRECONDITION when the run exists with another specification, or the ledger
-        contradicts what was drawn.
+        the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
+        repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
+        fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

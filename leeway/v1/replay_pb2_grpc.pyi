@@ -44,9 +44,9 @@ class ReplayServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ReplayServiceAsyncStub: ...
     OpenRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.OpenRunRequest, _replay_pb2.OpenRunResponse]
     """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
-    the steps of the checkpoint's ledger, and returns every other drawn group to READY. Not idempotent: each call fences the
-    one before, which is harmless. Errors: FAILED_PRECONDITION when the run exists with another specification, or the ledger
-    contradicts what was drawn.
+    the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
+    repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
+    fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
     """
     JoinRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.JoinRunRequest, _replay_pb2.JoinRunResponse]
     """Waits until the run is open and checks that server and run fit. Idempotent. Errors: FAILED_PRECONDITION naming
@@ -134,9 +134,9 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     OpenRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.OpenRunRequest, _replay_pb2.OpenRunResponse]  # type: ignore[assignment]
     """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
-    the steps of the checkpoint's ledger, and returns every other drawn group to READY. Not idempotent: each call fences the
-    one before, which is harmless. Errors: FAILED_PRECONDITION when the run exists with another specification, or the ledger
-    contradicts what was drawn.
+    the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
+    repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
+    fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
     """
     JoinRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.JoinRunRequest, _replay_pb2.JoinRunResponse]  # type: ignore[assignment]
     """Waits until the run is open and checks that server and run fit. Idempotent. Errors: FAILED_PRECONDITION naming
@@ -227,9 +227,9 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.OpenRunResponse, _abc.Awaitable[_replay_pb2.OpenRunResponse]]:
         """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
-        the steps of the checkpoint's ledger, and returns every other drawn group to READY. Not idempotent: each call fences the
-        one before, which is harmless. Errors: FAILED_PRECONDITION when the run exists with another specification, or the ledger
-        contradicts what was drawn.
+        the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
+        repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
+        fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
         """
 
     @_abc_1.abstractmethod

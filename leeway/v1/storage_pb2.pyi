@@ -182,6 +182,7 @@ class RunSnapshot(_message.Message):
     DEAD_LETTERS_FIELD_NUMBER: _builtins.int
     ROLLBACK_FIELD_NUMBER: _builtins.int
     RESTORED_AT_FIELD_NUMBER: _builtins.int
+    INCARNATIONS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     head: _builtins.int
@@ -244,6 +245,10 @@ class RunSnapshot(_message.Message):
     def restored_at(self) -> _common_pb2.PolicyVersion:
         """The head when the log was last restored from a backup; unset when it never was."""
 
+    @_builtins.property
+    def incarnations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incarnation]:
+        """Learners that have opened the run and named themselves."""
+
     def __init__(
         self,
         *,
@@ -267,14 +272,41 @@ class RunSnapshot(_message.Message):
         dead_letters: _abc.Iterable[_replay_pb2.DeadLetter] | None = ...,
         rollback: _replay_pb2.Rollback | None = ...,
         restored_at: _common_pb2.PolicyVersion | None = ...,
+        incarnations: _abc.Iterable[Global___Incarnation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSnapshot: _TypeAlias = RunSnapshot  # noqa: Y015
+
+@_typing.final
+class Incarnation(_message.Message):
+    """A learner's process that has opened the run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.bytes
+    """Its name."""
+    epoch: _builtins.int
+    """The epoch it got."""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.bytes = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Incarnation: _TypeAlias = Incarnation  # noqa: Y015
 
 @_typing.final
 class LostAttempts(_message.Message):

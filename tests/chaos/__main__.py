@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from tests.chaos.conductor import Plan, conduct
+from tests.chaos.planted import BUGS
 
 
 def main() -> int:
@@ -17,13 +18,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=None, help="of an earlier suite, to repeat it")
+    parser.add_argument("--plant", choices=sorted(BUGS), help="put a bug in; it must be found")
     parser.add_argument("--directory", type=Path, default=None, help="kept; a temporary one is removed")
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
     print(f"chaos: {arguments.kills} kills, seed {seed}", flush=True)
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
-        tally = conduct(Plan(seed, arguments.kills, directory), lambda line: print(line, flush=True))
+        bug = BUGS.get(arguments.plant)
+        plan = Plan(seed, arguments.kills, directory) if bug is None else bug.planted(seed, directory)
+        tally = conduct(plan, lambda line: print(line, flush=True))
     print("\n".join(tally.lines()), flush=True)
     return 1 if tally.violations else 0
 

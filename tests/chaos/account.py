@@ -21,6 +21,7 @@ from leeway.assembly import assemble_records
 from leeway.types import GroupRecord, GroupState, Purpose, TrajectoryRecord
 from leeway.weights import weights_digest
 from tests.e2e.oracle import Evidence, Oracle
+from tests.e2e.recording_proxy import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,9 @@ class _Draw:
 class Account(Oracle):
     """Judges one run of a chaos suite."""
 
-    def __init__(self, evidence: Evidence) -> None:
+    def __init__(self, evidence: Evidence, *, finished: bool) -> None:
         super().__init__(evidence)
+        self._finished = finished
         self._drawn = [
             _Draw(
                 call.request.epoch,
@@ -49,10 +51,24 @@ class Account(Oracle):
         ]
 
     def violations(self) -> list[str]:
-        more = {10: self.stable, 11: self.replayed}
+        """What does not hold; of a run that could not finish, what must hold at any time."""
+        checks = {
+            1: self.kept,
+            2: self.once,
+            3: self.balanced,
+            4: self.true,
+            5: self.fresh,
+            6: self.in_order,
+            7: self.fenced,
+            10: self.stable,
+            11: self.replayed,
+        }
+        always = (1, 4, 6, 7, 10)
         return [
-            *super().violations(),
-            *(f"{number}: {line}" for number, check in more.items() for line in check()),
+            f"{number}: {line}"
+            for number, check in checks.items()
+            if self._finished or number in always
+            for line in check()
         ]
 
     # 2
@@ -125,6 +141,17 @@ class Account(Oracle):
         for draw in self._drawn:
             if any(not group_id.startswith(f"{run}-") for group_id in draw.group_ids):
                 yield f"step {draw.step} of run {run} drew {draw.group_ids}"
+
+
+class Blind(Oracle):
+    """What can be said without an export: the buffer does not even start."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def violations(self) -> list[str]:
+        checks = {6: self.in_order, 7: self.fenced}
+        return [f"{number}: {line}" for number, check in checks.items() for line in check()]
 
 
 def _content(trajectories: Sequence[TrajectoryRecord]) -> list[object]:

@@ -39,13 +39,11 @@ from tests.e2e.rehearsal import EXAMPLE
 
 BUFFER, LEARNER, SERVERS = "replay-buffer", "learner", ("server-0", "server-1")
 ORACLE: Final = "oracle"
-_STEP_SECONDS: Final = 45.0
-"""When faults have ended, each step comes within this time."""
 _STRIKE_SECONDS: Final = 3.0
 """A crash point that is not reached within this time is struck all the same."""
 _JUDGE_SECONDS: Final = 90.0
-_MAX_DEATHS: Final = 100
-"""Processes of one run that may end by themselves before it counts as going round in circles."""
+_MAX_DEATHS: Final = 25
+"""Times that processes may end by themselves without a step before that counts as going round in circles."""
 
 EVENTS: Final = (
     ("any", 60),
@@ -85,6 +83,7 @@ class Plan:
     stops: float = 0.2  # share of strikes that only stop a process for a while
     kills_per_run: int = 20
     steps: int = 30
+    step_seconds: float = 45.0  # when faults have ended, each step comes within this time
     overrides: tuple[str, ...] = ()
     climate: Climate = TEMPERATE
     plant: Callable[[str], Callable[[], None] | None] = lambda _: None
@@ -159,6 +158,7 @@ class _Run:
         self._step = 0
         self._progress = 0
         self._finished = False
+        self._given_up = False
         self._verdict: dict[str, Any] | None = None
         self._over = False
         configuration = self._configure()
@@ -244,7 +244,8 @@ class _Run:
             else:
                 child = key.fileobj
                 assert isinstance(child, Child)
-                self._on_end(child)
+                if self._children.get(child.program.name) is child:  # unless it was killed in this very turn
+                    self._on_end(child)
             if self._over:
                 return
 
@@ -252,7 +253,7 @@ class _Run:
         heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._order), act))
 
     def _start(self, name: str) -> None:
-        if self._finished and name in SERVERS:
+        if (self._finished and name in SERVERS) or (self._given_up and name != BUFFER):
             return
         if name not in self._children and not self._over:
             child = Child(self._programs[name], self._lifeline)
@@ -281,12 +282,28 @@ class _Run:
             self._deaths += 1
             self._tally.faults["died by itself"] += 1
             if self._deaths > _MAX_DEATHS:
-                self._give_up(f"12: {name} ended with code {code}, the {self._deaths}th: {child.last_line()}")
+                self._give_up(f"12: {name} ends again and again, with code {code}: {child.last_line()}", blind=True)
             self._at(0.1, partial(self._start, name))
 
-    def _give_up(self, problem: str) -> None:
+    def _give_up(self, problem: str, *, blind: bool = False) -> None:
         self._tally.violations.append(f"{'' if problem.startswith('12') else '12: '}{problem} ({self.name})")
-        self._over = True
+        if self._given_up or ORACLE not in self._children:
+            self._over = True
+            return
+        # What can be said of a run that does not end is said all the same.
+        self._given_up = True
+        for name in (LEARNER, *SERVERS):
+            if name in self._children:
+                self._children[name].signal(signal.SIGKILL)
+                self._gone(self._children[name])
+        if blind:
+            self._tell(judge="blind")
+        else:
+            self._last_restart()
+
+    def _give_up_for_good(self, problem: str) -> None:
+        self._given_up = True
+        self._give_up(problem)
 
     # The oracle's lines
 
@@ -305,6 +322,7 @@ class _Run:
                 case {"step": int(step)}:
                     self._step = max(self._step, step)
                     self._progress += 1
+                    self._deaths = 0
                 case {"verdict": verdict}:
                     self._on_verdict(verdict)
                 case other:
@@ -344,7 +362,7 @@ class _Run:
     # Strikes
 
     def _next_strike(self) -> None:
-        if self._kills_left <= 0:
+        if self._kills_left <= 0 or self._finished or self._given_up:
             self._end_faults()
             return
         rng, plan = self._rng, self._plan
@@ -362,7 +380,7 @@ class _Run:
             self._strike_now("")
 
     def _strike_now(self, event: str) -> None:
-        if self._struck is None or self._finished:
+        if self._struck is None or self._finished or self._given_up:
             self._tell(go=True)
             return
         self._tally.faults["crash points" if event else "crash times"] += 1
@@ -406,13 +424,14 @@ class _Run:
         self._expect_progress()
 
     def _expect_progress(self) -> None:
-        self._at(_STEP_SECONDS, partial(self._check_progress, self._progress))
+        self._at(self._plan.step_seconds, partial(self._check_progress, self._progress))
 
     def _check_progress(self, before: int) -> None:
-        if self._finished:
+        if self._finished or self._given_up:
             return
         if self._progress == before:
-            self._give_up(f"12: no step within {_STEP_SECONDS:g} s after step {self._step}: {self._blockers()}")
+            seconds = self._plan.step_seconds
+            self._give_up(f"12: no step within {seconds:g} s after step {self._step}: {self._blockers()}")
         self._expect_progress()
 
     def _blockers(self) -> str:
@@ -441,9 +460,10 @@ class _Run:
             child.signal(signal.SIGKILL)
             self._gone(child)
             self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng))
+        self._tell(calm=True)
         self._start(BUFFER)
-        self._tell(judge=True)
-        self._at(_JUDGE_SECONDS, partial(self._give_up, "12: the buffer could not be exported"))
+        self._tell(judge="finished" if self._finished else "unfinished")
+        self._at(_JUDGE_SECONDS, partial(self._give_up_for_good, "the buffer could not be exported"))
 
     def _on_verdict(self, verdict: dict[str, Any]) -> None:
         self._verdict = verdict

@@ -25,6 +25,9 @@ LEDGER: Final = "ledger.jsonl"
 LINKS: Final = "links"
 _LOST: Final = 0.7
 """Chance that what was not synced is lost."""
+_OWN_SYNCS: Final = "index.sqlite"
+_SYNCED_UNSEEN: Final = 0.7
+"""SQLite syncs where nobody sees it: mostly its files are left as they are, else damaged, which must be noticed."""
 
 
 @dataclass(slots=True)
@@ -156,7 +159,8 @@ class _Crash:
         durable = self._ledger.names.get(path.stat().st_ino, {})
         now = {entry.name: entry.inode() for entry in os.scandir(path)}
         for name in sorted(now.keys() | durable.keys()):
-            if now.get(name) != durable.get(name) and self._rng.random() < _LOST:
+            own = name.startswith(_OWN_SYNCS) and self._rng.random() < _SYNCED_UNSEEN
+            if now.get(name) != durable.get(name) and not own and self._rng.random() < _LOST:
                 self._undo(path / name, now.get(name), durable.get(name))
         for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
             if entry.is_dir(follow_symlinks=False):
@@ -188,7 +192,7 @@ class _Crash:
     def _file(self, path: Path, inode: int) -> None:
         size, synced = path.stat().st_size, self._ledger.sizes.get(inode, 0)
         unsynced = size - synced
-        if unsynced <= 0:
+        if unsynced <= 0 or (path.name.startswith(_OWN_SYNCS) and self._rng.random() < _SYNCED_UNSEEN):
             return
         kept = self._rng.choice((0, self._rng.randrange(unsynced + 1)))
         left = unsynced - kept

@@ -50,9 +50,10 @@ def version(step: int) -> PolicyVersion:
 
 
 def save(store: CheckpointStore, step: int) -> Path:
-    return store.save(
-        version(step), [], [], lambda directory: (directory / "weights").write_bytes(b"w" * 9) and None
-    ).directory
+    def write(directory: Path) -> None:
+        (directory / "weights").write_bytes(b"w" * 9)
+
+    return store.save(version(step), [], [], write).directory
 
 
 def test_a_checkpoint_is_durable_with_every_name_on_its_way(disk: Disk) -> None:

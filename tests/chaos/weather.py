@@ -18,6 +18,8 @@ from tests.e2e.recording_proxy import WRITE, Fate, Weather
 _HOLD_SECONDS: Final = 5.0
 _NEVER_TWICE: Final = frozenset({"FetchWeights", "Check"})
 """Replies of a stream that no transport would repeat inside one connection."""
+_RARE: Final = frozenset({"OpenRun", "Commit", "FinishRun", "JoinRun"})
+"""Calls of which a run has so few that they are repeated more often."""
 _HAUNTED: Final = frozenset(
     {"OpenRun", "JoinRun", "AcquireTickets", WRITE, "RenewLeases", "DrawBatch", "Advance", "Commit", "FinishRun"}
 )
@@ -83,7 +85,8 @@ class BadWeather(Weather):
         return await self._fate(may_repeat=method == "WatchPolicy")
 
     def ghosts(self, method: str) -> Sequence[float]:
-        if method not in _HAUNTED or self._rng.random() >= self._climate.ghost:
+        often = 5 if method in _RARE else 1
+        if method not in _HAUNTED or self._rng.random() >= self._climate.ghost * often:
             return ()
         self.faults["arrived again"] += 1
         return (self._rng.random() * self._climate.longest_ghost_seconds,)

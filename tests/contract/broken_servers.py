@@ -21,6 +21,7 @@ from leeway import arithmetic, codec
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import (
     CorruptDataError,
+    ExhaustedError,
     InvalidDataError,
     LeewayError,
     NotFoundError,
@@ -445,6 +446,17 @@ class TakesWhatFits(InferenceServicer):
         return await super()._stage(_sent(header, data[: header.manifest.size_bytes]))
 
 
+class SmallMessages(InferenceServicer):
+    async def _stage(self, messages: Any) -> WeightSnapshot:
+        async def received() -> AsyncIterator[Any]:
+            async for message in messages:
+                if message.ByteSize() > 4 << 20:
+                    raise ExhaustedError(f"received message larger than max ({message.ByteSize()} vs. {4 << 20})")
+                yield message
+
+        return await super()._stage(received())
+
+
 class TensorPerMessage(InferenceServicer):
     async def _stage(self, messages: Any) -> WeightSnapshot:
         received = [message async for message in messages]
@@ -528,6 +540,7 @@ BROKEN: Sequence[Broken] = (
     Broken("UPDATE-6", "takes the weights of another model", engine=TakesAnyManifest),
     Broken("UPDATE-7", "takes weights of an older learner", engine=NoFenceEither, policy=NoFence),
     Broken("UPDATE-8", "one message per tensor", TensorPerMessage),
+    Broken("UPDATE-9", "messages are limited to 4 MiB", SmallMessages),
     Broken("VERSION-1", "the first chunk has no span", SpanLost),
     Broken("VERSION-2", "labels name the next step", NextStepLabel),
     Broken("VERSION-3", "labels come a token late", engine=LabelsLate),

@@ -574,7 +574,7 @@ async def test_items_without_content_are_refused_one_by_one(client: ReplayClient
 
 
 async def test_malformed_calls_say_what_is_wrong(client: ReplayClient) -> None:
-    with pytest.raises(InvalidDataError, match="groups_per_step must be at least 1"):
+    with pytest.raises(InvalidDataError, match="groups_per_step must be between 1 and"):
         await client.open_run(replace(spec(), groups_per_step=0), ROOT, [])
     with pytest.raises(NotFoundError, match="no learner has opened it"):
         await client.acquire_tickets("s0", ROOT, 2, 5)

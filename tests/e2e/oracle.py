@@ -23,7 +23,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -314,10 +314,12 @@ class Oracle:
     # 7
 
     def fenced(self) -> Iterator[str]:
-        fences = [(call.ended or 0, call.reply.epoch) for call in self.record.of("OpenRun") if not call.reply.finished]
-        for earlier, later in pairwise(fences):
-            if later[1] <= earlier[1]:
-                yield f"epoch {later[1]} was allocated after epoch {earlier[1]}"
+        opened = [call for call in self.record.of("OpenRun") if not call.reply.finished]
+        fences = [(call.ended or 0, call.reply.epoch) for call in opened]
+        for earlier, later in combinations(opened, 2):
+            fence, epoch, again = earlier.reply.epoch, later.reply.epoch, later.request == earlier.request
+            if (epoch < fence and later.begun > (earlier.ended or 0)) or (epoch == fence and not again):
+                yield f"epoch {epoch} was allocated after epoch {fence}"
         for call in self.record.calls:
             if call.method in LEARNER_CALLS and call.succeeded:
                 newer = [

@@ -37,6 +37,7 @@ def refused(capsys: pytest.CaptureFixture[str], config: Path, directory: Path, *
         ("evaluation.tasks=100000", "evaluation.tasks: is 100000, but there are 256 held-out tasks"),
         ("evaluation.members=500", "evaluation.members: is 500, but a server takes at most"),
         ("metrics.inference_servers=[9403]", "metrics.inference_servers: lists 1 ports"),
+        ('inference_server.backends=["a:1"]', "inference_server.backends: lists 1 addresses"),
         ("learner.trainer=arithmetic", "a rehearsal needs arithmetic for both"),
     ],
 )

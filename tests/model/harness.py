@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from google.protobuf.message_factory import GetMessageClass
+
 from leeway.errors import LeewayError
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
@@ -79,6 +81,12 @@ class _VolatileFile(AppendFile):
         self._disk.synced[self._path] = min(size_bytes, self._disk.synced[self._path])
 
 
+def _parsed(method: str, reply: Any) -> Any:
+    """A reply; a handler may give its bytes already."""
+    output = replay_pb2.DESCRIPTOR.services_by_name["ReplayService"].methods_by_name[method].output_type
+    return GetMessageClass(output).FromString(reply) if isinstance(reply, bytes) else reply
+
+
 class Harness:
     """One log directory, one buffer at a time."""
 
@@ -114,7 +122,7 @@ class Harness:
     async def _call(self, method: str, request: Any, remaining: float | None) -> Any:
         answer = getattr(self.service, method)(request, Context(remaining))
         if hasattr(answer, "__aiter__"):
-            return [reply async for reply in answer]
+            return [_parsed(method, reply) async for reply in answer]
         return await answer
 
     def write(self, requests: Iterable[replay_pb2.WriteTrajectoriesRequest]) -> list[replay_pb2.WriteResult]:

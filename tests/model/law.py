@@ -437,12 +437,17 @@ def audit(records: Iterable[log_pb2.LogRecord], run: str) -> Law | None:
 
 
 def read_log(directory: Path) -> Iterator[log_pb2.LogRecord]:
-    """The records of a whole log, oldest first, by the frames that log.proto describes."""
+    """The records of a whole log, oldest first."""
+    return map(log_pb2.LogRecord.FromString, read_frames(directory))
+
+
+def read_frames(directory: Path) -> Iterator[bytes]:
+    """The payloads of a whole log, oldest first, by the frames that log.proto describes."""
     for path in sorted(directory.glob("segment-*.log")):
         data, at = path.read_bytes(), 0
         while at < len(data):
             length = int.from_bytes(data[at : at + 4], "little")
-            yield log_pb2.LogRecord.FromString(data[at + 8 : at + 8 + length])
+            yield data[at + 8 : at + 8 + length]
             at += 8 + length
 
 

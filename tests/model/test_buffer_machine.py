@@ -69,6 +69,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.written: dict[tuple[str, int], list[WriteItem]] = {}
         self.servers: dict[str, common_pb2.PolicyVersion] = dict.fromkeys(SERVERS, self.spec.root)
         self.evaluated = 0
+        self.opened: list[replay_pb2.OpenRunRequest] = []
         self.open_at(self.spec.root, [])
 
     def teardown(self) -> None:
@@ -119,9 +120,18 @@ class BufferMachine(RuleBasedStateMachine):
             self.refused(PreconditionError, "OpenRun", request)
             return
         epoch = law.epoch
-        reply = self.call("OpenRun", request)
-        assert (reply.epoch, name(reply.head)) == (epoch + 1, version)
-        assert law.epoch == epoch + 1
+        self.opened.append(request)
+        request.incarnation = b"learner %d" % len(self.opened)
+        for _ in range(2):  # again, as a learner does who got no answer
+            reply = self.call("OpenRun", request)
+            assert (reply.epoch, name(reply.head)) == (epoch + 1, version)
+            assert law.epoch == epoch + 1
+
+    @precondition(lambda self: len(self.opened) > 1 and not self.law.finished)
+    @rule(number=pick)
+    def open_late(self, number: int) -> None:
+        """A call that opened the run before the newest one did arrives once more."""
+        self.refused(FencedError, "OpenRun", self.opened[number % (len(self.opened) - 1)])
 
     @rule(number=pick, extra=st.integers(0, 3), damaged=st.booleans())
     def reopen(self, number: int, extra: int, damaged: bool) -> None:

@@ -59,7 +59,7 @@ def test_every_bound_reaches_the_part_that_keeps_it(config: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("inference_server.engine=vllm", "inference_server.engine"),
+        ("inference_server.engine=tgi", "inference_server.engine"),
         ("inference_server.window=9", r"inference_server\.window: unknown key"),
         ("inference_server.reward_concurrency=0", "inference_server.reward_concurrency"),
         ("inference_server.arithmetic.token_seconds=-1", r"inference_server\.arithmetic\.token_seconds"),
@@ -76,6 +76,16 @@ def test_bad_values_name_file_and_key(config: Path, override: str, message: str)
 def test_an_index_without_an_address_is_refused(config: Path, index: int) -> None:
     with pytest.raises(ConfigError, match=r"network.inference_servers has 2 entries"):
         InferenceServerProcess(load_document(config), index)
+
+
+def test_a_backend_samples_where_one_is_named(config: Path) -> None:
+    named = 'inference_server.backends=["127.0.0.1:7501", "127.0.0.1:7502"]'
+    assert InferenceServerProcess(load_document(config), 1).backend is None
+    assert InferenceServerProcess(load_document(config, [named]), 1).backend == "127.0.0.1:7502"
+    assert InferenceServerProcess(load_document(config, [named]), 1, "127.0.0.1:9").backend == "127.0.0.1:9"
+    one = 'inference_server.backends=["127.0.0.1:7501"]'
+    with pytest.raises(ConfigError, match=r"inference_server.backends has 1 entries"):
+        InferenceServerProcess(load_document(config, [one]), 1)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,72 @@
+"""A snapshot as a safetensors file: how weights reach an engine that runs in another process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import Final
+
+from leeway.dtypes import element_size_bytes
+from leeway.errors import PreconditionError
+from leeway.types import WeightSnapshot
+
+FILE_NAME: Final = "model.safetensors"
+_DTYPE: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
+_ALIGNMENT_BYTES: Final = 8
+
+
+@contextlib.contextmanager
+def staged_weights(snapshot: WeightSnapshot, directory: Path) -> Generator[Path, None, None]:
+    """A folder, readable by this user only, that holds the snapshot as `model.safetensors` for the block.
+
+    Args:
+        snapshot: verified weights.
+        directory: where the folder is made; a memory file system saves a trip to the disk.
+
+    Raises:
+        PreconditionError: it cannot be written there.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="leeway-weights-", dir=directory)
+    except OSError as error:
+        raise PreconditionError(
+            f"weights cannot be staged in {directory}: {error.strerror}; set the engine's staging_directory"
+        ) from error
+    with folder as name:
+        try:
+            write_safetensors(snapshot, Path(name) / FILE_NAME)
+        except OSError as error:
+            raise PreconditionError(
+                f"{snapshot.manifest.size_bytes} bytes of weights cannot be staged in {directory}: {error.strerror}; "
+                "set the engine's staging_directory to a place with room"
+            ) from error
+        yield Path(name)
+
+
+def write_safetensors(snapshot: WeightSnapshot, file: Path) -> None:
+    """Write weights as they came, without a copy: header size [8], header as JSON, the tensors' bytes.
+
+    Raises:
+        PreconditionError: a tensor's element type is none of a weight's.
+    """
+    tensors = list(zip(snapshot.manifest.tensors, snapshot.buffers, strict=True))
+    unknown = [entry for entry, _ in tensors if entry.dtype not in _DTYPE]
+    if unknown:
+        raise PreconditionError(f"{unknown[0].name} is {unknown[0].dtype}; weights are {', '.join(_DTYPE)}")
+    tensors.sort(key=lambda tensor: -element_size_bytes(tensor[0].dtype))  # each is aligned to its element
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry, _ in tensors:
+        end = offset + entry.size_bytes
+        header[entry.name] = {"dtype": _DTYPE[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT_BYTES)
+    with file.open("xb") as target:
+        target.write(len(text).to_bytes(8, "little"))
+        target.write(text)
+        for _, buffer in tensors:
+            target.write(buffer)

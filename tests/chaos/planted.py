@@ -1,0 +1,161 @@
+"""Bugs on purpose, put into a process before it starts: the chaos suite must find each, by an invariant it breaks.
+
+Each replaces one thing that a service decides by, with what a careless author might have written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import learner.loop
+import replay_buffer.buffer
+from learner.checkpoint import PendingCheckpoint
+from learner.trainer import FinishSave
+from leeway.types import PolicyVersion, WriteItem
+from replay_buffer.admission import Admission
+from replay_buffer.segments import AppendFile
+from replay_buffer.state import RunState
+from tests.chaos.conductor import BUFFER, LEARNER, SERVERS, Plan
+from tests.chaos.weather import TEMPERATE
+
+
+def acknowledge_before_fsync() -> None:
+    """What is written counts as on disk."""
+    AppendFile.sync = lambda _: None  # type: ignore[method-assign]
+
+
+def commit_before_checkpoint() -> None:
+    """The buffer is told of a checkpoint that is still to be written."""
+
+    async def commit(
+        self: learner.loop.Learner, pending: PendingCheckpoint, finish_save: FinishSave, began: float
+    ) -> None:
+        step = pending.version.step
+        await self._answered(self._parts.buffer.commit(self._epoch, step))
+        self._ledger = [entry for entry in self._ledger if entry[0] > step]
+        finish_save()
+        await asyncio.to_thread(self._parts.checkpoints.finish, pending)
+
+    learner.loop.Learner._commit = commit  # type: ignore[method-assign]
+
+
+def no_attempt_check() -> None:
+    """Whatever attempt an item names, it is taken for the newest."""
+    decide = replay_buffer.buffer.decide_write
+
+    def careless(run: RunState, item: WriteItem, *rest: Any, **more: Any) -> Any:
+        found = run.find(item.trajectory_id)
+        attempt = item.attempt if found is None else found[0].members[found[1]].attempt
+        decision = decide(run, replace(item, attempt=attempt), *rest, **more)
+        return replace(decision, result=replace(decision.result, attempt=item.attempt))
+
+    replay_buffer.buffer.decide_write = careless
+
+
+def no_epoch_check() -> None:
+    """Any learner may go on."""
+    _everywhere("check_epoch", lambda run, epoch: None)
+
+
+def leaked_reservation() -> None:
+    """A place is taken when a group is issued and given back when it is trained on; nobody thought of drops."""
+    init = Admission.__init__
+
+    def leaking(self: Any, run: RunState) -> None:
+        init(self, run)
+        self._by_deadline[run.head.step] += run.dropped.total()
+
+    Admission.__init__ = leaking  # type: ignore[method-assign]
+
+
+def staleness_by_subtraction() -> None:
+    """A version is as old as the number of its step says, whatever became of its branch."""
+
+    def deadline_of(run: RunState, versions: Iterable[PolicyVersion]) -> int:
+        return min(run.spec.max_staleness + version.step for version in versions)
+
+    _everywhere("deadline_of", deadline_of)
+
+
+def _everywhere(name: str, value: object) -> None:
+    """Replace a function in every module of the buffer that knows it."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("replay_buffer.") and hasattr(module, name):
+            setattr(module, name, value)
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A bug, the process it goes into, the invariants of which it must break one, and the fire that brings it out."""
+
+    install: Callable[[], None]
+    process: str
+    invariants: tuple[int, ...]
+    plan: Plan
+
+    def planted(self, seed: int, directory: Path) -> Plan:
+        """A short suite with the bug in it."""
+        return replace(
+            self.plan,
+            seed=seed,
+            directory=directory,
+            plant=lambda name: self.install if name == self.process else None,
+        )
+
+
+_SHORT = Plan(seed=0, kills=8, directory=Path(), kills_per_run=8, steps=14, stops=0.0, step_seconds=8.0)
+_HAUNTED = replace(TEMPERATE, ghost=0.6, longest_ghost_seconds=2.0)
+_ADVANCES = (("Advance.ended", 3), ("DrawBatch.ended", 3))
+_REWINDING = ("learner.checkpoint_every_steps=4", "run.max_staleness=1", "evaluation.every_steps=0")
+
+BUGS = {
+    "acknowledge-before-fsync": Bug(
+        acknowledge_before_fsync,
+        BUFFER,
+        (1,),
+        replace(_SHORT, victims=((BUFFER, 1.0),), events=(("write.answered", 30),)),
+    ),
+    "commit-before-checkpoint": Bug(
+        commit_before_checkpoint, LEARNER, (8,), replace(_SHORT, victims=((LEARNER, 1.0),), kills=1)
+    ),
+    "no-attempt-check": Bug(
+        no_attempt_check,
+        BUFFER,
+        (6, 7),
+        replace(
+            _SHORT,
+            victims=((SERVERS[0], 1.0), (SERVERS[1], 1.0)),
+            events=(("write.sent", 20),),
+            climate=replace(_HAUNTED, longest_ghost_seconds=1.0),
+            # Slow tokens: a new attempt has written nothing yet when the old one's items arrive.
+            overrides=(
+                "inference_server.arithmetic.token_seconds=0.02",
+                "inference_server.arithmetic.chunk_tokens=4",
+                "run.members=2",
+            ),
+        ),
+    ),
+    "no-epoch-check": Bug(
+        no_epoch_check,
+        BUFFER,
+        (7,),
+        replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, climate=_HAUNTED, kills=4),
+    ),
+    "leaked-reservation": Bug(
+        leaked_reservation,
+        BUFFER,
+        (12,),
+        replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
+    ),
+    "staleness-by-subtraction": Bug(
+        staleness_by_subtraction,
+        BUFFER,
+        (5,),
+        replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
+    ),
+}

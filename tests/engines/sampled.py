@@ -1,0 +1,116 @@
+"""Completions as engines stream them, and what transformers computes for the same tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from inference_server.engine import Engine, GenerationEnd, GenerationRequest
+from inference_server.requests import Closing
+from leeway.types import Array, Column, ColumnKind, Int32Array, SamplingParams, VersionSpan
+
+
+@dataclass
+class Completion:
+    """Everything an engine said of one request."""
+
+    prompt: Int32Array
+    sampling: SamplingParams
+    columns: list[Column] = field(default_factory=list)
+    spans: list[VersionSpan] = field(default_factory=list)
+    end: GenerationEnd | None = None
+
+    def column(self, kind: ColumnKind) -> Array:
+        """A column, whole; its pieces must follow each other without a gap."""
+        pieces = [column for column in self.columns if column.kind is kind]
+        start = 0 if kind is ColumnKind.ROUTING else len(self.prompt)
+        for piece in pieces:
+            assert piece.start_token == start
+            start = piece.end_token
+        return np.concatenate([piece.values for piece in pieces])
+
+    @property
+    def token_ids(self) -> Int32Array:
+        return self.column(ColumnKind.TOKEN_IDS)
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(len(column.values) for column in self.columns if column.kind is ColumnKind.TOKEN_IDS)
+
+    def steps(self) -> list[int]:
+        """The step of the version of each sampled token; every one has exactly one."""
+        steps: list[int] = []
+        for span in self.spans:
+            assert span.start_token == len(self.prompt) + len(steps)
+            steps += [span.version.step] * (span.end_token - span.start_token)
+        assert len(steps) == len(self.token_ids)
+        return steps
+
+
+async def sample(
+    engine: Engine,
+    prompt: Int32Array,
+    sampling: SamplingParams,
+    on_chunk: Callable[[Completion], object] = lambda completion: None,
+) -> Completion:
+    completion = Completion(prompt, sampling)
+    async with asyncio.timeout(300), Closing(engine.generate(GenerationRequest("test", prompt, sampling))) as events:
+        async for event in events:
+            assert completion.end is None
+            if isinstance(event, GenerationEnd):
+                completion.end = event
+                continue
+            completion.columns += event.columns
+            completion.spans += event.version_spans
+            on_chunk(completion)
+    assert completion.end is not None
+    assert completion.end.num_tokens == len(completion.token_ids)
+    return completion
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a transformers model computes for a completion."""
+
+    logprobs: Array  # [n]
+    topk_token_ids: Array  # [n, K]
+    candidates: Array  # [n, K]: of the candidates that the engine lists
+    routing: Array | None  # [prompt + n - 1, L, k], each token's experts in order of their ids
+
+
+def reference(model: PreTrainedModel, completion: Completion) -> Reference:
+    prompt, token_ids, topk = len(completion.prompt), completion.token_ids, completion.sampling.topk
+    sequence = torch.tensor(np.concatenate([completion.prompt, token_ids]))[None].long()
+    moe = hasattr(model.config, "num_experts_per_tok")
+    with torch.no_grad():
+        output: Any = model(sequence, **({"output_router_logits": True} if moe else {}))
+    logits = output.logits[0, prompt - 1 : -1].float() / completion.sampling.temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    listed = (
+        torch.tensor(completion.column(ColumnKind.TOPK_TOKEN_IDS)).long() if topk else torch.zeros(len(token_ids), 0)
+    )
+    routing = None
+    if moe:
+        experts = int(model.config.num_experts_per_tok)
+        by_layer = [
+            logits.reshape(-1, logits.shape[-1])[: sequence.shape[1] - 1].topk(experts).indices.sort(-1).values
+            for logits in output.router_logits
+        ]
+        routing = torch.stack(by_layer, dim=1).numpy()
+    return Reference(
+        logprobs=logprobs.gather(1, torch.tensor(token_ids).long()[:, None])[:, 0].numpy(),
+        topk_token_ids=logprobs.topk(topk).indices.numpy(),
+        candidates=logprobs.gather(1, listed.long()).numpy(),
+        routing=routing,
+    )
+
+
+def difference(completion: Completion, model: PreTrainedModel) -> Array:
+    """|log mu - log pi| of each sampled token."""
+    return np.abs(completion.column(ColumnKind.BEHAVIOR_LOGPROBS) - reference(model, completion).logprobs)

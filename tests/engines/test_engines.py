@@ -1,0 +1,243 @@
+"""What every engine must do, asked of the real ones over gRPC: exact log-probs, exact routing, true labels.
+
+The servers outlive the tests, so each test puts the weights in force that it needs; a version is never reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import psutil
+import pytest
+from transformers import PreTrainedModel
+
+from inference_server.engine import Engine
+from leeway.errors import InvalidDataError, PreconditionError
+from leeway.types import ColumnKind, FinishReason, Int32Array, SamplingParams, WeightSnapshot
+from tests.engines.conftest import CONTEXT_LENGTH, VOCAB_SIZE, make_model
+from tests.engines.engine_server import EngineServer
+from tests.engines.sampled import Completion, difference, reference, sample
+from tests.unit import tiny_models
+
+EXACT = 1e-4
+_epochs = itertools.count(1)
+
+
+def prompts(count: int, length: int, seed: int) -> list[Int32Array]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(2, VOCAB_SIZE, length, dtype=np.int32) for _ in range(count)]
+
+
+def snapshot(models: list[PreTrainedModel], step: int) -> WeightSnapshot:
+    return tiny_models.snapshot(models[step], step, epoch=next(_epochs))
+
+
+def long_sampling(server: EngineServer, *, routing: bool = False) -> SamplingParams:
+    """For a sequence that is still running when a swap has been made ready: engines differ in speed."""
+    return SamplingParams(1.0, 400 if server.engine == "transformers" else 1900, (), 3, 0, routing=routing)
+
+
+async def test_logprobs_candidates_and_routing_are_those_of_transformers(
+    server: EngineServer, models: list[PreTrainedModel]
+) -> None:
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(models, 0))
+        sampling = [SamplingParams(temperature, 40, (), 7, 20, routing=True) for temperature in (1.0, 0.7)]
+        completions = await asyncio.gather(
+            *(sample(engine, prompt, params) for params in sampling for prompt in prompts(3, 24, 1))
+        )
+    for completion in completions:
+        expected = reference(models[0], completion)
+        assert difference(completion, models[0]).max() < EXACT
+        assert np.abs(completion.column(ColumnKind.TOPK_LOGPROBS) - expected.candidates).max() < EXACT
+        np.testing.assert_array_equal(
+            np.sort(completion.column(ColumnKind.TOPK_TOKEN_IDS)), np.sort(expected.topk_token_ids)
+        )
+        np.testing.assert_array_equal(np.sort(completion.column(ColumnKind.ROUTING)), expected.routing)
+        assert set(completion.steps()) == {0}
+        assert completion.end is not None
+        assert completion.end.finish_reason is FinishReason.LENGTH
+
+
+async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
+    server: EngineServer, models: list[PreTrainedModel]
+) -> None:
+    """Tokens before the swap are the old weights', those after it are not; what starts afterwards is the new ones'."""
+    long = long_sampling(server, routing=True)
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(models, 0))
+        started = asyncio.Barrier(4)
+        running = [asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(3, 24, 2)]
+        async with asyncio.timeout(120):
+            await started.wait()
+        seconds = await engine.update_weights(snapshot(models, 1))
+        assert engine.info().version is not None
+        swapped = await asyncio.gather(*running)
+        fresh = [
+            await sample(engine, prompt, SamplingParams(1.0, 40, (), 5, 0, routing=True))
+            for prompt in [*prompts(3, 24, 2), *prompts(1, 30, 3)]  # prompts whose keys may be cached, and a new one
+        ]
+    assert seconds > 0
+    for completion in swapped:
+        steps = np.array(completion.steps())
+        assert 0 < (steps == 1).sum() < len(steps)
+        assert (np.diff(steps) >= 0).all()
+        old = difference(completion, models[0])
+        assert old[steps == 0].max() < EXACT
+        assert old[steps == 1].max() > 1e-2
+        # Keys and values are kept: a token's routing is that of its only forward.
+        first = int((steps == 1).argmax()) + len(completion.prompt) - 1
+        routing, expected = completion.column(ColumnKind.ROUTING), reference(models[0], completion).routing
+        assert expected is not None
+        np.testing.assert_array_equal(np.sort(routing[:first]), expected[:first])
+        assert (np.sort(routing[first:]) != expected[first:]).any()
+    for completion in fresh:
+        assert set(completion.steps()) == {1}
+        assert difference(completion, models[1]).max() < EXACT
+        np.testing.assert_array_equal(
+            np.sort(completion.column(ColumnKind.ROUTING)), reference(models[1], completion).routing
+        )
+
+
+async def test_a_paused_engine_samples_nothing_and_loses_nothing(
+    server: EngineServer, models: list[PreTrainedModel]
+) -> None:
+    """Also across a swap while it is paused, which does not set it going."""
+    long = long_sampling(server)
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(models, 2))
+        seen: list[Completion] = []
+        started = asyncio.Event()
+
+        def on_chunk(completion: Completion) -> None:
+            seen[:] = [completion]
+            started.set()
+
+        running = asyncio.create_task(sample(engine, prompts(1, 24, 4)[0], long, on_chunk))
+        async with asyncio.timeout(120):
+            await started.wait()
+        await engine.pause()
+        await engine.update_weights(snapshot(models, 3))
+        await asyncio.sleep(0.3)  # what was sampled before may still be on its way
+        before = seen[0].num_sampled
+        await asyncio.sleep(0.3)
+        assert seen[0].num_sampled == before
+        assert not running.done()
+        await engine.resume()
+        completion = await running
+    steps = np.array(completion.steps())
+    assert (steps == 2).sum() >= before
+    assert (steps == 3).any()
+    assert difference(completion, models[2])[steps == 2].max() < EXACT
+
+
+async def test_a_closed_iterator_frees_its_slot(server: EngineServer, models: list[PreTrainedModel]) -> None:
+    """A waiting request goes on while the other slots are still taken."""
+    long = long_sampling(server)
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(models, 0))
+        slots = engine.info().max_concurrency
+        started = asyncio.Barrier(slots + 1)
+        running = [
+            asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(slots, 24, 5)
+        ]
+        async with asyncio.timeout(120):
+            await started.wait()
+        await engine.pause()
+        waiting = asyncio.create_task(sample(engine, prompts(1, 8, 6)[0], SamplingParams(1.0, 2, (), 1, 0)))
+        running[0].cancel()
+        await asyncio.wait([running[0]])
+        await engine.resume()
+        await waiting
+        assert not any(task.done() for task in running[1:])
+        for task in running[1:]:
+            task.cancel()
+        await asyncio.wait(running)
+        # Nothing is left that would take a slot for good.
+        await asyncio.gather(*(sample(engine, prompt, replace(long, max_tokens=4)) for prompt in prompts(12, 8, 7)))
+
+
+async def test_what_would_kill_an_engine_is_refused_and_the_engine_lives(
+    server: EngineServer, models: list[PreTrainedModel]
+) -> None:
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(models, 0))
+        few = SamplingParams(1.0, 4, (), 1, 0)
+        for prompt in ([VOCAB_SIZE], [-1], [5] * CONTEXT_LENGTH, []):
+            with pytest.raises(InvalidDataError):
+                await sample(engine, np.array(prompt, np.int32), few)
+        for sampling in (
+            replace(few, stop_token_ids=(VOCAB_SIZE,)),
+            replace(few, topk=21),
+            replace(few, temperature=0.0),
+        ):
+            with pytest.raises(InvalidDataError):
+                await sample(engine, prompts(1, 8, 8)[0], sampling)
+        misfit = tiny_models.snapshot(tiny_models.make_model(0), 9, epoch=next(_epochs))
+        with pytest.raises(PreconditionError):
+            await engine.update_weights(misfit)
+        completion = await sample(engine, prompts(1, 8, 8)[0], replace(few, max_tokens=20))
+    assert difference(completion, models[0]).max() < EXACT
+
+
+async def test_stop_tokens_and_the_context_end_a_completion(
+    server: EngineServer, models: list[PreTrainedModel]
+) -> None:
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(models, 0))
+        stopping = SamplingParams(1.0, 200, tuple(range(2, 40)), 3, 0)
+        stopped = await asyncio.gather(*(sample(engine, prompt, stopping) for prompt in prompts(4, 8, 9)))
+        filled = await sample(engine, prompts(1, CONTEXT_LENGTH - 8, 10)[0], SamplingParams(1.0, 64, (), 3, 0))
+    for completion in stopped:
+        assert completion.end is not None
+        assert completion.end.finish_reason is FinishReason.STOP
+        assert completion.token_ids[-1] in range(2, 40)
+        assert not set(completion.token_ids[:-1].tolist()) & set(range(2, 40))
+    assert filled.end is not None
+    assert (filled.end.finish_reason, filled.end.num_tokens) == (FinishReason.CONTEXT, 8)
+
+
+def test_an_engines_own_metrics_are_passed_on(server: EngineServer) -> None:
+    metrics = server.metrics()
+    assert "leeway_inference_tokens_total" in metrics
+    if server.engine == "vllm":
+        for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "generation_tokens_total"):
+            assert f"vllm:{name}" in metrics
+        assert metrics["vllm:generation_tokens_total"] > 0
+
+
+async def test_a_dense_model_and_the_death_of_an_engines_process(dense_server: EngineServer) -> None:
+    """The same exactness; then the server notices that its engine is gone, says so and ends, to be started again."""
+    models = [make_model(seed, moe=False) for seed in range(2)]
+    async with dense_server.connect() as engine:
+        for step in range(2):
+            await engine.update_weights(snapshot(models, step))
+            sampling = SamplingParams(0.7, 40, (), 3, 5)
+            for completion in await asyncio.gather(*(sample(engine, prompt, sampling) for prompt in prompts(3, 24, 1))):
+                assert difference(completion, models[step]).max() < EXACT
+    children = psutil.Process(dense_server.process.pid).children()
+    cores = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    if dense_server.engine == "transformers":
+        assert not cores
+        return
+    for core in cores:
+        core.kill()
+    code = await asyncio.to_thread(dense_server.process.wait, 120)
+    assert code == 1
+    assert "has died" in dense_server.log.read_text(encoding="utf-8", errors="replace")
+
+
+async def _sample_and_meet(
+    engine: Engine, prompt: Int32Array, sampling: SamplingParams, started: asyncio.Barrier
+) -> Completion:
+    """Sample, and meet the others after the first chunk."""
+    waiting: list[asyncio.Task[int]] = []
+
+    def on_chunk(completion: Completion) -> None:
+        if not waiting:
+            waiting.append(asyncio.create_task(started.wait()))
+
+    return await sample(engine, prompt, sampling, on_chunk)

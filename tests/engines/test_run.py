@@ -1,0 +1,123 @@
+"""Servers with different engines feed one run: each in its own environment, all under one supervisor.
+
+The learning rate is nothing, so every version computes the same: whatever the engine, however stale, the learner must
+find the log-probs that the engine sampled from.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections import Counter
+from pathlib import Path
+from urllib.error import URLError
+
+import pytest
+import tomli_w
+
+from learner.journal import read_journal
+from leeway.assembly import assemble_trajectory
+from leeway.commands.replay_access import open_replay
+from leeway.config import load_document
+from leeway.ports import free_port
+from leeway.types import GroupState
+from tests.engines.conftest import ENGINES, make_model
+from tests.engines.engine_server import (
+    CHECKOUT,
+    EnvironmentMissingError,
+    engine_options,
+    interpreter,
+    shown_metrics,
+)
+from tests.unit import tiny_models
+
+TRAJECTORIES = 12  # of each server, before the run is stopped
+NOTHING = 1e-12
+
+
+def configuration(directory: Path, metrics_ports: list[int]) -> Path:
+    model = tiny_models.save(make_model(0), directory / "model")
+    tasks = [{"prompt": f"t{number} t{number + 1} t{number + 2}"} for number in range(2, 200)]
+    (directory / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks), encoding="utf-8")
+    sections = {
+        "run": {
+            "name": "mixed",
+            "directory": str(directory),
+            "steps": 100_000,
+            "groups_per_step": 4,
+            "members": 4,
+            "max_staleness": 4,
+        },
+        "model": {"path": str(model)},
+        "task": {"train_file": "tasks.jsonl", "reward": "word_reward:score", "python_path": str(Path(__file__).parent)},
+        "sampling": {"max_tokens": 48, "routing": True, "topk": 5, "temperature": 0.9},
+        "network": {
+            "replay_buffer": "127.0.0.1:0",
+            "policy": "127.0.0.1:0",
+            "inference_servers": ["127.0.0.1:0"] * len(ENGINES),
+        },
+        "metrics": {"replay_buffer": 0, "learner": 0, "inference_servers": metrics_ports},
+        "evaluation": {"tasks": 0, "members": 1},
+        "inference_server": {
+            "engines": list(ENGINES),
+            "prefetch": 0,
+            **{
+                engine: engine_options(engine) | ({} if engine == "transformers" else {"python": interpreter(engine)})
+                for engine in ENGINES
+            },
+        },
+        "learner": {
+            "training": {"learning_rate": NOTHING, "routing_replay": True, "publish_dtype": "float32"},
+        },
+    }
+    path = directory / "mixed.toml"
+    path.write_text(tomli_w.dumps(sections), encoding="utf-8")
+    return path
+
+
+async def closed(port: int) -> float:
+    """Trajectories that a server has closed; 0 while it starts."""
+    try:
+        metrics = await asyncio.to_thread(shown_metrics, port)
+    except (URLError, ConnectionError):
+        return 0.0
+    return metrics.get("leeway_inference_trajectories_total", 0.0)
+
+
+async def test_the_learner_computes_what_each_engine_sampled(tmp_path: Path) -> None:
+    ports = [free_port("127.0.0.1") for _ in ENGINES]
+    try:
+        path = configuration(tmp_path, ports)
+    except EnvironmentMissingError as missing:
+        pytest.skip(str(missing))
+    log_path = tmp_path / "run.log"
+    with log_path.open("wb") as log:
+        run = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "leeway.commands.main", "run", str(path), "--plain"),
+            cwd=CHECKOUT,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            async with asyncio.timeout(800):
+                while min(await asyncio.gather(*map(closed, ports))) < TRAJECTORIES:
+                    assert run.returncode is None, log_path.read_text(encoding="utf-8")
+                    await asyncio.sleep(1.0)
+                run.send_signal(signal.SIGINT)
+                assert await run.wait() == 0, log_path.read_text(encoding="utf-8")
+        finally:
+            if run.returncode is None:
+                run.kill()
+                await run.wait()
+    steps = [record for record in read_journal(tmp_path / "mixed" / "metrics.jsonl") if record["kind"] == "step"]
+    assert max(step["max_abs_policy_behavior_difference"] for step in steps) < 1e-4
+    assert max(step["ratio_max"] for step in steps) < 1.001
+    trained = Counter[str]()
+    async with open_replay(load_document(tmp_path / "mixed" / "config.toml")) as client:
+        async for group in client.export_groups(state=GroupState.CONSUMED):
+            for record in group.trajectories:
+                segments = assemble_trajectory(record).segments
+                trained.update(segment.engine.split("/")[0] for segment in segments if segment.engine)
+    assert set(trained) == set(ENGINES), trained

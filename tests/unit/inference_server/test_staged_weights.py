@@ -1,0 +1,44 @@
+"""A staged snapshot is what any reader of safetensors finds, and gone afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from inference_server.engines.staged_weights import staged_weights
+from leeway.errors import PreconditionError
+from leeway.huggingface import tensor_bytes
+from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
+from leeway.weights import tensor_entry, weights_digest
+from tests.unit import tiny_models
+
+
+@pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
+def test_tensors_are_read_back_bit_for_bit(tmp_path: Path, dtype_name: str) -> None:
+    # A model that keeps some tensors in float32 whatever the rest is.
+    snapshot = tiny_models.snapshot(tiny_models.make_model(0, family="deepseek_v3"), dtype_name=dtype_name)
+    with staged_weights(snapshot, tmp_path) as folder:
+        tensors = load_file(folder / "model.safetensors")
+        assert folder.stat().st_mode & 0o077 == 0
+    assert list(tmp_path.iterdir()) == []
+    assert tensors.keys() == {entry.name for entry in snapshot.manifest.tensors}
+    for entry, buffer in zip(snapshot.manifest.tensors, snapshot.buffers, strict=True):
+        assert tuple(tensors[entry.name].shape) == entry.shape
+        assert tensor_bytes(tensors[entry.name]) == bytes(buffer)
+
+
+def test_a_place_that_cannot_take_them_is_named(tmp_path: Path) -> None:
+    snapshot = tiny_models.snapshot(tiny_models.make_model(0))
+    with pytest.raises(PreconditionError, match="staging_directory"), staged_weights(snapshot, tmp_path / "nowhere"):
+        pass
+
+
+def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
+    data = np.zeros(2, np.int32).tobytes()
+    manifest = WeightManifest((tensor_entry("ids", "int32", (2,), data),))
+    snapshot = WeightSnapshot(PolicyVersion("run", 1, 0, weights_digest(manifest)), 1, manifest, [data])
+    with pytest.raises(PreconditionError, match="ids is int32"), staged_weights(snapshot, tmp_path):
+        pass
