@@ -42,6 +42,7 @@ def rich_state() -> RunState:
     machine.acquire(max_members=1)
     state.batches |= {7: Batch(7, ("a", "b"), sealed=True), 8: Batch(8, ("c", "d"))}
     state.lost_attempts[3] = 2
+    state.incarnations[b"learner"] = 4
     state.requeued.extend([4, 1])
     state.finished = True
     return state
