@@ -44,12 +44,12 @@ def interpreter(engine: str) -> str:
     return built.stdout.strip()
 
 
-def engine_options(engine: str, **options: Any) -> dict[str, Any]:
-    """Settings with which every engine computes the same: float32, small."""
-    common = {"dtype": "float32", "max_concurrency": 4, **options}
-    if engine == "vllm":
-        return common | {"kv_cache_bytes": 1 << 26, "arguments": {"enforce_eager": True}}
-    return common
+def engine_options(engine: str, *, gpu: bool = False, **options: Any) -> dict[str, Any]:
+    """An engine's section: unless told otherwise float32, in which every engine computes the same, and small."""
+    own: dict[str, Any] = {}
+    if engine == "vllm" and not gpu:
+        own = {"kv_cache_bytes": 1 << 26, "arguments": {"enforce_eager": True}}
+    return {"dtype": "float32", "max_concurrency": 4, **own, **options}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +127,12 @@ def engine_server(engine: str, model: Path, directory: Path, **options: Any) -> 
         engine: its name in the configuration.
         model: what it loads.
         directory: for its configuration and its log.
-        options: of the engine's section.
+        options: of the engine's section; `python` is the interpreter to start it with, `gpu` leaves sizes to it.
 
     Raises:
         EnvironmentMissingError: the engine's environment has not been built.
     """
-    python = interpreter(engine)
+    python = options.pop("python", None) or interpreter(engine)
     directory.mkdir(parents=True, exist_ok=True)
     settings = configuration(engine, model, directory, **options)
     (directory / "tasks.jsonl").write_text('{"prompt": "t2 t3"}\n', encoding="utf-8")

@@ -37,7 +37,7 @@ def snapshot(models: list[PreTrainedModel], step: int) -> WeightSnapshot:
 
 def long_sampling(server: EngineServer, *, routing: bool = False) -> SamplingParams:
     """For a sequence that is still running when a swap has been made ready: engines differ in speed."""
-    return SamplingParams(1.0, 400 if server.engine == "transformers" else 1900, (), 3, 0, routing=routing)
+    return SamplingParams(1.0, 400 if server.engine == "transformers" else 1700, (), 3, 0, routing=routing)
 
 
 async def test_logprobs_candidates_and_routing_are_those_of_transformers(
@@ -70,7 +70,9 @@ async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
     async with server.connect() as engine:
         await engine.update_weights(snapshot(models, 0))
         started = asyncio.Barrier(4)
-        running = [asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(3, 24, 2)]
+        running = [
+            asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(3, 300, 2)
+        ]
         async with asyncio.timeout(120):
             await started.wait()
         seconds = await engine.update_weights(snapshot(models, 1))
@@ -78,7 +80,8 @@ async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
         swapped = await asyncio.gather(*running)
         fresh = [
             await sample(engine, prompt, SamplingParams(1.0, 40, (), 5, 0, routing=True))
-            for prompt in [*prompts(3, 24, 2), *prompts(1, 30, 3)]  # prompts whose keys may be cached, and a new one
+            # Prompts long enough for their keys to have been cached, and a new one.
+            for prompt in [*prompts(3, 300, 2), *prompts(1, 30, 3)]
         ]
     assert seconds > 0
     for completion in swapped:
