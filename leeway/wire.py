@@ -14,6 +14,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 _LARGEST = 0xFFFF_FFFF
+_LARGEST_SHIFT = 28
+"""Of the fifth byte, the last one that a number of 32 bits needs."""
 
 
 class WireColumn(NamedTuple):
@@ -83,7 +85,7 @@ def _column(data: bytes, at: int, end: int) -> WireColumn:
 
 
 def varint_at(data: bytes, at: int) -> tuple[int, int]:
-    """The number at a place, and where it ends. Raises IndexError at the end of the data."""
+    """The number at a place, and where it ends. Raises IndexError at the end of the data, and for long numbers."""
     byte = data[at]
     if byte < 0x80:
         return byte, at + 1
@@ -95,4 +97,6 @@ def varint_at(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             break
         shift += 7
+        if shift > _LARGEST_SHIFT:
+            raise IndexError
     return number, at + 1

@@ -4,10 +4,13 @@
 
 A long rollout is waited for within bounds instead of being overtaken for ever, as long as a server is at work on it:
 
-    due       at its deadline (D = h), until it is ready: it would be too old for every later step, the others not
+    due       for every k >= h, a batch that takes a group with D > k leaves at most (k - h) * B groups with D <= k at
+              work: those are all that the steps until k can still take (k = h: nobody at his deadline is overtaken)
     window    groups that were issued (S + 1) * B or more after the oldest one at work wait for it
 
-Both bounds end with the rollout's lease, so a dead server holds nothing up for longer.
+Admission let no more in than the steps can take, and a draw keeps it so: while servers live and the learner does not
+start over, nothing that is sampled gets too old. Both bounds end with the rollout's lease, so a dead server holds
+nothing up for longer.
 """
 
 from __future__ import annotations
@@ -54,9 +57,7 @@ def decide_draw(run: RunState, epoch: int, step: int, expired: Expired) -> Batch
     chosen = _ready(run, at_work)[:wanted]
     if len(chosen) < wanted:
         return None
-    head_step = run.head.step
-    takes_younger = chosen[-1].deadline > head_step
-    if takes_younger and any(deadline(run, group) == head_step for group in at_work):
+    if _overtakes(run, chosen[-1].deadline, at_work):
         return None
     refill = iter(chosen)
     return BatchDrawn(
@@ -81,6 +82,13 @@ def _ready(run: RunState, at_work: list[Group]) -> list[_Due]:
     ]
     due.sort(key=lambda entry: entry[:2])
     return [entry for entry in due if entry.deadline >= run.head.step]
+
+
+def _overtakes(run: RunState, latest_deadline: int, at_work: list[Group]) -> bool:
+    """Whether a batch up to this deadline would leave more at work than the steps after it can take in time."""
+    head_step, per_step = run.head.step, run.spec.groups_per_step
+    due = sorted(at for group in at_work if head_step <= (at := deadline(run, group)) < latest_deadline)
+    return any(count > (at - head_step) * per_step for count, at in enumerate(due, start=1))
 
 
 def _is_at_work(group: Group, expired: Expired) -> bool:

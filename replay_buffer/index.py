@@ -85,8 +85,20 @@ class Index:
         self._groups: dict[tuple[str, int], Group] = {}  # waiting to be written
         self._evaluations: dict[tuple[str, str], tuple[EvaluationState, Location]] = {}
         self._file = _connect(path, read_only=read_only)
+        if not read_only:
+            self._check()
         self.first_segment = 1
         """The oldest segment that there is; what has a record in an older one is retired."""
+
+    def _check(self) -> None:
+        """Refuse a damaged file now: a write that meets the damage later could not be undone."""
+        try:
+            found: str = self._file.execute("PRAGMA quick_check(1)").fetchone()[0]
+        except sqlite3.DatabaseError as error:
+            found = str(error)
+        if found != "ok":
+            self._file.close()
+            raise CorruptDataError(_damaged(self._path, " ".join(found.split())))
 
     @staticmethod
     def remove(path: Path) -> None:

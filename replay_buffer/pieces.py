@@ -12,17 +12,18 @@ from leeway import codec
 from leeway.rpc import BULK_PIECE_BYTES
 from leeway.v1 import replay_pb2
 from replay_buffer.groups import Location
-from replay_buffer.records import decode, stored_chunk
+from replay_buffer.records import Bytes, decode, stored_chunk, stored_close
 from replay_buffer.transitions import TrajectoryClosed, TrajectoryFailed
 from replay_buffer.views import GroupView, MemberView
 
 ReadMany = Callable[[Sequence[Location]], list[bytes]]
 """Records' payloads, in the order asked for."""
-Bytes = bytes | memoryview
 
 _MOST_RECORDS: Final = 1024
 """Read at once; fewer when they are large."""
 _PIECES: Final = codec.field_tag(replay_pb2.DrawBatchResponse, "pieces")
+_TRAJECTORY: Final = codec.field_tag(replay_pb2.GroupPiece, "trajectory")
+_CLOSE: Final = codec.field_tag(replay_pb2.TrajectoryHeader, "close")
 _CHUNK: Final = codec.field_tag(replay_pb2.GroupPiece, "chunk")
 assert codec.field_tag(replay_pb2.ExportGroupsResponse, "pieces") == _PIECES, "one framing serves both"
 
@@ -52,7 +53,7 @@ def _pieces(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[tuple[i
         yield _serialized(replay_pb2.GroupPiece(group=_group_header(view)))
         for member in view.members:
             ending = None if member.ending is None else next(records)
-            yield _serialized(replay_pb2.GroupPiece(trajectory=_trajectory_header(member, ending)))
+            yield _trajectory(member, ending)
             for _ in member.chunks:
                 chunk = stored_chunk(next(records))
                 inner = _CHUNK + codec.varint(len(chunk))
@@ -103,19 +104,24 @@ def _group_header(view: GroupView) -> replay_pb2.GroupHeader:
     return header
 
 
-def _trajectory_header(view: MemberView, ending: bytes | None) -> replay_pb2.TrajectoryHeader:
+def _trajectory(view: MemberView, ending: bytes | None) -> tuple[int, Sequence[Bytes]]:
+    """A serialized piece with a TrajectoryHeader; a close goes out as it is stored."""
     header = replay_pb2.TrajectoryHeader(
-        trajectory_id=view.trajectory_id,
-        member=view.member,
-        attempt=view.attempt,
-        server_id=view.server_id,
-        chunk_count=len(view.chunks),
+        trajectory_id=view.trajectory_id, member=view.member, attempt=view.attempt, server_id=view.server_id
     )
-    match None if ending is None else decode(ending).transition:
-        case TrajectoryClosed(close=close):
-            header.close.CopyFrom(codec.close_to_proto(close))
-        case TrajectoryFailed(failure=failure):
-            header.failure = failure.message
-        case _:
-            pass
-    return header
+    count = replay_pb2.TrajectoryHeader(chunk_count=len(view.chunks))
+    close = b"" if ending is None else stored_close(ending)
+    if close:
+        data = b"".join(
+            (header.SerializeToString(), _CLOSE, codec.varint(len(close)), close, count.SerializeToString())
+        )
+    else:
+        transition = None if ending is None else decode(ending).transition
+        if isinstance(transition, TrajectoryFailed):
+            count.failure = transition.failure.message
+        elif isinstance(transition, TrajectoryClosed):
+            header.close.CopyFrom(codec.close_to_proto(transition.close))
+        data = header.SerializeToString() + count.SerializeToString()
+    inner = _TRAJECTORY + codec.varint(len(data))
+    size_bytes = len(inner) + len(data)
+    return size_bytes, (_PIECES, codec.varint(size_bytes), inner, data)

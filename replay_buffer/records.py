@@ -33,11 +33,16 @@ from replay_buffer.transitions import (
 _NANOS = 1_000_000_000
 _CHUNK_WRITTEN_TAG = codec.field_tag(log_pb2.LogRecord, "chunk_written")
 _CHUNK_TAG = codec.field_tag(log_pb2.ChunkWritten, "chunk")
+_TRAJECTORY_CLOSED_TAG = codec.field_tag(log_pb2.LogRecord, "trajectory_closed")
+_CLOSE_TAG = codec.field_tag(log_pb2.TrajectoryClosed, "close")
 _RECORDED_AT_TAG = codec.field_tag(log_pb2.LogRecord, "recorded_at")[0]
 _RUN_TAG = codec.field_tag(log_pb2.LogRecord, "run")[0]
 _TRAJECTORY_ID_TAG = codec.field_tag(log_pb2.ChunkWritten, "trajectory_id")[0]
 _ATTEMPT_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["attempt"].number << 3
 _SEQ_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["seq"].number << 3
+
+
+Bytes = bytes | memoryview
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +216,31 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             raise InvalidDataError("the record holds no known transition")
 
 
-def stored_chunk(payload: bytes) -> memoryview:
-    """The chunk in a payload that `encode` made of a ChunkWritten: the bytes at its end, not copied.
+def stored_chunk(payload: bytes) -> Bytes:
+    """The chunk in a payload that `encode` made of a ChunkWritten, not copied.
 
     Raises:
         CorruptDataError: the payload is another record.
+    """
+    at = _content_at(payload, _CHUNK_WRITTEN_TAG, _CHUNK_TAG)
+    if at is not None:
+        return memoryview(payload)[at:]
+    transition = decode(payload).transition
+    if not isinstance(transition, ChunkWritten):
+        raise CorruptDataError(f"the log holds {type(transition).__name__} where a chunk should be")
+    return transition.chunk
+
+
+def stored_close(payload: bytes) -> Bytes:
+    """The serialized TrajectoryClose in a payload that `encode` made of a TrajectoryClosed; empty in any other."""
+    at = _content_at(payload, _TRAJECTORY_CLOSED_TAG, _CLOSE_TAG)
+    return b"" if at is None else memoryview(payload)[at:]
+
+
+def _content_at(payload: bytes, transition_tag: bytes, content_tag: bytes) -> int | None:
+    """Where the last field of a LogRecord's transition begins, which is the end of the payload.
+
+    None when it is another transition, or not encoded field by field in order, as everything here is.
     """
     try:
         at = 0
@@ -223,24 +248,22 @@ def stored_chunk(payload: bytes) -> memoryview:
             if payload[at] == tag:
                 size_bytes, at = varint_at(payload, at + 1)
                 at += size_bytes
-        if payload[at] == _CHUNK_WRITTEN_TAG[0]:
-            size_bytes, at = varint_at(payload, at + 1)
-            if at + size_bytes == len(payload) and payload[at] == _TRAJECTORY_ID_TAG:
-                size_bytes, at = varint_at(payload, at + 1)
-                at += size_bytes
-                for tag in (_ATTEMPT_TAG, _SEQ_TAG):
-                    if payload[at] == tag:
-                        _, at = varint_at(payload, at + 1)
-                if payload[at] == _CHUNK_TAG[0]:
-                    size_bytes, at = varint_at(payload, at + 1)
-                    if at + size_bytes == len(payload):
-                        return memoryview(payload)[at:]
+        if payload[at] != transition_tag[0]:
+            return None
+        size_bytes, at = varint_at(payload, at + 1)
+        if at + size_bytes != len(payload) or payload[at] != _TRAJECTORY_ID_TAG:
+            return None
+        size_bytes, at = varint_at(payload, at + 1)
+        at += size_bytes
+        for tag in (_ATTEMPT_TAG, _SEQ_TAG):
+            if payload[at] == tag:
+                _, at = varint_at(payload, at + 1)
+        if payload[at] != content_tag[0]:
+            return None
+        size_bytes, at = varint_at(payload, at + 1)
     except IndexError:
-        pass  # it was encoded in another way
-    transition = decode(payload).transition
-    if not isinstance(transition, ChunkWritten):
-        raise CorruptDataError(f"the log holds {type(transition).__name__} where a chunk should be")
-    return memoryview(transition.chunk)
+        return None
+    return at if at + size_bytes == len(payload) else None
 
 
 def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -27,6 +28,12 @@ from replay_buffer.groups import Location
 
 HEADER: Final = struct.Struct("<II")
 _MAX_OPEN_FILES: Final = 64
+_ZEROS: Final = bytes(1 << 16)
+_SEARCHED_BYTE_BY_BYTE: Final = 1 << 14
+"""Bytes behind a damaged frame at each of which another one is looked for. Beyond, records are known by how they begin,
+or the search through a large torn record would take minutes: almost any four bytes are a length."""
+_RECORD_BEGINS: Final = re.compile(rb"\x0a[\x02-\x10]\x08", re.DOTALL)
+"""LogRecord.recorded_at, its first field: tag, length, tag of the seconds."""
 _LARGE_BYTES: Final = 1 << 17
 """The most that is read at once, unless a single record is larger."""
 _GAP_BYTES: Final = 1 << 12
@@ -249,9 +256,19 @@ def _a_frame_follows(path: Path, damaged_at: int) -> bool:
     """Whether a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         end = len(data)
-        while end > damaged_at and data[end - 1] == 0:  # a file may have grown before its bytes arrived
-            end -= 1
-        return any(_frame_at(data, at) is not None for at in range(damaged_at + 1, end))
+        while end - len(_ZEROS) > damaged_at and data[end - len(_ZEROS) : end] == _ZEROS:
+            end -= len(_ZEROS)  # a file may have grown before its bytes arrived
+        end = damaged_at + len(data[damaged_at:end].rstrip(b"\0")) if end - damaged_at <= len(_ZEROS) else end
+        every = range(damaged_at + 1, min(end, damaged_at + _SEARCHED_BYTE_BY_BYTE))
+        if any(_frame_at(data, at) is not None for at in every):
+            return True
+        begin = damaged_at + HEADER.size
+        while (match := _RECORD_BEGINS.search(data, begin, end)) is not None:
+            begin = match.start() + 1
+            del match  # it holds the map open
+            if _frame_at(data, begin - 1 - HEADER.size) is not None:
+                return True
+        return False
 
 
 def record_checksum(path: Path, offset: int) -> int | None:

@@ -1,7 +1,8 @@
 """The limit: a gRPC server in Python with the replay buffer's messages that only counts bytes. `PORT`; nothing is kept.
 
-A write stream is answered once, when it ends. A draw is sent from one message made beforehand; `run` says how:
-"bytes of a piece, pieces in a message, messages".
+A write stream of run "answered" gets a result for each item, message by message, as the protocol has it; any other is
+answered once, when it ends. A draw is sent from one message made beforehand, in which a trajectory's header precedes
+each chunk; `run` says how: "bytes of a chunk, chunks in a message, messages".
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
+from benchmarks.replay_buffer.workload import sealed
+from leeway import codec
 from leeway.rpc import Security, start_server
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 
+ANSWERED: Final = "answered"
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -30,18 +34,42 @@ class BareService(replay_pb2_grpc.ReplayServiceServicer):
             count += len(request.items)
             for item in request.items:
                 size_bytes += len(item.chunk)
-        result = replay_pb2.WriteResult(seq=count, expected_seq=size_bytes)
-        yield replay_pb2.WriteTrajectoriesResponse(results=[result])
+            if request.run == ANSWERED:
+                yield replay_pb2.WriteTrajectoriesResponse(results=map(_acknowledged, request.items))
+                count = 0
+        if count:
+            result = replay_pb2.WriteResult(seq=count, expected_seq=size_bytes)
+            yield replay_pb2.WriteTrajectoriesResponse(results=[result])
 
     async def DrawBatch(
         self, request: replay_pb2.DrawBatchRequest, context: _Context
     ) -> AsyncIterator[replay_pb2.DrawBatchResponse]:
         size_bytes, pieces, count = map(int, request.run.split(","))
-        response = replay_pb2.DrawBatchResponse(
-            pieces=[replay_pb2.GroupPiece(chunk=bytes(size_bytes)) for _ in range(pieces)]
-        )
+        response = replay_pb2.DrawBatchResponse()
+        for number in range(pieces):
+            response.pieces.add(trajectory=_header(number))
+            response.pieces.add(chunk=bytes(size_bytes))
         for _ in range(count):
             yield response
+
+
+def _acknowledged(item: replay_pb2.WriteItem) -> replay_pb2.WriteResult:
+    return replay_pb2.WriteResult(
+        trajectory_id=item.trajectory_id,
+        attempt=item.attempt,
+        seq=item.seq,
+        status=replay_pb2.WRITE_STATUS_ACKNOWLEDGED,
+    )
+
+
+def _header(number: int) -> replay_pb2.TrajectoryHeader:
+    return replay_pb2.TrajectoryHeader(
+        trajectory_id=f"bare-g{number}.0",
+        attempt=1,
+        server_id="writer",
+        close=codec.close_to_proto(sealed([b""], 1)),
+        chunk_count=1,
+    )
 
 
 async def main(port: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from benchmarks.replay_buffer.bare_server import ANSWERED
 from benchmarks.replay_buffer.processes import Driver, Server
 from benchmarks.replay_buffer.workload import (
     DATASET_DIGEST,
@@ -90,6 +91,8 @@ class Leeway(Measured):
         self.durability = durability
         self._address = address
         self._client: ReplayClient | None = None
+        self._per_step = 0
+        self._drawn = False
 
     async def connect(self) -> None:
         """Wait until it serves."""
@@ -141,6 +144,10 @@ class Leeway(Measured):
         await self.client.commit(self.epoch, step)
         self.head = version
 
+    def mark_advanced(self) -> None:
+        """The drawn step has been advanced already."""
+        self._drawn = False
+
     async def insert(self) -> Sample:
         written, self._messages = self._messages, []
         return await self.time(lambda: write(self.client, written))
@@ -166,15 +173,31 @@ class Leeway(Measured):
 
 
 class Bare(Leeway):
-    """The stream that only counts bytes, driven the same way."""
+    """The stream that only counts bytes, driven the same way; answers each message like the protocol, or only once."""
+
+    run = ANSWERED
 
     async def prepare(self, workload: Workload, per_message: int) -> None:
         if self._client is None:
-            self._client = ReplayClient(self._address, "bare", Security())
-        prepared = prepare(workload, run_spec("bare", 1).root)
-        ids = [f"bare-g{number // MEMBERS + 1}.{number % MEMBERS}" for number in range(workload.count)]
-        self._messages = messages("bare", ids, prepared, per_message)
+            self._client = ReplayClient(self._address, self.run, Security())
+        prepared = prepare(workload, run_spec(self.run, 1).root)
+        self._messages = messages(self.run, self.ids(workload.count), prepared, per_message)
         self._plan, self._size_bytes = _plan(prepared, workload.count)
+
+    @staticmethod
+    def ids(count: int) -> list[str]:
+        """As many as wanted, as long as real ones."""
+        return [f"bare-g{number // MEMBERS + 1}.{number % MEMBERS}" for number in range(count)]
+
+    async def draw(self) -> Sample:
+        request = replay_pb2.DrawBatchRequest(run=self._plan)
+        return await self.time(lambda: count_bytes(self.client, request, self._size_bytes))
+
+
+class Unanswered(Bare):
+    """The bare stream that is answered once, when it ends."""
+
+    run = "unanswered"
 
     async def insert(self) -> Sample:
         written, self._messages = self._messages, []
@@ -183,10 +206,6 @@ class Bare(Leeway):
     async def _count(self, written: Sequence[replay_pb2.WriteTrajectoriesRequest]) -> None:
         counted = [result.seq async for reply in self.client.write_stream(_stream(written)) for result in reply.results]
         assert counted == [sum(len(message.items) for message in written)]
-
-    async def draw(self) -> Sample:
-        request = replay_pb2.DrawBatchRequest(run=self._plan)
-        return await self.time(lambda: count_bytes(self.client, request, self._size_bytes))
 
 
 class Peer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -128,6 +129,19 @@ def reverb_server(python: Path, directory: Path, port: int) -> Server:
     directory.mkdir(parents=True, exist_ok=True)
     command = [str(python), str(PEERS / "reverb_peer.py"), "serve", str(port), str(directory / "checkpoints")]
     return Server(command, directory / "server.log")
+
+
+async def listening(host: str, port: int, timeout_seconds: float = 60.0) -> None:
+    """Wait until somebody listens there; a server of another make has no other sign of being ready."""
+    async with asyncio.timeout(timeout_seconds):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection(host, port)
+            except OSError:
+                await asyncio.sleep(0.02)
+            else:
+                writer.close()
+                return
 
 
 class Driver:

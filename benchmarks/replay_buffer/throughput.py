@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
 from benchmarks.replay_buffer import processes
-from benchmarks.replay_buffer.contenders import Bare, Contender, Leeway, Peer, Sample
+from benchmarks.replay_buffer.contenders import Bare, Contender, Leeway, Peer, Sample, Unanswered
 from benchmarks.replay_buffer.processes import Driver, MissingPeer, killed_at_end
 from benchmarks.replay_buffer.report import Key, Results
 from benchmarks.replay_buffer.workload import Workload
 from leeway.ports import free_port
 
 HOST: Final = "127.0.0.1"
-BARE, LEEWAY, UNSYNCED, REVERB, REDIS = "bare stream", "Leeway", "Leeway, no fsync", "Reverb 0.14", "Redis"
+BARE, UNANSWERED, LEEWAY = "bare stream", "bare, unanswered", "Leeway"
+UNSYNCED, REVERB, REDIS = "Leeway, no fsync", "Reverb 0.14", "Redis"
+NAMES: Final = (BARE, UNANSWERED, LEEWAY, UNSYNCED, REVERB, REDIS)
+_KINDS: Final = {BARE: Bare, UNANSWERED: Unanswered, LEEWAY: Leeway, UNSYNCED: Leeway}
 
 
 async def measure(
@@ -30,12 +32,13 @@ async def measure(
             present: list[Contender] = []
             for name in contenders:
                 try:
-                    present.append(await stack.enter_async_context(_started(name, folder / "servers", peers)))
+                    present.append(await stack.enter_async_context(started(name, folder / "servers", peers)))
                 except MissingPeer as error:
                     results.missing[name] = str(error)
             for per_message in workload.per_message:
                 await _repeat(results, present, workload, per_message, repetitions)
-        shutil.rmtree(folder / "servers")
+        shutil.rmtree(folder / "servers", ignore_errors=True)
+        print(f"  measured {workload.name}", flush=True)
     return results
 
 
@@ -61,12 +64,16 @@ async def _repeat(
 
 
 @asynccontextmanager
-async def _started(name: str, folder: Path, peers: Path) -> AsyncIterator[Contender]:
-    """A contender with its server on an empty directory."""
+async def started(name: str, folder: Path, peers: Path) -> AsyncGenerator[Contender]:
+    """A contender with its server on an empty directory.
+
+    Raises:
+        MissingPeer: it cannot be had here.
+    """
     port = free_port(HOST)
-    address, directory = f"{HOST}:{port}", folder / name.lower().replace(" ", "-").replace(",", "")
-    if name in (BARE, LEEWAY, UNSYNCED):
-        if name == BARE:
+    directory = folder / name.lower().replace(" ", "-").replace(",", "")
+    if name in _KINDS:
+        if name in (BARE, UNANSWERED):
             server, durability = processes.bare_server(directory, port), "none; counts bytes"
         elif name == LEEWAY:
             server, durability = processes.replay_buffer(directory, port), "fdatasync before each answer"
@@ -74,39 +81,21 @@ async def _started(name: str, folder: Path, peers: Path) -> AsyncIterator[Conten
             server = processes.replay_buffer(directory, port, module="benchmarks.replay_buffer.unsynced_server")
             durability = "the same log, never synced"
         with killed_at_end(server):
-            contender = (Bare if name == BARE else Leeway)(name, durability, server, address)
+            contender = _KINDS[name](name, durability, server, f"{HOST}:{port}")
             await contender.connect()
             yield contender
             await contender.aclose()
         return
-    script = "reverb_peer.py" if name == REVERB else "redis_peer.py"
     python = processes.environment("reverb" if name == REVERB else "redis", peers)
     if name == REVERB:
-        server, durability = processes.reverb_server(python, directory, port), "memory only, until a checkpoint"
+        server, durability = processes.reverb_server(python, directory, port), "memory, until a checkpoint"
     else:
         server, durability = processes.redis_server(directory, port), "AOF, fsync always"
     with killed_at_end(server):
-        await wait_for_port(port)
+        await processes.listening(HOST, port)
+        script = "reverb_peer.py" if name == REVERB else "redis_peer.py"
         driver = Driver(python, script, port, directory / "driver.log")
         try:
             yield Peer(name, durability, server, driver)
         finally:
             driver.close()
-
-
-async def wait_for_port(port: int, timeout_seconds: float = 60.0) -> None:
-    """Until somebody listens there."""
-    import asyncio
-
-    async with asyncio.timeout(timeout_seconds):
-        while True:
-            try:
-                _, writer = await asyncio.open_connection(HOST, port)
-            except OSError:
-                await asyncio.sleep(0.02)
-            else:
-                writer.close()
-                return
-
-
-_defaultdict = defaultdict

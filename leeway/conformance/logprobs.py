@@ -22,8 +22,8 @@ from leeway.types import ColumnKind, Int32Array, LogprobMode, SamplingParams
 
 TEMPERATURE = 0.7
 """Away from 1, where the raw and the sampled distribution are the same."""
-_CANDIDATES, _CANDIDATE_SAMPLES = 6, 48
-_POWER = 0.99
+_CANDIDATES, _CANDIDATE_SAMPLES = 4, 32
+_POWER = 0.999
 _MOST_SAMPLES = 8192
 _MASS_ERROR = 0.005
 _SEQUENCE_TOKENS = 3000

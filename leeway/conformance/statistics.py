@@ -89,7 +89,7 @@ class FrequencyTest:
     def power(self, alternative: Float64Array) -> float:
         """The probability of refuting the claims when tokens come from another distribution, [C]."""
         critical = np.quantile(self._null, 1.0 - FALSE_ALARM)
-        return float((self._simulated(alternative, _SIMULATED // 6) > critical).mean())
+        return float((self._simulated(alternative, _SIMULATED // 3) > critical).mean())
 
     def p_value(self, counts: Int64Array) -> float:
         """Of the counts, [C]; the claims are refuted when it is at most FALSE_ALARM."""

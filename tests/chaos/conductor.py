@@ -42,6 +42,8 @@ ORACLE: Final = "oracle"
 _STRIKE_SECONDS: Final = 3.0
 """A crash point that is not reached within this time is struck all the same."""
 _JUDGE_SECONDS: Final = 90.0
+_RUN_SECONDS: Final = 600.0
+"""One run, whatever happens."""
 _MAX_DEATHS: Final = 25
 """Times that processes may end by themselves without a step before that counts as going round in circles."""
 
@@ -226,9 +228,13 @@ class _Run:
 
     def play(self) -> None:
         """From the first process to the verdict."""
+        ends_at = time.monotonic() + _RUN_SECONDS
         self._start(ORACLE)
         self._at(10.0, partial(self._give_up, "the oracle did not start"))
         while not self._over:
+            if time.monotonic() > ends_at:
+                self._tally.violations.append(f"12: no end within {_RUN_SECONDS:g} s: {self._blockers()} ({self.name})")
+                return
             self._turn()
 
     def _turn(self) -> None:
@@ -237,8 +243,8 @@ class _Run:
             heapq.heappop(self._deadlines)[2]()
             if self._over:
                 return
-        wait_seconds = self._deadlines[0][0] - now if self._deadlines else None
-        for key, _ in self._selector.select(None if wait_seconds is None else max(wait_seconds, 0.0)):
+        wait_seconds = self._deadlines[0][0] - now if self._deadlines else 1.0
+        for key, _ in self._selector.select(max(wait_seconds, 0.0)):
             if key.fileobj is self._oracle:
                 self._read_oracle()
             else:
@@ -273,7 +279,7 @@ class _Run:
             self._give_up(f"the oracle ended with code {code}: {child.last_line()}")
         elif code == EXIT_OK and name == LEARNER:
             self._on_finished()
-        elif code == EXIT_OK and name in SERVERS:
+        elif name in SERVERS and (self._finished or code == EXIT_OK):
             if self._finished and not any(server in self._children for server in SERVERS):
                 self._last_restart()
         elif code == EXIT_REFUSED:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import inference_server.server
 import learner.__main__
 import replay_buffer.__main__
 from leeway.process import service_parser
 
+_SEGMENT_BYTES: Final = 32 << 10
+
 
 def run_replay_buffer() -> int:
-    """`python -m replay_buffer`."""
+    """`python -m replay_buffer`, with segments so small that a rehearsal fills many, each with its snapshot."""
+    read_options = replay_buffer.__main__.read_options
+    replay_buffer.__main__.read_options = lambda document: read_options(document).model_copy(
+        update={"segment_bytes": _SEGMENT_BYTES}
+    )
     return replay_buffer.__main__.main(service_parser("replay_buffer", "").parse_args())
 
 

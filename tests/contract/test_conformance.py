@@ -27,6 +27,9 @@ from leeway.rpc import Security, start_server
 from leeway.v1 import inference_pb2_grpc
 from tests.contract.broken_servers import BROKEN, Broken
 
+# Each test runs the whole kit at least once.
+pytestmark = pytest.mark.timeout(180)
+
 OPTIONS = KitOptions(samples=128, quiet_seconds=0.1, call_seconds=30, check_seconds=30, stop_seconds=3.0)
 BACKEND = f"{shlex.quote(sys.executable)} -m tests.contract.arithmetic_backend --address {{address}}"
 STOPPING = {"STOP-1", "STOP-2"}

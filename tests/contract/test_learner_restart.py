@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from learner.checkpoint import CheckpointStore
 from learner.journal import read_journal
 from learner.receipts import read_receipts
-from tests.contract.buffer_server import serving
+from tests.contract.buffer_server import serving, serving_buffer
 from tests.contract.learner_run import STEPS, CrashError, LearnerRun
 
 
@@ -64,3 +65,13 @@ async def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) ->
         assert dict(run.store.load(2).ledger) == {1: ledger[1], 2: ledger[2]}
         assert dict(run.store.load(4).ledger) == {3: ledger[3], 4: ledger[4]}
         assert await run.replay(3) is None  # from the checkpoint of step 2
+
+
+async def test_the_buffer_is_told_which_checkpoint_is_the_oldest(tmp_path: Path) -> None:
+    """What later steps trained on may be asked for again, so the log keeps it."""
+    async with serving_buffer(tmp_path / "log") as (address, buffer):
+        run = LearnerRun(tmp_path / "run", address)
+        assert await run.train()
+        kept = CheckpointStore(run.directory / "checkpoints", keep=100).steps()
+        (state,) = buffer._states()
+        assert state.oldest_kept_step == kept[0] < kept[-1] == state.committed_step

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
@@ -15,9 +17,11 @@ from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngi
 from learner.publication import Publication
 from leeway import codec
 from leeway.metrics import InferenceServerMetrics
-from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.v1 import policy_pb2
+from leeway.rpc import Security, cancel_and_wait, open_channel
+from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
+from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights import tensor_entry, verify_weights, weights_digest
+from tests.contract.certificates import make_security
 from tests.contract.test_weight_receiver import RUN, Learner, Server, pair, until
 
 
@@ -209,12 +213,16 @@ async def test_deltas_spoilt_on_their_way_are_repaired(metrics: InferenceServerM
         assert not learner.refusal()
 
 
-async def test_announcements_out_of_order_never_lead_back(metrics: InferenceServerMetrics) -> None:
+async def test_announcements_out_of_order_never_lead_back(
+    metrics: InferenceServerMetrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "inference_server.weight_receiver")
     engine = BytesEngine()
     async with pair(engine=engine, metrics=metrics) as (learner, server, _):
         await learner.publisher.publish(snapshot(2))
         await server.reaches(snapshot(2).version)
         await learner.publisher.publish(snapshot(1))  # it was sent before, and comes late
+        await until(lambda: "passed over" in caplog.text or len(engine.served) > 1)
         await learner.publisher.publish(snapshot(3))
         await server.reaches(snapshot(3).version)
         await until(lambda: snapshot(3).version in learner.acknowledged)
@@ -282,3 +290,27 @@ async def test_a_killed_server_that_comes_back_has_no_base_and_gets_the_snapshot
         assert received(second, "snapshot") == snapshot(0).manifest.size_bytes
         reborn.task.cancel()
         await asyncio.wait([reborn.task])
+
+
+async def test_weights_travel_over_mutual_tls_and_to_nobody_else(
+    metrics: InferenceServerMetrics, tmp_path: Path
+) -> None:
+    security, other = make_security(tmp_path / "run"), make_security(tmp_path / "other")
+    learner = Learner(local=False, security=security)
+    address = await learner.start()
+    server = Server(address, BytesEngine(), metrics=metrics, security=security)
+    try:
+        for step in range(2):
+            await learner.publisher.publish(snapshot(step))
+            await server.reaches(snapshot(step).version)
+        assert received(metrics, "snapshot", "grpc") == snapshot(0).manifest.size_bytes
+        assert received(metrics, "delta", "grpc") > 0
+        for stranger in (Security(), other):
+            request = codec.weight_request_to_proto(WeightRequest(snapshot(1).version))
+            async with open_channel(address, stranger) as channel:
+                stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(channel)
+                with pytest.raises(grpc.aio.AioRpcError, match=r"UNAVAILABLE|DEADLINE"):
+                    _ = [reply async for reply in stub.FetchWeights(request, timeout=0.5)]
+    finally:
+        await cancel_and_wait(server.task)
+        await learner.stop()

@@ -40,7 +40,8 @@ def snapshot(step: int, epoch: int = 1, publisher_epoch: int | None = None) -> W
 class Learner:
     """A publisher behind a real server, which can be stopped and started again at the same address."""
 
-    def __init__(self, *, local: bool, run: str = RUN) -> None:
+    def __init__(self, *, local: bool, run: str = RUN, security: Security | None = None) -> None:
+        self.security = security or Security()
         self.registry = CollectorRegistry()
         metrics = LearnerMetrics(self.registry)
         self.local = LocalWeights(metrics) if local else None
@@ -66,7 +67,7 @@ class Learner:
 
     async def start(self, address: str = "127.0.0.1:0") -> str:
         self.server = await start_server(
-            address, lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.publisher, s), [], Security()
+            address, lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.publisher, s), [], self.security
         )
         return f"127.0.0.1:{self.server.port}"
 

@@ -90,8 +90,9 @@ def _parsed(method: str, reply: Any) -> Any:
 class Harness:
     """One log directory, one buffer at a time."""
 
-    def __init__(self, directory: Path, *, lease_seconds: float = 10.0) -> None:
+    def __init__(self, directory: Path, *, lease_seconds: float = 10.0, segment_bytes: int = 1 << 20) -> None:
         self.directory = directory
+        self._segment_bytes = segment_bytes
         self.loop = Clock()
         self.disk = VolatileDisk()
         self._options = ReplayBufferOptions(
@@ -104,7 +105,7 @@ class Harness:
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout_seconds))
 
     async def _open(self) -> None:
-        self._log = Log(LogOptions(self.directory, open_file=self.disk.open))
+        self._log = Log(LogOptions(self.directory, self._segment_bytes, open_file=self.disk.open))
         self.buffer = ReplayBuffer(self._options, self._log)
         self.buffer.start()
         self.service = ReplayService(self.buffer)
@@ -155,7 +156,7 @@ class Harness:
                 pass
             except LeewayError:
                 pass
-        self.close()
+        self.do(self._leave())
         self.disk.lose(keep)
         self.disk.failing = False
         self.do(self._open())
@@ -165,6 +166,13 @@ class Harness:
         self.do(self._close())
 
     async def _close(self) -> None:
+        self.buffer.stop()
+        self.service.stop()
+        await self.buffer.aclose()
+        await self._log.aclose()
+
+    async def _leave(self) -> None:
+        """Nothing is settled: the power is gone."""
         self.buffer.stop()
         self.service.stop()
         await self._log.aclose()

@@ -52,7 +52,7 @@ class BufferMachine(RuleBasedStateMachine):
     )
     def open(self, bound: int, groups_per_step: int, members: int, filters: bool) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="model-"))
-        self.harness = Harness(self.directory, lease_seconds=LEASE_SECONDS)
+        self.harness = Harness(self.directory, lease_seconds=LEASE_SECONDS, segment_bytes=4096)
         self.spec = codec.spec_to_proto(
             builders.spec(
                 groups_per_step=groups_per_step,

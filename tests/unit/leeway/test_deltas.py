@@ -211,6 +211,9 @@ def test_a_hostile_length_allocates_nothing() -> None:
         payload[: block - 4] + struct.pack("<I", 0xFFFFFFFF) + payload[block:],  # blocks
         payload[:stream] + struct.pack("<I", 0xFFFFFFFF) + payload[stream + 4 :],  # a stream
     ]
+    bomb = zstandard.compress(bytes(64 << 20))  # more elements than the block has, and a stream to match
+    many = deltas._BLOCK.pack(2, 0, 0, 64 << 20, 0)
+    hostile.append(payload[:block] + many + struct.pack("<I", len(bomb)) + bomb + payload[stream:])
     for bomb in (zstandard.compress(bytes(1 << 30)), zstandard.ZstdCompressor(write_content_size=False).compress(b"x")):
         hostile.append(payload[:stream] + struct.pack("<I", len(bomb)) + bomb + payload[stream:])
     for bad in hostile:

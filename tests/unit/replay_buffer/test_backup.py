@@ -10,6 +10,7 @@ from leeway.errors import FencedError, PreconditionError
 from leeway.types import DropReason, GroupState, WriteItem, WriteStatus
 from replay_buffer import backup as backup_module
 from replay_buffer import storage as storage_module
+from replay_buffer.backup import write_backup
 from replay_buffer.generation import read_generation
 from replay_buffer.segments import segment_numbers, segment_path
 from tests.unit.replay_buffer.builders import ROOT, RUN, chunk, filled, version
@@ -173,6 +174,19 @@ async def test_a_copy_of_a_log_whose_beginning_is_retired(original: Path, copy: 
         assert described(run.state)["consumed"] == before["consumed"]
         await run.buffer.open_run(run.state.spec, run.state.head, [])
         await run.step()
+
+
+async def test_only_what_is_durable_is_copied(original: Path, copy: Path) -> None:
+    async with opened(original) as run:
+        await grown(run, 3)
+        end, generation = run.log.durable_end, run.buffer._storage.generation
+    path = segment_path(original, end.segment)
+    path.write_bytes(path.read_bytes() + b"written, not synced")
+    segment_path(original, end.segment + 1).write_bytes(b"neither")
+    backup = write_backup(original, copy, end, generation)
+    assert segment_numbers(copy)[-1] == end.segment
+    assert segment_path(copy, end.segment).read_bytes() == path.read_bytes()[: end.offset]
+    assert backup.end == end
 
 
 async def test_nothing_is_overwritten(original: Path, copy: Path) -> None:

@@ -14,7 +14,7 @@ from replay_buffer import storage as storage_module
 from replay_buffer.index import FILE, Filter
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.retention import choose_beginning
-from replay_buffer.segments import Segment, segment_numbers, segment_path
+from replay_buffer.segments import Segment, remove_segments, segment_numbers, segment_path
 from replay_buffer.snapshots import snapshot_path, snapshot_positions
 from tests.unit.replay_buffer.builders import RUN, chunk, close, filled, version
 from tests.unit.replay_buffer.disk_runs import OpenBuffer, described, opened
@@ -185,6 +185,23 @@ async def test_a_learner_may_resume_whose_ledger_names_retired_groups(tmp_path: 
         assert run.state.batch(1) == ()
         opened_run = await run.buffer.open_run(run.state.spec, version(7), ledger)
         assert opened_run.epoch == 2
+
+
+def test_a_deletion_that_is_cut_short_leaves_no_gap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(1, 6):
+        segment_path(tmp_path, number).write_bytes(b"x")
+    unlink, left = Path.unlink, [2]
+
+    def until_killed(path: Path, *, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise OSError("killed")
+        left[0] -= 1
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", until_killed)
+    with pytest.raises(OSError, match="killed"):
+        remove_segments(tmp_path, [4, 3, 2, 1])
+    assert segment_numbers(tmp_path) == [3, 4, 5]
 
 
 # Choosing

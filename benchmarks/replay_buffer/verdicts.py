@@ -1,0 +1,36 @@
+"""What was promised, against the medians of one run."""
+
+from __future__ import annotations
+
+from benchmarks.replay_buffer.report import Key, Results, verdict
+from benchmarks.replay_buffer.throughput import BARE, LEEWAY, REVERB, UNSYNCED
+from benchmarks.replay_buffer.workload import WORKLOADS
+
+OF_BARE = 0.75
+OF_UNSYNCED = 0.8
+
+
+def judge(results: Results) -> list[bool]:
+    """Print each promise; whether each is kept."""
+    print()
+    kept: list[bool] = []
+    for workload in WORKLOADS:
+        for per_message in workload.per_message:
+            ours = Key(workload.name, workload.count, per_message, LEEWAY)
+            if ours._replace(op="insert") not in results.samples:
+                continue
+            where = f"{workload.name}, {per_message} a message"
+            for op in ("insert", "draw"):
+                mine = ours._replace(op=op)
+                figure = results.ratio(mine, mine._replace(contender=BARE))
+                if per_message == 1:
+                    kept.append(verdict(f"{op} of the bare stream, {where}", figure, OF_BARE))
+                elif figure is not None:
+                    print(f"                  {op} of the bare stream, {where}: {figure:.2f}x")
+            insert = ours._replace(op="insert")
+            unsynced = results.ratio(insert, insert._replace(contender=UNSYNCED))
+            kept.append(verdict(f"insert of the same log without fsync, {where}", unsynced, OF_UNSYNCED))
+            if workload.name != "7 KB" or per_message > 1:
+                reverb = insert._replace(contender=REVERB, per_message=workload.per_message[0])
+                kept.append(verdict(f"insert of Reverb's fastest writer, {where}", results.ratio(insert, reverb), 1.0))
+    return kept

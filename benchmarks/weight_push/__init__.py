@@ -1,0 +1,1 @@
+"""What a weight push costs; see benchmarks/weight_push/__main__.py."""
