@@ -11,6 +11,9 @@ Keys and values across a swap, `kv_on_update`, are as in `vllm_engine`: `keep` p
 on with the keys of the old weights, mu is exact and a token's routing is that of its only forward; `recompute` retracts
 them, and they are computed again with the new weights. The prefix cache is salted with the label of the version.
 
+A request that names stop tokens is also stopped by the end-of-sequence tokens that the model's files name: SGLang has
+no way to say otherwise.
+
 The child's end is the engine's: weights are lost with it, the process ends and a new one joins like any late server. A
 swap that fails halfway counts as that too, since what is left may be a mixture.
 """
@@ -271,7 +274,7 @@ class SglangEngine:
                 "temperature": sampling.temperature,
                 "max_new_tokens": min(sampling.max_tokens, room),
                 "stop_token_ids": list(sampling.stop_token_ids),
-                "ignore_eos": True,  # the request says what stops it, not the model's files
+                "ignore_eos": not sampling.stop_token_ids,  # with it, SGLang ignores the request's own stop tokens too
                 "no_stop_trim": True,
                 "sampling_seed": sampling.seed & 0x7FFF_FFFF,
             },
