@@ -1,11 +1,11 @@
-"""A learner's OpenRun counts once, however often and however late it arrives."""
+"""Who may take a run over, and from where."""
 
 from __future__ import annotations
 
 import pytest
 
-from leeway.errors import FencedError
-from replay_buffer.lifecycle import decide_open_run
+from leeway.errors import FencedError, PreconditionError
+from replay_buffer.lifecycle import decide_commit, decide_open_run, decide_rollback
 from tests.unit.replay_buffer.builders import Machine
 
 
@@ -34,6 +34,17 @@ def test_one_from_before_a_takeover_is_fenced() -> None:
     opened(machine, b"two", 1)
     with pytest.raises(FencedError):
         decide_open_run(machine.state, machine.spec, machine.spec.root, [], b"one")
+
+
+def test_nobody_returns_to_a_checkpoint_that_its_learner_has_removed() -> None:
+    machine = Machine()
+    for _ in range(4):
+        machine.step()
+    versions = list(machine.state.lineage.ancestry(machine.state.head))
+    machine.record(decide_commit(machine.state, machine.state.epoch, 4, 2))
+    assert decide_rollback(machine.state, versions[2]) is not None
+    with pytest.raises(PreconditionError, match="roll back to step 2 or later"):
+        decide_rollback(machine.state, versions[3])
 
 
 def test_names_survive_a_restart() -> None:
