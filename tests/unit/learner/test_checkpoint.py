@@ -5,7 +5,7 @@ import pytest
 from learner.checkpoint import CheckpointStore
 from learner.journal import Journal, read_journal
 from leeway.errors import CorruptDataError, NotFoundError
-from leeway.types import PolicyVersion
+from leeway.types import PolicyVersion, Rollback
 
 
 def version(step: int, epoch: int = 1) -> PolicyVersion:
@@ -78,3 +78,15 @@ def test_the_journal_keeps_the_surviving_history_only(tmp_path: Path) -> None:
     resumed.close()
     assert [record.get("again") for record in read_journal(path)] == [None, None, True]
     assert len(heard) == 3
+
+
+def test_a_rollback_discards_its_branch_and_nothing_else(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "c", keep=9)
+    for step in (0, 5, 10, 15):
+        store.save(version(step), [], [], write(str(step)))
+    rollback = Rollback(version(5), epoch=2)
+    assert store.discard_abandoned(rollback) == [10, 15]
+    assert store.discard_abandoned(rollback) == []
+    store.save(version(10, epoch=3), [], [], write("again"))
+    assert store.discard_abandoned(rollback) == []  # what came after the rollback stays, however late one asks
+    assert store.steps() == [0, 5, 10]

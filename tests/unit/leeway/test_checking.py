@@ -191,8 +191,17 @@ def test_a_close_that_seals_other_chunks_is_refused() -> None:
     check = TrajectoryCheck(SPEC.run)
     for chunk in chunks:
         check.add(chunk)
-    with pytest.raises(CorruptDataError, match="not what its close sealed"):
-        check.check(close(chunks[:1], token_count=TOKENS), SPEC, SPEC.sampling)
+    check.check(close(chunks, token_count=TOKENS), SPEC, SPEC.sampling)
+    for others in (chunks[:1], chunks[::-1]):
+        with pytest.raises(CorruptDataError, match="not what its close sealed"):
+            check.check(close(others, token_count=TOKENS), SPEC, SPEC.sampling)
+
+
+def test_a_number_that_protobuf_finds_too_long_is_left_to_it() -> None:
+    chunk = b"\x0a\x16\x08\x81" + b"\x80" * 9 + b"\x00\x22\x08\x08\x01\x12\x01\x01\x1a\x01\x00"
+    assert leading_columns(chunk) == ([], 0)
+    with pytest.raises(InvalidDataError):
+        TrajectoryCheck(SPEC.run).add(chunk)
 
 
 @settings(max_examples=400, deadline=None)

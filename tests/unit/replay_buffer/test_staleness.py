@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from leeway.types import GroupState, PolicyVersion, Purpose, SamplingParams, Ticket, TicketMember
 from replay_buffer.admission import deadline_of, may_serve
-from replay_buffer.draw import decide_draw
+from replay_buffer.draw import decide_draw, decide_reject
 from replay_buffer.lineage import Lineage
 from replay_buffer.transitions import ChunkWritten, TicketIssued, TrajectoryClosed
 from tests.unit.replay_buffer.builders import Machine, chunk, close, spec, version
@@ -241,17 +241,17 @@ def test_every_issue_satisfies_the_inequality_and_the_next_one_would_not(
 
 
 def test_at_bound_zero_a_common_ancestor_is_not_enough() -> None:
-    """Two versions trained from the same weights: lag 1 for one another's tokens at most, and still not on-policy."""
+    """Tokens of the head's abandoned children have lag 0, since their common ancestor is the head; still off-policy."""
     machine = Machine(spec(max_staleness=0, groups_per_step=1))
-    machine.step()
+    (returned,) = machine.step()
     abandoned = machine.state.head
     machine.reopen(machine.spec.root)
-    machine.step()
     head = machine.state.head
-    assert (abandoned.step, abandoned.epoch, head.step, head.epoch) == (1, 1, 1, 2)
+    assert machine.state.lineage.lag(abandoned) == 0
     assert deadline_of(machine.state, {head}) == head.step
-    for versions in ({abandoned}, {abandoned, head}, {machine.spec.root}):
+    for versions in ({abandoned}, {abandoned, head}):
         assert deadline_of(machine.state, versions) < head.step
+    machine.record(decide_reject(machine.state, machine.state.epoch, returned, "its place is needed"))
     assert machine.acquire(abandoned) == []
     (ticket,) = machine.acquire(head)
     machine.fill([ticket], [abandoned, head])
