@@ -115,8 +115,15 @@ class CheckpointStore:
         self._remove([step for step in self.steps() if step >= version.step])
         partial.rename(final)
         sync_directory(self._directory)
-        self._remove(self.steps()[: -self._keep])
         return Checkpoint(final, version, pending.ledger, pending.branches)
+
+    def oldest_kept_step(self) -> int:
+        """Step of the oldest checkpoint that `remove_old` leaves."""
+        return self.steps()[-self._keep :][0]
+
+    def remove_old(self) -> None:
+        """Remove all but the newest ones; once the newest is committed, so that nobody can want to go back to them."""
+        self._remove(self.steps()[: -self._keep])
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint; None when there is none.

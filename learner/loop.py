@@ -279,9 +279,10 @@ class Learner:
 
         await asyncio.to_thread(finish)
         step = pending.version.step
-        kept = await asyncio.to_thread(self._parts.checkpoints.steps)
-        await self._answered(self._parts.buffer.commit(self._epoch, step, kept[0]))
+        kept_step = await asyncio.to_thread(self._parts.checkpoints.oldest_kept_step)
+        await self._answered(self._parts.buffer.commit(self._epoch, step, kept_step))
         self._ledger = [entry for entry in self._ledger if entry[0] > step]
+        await asyncio.to_thread(self._parts.checkpoints.remove_old)
         self._parts.metrics.checkpoint_seconds.observe(time.monotonic() - began)
 
     async def _checkpoint_is_durable(self) -> None:

@@ -20,7 +20,7 @@ A reissue takes no slot and needs D >= h.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final
 
 from leeway.types import PolicyVersion
@@ -63,11 +63,16 @@ def may_serve(run: RunState, version: PolicyVersion) -> bool:
 class Admission:
     """The inequality, for several new groups in a row."""
 
-    def __init__(self, run: RunState) -> None:
+    def __init__(self, run: RunState, lent_again: Mapping[str, int] | None = None) -> None:
+        """Count what is live; `lent_again` has new deadlines of groups that the same call lends again."""
+        lent_again = lent_again or {}
         spec, self._head_step = run.spec, run.head.step
         self._groups_per_step, self._max_staleness = spec.groups_per_step, spec.max_staleness
         self._remaining = (spec.total_steps - self._head_step) * spec.groups_per_step
-        self._by_deadline = Counter(deadline(run, group) for group in run.occupying())
+        self._by_deadline = Counter(
+            lent_again[group.group_id] if group.group_id in lent_again else deadline(run, group)
+            for group in run.occupying()
+        )
 
     def admits(self, new_deadline: int) -> bool:
         """Whether a new group with this deadline keeps every bound; counts it when it does."""

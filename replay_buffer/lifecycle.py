@@ -171,6 +171,11 @@ def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | No
         raise PreconditionError(
             f"run {name!r}: {run.head} does not descend from {version}; roll back to a version of the surviving history"
         )
+    if version.step < run.oldest_kept_step:
+        raise PreconditionError(
+            f"run {name!r}: the learner keeps no checkpoint of step {version.step}; "
+            f"roll back to step {run.oldest_kept_step} or later"
+        )
     later_steps = range(version.step + 1, run.head.step + 1)
     batches = {step: run.batch(step) for step in later_steps}
     if missing := [step for step, group_ids in batches.items() if len(group_ids) < run.spec.groups_per_step]:

@@ -64,6 +64,7 @@ class TicketOffice:
         self._expired = expired
         self._lease_seconds = lease_seconds
         self._next_number = run.created + 1
+        self._lent_again: dict[str, int] = {}  # deadlines of the groups that this office has lent again
 
     def issue(self, max_members: int) -> list[TicketIssued]:
         """The tickets to hand out now, possibly none.
@@ -109,12 +110,14 @@ class TicketOffice:
                 continue
             if evaluation is None:
                 closed = {version for index in _closed(group) for version in group.members[index].versions}
-                if deadline_of(run, closed | {self._version}) < run.head.step:
+                due = deadline_of(run, closed | {self._version})
+                if due < run.head.step:
                     continue
+                self._lent_again[group.group_id] = due  # with an older server it is due earlier than it was
             yield self._ticket(group.group_id, group.attempt + 1, group.task_index, group.missing, evaluation)
 
     def _new_groups(self) -> Iterator[TicketIssued]:
-        run, admission = self._run, Admission(self._run)
+        run, admission = self._run, Admission(self._run, self._lent_again)
         due = deadline_of(run, (self._version,))
         requeued, cursor = iter(list(run.requeued)), run.task_cursor
         while admission.admits(due):

@@ -26,7 +26,7 @@ def main() -> int:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="SECTION")
-    parser.add_argument("--repetitions", type=int, default=5, help="of each figure; medians are printed")
+    parser.add_argument("--repetitions", type=int, default=3, help="of each figure; medians are printed")
     parser.add_argument("--sizes", nargs="+", default=[one.name for one in WORKLOADS], metavar="SIZE")
     parser.add_argument("--contenders", nargs="+", choices=throughput.NAMES, default=throughput.NAMES, metavar="NAME")
     parser.add_argument("--log-gigabytes", nargs="+", type=float, default=[0.1, 0.5, 1.0], metavar="GB")

@@ -247,6 +247,11 @@ async def write(client: ReplayClient, written: Sequence[replay_pb2.WriteTrajecto
         raise RuntimeError(f"{acknowledged} of {expected} items were acknowledged")
 
 
+async def write_all(client: ReplayClient, streams: Sequence[Sequence[replay_pb2.WriteTrajectoriesRequest]]) -> None:
+    """Several streams at once."""
+    await asyncio.gather(*(write(client, stream) for stream in streams))
+
+
 async def count_bytes(client: ReplayClient, request: replay_pb2.DrawBatchRequest, expected: int) -> None:
     """Receive a draw and count the bytes of its chunks."""
     size_bytes = 0

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from benchmarks.replay_buffer import processes
-from benchmarks.replay_buffer.contenders import Leeway, write
+from benchmarks.replay_buffer.contenders import Leeway, write_all
 from benchmarks.replay_buffer.processes import killed_at_end
 from benchmarks.replay_buffer.recovery import restarted
 from benchmarks.replay_buffer.workload import WORKLOADS, Workload, messages, prepare
@@ -37,11 +36,7 @@ async def writers(folder: Path, repetitions: int) -> None:
                 ids = await contender.trajectory_ids(_SMALL.count)
                 prepared = prepare(_SMALL, contender.head)
                 written = [messages(client.run, ids[stream::streams], prepared, 1) for stream in range(streams)]
-
-                async def work(written: Sequence[Sequence[object]] = written) -> None:
-                    await asyncio.gather(*(write(client, stream) for stream in written))  # type: ignore[arg-type]
-
-                sample = await contender.time(work)
+                sample = await contender.time(partial(write_all, client, written))
                 best = max(best, (_SMALL.count / sample.seconds, 1e6 * sample.server_cpu_seconds / _SMALL.count))
                 await client.draw_batch(contender.epoch, contender.head.step + 1, 60.0)
                 await contender.advance()
@@ -60,7 +55,6 @@ async def log(folder: Path, gigabytes: Sequence[float]) -> None:
         await contender.connect()
         written = 0
         for size in gigabytes:
-            began = time.perf_counter()
             while True:
                 await contender.prepare(_STEP, 1)
                 inserted = await contender.insert()
@@ -68,7 +62,6 @@ async def log(folder: Path, gigabytes: Sequence[float]) -> None:
                 written += _STEP.count * 190_000
                 if written >= size * 1e9:
                     break
-            del began
             await contender.advance()
             seconds = await restarted(contender)
             memory = contender.server.memory_bytes() / 1e6

@@ -91,13 +91,11 @@ def print_recovery(found: list[Recovery], missing: str) -> None:
     """One line each."""
     print(f"\nback after kill -9 with {WORKLOAD.count} trajectories of 190 KB (290 MB), start of the process included")
     for one in found:
-        print(
-            f"  {one.name:12} {one.seconds:6.2f} s; lost {one.lost}"
-            + (
-                f"; its checkpoint took {one.checkpoint_seconds:.1f} s, and what follows it is lost" * (one.lost >= 0)
-                if one.checkpoint_seconds
-                else "; everything acknowledged, without a checkpoint"
-            )
+        price = (
+            f"its checkpoint took {one.checkpoint_seconds:.1f} s, and what follows it is lost"
+            if one.checkpoint_seconds
+            else "needs no checkpoint"
         )
+        print(f"  {one.name:12} {one.seconds:6.2f} s; lost {one.lost} of what was acknowledged until then; {price}")
     if missing:
         print(f"  Reverb left out: {missing}")

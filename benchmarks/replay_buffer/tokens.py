@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 from benchmarks.replay_buffer import processes
-from benchmarks.replay_buffer.contenders import Leeway, Sample, write
+from benchmarks.replay_buffer.contenders import Leeway, Sample, write_all
 from benchmarks.replay_buffer.processes import killed_at_end
 from benchmarks.replay_buffer.workload import MEMBERS, Workload, messages, prepare
 from leeway.ports import free_port
@@ -37,11 +37,7 @@ async def measure(repetitions: int, folder: Path) -> list[Sample]:
                 ids = await contender.trajectory_ids(_WORKLOAD.count)
                 prepared = prepare(_WORKLOAD, contender.head, chunk_tokens=CHUNK_TOKENS)
                 streams = [messages(client.run, ids[stream::STREAMS], prepared, 1) for stream in range(STREAMS)]
-
-                async def work(streams: list[list[object]] = streams) -> None:  # type: ignore[assignment]
-                    await asyncio.gather(*(write(client, stream) for stream in streams))  # type: ignore[arg-type]
-
-                sample = await contender.time(work)
+                sample = await contender.time(partial(write_all, client, streams))
                 if repetition:
                     samples.append(sample)
                 await client.draw_batch(contender.epoch, contender.head.step + 1, 60.0)

@@ -26,7 +26,7 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         bug = BUGS.get(arguments.plant)
-        plan = Plan(seed, arguments.kills, directory) if bug is None else bug.planted(seed, directory)
+        plan = Plan(seed, arguments.kills, directory, rollbacks=0.08) if bug is None else bug.planted(seed, directory)
         tally = conduct(plan, lambda line: print(line, flush=True))
     print("\n".join(tally.lines()), flush=True)
     return 1 if tally.violations else 0

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 from leeway import arithmetic
 from leeway.assembly import assemble_records
-from leeway.types import GroupRecord, GroupState, Purpose, TrajectoryRecord
+from leeway.types import DropReason, GroupRecord, GroupState, Purpose, TrajectoryRecord
 from leeway.weights import weights_digest
-from tests.e2e.oracle import Evidence, Oracle
+from tests.e2e.oracle import LEGAL_DROPS, Evidence, Oracle
 from tests.e2e.recording_proxy import Record
 
 
@@ -37,6 +37,11 @@ class _Draw:
 
 class Account(Oracle):
     """Judges one run of a chaos suite."""
+
+    legal_drops = {  # noqa: RUF012 (nobody changes it)
+        Purpose.TRAIN: LEGAL_DROPS[Purpose.TRAIN] | {DropReason.ROLLED_BACK},
+        Purpose.EVAL: LEGAL_DROPS[Purpose.EVAL],
+    }
 
     def __init__(self, evidence: Evidence, *, finished: bool) -> None:
         super().__init__(evidence)

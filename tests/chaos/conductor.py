@@ -83,6 +83,7 @@ class Plan:
     """Who is struck, and how likely."""
     events: tuple[tuple[str, int], ...] = EVENTS
     stops: float = 0.2  # share of strikes that only stop a process for a while
+    rollbacks: float = 0.0  # share of strikes with which a person returns the run to an older checkpoint
     kills_per_run: int = 20
     steps: int = 30
     step_seconds: float = 45.0  # when faults have ended, each step comes within this time
@@ -392,6 +393,9 @@ class _Run:
         self._tally.faults["crash points" if event else "crash times"] += 1
         strike, self._struck = self._struck, None
         strike()
+        if self._rng.random() < self._plan.rollbacks:
+            self._tally.faults["returned to a checkpoint"] += 1
+            self._tell(rollback=True)
         self._tell(go=True)
         self._strike_number += 1
         self._at(self._rng.random() * 0.6, self._next_strike)

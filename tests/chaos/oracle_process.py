@@ -25,7 +25,7 @@ import grpc
 
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security
-from leeway.v1 import replay_pb2, replay_pb2_grpc
+from leeway.v1 import common_pb2, replay_pb2, replay_pb2_grpc
 from tests.chaos.account import Account, Blind
 from tests.chaos.checkpoints import missing_checkpoint
 from tests.chaos.weather import TEMPERATE, BadWeather, Climate, CrashPoint
@@ -84,6 +84,8 @@ class _Watch:
                         self._weather.go()
                     case {"calm": _}:
                         self._weather.calm()
+                    case {"rollback": _}:
+                        self._start(self._roll_back())
                     case {"judge": "blind"}:
                         self._conclude(Blind(self._record).violations())
                     case {"judge": str(how)}:
@@ -159,6 +161,25 @@ class _Watch:
                     if reply.results[0].status == replay_pb2.WRITE_STATUS_ACKNOWLEDGED:
                         name = request.items[0].trajectory_id
                         self._seen.append(f"11: a chunk of {name} was acknowledged in run {request.run}")
+
+    async def _roll_back(self) -> None:
+        """Return the run to a checkpoint that is kept, as a person would; it may not be one any more."""
+        manifests = sorted(self._scene.run_directory.glob("checkpoints/step-*/manifest.json"))
+        with suppress(OSError, ValueError, grpc.aio.AioRpcError):
+            manifest = json.loads(self._rng.choice(manifests[-3:]).read_text()) if manifests else None
+            if manifest is None:
+                return
+            version = common_pb2.PolicyVersion(
+                run=manifest["run"],
+                epoch=manifest["epoch"],
+                step=manifest["step"],
+                digest=bytes.fromhex(manifest["digest"]),
+            )
+            async with grpc.aio.insecure_channel(self._scene.replay_buffer) as channel:
+                stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
+                request = replay_pb2.RollbackRunRequest(run=self._scene.run, version=version)
+                await stub.RollbackRun(request, timeout=_PROBE_SECONDS, wait_for_ready=True)
+                self._counts["rollbacks"] += 1
 
     # At the end
 

@@ -66,8 +66,8 @@ def leaked_reservation() -> None:
     """A place is taken when a group is issued and given back when it is trained on; nobody thought of drops."""
     init = Admission.__init__
 
-    def leaking(self: Any, run: RunState) -> None:
-        init(self, run)
+    def leaking(self: Any, run: RunState, *rest: Any) -> None:
+        init(self, run, *rest)
         self._by_deadline[run.head.step] += run.dropped.total()
 
     Admission.__init__ = leaking  # type: ignore[method-assign]

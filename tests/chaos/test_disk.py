@@ -53,7 +53,9 @@ def save(store: CheckpointStore, step: int) -> Path:
     def write(directory: Path) -> None:
         (directory / "weights").write_bytes(b"w" * 9)
 
-    return store.save(version(step), [], [], write).directory
+    directory = store.save(version(step), [], [], write).directory
+    store.remove_old()
+    return directory
 
 
 def test_a_checkpoint_is_durable_with_every_name_on_its_way(disk: Disk) -> None:

@@ -50,10 +50,14 @@ def test_changed_files_are_refused_by_name(tmp_path: Path) -> None:
         store.newest()
 
 
-def test_only_the_newest_are_kept(tmp_path: Path) -> None:
+def test_only_the_newest_are_kept_once_the_newest_is_committed(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "c", keep=2)
     for step in (0, 5, 10, 15):
         store.save(version(step), [], [], write(str(step)))
+    # Until then the buffer may still return the run to any of them.
+    assert store.steps() == [0, 5, 10, 15]
+    assert store.oldest_kept_step() == 10
+    store.remove_old()
     assert store.steps() == [10, 15]
     with pytest.raises(NotFoundError, match="no checkpoint of step 5; there are: 10, 15"):
         store.load(5)
