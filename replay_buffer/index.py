@@ -108,7 +108,7 @@ class Index:
 
     def close(self) -> None:
         """Write what waits, as far as possible, and close the file."""
-        with suppress(sqlite3.Error):  # what is not written now is folded again
+        with suppress(OSError):  # what is not written now is folded again
             self._write()
         self._file.close()
 
@@ -198,7 +198,7 @@ class Index:
                 if complete is not None:
                     self._file.execute("DELETE FROM complete")
                     self._file.execute("INSERT INTO complete VALUES (?, ?, ?)", (complete[0], *complete[1]))
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:  # never in the middle of applying a record: what waits stays in memory
             raise OSError(f"{self._path}: {error}") from error
         self._groups.clear()
         self._evaluations.clear()

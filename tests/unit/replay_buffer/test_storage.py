@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import sqlite3
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -217,6 +218,42 @@ async def test_an_index_that_is_behind_its_snapshot_is_made_anew(tmp_path: Path)
     (tmp_path / "old").rename(tmp_path / INDEX)
     async with opened(tmp_path) as run:
         assert described(run.state) == before
+
+
+class BrokenFile:
+    """An index on a disk that fails."""
+
+    def __enter__(self) -> BrokenFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def execute(self, *_: object) -> None:
+        raise sqlite3.DatabaseError("database disk image is malformed")
+
+    executemany = execute
+
+    def close(self) -> None:
+        pass
+
+
+async def test_an_index_that_fails_does_not_stop_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_WAITING", 2)
+    async with opened(tmp_path) as run:
+        await run.open_run()
+        await run.step()
+        index = run.buffer._storage.index
+        file = index._file
+        index._file = BrokenFile()  # type: ignore[assignment]
+        for _ in range(5):
+            await run.step()
+        assert run.state.consumed == 12
+        assert len(index._groups) >= 10
+        file.close()
+    async with opened(tmp_path) as run:
+        assert run.state.consumed == 12
+        assert run.state.groups[f"{RUN}-g12"].state is GroupState.CONSUMED
 
 
 async def test_a_snapshot_ahead_of_the_log_is_passed_over(tmp_path: Path) -> None:
