@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from leeway import arithmetic
+from leeway import arithmetic, codec
 from leeway.assembly import assemble_records
 from leeway.types import DropReason, GroupRecord, GroupState, Purpose, TrajectoryRecord
 from leeway.weights import weights_digest
@@ -106,10 +106,18 @@ class Account(Oracle):
                 step_of[group.group_id] = step
                 if len(group.trajectories) != self.spec.members:
                     yield f"step {step}: {len(group.trajectories)} members of {group.group_id} were trained on"
-        for name, step, group_ids in self._ledger_steps():
-            draw = self._surviving_draw(step)
-            if draw is None or draw.group_ids != group_ids:
-                yield f"step {step}: {name} says {group_ids}, drawn were {draw and draw.group_ids}"
+        yield from self._ledgers()
+
+    def _ledgers(self) -> Iterator[str]:
+        """A ledger names what was drawn for the versions that led to its checkpoint, wherever a rollback left them."""
+        for call in self.record.of("OpenRun"):
+            checkpoint = codec.version_from_proto(call.request.checkpoint)
+            epochs = {version.step: version.epoch for version in self.tree.ancestry(checkpoint)}
+            for entry in call.request.ledger:
+                step, group_ids = entry.step, tuple(entry.group_ids)
+                drawn = [draw.group_ids for draw in self._drawn if (draw.epoch, draw.step) == (epochs[step], step)]
+                if group_ids not in drawn:
+                    yield f"step {step}: the ledger of epoch {call.reply.epoch} says {group_ids}, drawn were {drawn}"
 
     def _surviving_draw(self, step: int) -> _Draw | None:
         version = self.tree.surviving.get(step)

@@ -360,17 +360,17 @@ class _VersionTree:
             self.heads[version.epoch, version.step] = version
             if call.succeeded and version.step >= last.step:
                 last = version
-        self.surviving = {version.step: version for version in self._ancestry(last)}
+        self.surviving = {version.step: version for version in self.ancestry(last)}
         """step -> version of the history that led to the run's last version."""
 
     def lag(self, version: PolicyVersion, head: PolicyVersion) -> int | None:
         """Steps from the common ancestor to the head; None for a version that nobody announced."""
         if version not in self._parents:
             return None
-        on_path = set(self._ancestry(head))
-        return head.step - next(ancestor for ancestor in self._ancestry(version) if ancestor in on_path).step
+        on_path = set(self.ancestry(head))
+        return head.step - next(ancestor for ancestor in self.ancestry(version) if ancestor in on_path).step
 
-    def _ancestry(self, version: PolicyVersion | None) -> Iterator[PolicyVersion]:
+    def ancestry(self, version: PolicyVersion | None) -> Iterator[PolicyVersion]:
         while version is not None:
             yield version
             version = self._parents[version]

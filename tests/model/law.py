@@ -1,9 +1,9 @@
-"""protocol.md as a law: what a run's history may look like, told from the log's records alone.
+"""The delivery protocol (docs/delivery.md) as a law: what a run's history may look like, told from the log alone.
 
     records of one run, in order ──> Law.take ──> Broken(invariant, what) at the first that the protocol forbids
 
 Shares no decision with the replay buffer: it keeps its own version tree, its own states and its own inequality, and
-never says what should happen next, only what must not. Numbers are those of "What an oracle checks".
+never says what should happen next, only what must not. Its numbers are those of tests/chaos/invariants.md.
 """
 
 from __future__ import annotations

@@ -460,7 +460,7 @@ class BufferMachine(RuleBasedStateMachine):
                 known.append(item)
 
     def _expected(self, item: WriteItem) -> set[int]:
-        """The statuses that "Writing" in protocol.md allows."""
+        """The statuses that the protocol allows."""
         group_id, _, place = item.trajectory_id.rpartition(".")
         group = self.law.groups[group_id]
         member = group.members[int(place)]
