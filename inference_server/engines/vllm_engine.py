@@ -124,8 +124,10 @@ class VllmEngine:
             )
         limit = ConcurrencyLimit(options.max_concurrency, options.max_queued)
         llm = await asyncio.to_thread(_start_vllm, model_path, options, signature, limit)
-        llm._run_output_handler()
-        return cls(llm, signature, model_path, options, limit)
+        llm._run_output_handler()  # it was made in a thread, without an event loop to run in
+        engine = cls(llm, signature, model_path, options, limit)
+        await engine._command("its start", llm.collective_rpc("leeway_end_with", args=(os.getpid(),)))
+        return engine
 
     def info(self) -> EngineInfo:
         return EngineInfo(

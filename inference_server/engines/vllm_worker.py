@@ -8,6 +8,10 @@ caller has paused decoding; a failure leaves a mixture, and the caller must not 
 
 from __future__ import annotations
 
+import os
+import select
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,11 @@ class WeightLoader:
 
     model_runner: Any
     vllm_config: Any
+
+    def leeway_end_with(self, process_id: int) -> None:
+        """End vLLM when a process ends, however it does: its engine core would otherwise outlive a killed server."""
+        guarded = os.pidfd_open(process_id)
+        threading.Thread(target=_end_after, args=(guarded, os.getppid()), name="end with server", daemon=True).start()
 
     def leeway_load_weights(self, file: str) -> None:
         """Replace every weight by what a safetensors file holds under the names of a checkpoint."""
@@ -41,6 +50,12 @@ class WeightLoader:
 
                 prepack_experts(model)
         torch.accelerator.synchronize()
+
+
+def _end_after(guarded: int, engine_core: int) -> None:
+    select.select([guarded], [], [])  # readable when the process has ended; no deadline: it is hoped to live long
+    os.kill(engine_core, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
