@@ -15,7 +15,7 @@ import grpc
 
 from leeway import codec, rpc
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import Violation
+from leeway.conformance.violation import Violation
 from leeway.errors import InvalidDataError
 from leeway.rpc import Security
 from leeway.types import EngineInfo, FinishReason, Int32Array, PolicyVersion, SamplingParams, WeightManifest

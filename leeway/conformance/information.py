@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
+from leeway.conformance.violation import Violation, require
 from leeway.errors import InvalidDataError
 from leeway.types import LogprobMode
 

@@ -21,8 +21,9 @@ from leeway.conformance import (
     versions,
 )
 from leeway.conformance.client import Refused
-from leeway.conformance.requirement import NotSupportedError, Requirement, Result, Status, Violation
+from leeway.conformance.requirement import Requirement, Result, Status
 from leeway.conformance.session import Session
+from leeway.conformance.violation import NotSupportedError, Violation
 from leeway.errors import InvalidDataError
 
 REQUIREMENTS: Final[tuple[Requirement, ...]] = (

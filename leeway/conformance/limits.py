@@ -10,10 +10,11 @@ import grpc
 
 from leeway.conformance.client import Refused
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE
 from leeway.conformance.versions import require_covered
+from leeway.conformance.violation import Violation, require
 from leeway.types import FinishReason, SamplingParams
 
 _MOST_AT_ONCE = 256

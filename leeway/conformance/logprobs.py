@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from leeway.conformance.requirement import NotSupportedError, Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.statistics import (
     FALSE_ALARM,
@@ -18,6 +18,7 @@ from leeway.conformance.statistics import (
     tempered,
 )
 from leeway.conformance.streams import WHOLE
+from leeway.conformance.violation import NotSupportedError, Violation, require
 from leeway.types import ColumnKind, Int32Array, LogprobMode, SamplingParams
 
 TEMPERATURE = 0.7

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE
+from leeway.conformance.violation import Violation, require
 from leeway.types import FinishReason, SamplingParams
 
 

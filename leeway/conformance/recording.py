@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import NotSupportedError, Requirement, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE, require_contiguous
+from leeway.conformance.violation import NotSupportedError, require
 from leeway.types import ColumnKind, SamplingParams
 
 _MASS_ERROR = 1e-3

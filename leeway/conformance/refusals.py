@@ -9,9 +9,10 @@ import grpc
 import numpy as np
 
 from leeway.conformance.client import RawPrompt, Refused, Stream
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE
+from leeway.conformance.violation import Violation, require
 from leeway.types import SamplingParams
 
 _INT32, _FLOAT32 = 3, 7  # leeway.v1.DataType

@@ -5,18 +5,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from leeway.conformance.session import Session
-
-
-class Violation(Exception):
-    """The server breaks the requirement under test; the message is the finding, in one line."""
-
-
-class NotSupportedError(Exception):
-    """The server says that it does not offer what the requirement is about, or the kit was not given what it needs."""
+from leeway.conformance.session import Session
 
 
 class Status(enum.Enum):
@@ -28,7 +18,7 @@ class Status(enum.Enum):
     NOT_RUN = "not run"  # it builds on a requirement that did not pass
 
 
-Check = Callable[["Session"], Awaitable[str]]
+Check = Callable[[Session], Awaitable[str]]
 """Returns what was seen, in one line; raises Violation or NotSupportedError."""
 
 
@@ -57,9 +47,3 @@ class Result:
     status: Status
     detail: str
     seconds: float
-
-
-def require(holds: object, finding: str) -> None:
-    """Raise a Violation unless something holds."""
-    if not holds:
-        raise Violation(finding)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from leeway.conformance.requirement import NotSupportedError, Requirement, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.statistics import FALSE_ALARM
 from leeway.conformance.streams import WHOLE
+from leeway.conformance.violation import NotSupportedError, require
 from leeway.types import SamplingParams
 
 _FIRST_LARGE_SEED = (1 << 63) + 1

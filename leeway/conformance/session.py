@@ -12,7 +12,7 @@ import numpy as np
 
 from leeway.conformance.client import BackendClient, Refused, Stream, Update
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import NotSupportedError, Violation
+from leeway.conformance.violation import NotSupportedError, Violation
 from leeway.conformance.weights import Weights, pieces, rolled
 from leeway.rpc import Security
 from leeway.types import EngineInfo, Int32Array, PolicyVersion, SamplingParams

@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 from leeway.conformance.client import BackendClient, Refused
 from leeway.conformance.own_server import OwnServer, started
-from leeway.conformance.requirement import NotSupportedError, Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
+from leeway.conformance.violation import NotSupportedError, Violation, require
 from leeway.rpc import cancel_and_wait
 from leeway.types import SamplingParams
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
+from leeway.conformance.violation import Violation, require
 from leeway.types import ColumnKind, FinishReason, SamplingParams
 
 WHOLE = ("STREAM-1", "STREAM-2", "STREAM-3")

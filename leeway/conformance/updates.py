@@ -10,10 +10,11 @@ import grpc
 
 from leeway.conformance.client import Refused, Update
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE
 from leeway.conformance.versions import labels
+from leeway.conformance.violation import Violation, require
 from leeway.conformance.weights import flipped, foreign_piece, pieces, renamed
 from leeway.types import SamplingParams
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from leeway.conformance.completion import Completion
-from leeway.conformance.requirement import Requirement, Violation, require
+from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.streams import WHOLE, plain_completion
+from leeway.conformance.violation import Violation, require
 from leeway.types import Int32Array, PolicyVersion, SamplingParams
 
 _SURE = 1e-3
