@@ -17,6 +17,7 @@ from tests.chaos.planted import BUGS
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 KILLS = 12
+SEEDS = ("1", "2", "3")
 
 
 async def conduct(directory: Path, *arguments: str) -> tuple[int, str]:
@@ -46,6 +47,9 @@ async def test_nothing_is_violated_under_fire(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(BUGS))
 async def test_a_planted_bug_is_found(tmp_path: Path, name: str) -> None:
-    code, output = await conduct(tmp_path, "--plant", name, "--seed", "1")
-    assert code == 1, output
-    assert violated(output) & set(BUGS[name].invariants), output
+    """A fault has to meet the bug at work, which a seed makes likely, not certain: processes run as they please."""
+    for seed in SEEDS:
+        code, output = await conduct(tmp_path / seed, "--plant", name, "--seed", seed)
+        if code == 1 and violated(output) & set(BUGS[name].invariants):
+            return
+    pytest.fail(output)
