@@ -10,7 +10,8 @@ ignores what it does not know: requests are checked before they come here.
 
 Keys and values across a swap, `kv_on_update`, are as in `vllm_engine`: `keep` pauses in place, so running sequences go
 on with the keys of the old weights, mu is exact and a token's routing is that of its only forward; `recompute` retracts
-them, and they are computed again with the new weights. The prefix cache is salted with the label of the version.
+them, and they are computed again with the new weights, as is their routing: SGLang does not keep what it recorded for
+the tokens before the swap. The prefix cache is salted with the label of the version.
 
 A request that names stop tokens is also stopped by the end-of-sequence tokens that the model's files name: SGLang has
 no way to say otherwise.

@@ -96,7 +96,7 @@ def _command_line(
         arguments["max-total-tokens"] = options.max_cached_tokens
     if on_cpu:
         arguments |= {"device": "cpu", "attention-backend": "torch_native", "sampling-backend": "pytorch"}
-        flags += ["disable-overlap-schedule", "disable-cuda-graph"]
+        flags += ["disable-overlap-schedule", "disable-cuda-graph", "sleep-on-idle"]
     command = [sys.executable, "-m", module]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]

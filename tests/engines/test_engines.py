@@ -236,7 +236,9 @@ async def test_running_sequences_are_computed_again_under_new_weights(
             assert expected.routing is not None
             assert earlier is not None
             np.testing.assert_array_equal(np.sort(routing[first + 1 :]), expected.routing[first + 1 :])
-            np.testing.assert_array_equal(np.sort(routing[:first]), earlier[:first])
+            # SGLang forgets the routing of the first computation.
+            kept = expected.routing if recomputing_server.engine == "sglang" else earlier
+            np.testing.assert_array_equal(np.sort(routing[:first]), kept[:first])
 
 
 async def test_a_dense_model_and_the_death_of_an_engines_process(dense_server: EngineServer) -> None:
