@@ -38,14 +38,13 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.backup import Backup
-from replay_buffer.dead_letters import decide_requeue
-from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
-from replay_buffer.evaluation import decide_evaluation, result_of
-from replay_buffer.groups import Location
-from replay_buffer.index import Filter
 from replay_buffer.intake import Cause
-from replay_buffer.lifecycle import (
+from replay_buffer.recorder import Recorder, Run, open_groups
+from replay_buffer.rules.dead_letters import decide_requeue
+from replay_buffer.rules.draw import decide_draw, decide_reject, drawn_batch
+from replay_buffer.rules.evaluation import decide_evaluation, result_of
+from replay_buffer.rules.groups import Location
+from replay_buffer.rules.lifecycle import (
     Ledger,
     check_fit,
     decide_advance,
@@ -55,13 +54,14 @@ from replay_buffer.lifecycle import (
     decide_open_run,
     decide_rollback,
 )
-from replay_buffer.recorder import Recorder, Run, open_groups
-from replay_buffer.selection import check_kept, select
-from replay_buffer.state import RunState
-from replay_buffer.tickets import Server, TicketOffice
-from replay_buffer.transitions import (
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.tickets import Server, TicketOffice
+from replay_buffer.rules.transitions import (
     TicketIssued,
 )
+from replay_buffer.storage.backup import Backup
+from replay_buffer.storage.index import Filter
+from replay_buffer.storage.selection import check_kept, select
 from replay_buffer.views import GroupView, view_group
 from replay_buffer.writing import decide_write
 
