@@ -4,6 +4,7 @@ A request goes down this list, and its answer waits for the log:
 
 service, write_stream, pieces      gRPC in, gRPC out
 buffer                             one event loop: decide, append, apply, wait until durable, answer
+learner_calls, people_calls        the same, for what the learner, people and their tools ask
 writing, drafts, intake            one written item, judged; how much may be in memory that is not durable yet
 recorder                           the runs of a directory: what has been decided is appended, applied and told
 rules/                             pure: the state as a fold of transitions, and every decision about it

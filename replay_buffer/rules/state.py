@@ -1,7 +1,6 @@
-"""A run's state: the fold of its transitions, and nothing else.
+"""A run's state: what its transitions have made of it (`fold`), and what can be read off it.
 
-`RunState.apply` is total on what the deciding functions produce, decides nothing beyond what a transition's docstring
-says, and never looks at a clock. Occupancy is read off the groups' states, so it cannot leak.
+Occupancy is read off the groups' states, so it cannot leak.
 
     live groups, batches that are not committed, the newest evaluations    in memory
     ended groups, older evaluations                                        handed to `Ended`, and asked for by id
@@ -12,8 +11,8 @@ So memory is bounded by what is live, however long the run is; only versions (on
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from typing import Final, assert_never
+from collections.abc import Iterator
+from typing import Final
 
 from leeway.types import (
     DeadLetter,
@@ -26,25 +25,8 @@ from leeway.types import (
     RunSpec,
     RunStatus,
 )
-from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Groups, Location, Member, Progress
+from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Groups
 from replay_buffer.rules.lineage import Lineage
-from replay_buffer.rules.transitions import (
-    BatchDrawn,
-    ChunkWritten,
-    DeadLettersRequeued,
-    EvaluationCreated,
-    GroupsDropped,
-    PolicyAdvanced,
-    RunFinished,
-    RunOpened,
-    RunRestored,
-    RunRolledBack,
-    StepsCommitted,
-    TicketIssued,
-    TrajectoryClosed,
-    TrajectoryFailed,
-    Transition,
-)
 
 REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
 """A group dropped for one of these gives its task back."""
@@ -170,233 +152,3 @@ class RunState:
         return EvaluationResult(
             tasks_ended == wanted.task_count, rewards, failed=tasks_ended * wanted.members - len(rewards)
         )
-
-    # The fold
-
-    def apply(self, transition: Transition, recorded_at_ns: int, location: Location) -> None:
-        """Take one transition over; `location` is where its record lies in the log."""
-        match transition:
-            case ChunkWritten():
-                member = self._member(transition.trajectory_id)
-                member.records.append(location)
-                new = [version for version in transition.versions if version not in member.versions]
-                if new:
-                    member.versions = (*member.versions, *new)
-            case TrajectoryClosed():
-                self._close(transition, location)
-            case TrajectoryFailed():
-                self._fail(transition, location)
-            case TicketIssued():
-                self._issue(transition, recorded_at_ns)
-            case GroupsDropped():
-                self._drop(transition.group_ids, transition.reason, transition.message, location)
-            case BatchDrawn():
-                self.batches[transition.step] = Batch(transition.step, transition.group_ids)
-                for place, group_id in enumerate(transition.group_ids):
-                    group = self.live[group_id]
-                    group.state, group.step, group.place = GroupState.DRAWN, transition.step, place
-            case PolicyAdvanced():
-                self.batches[transition.version.step].sealed = True
-                self.lineage.register(transition.version, transition.parent)
-                message = f"too old for version {transition.version}"
-                self._drop(transition.stale_group_ids, DropReason.STALE, message, location)
-            case StepsCommitted():
-                self._commit(transition.step, location)
-                self.oldest_kept_step = transition.oldest_kept_step
-            case RunOpened():
-                self._open(transition, location)
-            case EvaluationCreated():
-                evaluation = transition.evaluation
-                self.evaluations[evaluation.evaluation_id] = EvaluationState(evaluation)
-            case RunFinished():
-                self._drop(transition.group_ids, DropReason.RUN_END, "the run ended", location)
-                self.finished = True
-                for evaluation_state in list(self.evaluations.values()):
-                    evaluation_state.closed = True
-                    self._end_if_complete(evaluation_state, location)
-            case RunRolledBack():
-                self._roll_back(transition, location)
-            case RunRestored():
-                self.epoch, self.created = transition.epoch, transition.created
-                self.restored_at = self.head
-                message = "the log was restored from a backup"
-                self._drop(transition.group_ids, DropReason.ROLLED_BACK, message, location)
-            case DeadLettersRequeued():
-                for group_id in transition.group_ids:
-                    task_index = self.dead_letters.pop(group_id).task_index
-                    self.lost_attempts.pop(task_index, None)
-                    self.requeued.append(task_index)
-            case _:
-                assert_never(transition)
-
-    def _member(self, trajectory_id: str) -> Member:
-        found = self.find(trajectory_id)
-        assert found is not None
-        return found[0].members[found[1]]
-
-    def _issue(self, issued: TicketIssued, recorded_at_ns: int) -> None:
-        ticket = issued.ticket
-        group = self.groups.unended.get(ticket.group_id)
-        if group is None:
-            group = self._create(issued, recorded_at_ns)
-        group.attempt = ticket.attempt
-        group.server_id = issued.server_id
-        group.version = issued.version
-        for lent in ticket.members:
-            group.members[lent.member].lend(ticket.attempt, issued.server_id)
-
-    def _create(self, issued: TicketIssued, recorded_at_ns: int) -> Group:
-        ticket = issued.ticket
-        self.created += 1
-        group = Group(ticket.group_id, self.created, ticket.purpose, ticket.task_index, len(ticket.members))
-        group.evaluation_id, group.issued_at_ns = ticket.evaluation_id, recorded_at_ns
-        self.groups.unended[group.group_id] = group
-        if ticket.purpose is Purpose.TRAIN:
-            self.live[group.group_id] = group
-            self.issued += 1
-            group.number = self.issued
-            if issued.task_cursor == self.task_cursor:
-                self.requeued.remove(ticket.task_index)
-            self.task_cursor = issued.task_cursor
-        else:
-            self.live_evaluation[group.group_id] = group
-            self.evaluations[ticket.evaluation_id].group_ids[ticket.task_index] = group.group_id
-        return group
-
-    def _close(self, closed: TrajectoryClosed, location: Location) -> None:
-        found = self.find(closed.trajectory_id)
-        assert found is not None
-        group, index = found
-        member = group.members[index]
-        member.records.append(location)
-        member.progress = Progress.CLOSED
-        member.reward = closed.close.reward
-        if group.missing:
-            return
-        if group.purpose is Purpose.TRAIN:
-            group.state = GroupState.READY
-            self.lost_attempts.pop(group.task_index, None)
-        else:
-            self._consume(group, location)
-
-    def _fail(self, failed: TrajectoryFailed, location: Location) -> None:
-        found = self.find(failed.trajectory_id)
-        if found is None:
-            return  # it has been retired since
-        group, index = found
-        member = group.members[index]
-        if group.ended and len(member.records) and member.records[len(member.records) - 1] == location:
-            return  # `Ended` was ahead of a restart
-        member.records.append(location)
-        member.progress = Progress.FAILED
-        member.versions = ()
-        if group.ended:
-            self.ended.put(group)
-        elif not failed.failure.retryable:
-            message = f"trajectory {failed.trajectory_id}: {failed.failure.message}"
-            self._drop((group.group_id,), DropReason.FAILED, message, location)
-
-    def _drop(self, group_ids: Iterable[str], reason: DropReason, message: str, location: Location) -> None:
-        for group_id in group_ids:
-            group = self.groups.unended.get(group_id)
-            if group is None:
-                continue  # the first durable reason stands
-            if group.purpose is Purpose.TRAIN:
-                self.dropped[reason] += 1
-                if reason in REQUEUED:
-                    self.requeued.append(group.task_index)
-                    self._count_lost(group, reason)
-                elif reason in SET_ASIDE:
-                    self.dead_letters[group_id] = DeadLetter(
-                        group_id, group.task_index, reason, message, self.attempts(group), group.server_id
-                    )
-            group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
-            self._end(group, location)
-
-    def _count_lost(self, group: Group, reason: DropReason) -> None:
-        """Remember in vain attempts beyond their group, so that a task that kills its servers cannot come for ever."""
-        if group.state is not GroupState.OPEN or reason is DropReason.ROLLED_BACK:
-            return
-        still_tried = group.at_work and reason is DropReason.STALE
-        if lost := group.attempt - still_tried:
-            self.lost_attempts[group.task_index] += lost
-
-    def _consume(self, group: Group, location: Location) -> None:
-        group.state = GroupState.CONSUMED
-        if group.purpose is Purpose.TRAIN:
-            self.consumed += 1
-        self._end(group, location)
-
-    def _end(self, group: Group, location: Location) -> None:
-        """Let a group leave memory, without what only a live one needs."""
-        group.ended_at = location
-        group.version = None
-        for member in group.members:
-            member.versions = ()
-        del self.groups.unended[group.group_id]
-        self.live.pop(group.group_id, None)
-        self.ended.put(group)
-        if self.live_evaluation.pop(group.group_id, None) is not None:
-            evaluation = self.evaluations[group.evaluation_id]
-            consumed = group.state is GroupState.CONSUMED
-            evaluation.outcomes[group.task_index] = tuple(member.reward for member in group.members) if consumed else ()
-            self._end_if_complete(evaluation, location)
-
-    def _end_if_complete(self, evaluation: EvaluationState, location: Location) -> None:
-        if not evaluation.ended:
-            return
-        ended = [evaluation for evaluation in self.evaluations.values() if evaluation.ended]
-        for oldest in ended[:-KEPT_EVALUATIONS]:
-            del self.evaluations[oldest.evaluation.evaluation_id]
-            self.ended.put_evaluation(oldest, location)
-
-    def _commit(self, step: int, location: Location) -> None:
-        for at in range(self.committed_step + 1, step + 1):
-            for group_id in self.batches.pop(at).group_ids:
-                self._consume(self.live[group_id], location)
-        self.committed_step = max(self.committed_step, step)
-
-    def _open(self, opened: RunOpened, location: Location) -> None:
-        self.epoch = opened.epoch
-        if opened.incarnation:
-            self.incarnations[opened.incarnation] = opened.epoch
-        self._commit(opened.checkpoint.step, location)
-        self._void_batches(opened.checkpoint, location)
-        self.lineage.rollback(opened.checkpoint)
-
-    def _void_batches(self, head: PolicyVersion, location: Location) -> None:
-        """Return what was drawn after the new head; nobody measures another version any more."""
-        for step in [step for step in self.batches if step > head.step]:
-            for group_id in self.batches.pop(step).group_ids:
-                group = self.live.get(group_id)
-                if group is not None:
-                    group.state, group.step, group.place = GroupState.READY, 0, 0
-        for evaluation in list(self.evaluations.values()):
-            if evaluation.evaluation.version != head:
-                evaluation.closed = True
-                self._end_if_complete(evaluation, location)
-
-    def _roll_back(self, rolled_back: RunRolledBack, location: Location) -> None:
-        version = rolled_back.version
-        self.epoch = rolled_back.epoch
-        self.rollback = Rollback(version, rolled_back.epoch)
-        self._void_batches(version, location)
-        self.committed_step = min(self.committed_step, version.step)
-        self.lineage.discard_after(version)
-        message = f"the run was rolled back to {version}"
-        for group_id, task_index in zip(rolled_back.group_ids, rolled_back.task_indices, strict=True):
-            if group_id in self.groups.unended:
-                self._drop((group_id,), DropReason.ROLLED_BACK, message, location)
-            else:
-                self._take_back(group_id, task_index, message)
-
-    def _take_back(self, group_id: str, task_index: int, message: str) -> None:
-        """Drop a consumed group."""
-        self.consumed -= 1
-        self.dropped[DropReason.ROLLED_BACK] += 1
-        self.requeued.append(task_index)
-        group = self.ended.get(group_id)
-        if group is not None:
-            group.state, group.step, group.place = GroupState.DROPPED, 0, 0
-            group.drop_reason, group.drop_message = DropReason.ROLLED_BACK, message
-            self.ended.put(group)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError
+from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Group, Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import RunOpened
@@ -42,7 +43,7 @@ class Fold:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
             run = self.runs[record.run] = RunState(record.transition.spec, self.index.of(record.run))
-        run.apply(record.transition, record.recorded_at_ns, location)
+        apply(run, record.transition, record.recorded_at_ns, location)
         return run
 
 

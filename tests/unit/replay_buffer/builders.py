@@ -33,8 +33,10 @@ from leeway.types import (
 )
 from replay_buffer.drafts import Drafts
 from replay_buffer.rules.draw import decide_draw, drawn_batch
+from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Location
-from replay_buffer.rules.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
+from replay_buffer.rules.lifecycle import decide_advance, decide_commit
+from replay_buffer.rules.opening import Ledger, decide_after_open, decide_open_run
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import Expired, Server, TicketOffice
 from replay_buffer.rules.transitions import Transition
@@ -239,7 +241,7 @@ class Machine:
 
 def _apply(state: RunState, payload: bytes, index: int) -> None:
     record = decode(payload)
-    state.apply(record.transition, record.recorded_at_ns, Location(1, index, len(payload)))
+    apply(state, record.transition, record.recorded_at_ns, Location(1, index, len(payload)))
 
 
 def snapshot(state: RunState) -> dict[str, object]:

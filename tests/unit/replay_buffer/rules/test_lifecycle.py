@@ -9,14 +9,8 @@ from leeway.types import DropReason, Evaluation, EvaluationResult, GroupState, T
 from replay_buffer.rules.admission import is_stale
 from replay_buffer.rules.draw import decide_reject, drawn_batch
 from replay_buffer.rules.evaluation import decide_evaluation, result_of
-from replay_buffer.rules.lifecycle import (
-    Ledger,
-    check_fit,
-    decide_advance,
-    decide_commit,
-    decide_finish,
-    decide_open_run,
-)
+from replay_buffer.rules.lifecycle import check_fit, decide_advance, decide_commit, decide_finish
+from replay_buffer.rules.opening import Ledger, decide_open_run
 from replay_buffer.rules.transitions import EvaluationCreated
 from tests.unit.replay_buffer.builders import DATASET, ROOT, SIGNATURE, Machine, chunk, filled, spec, version, whole
 

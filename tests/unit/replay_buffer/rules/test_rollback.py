@@ -7,7 +7,8 @@ import pytest
 from leeway.errors import FencedError, PreconditionError
 from leeway.types import DropReason, Evaluation, GroupState, PolicyVersion, SamplingParams, WriteStatus
 from replay_buffer.rules.evaluation import decide_evaluation
-from replay_buffer.rules.lifecycle import check_epoch, decide_advance, decide_finish, decide_rollback
+from replay_buffer.rules.lifecycle import check_epoch, decide_advance, decide_finish
+from replay_buffer.rules.opening import decide_rollback
 from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, filled, snapshot, spec, version, whole
 
 

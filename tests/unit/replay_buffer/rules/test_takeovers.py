@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from leeway.errors import FencedError, PreconditionError
-from replay_buffer.rules.lifecycle import decide_commit, decide_open_run, decide_rollback
+from replay_buffer.rules.lifecycle import decide_commit
+from replay_buffer.rules.opening import decide_open_run, decide_rollback
 from tests.unit.replay_buffer.builders import Machine, spec
 
 

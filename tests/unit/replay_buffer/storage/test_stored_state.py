@@ -5,9 +5,11 @@ from __future__ import annotations
 from leeway.types import Evaluation, SamplingParams, TrajectoryFailure, WriteItem
 from leeway.v1.storage_pb2 import RunSnapshot
 from replay_buffer.rules.evaluation import decide_evaluation
+from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Batch, Group, Location
-from replay_buffer.rules.lifecycle import decide_commit, decide_restored, decide_rollback
+from replay_buffer.rules.lifecycle import decide_commit
 from replay_buffer.rules.lineage import Lineage
+from replay_buffer.rules.opening import decide_restored, decide_rollback
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.stored_state import group_from_proto, group_to_proto, run_from_proto, run_to_proto
@@ -97,7 +99,7 @@ def test_a_late_record_of_an_ended_group_is_folded_once() -> None:
     last = len(machine.records) - 1
     assert machine.read(Location(1, last, 0)).__class__.__name__ == "TrajectoryFailed"
     copy = restored(machine.state)
-    copy.apply(machine.read(Location(1, last, 0)), 0, records[-1])
+    apply(copy, machine.read(Location(1, last, 0)), 0, records[-1])
     again = copy.groups[ticket.group_id]
     assert list(again.members[0].records) == records
 
