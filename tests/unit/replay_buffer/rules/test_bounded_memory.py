@@ -106,6 +106,7 @@ def test_whatever_can_still_be_asked_for_is_answered_as_if_nothing_were_forgotte
 
 def test_a_repeated_advance_is_known_although_nothing_older_than_the_head_matters() -> None:
     machine = Machine(spec(max_staleness=0))
+    head = machine.state.head
     for _ in range(3):
         machine.step()
         head = machine.state.head
