@@ -20,9 +20,9 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.intake import Cause
-from replay_buffer.leases import Leases
 from replay_buffer.observer import Ending, Observer
-from replay_buffer.state import RunState
+from replay_buffer.rules.leases import Leases
+from replay_buffer.rules.state import RunState
 
 _PURPOSE: Final = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 _COUNTS: Final[dict[GroupState, Callable[[RunStatus], int]]] = {
@@ -124,7 +124,7 @@ def _watch_run(metrics: ReplayBufferMetrics, state: RunState, leases: Leases) ->
     metrics.head_step.labels(run).set_function(lambda: state.head.step)
     metrics.committed_step.labels(run).set_function(lambda: state.committed_step)
     metrics.epoch.labels(run).set_function(lambda: state.epoch)
-    metrics.dead_letters.labels(run).set_function(lambda: len(state.dead_letters))
+    metrics.dead_letters.labels(run).set_function(lambda: state.dead_letter_count)
     metrics.leases.labels(run).set_function(lambda: len(leases))
 
 

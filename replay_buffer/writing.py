@@ -23,12 +23,12 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.completion import decide_complete
 from replay_buffer.drafts import Drafts
-from replay_buffer.groups import Group, Location, Member, Progress
-from replay_buffer.state import RunState
-from replay_buffer.tickets import dead_letter
-from replay_buffer.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
+from replay_buffer.rules.completion import decide_complete
+from replay_buffer.rules.groups import Group, Location, Member, Progress
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.tickets import dead_letter
+from replay_buffer.rules.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
 
 Read = Callable[[Location], Transition]
 """Reads a record back from the log, whether it is on disk yet or not."""
@@ -112,7 +112,7 @@ def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: M
         return _refuse(item, WriteStatus.INVALID, f"item {item.seq} of {item.trajectory_id}: {error.message}")
     written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions)
     for version in versions:
-        if version not in run.lineage:
+        if run.lineage.is_unknown(version):
             message = f"trajectory {item.trajectory_id}: tokens are labelled with {version}, which was never registered"
             drop = GroupsDropped((group.group_id,), DropReason.UNKNOWN_VERSION, message)
             return WriteDecision(_acknowledge(item), (written, drop))
