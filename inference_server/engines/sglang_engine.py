@@ -240,7 +240,7 @@ def _body(request: GenerationRequest, request_id: str, label: int, max_tokens: i
             "stop_token_ids": list(sampling.stop_token_ids),
             "ignore_eos": not sampling.stop_token_ids,  # with it, SGLang ignores the request's own stop tokens too
             "no_stop_trim": True,
-            "sampling_seed": sampling.seed & 0x7FFF_FFFF,
+            "sampling_seed": sampling.seed - (sampling.seed >> 63 << 64),  # signed
         },
         "stream": True,
         "return_logprob": True,

@@ -52,7 +52,7 @@ from inference_server.engines.model_files import check_context_length, manifest_
 from inference_server.engines.process_engine import ProcessEngine
 from inference_server.engines.staged_weights import FILE_NAME
 from inference_server.engines.vllm_options import VllmEngineOptions
-from inference_server.engines.vllm_outputs import sampled_tokens
+from inference_server.engines.vllm_outputs import sampled_tokens, signed_seed
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError
 from leeway.huggingface import model_signature
 from leeway.types import (
@@ -180,7 +180,7 @@ class VllmDriver:
             max_tokens=max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # the request says what stops it, not the model's files
-            seed=sampling.seed if sampling.seed < 1 << 63 else sampling.seed - (1 << 64),
+            seed=signed_seed(sampling.seed),
             logprobs=sampling.topk,
             flat_logprobs=True,
             detokenize=False,
