@@ -6,8 +6,8 @@ and in those that it spawns. Never started where there is a GPU.
 torchvision   comes with CUDA only; its names must exist to be imported, and text needs none of them.
 sgl_kernel    has CUDA kernels only; likewise, none is called without AMX.
 host memory   for routing is pinned through CUDA; here it is allocated plainly.
-seeds         are taken with `--enable-deterministic-inference` only, whose kernels need CUDA; here always, and each token is
-              drawn from a Philox stream of its own, keyed by the request's seed and the token's position.
+seeds         are taken with `--enable-deterministic-inference` only, whose kernels need CUDA; here always. Each token
+              is drawn from a Philox stream of its own, keyed by the request's seed and the token's position.
 """
 # SGLang is not installed where types are checked.
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -50,7 +50,7 @@ from inference_server.engines.concurrency import ConcurrencyLimit, EngineLoad
 from inference_server.engines.engine_driver import Labelled, SampledEnd, finish_reason, one_line
 from inference_server.engines.model_files import check_context_length, manifest_check
 from inference_server.engines.process_engine import ProcessEngine
-from inference_server.engines.staged_weights import FILE_NAME
+from inference_server.engines.staged_weights import FILE_NAME, remove_abandoned
 from inference_server.engines.vllm_options import VllmEngineOptions
 from inference_server.engines.vllm_outputs import sampled_tokens, signed_seed
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError
@@ -77,6 +77,7 @@ async def start(model_path: Path, options: VllmEngineOptions) -> ProcessEngine:
     signature = model_signature(model_path)
     check_context_length(options, signature)
     limit = ConcurrencyLimit(options.max_concurrency, options.max_queued)
+    await asyncio.to_thread(remove_abandoned, options.staging_directory)
     llm = await asyncio.to_thread(_start_vllm, model_path, options, signature, limit)
     llm._run_output_handler()  # it was made in a thread, without an event loop to run in
     try:
