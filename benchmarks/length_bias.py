@@ -40,14 +40,16 @@ from leeway.types import (
     Ticket,
     TrajectoryClose,
 )
-from replay_buffer.admission import deadline
-from replay_buffer.draw import decide_draw
-from replay_buffer.groups import Group, Location
-from replay_buffer.index import Index
-from replay_buffer.lifecycle import decide_advance, decide_open_run
-from replay_buffer.state import RunState
-from replay_buffer.tickets import Server, TicketOffice, task_at
-from replay_buffer.transitions import BatchDrawn, ChunkWritten, TicketIssued, TrajectoryClosed, Transition
+from replay_buffer.rules.admission import deadline
+from replay_buffer.rules.draw import decide_draw
+from replay_buffer.rules.fold import apply
+from replay_buffer.rules.groups import Group, Location
+from replay_buffer.rules.lifecycle import decide_advance
+from replay_buffer.rules.opening import decide_open_run
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.tickets import Server, TicketOffice, task_at
+from replay_buffer.rules.transitions import BatchDrawn, ChunkWritten, TicketIssued, TrajectoryClosed, Transition
+from replay_buffer.storage.index import Index
 
 RUN = "length-bias"
 NOWHERE = Location(1, 8, 1)
@@ -159,7 +161,7 @@ class Simulation:
         return self.outcome
 
     def apply(self, transition: Transition) -> None:
-        self.run.apply(transition, 0, NOWHERE)
+        apply(self.run, transition, 0, NOWHERE)
 
     def after(self, seconds: float, happen: Callable[[], None]) -> None:
         heapq.heappush(self.events, (self.now + seconds, next(self.order), happen))

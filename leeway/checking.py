@@ -242,7 +242,7 @@ class _Column:
         if self.problem:
             return
         self.ranges.add(column.start_token, column.end_token)
-        if column.size_bytes:
+        if column.size_bytes or column.encoding:
             self._look_at(column)
 
     def _look_at(self, column: WireColumn) -> None:
@@ -254,8 +254,11 @@ class _Column:
         elif self.kind is ColumnKind.TOKEN_IDS:
             self.largest = max(self.largest, int(np.maximum.reduce(_values(column, _UINT32))))
         elif self.kind is ColumnKind.ROUTING:
-            values = _values(column, _UINT8 if column.dtype == _UINT8_NUMBER else _UINT16)
-            self.largest = max(self.largest, int(np.maximum.reduce(values)))
+            if column.encoding:
+                values = codec.unpacked_planes(column)
+            else:
+                values = _values(column, _UINT8 if column.dtype == _UINT8_NUMBER else _UINT16)
+            self.largest = max(self.largest, int(values.max()))
 
 
 def _values(column: WireColumn, dtype: np.dtype[Any]) -> Array:

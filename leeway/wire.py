@@ -5,7 +5,7 @@ writes them first and field by field in order, so their places are read off here
 (which the wire format allows) is left to protobuf.
 
     TrajectoryChunk   0x0a length Column ...  then segments and version spans
-    Column            0x08 kind  0x10 start_token  0x18 end_token  0x22 length Tensor      zeros are left out
+    Column            0x08 kind  0x10 start_token  0x18 end_token  0x22 length Tensor  0x28 encoding  zeros are left out
     Tensor            0x08 dtype  0x12 length shape ...  0x1a length data
 """
 
@@ -29,6 +29,7 @@ class WireColumn(NamedTuple):
     buffer: bytes
     offset: int  # of the values in the buffer
     size_bytes: int
+    encoding: int = 0
 
 
 class _Unusual(Exception):
@@ -63,8 +64,14 @@ def _column(data: bytes, at: int, end: int) -> WireColumn:
     if data[at] != 0x22:
         raise _Unusual
     size_bytes, at = varint_at(data, at + 1)
-    if at + size_bytes != end:
-        raise _Unusual
+    tensor_end = at + size_bytes
+    encoding = 0
+    if tensor_end != end:
+        if tensor_end > end or data[tensor_end] != 0x28:
+            raise _Unusual
+        encoding, encoding_end = varint_at(data, tensor_end + 1)
+        if encoding_end != end:
+            raise _Unusual
     if data[at] == 0x08:
         dtype, at = varint_at(data, at + 1)
     shape: list[int] = []
@@ -79,9 +86,9 @@ def _column(data: bytes, at: int, end: int) -> WireColumn:
     if data[at] != 0x1A:
         raise _Unusual
     size_bytes, at = varint_at(data, at + 1)
-    if at + size_bytes != end or max(kind, start_token, end_token, dtype, *shape) > _LARGEST:
+    if at + size_bytes != tensor_end or max(kind, start_token, end_token, dtype, encoding, *shape) > _LARGEST:
         raise _Unusual
-    return WireColumn(kind, start_token, end_token, dtype, tuple(shape), data, at, size_bytes)
+    return WireColumn(kind, start_token, end_token, dtype, tuple(shape), data, at, size_bytes, encoding)
 
 
 def varint_at(data: bytes, at: int) -> tuple[int, int]:

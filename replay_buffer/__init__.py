@@ -1,12 +1,15 @@
 """The replay buffer: a durable log, and the state that follows from it.
 
-service      gRPC in, gRPC out
-buffer, recorder                                 one event loop: decide, append, apply, wait until durable, answer
-lifecycle, tickets, writing, draw, evaluation    pure decisions: state in, transitions out
-admission, lineage                               the bounds, as arithmetic
-state, groups                                    the fold of transitions
-log, segments, records                           transitions as bytes on disk
-storage, recovery, snapshots, index              what makes a large log quick to open and small in memory
-retention, backup, generation                    what may be deleted; copies
-offline, verification, columns                   a directory without a buffer
+A request goes down this list, and its answer waits for the log:
+
+service, write_stream, pieces      gRPC in, gRPC out
+buffer                             one event loop: decide, append, apply, wait until durable, answer
+learner_calls, people_calls        the same, for what the learner, people and their tools ask
+writing, drafts, intake            one written item, judged; how much may be in memory that is not durable yet
+recorder                           the runs of a directory: what has been decided is appended, applied and told
+rules/                             pure: the state as a fold of transitions, and every decision about it
+storage/                           the log on disk, and what makes it quick to open, small in memory and short
+
+Beside it: views (a group at one moment), signals (waiting without polling), observer and metrics (watching),
+options, memory.
 """

@@ -15,12 +15,12 @@ from leeway.metrics import ReplayBufferMetrics, serve_metrics
 from leeway.process import report_error, serve, service_parser
 from leeway.rpc import Security, start_server
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.log import Log, LogOptions
 from replay_buffer.memory import keep_freed_memory
 from replay_buffer.metrics import observer
 from replay_buffer.options import ReplayBufferOptions, read_options
 from replay_buffer.recorder import free_bytes_of
 from replay_buffer.service import SERVICE_NAME, ReplayService
+from replay_buffer.storage.log import Log, LogOptions
 
 log = logging.getLogger("replay_buffer")
 

@@ -11,150 +11,43 @@
     DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun, the lease timer
     every answer                  the log up to what it shows        fsync
 
-Decisions and answers are here; `recorder` does what lies between. What is live is in memory; chunks stay in the log.
+Decisions and answers are here, in `learner_calls` and in `people_calls`; `recorder` does what lies between. What is
+live is in memory; chunks stay in the log.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Final
 
 from leeway.errors import DeadlineError
 from leeway.types import (
-    DeadLetter,
-    Evaluation,
-    EvaluationResult,
     GroupState,
     ModelSignature,
-    OpenedRun,
     PolicyVersion,
     RunSpec,
-    RunStatus,
     Ticket,
     WriteItem,
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.backup import Backup
-from replay_buffer.dead_letters import decide_requeue
-from replay_buffer.draw import decide_draw, decide_reject, drawn_batch
-from replay_buffer.evaluation import decide_evaluation, result_of
-from replay_buffer.groups import Location
-from replay_buffer.index import Filter
 from replay_buffer.intake import Cause
-from replay_buffer.lifecycle import (
-    Ledger,
-    check_fit,
-    decide_advance,
-    decide_after_open,
-    decide_commit,
-    decide_finish,
-    decide_open_run,
-    decide_rollback,
-)
-from replay_buffer.recorder import Recorder, Run, open_groups
-from replay_buffer.selection import check_kept, select
-from replay_buffer.state import RunState
-from replay_buffer.tickets import Server, TicketOffice
-from replay_buffer.transitions import (
-    TicketIssued,
-)
-from replay_buffer.views import GroupView, view_group
+from replay_buffer.learner_calls import LearnerCalls
+from replay_buffer.people_calls import PeopleCalls
+from replay_buffer.recorder import Run, open_groups
+from replay_buffer.rules.groups import Location
+from replay_buffer.rules.lifecycle import check_fit
+from replay_buffer.rules.tickets import Server, TicketOffice
+from replay_buffer.rules.transitions import TicketIssued
 from replay_buffer.writing import decide_write
 
 _FAR_FROM_FULL_BYTES: Final = 1 << 30
 _ROOM_SECONDS: Final = 0.05
 
-log = logging.getLogger(__name__)
 
-
-class ReplayBuffer(Recorder):
+class ReplayBuffer(LearnerCalls, PeopleCalls):
     """Every run of one log directory, as its callers see it."""
-
-    # The learner's calls
-
-    async def open_run(
-        self, spec: RunSpec, checkpoint: PolicyVersion, ledger: Ledger, incarnation: bytes = b""
-    ) -> OpenedRun:
-        """Fence older learners, commit the checkpoint's steps, return everything else drawn.
-
-        Raises:
-            FencedError, PreconditionError: see ReplayService.OpenRun.
-        """
-        self._check_running()
-        known = self._runs.get(spec.run)
-        opened = decide_open_run(known.state if known else None, spec, checkpoint, ledger, incarnation)
-        if opened is not None:
-            self._record(spec.run, opened)
-            run = self._runs[spec.run]
-            for drop in decide_after_open(run.state):
-                self._record(spec.run, drop)
-            log.info("run %s: epoch %d opens it at %s", spec.run, opened.epoch, checkpoint)
-        state = self._runs[spec.run].state
-        answer = OpenedRun(state.epoch, state.head, state.finished)
-        await self.intake.settled()
-        return answer
-
-    async def draw(self, name: str, epoch: int, step: int, deadline: float) -> list[GroupView]:
-        """The groups of a step, once there are enough; `deadline` is on the loop's clock.
-
-        Raises:
-            FencedError, PreconditionError: see ReplayService.DrawBatch.
-            DeadlineError: there were not enough groups in time.
-        """
-        run, began = self._run(name), self._now()
-        while (batch := drawn_batch(run.state, epoch, step)) is None:
-            drawn = decide_draw(run.state, epoch, step, self._expired(run))
-            if drawn is not None:
-                self._record(name, drawn)
-            elif not await run.results.wait(deadline):
-                raise DeadlineError(_blocker(run.state, step))
-            self._check_running()
-        self._observer.draw_waited(name, self._now() - began)
-        views = [view_group(run.state.groups[group_id]) for group_id in batch.group_ids]
-        await self.intake.settled()
-        return views
-
-    async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
-        """Seal a step. Raises: see ReplayService.Advance."""
-        run = self._run(name)
-        advanced = decide_advance(run.state, epoch, version, parent, self._expired(run))
-        if advanced is not None:
-            self._record(name, advanced)
-            self._drop_expired(run)
-        await self.intake.settled()
-
-    async def commit(self, name: str, epoch: int, step: int, oldest_kept_step: int = 0) -> None:
-        """Consume steps for good. Raises: see ReplayService.Commit."""
-        await self._decided(name, decide_commit(self._run(name).state, epoch, step, oldest_kept_step))
-
-    async def reject_group(self, name: str, epoch: int, group_id: str, message: str) -> None:
-        """Set a drawn group aside. Raises: see ReplayService.RejectGroup."""
-        await self._decided(name, decide_reject(self._run(name).state, epoch, group_id, message))
-
-    async def create_evaluation(self, epoch: int, evaluation: Evaluation) -> None:
-        """Ask for a measurement. Raises: see ReplayService.CreateEvaluation."""
-        name = evaluation.version.run
-        await self._decided(name, decide_evaluation(self._run(name).state, epoch, evaluation))
-
-    async def await_evaluation(self, name: str, evaluation_id: str, wait_seconds: float) -> EvaluationResult:
-        """Results so far, after waiting for them to be complete.
-
-        Raises:
-            NotFoundError: no such evaluation.
-        """
-        run, deadline = self._run(name), self._now() + max(wait_seconds, 0.0)
-        while not (result := result_of(run.state, evaluation_id)).complete and await run.results.wait(deadline):
-            self._check_running()
-        await self.intake.settled()
-        return result
-
-    async def finish_run(self, name: str, epoch: int) -> None:
-        """End a run. Raises: see ReplayService.FinishRun."""
-        await self._decided(name, decide_finish(self._run(name).state, epoch))
 
     # The workers' calls
 
@@ -259,58 +152,6 @@ class ReplayBuffer(Recorder):
         await self.intake.settled()
         return aborted
 
-    # For people and tools
-
-    async def rollback_run(self, name: str, version: PolicyVersion) -> tuple[int, int]:
-        """Return to an older version; returns the raised epoch and how many groups this call dropped.
-
-        Raises:
-            PreconditionError: see ReplayService.RollbackRun.
-        """
-        run = self._run(name)
-        rolled_back = decide_rollback(run.state, version)
-        if rolled_back is not None:
-            self._record(name, rolled_back)
-            for drop in decide_after_open(run.state):
-                self._record(name, drop)
-            log.warning("run %s is rolled back to %s; %d groups are dropped", name, version, len(rolled_back.group_ids))
-        epoch = run.state.epoch
-        await self.intake.settled()
-        return epoch, len(rolled_back.group_ids) if rolled_back is not None else 0
-
-    async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
-        """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""
-        letters = list(self._run(name).state.dead_letters.values())
-        await self.intake.settled()
-        return letters[-limit:] if limit else letters
-
-    async def requeue_dead_letters(self, name: str, group_ids: Sequence[str]) -> int:
-        """Queue tasks again; returns how many this call queued. Raises: see ReplayService.RequeueDeadLetters."""
-        requeued = decide_requeue(self._run(name).state, group_ids)
-        await self._decided(name, requeued)
-        return 0 if requeued is None else len(requeued.group_ids)
-
-    async def status(self, name: str) -> RunStatus:
-        """Counts and versions. Raises NotFoundError for an unknown run."""
-        status = self._run(name).state.status()
-        await self.intake.settled()
-        return status
-
-    async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[GroupView]:
-        """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
-
-        Raises:
-            NotFoundError: no such run, or the groups of the step that is asked for have been retired.
-        """
-        state = self._run(name).state
-        check_kept(state, wanted)
-        for group_id in select(state, wanted, limit):
-            group = state.groups.get(group_id)
-            if group is not None:
-                seen = view_group(group)
-                await self.intake.settled()
-                yield seen
-
     def read_many(self, locations: Sequence[Location]) -> list[bytes]:
         """Records' payloads. Safe from any thread once they are durable."""
         return self._log.read_many(locations)
@@ -332,16 +173,6 @@ class ReplayBuffer(Recorder):
             ExhaustedError: the disk takes nothing.
         """
         await self.intake.settled(mark)
-
-    async def back_up(self, directory: Path) -> Backup:
-        """Copy everything that is acknowledged, and perhaps more, to a new folder.
-
-        Raises:
-            PreconditionError: the folder exists or cannot be written.
-        """
-        self._check_running()
-        await self._log.durable()
-        return await self._storage.back_up(directory)
 
     # What the calls share
 
@@ -374,12 +205,3 @@ class ReplayBuffer(Recorder):
                 f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
                 "no new work is given out until there is room",
             )
-
-
-def _blocker(state: RunState, step: int) -> str:
-    status = state.status()
-    holders = sorted({group.server_id for group in open_groups(state)})
-    return (
-        f"run {state.spec.run!r}: step {step} needs {state.spec.groups_per_step} groups; {status.ready} are ready and "
-        f"{status.open} are open at {', '.join(holders) or 'no server'}"
-    )

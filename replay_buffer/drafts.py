@@ -12,8 +12,8 @@ from typing import Final
 
 from leeway.checking import TrajectoryCheck
 from leeway.types import PolicyVersion
-from replay_buffer.groups import Location, Member
-from replay_buffer.records import span_versions
+from replay_buffer.rules.groups import Location, Member
+from replay_buffer.storage.records import span_versions
 
 _MOST_DRAFTS: Final = 16_384
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from enum import StrEnum
 
 from leeway.errors import ExhaustedError
-from replay_buffer.log import Log
 from replay_buffer.options import ReplayBufferOptions
+from replay_buffer.storage.log import Log
 
 
 class Cause(StrEnum):

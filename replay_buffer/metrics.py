@@ -20,9 +20,9 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.intake import Cause
-from replay_buffer.leases import Leases
 from replay_buffer.observer import Ending, Observer
-from replay_buffer.state import RunState
+from replay_buffer.rules.leases import Leases
+from replay_buffer.rules.state import RunState
 
 _PURPOSE: Final = {Purpose.TRAIN: "train", Purpose.EVAL: "eval"}
 _COUNTS: Final[dict[GroupState, Callable[[RunStatus], int]]] = {

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from leeway.types import DropReason, Purpose, WriteItem, WriteResult
-from replay_buffer.leases import Leases
-from replay_buffer.state import RunState
-from replay_buffer.transitions import GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted, Transition
+from replay_buffer.rules.leases import Leases
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.transitions import GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted, Transition
 
 ENDS: Final = (GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted)
 """Transitions that `endings` has something to say about."""

@@ -11,9 +11,9 @@ from typing import Final
 from leeway import codec
 from leeway.rpc import BULK_PIECE_BYTES
 from leeway.v1 import replay_pb2
-from replay_buffer.groups import Location
-from replay_buffer.records import Bytes, decode, stored_chunk, stored_close
-from replay_buffer.transitions import TrajectoryClosed, TrajectoryFailed
+from replay_buffer.rules.groups import Location
+from replay_buffer.rules.transitions import TrajectoryClosed, TrajectoryFailed
+from replay_buffer.storage.records import Bytes, decode, stored_chunk, stored_close
 from replay_buffer.views import GroupView, MemberView
 
 ReadMany = Callable[[Sequence[Location]], list[bytes]]

@@ -18,26 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
-from leeway.types import (
-    GroupState,
-)
-from replay_buffer.completion import decide_after_restart
+from leeway.types import GroupState
 from replay_buffer.drafts import Drafts
-from replay_buffer.groups import Group, Location
 from replay_buffer.intake import Intake
-from replay_buffer.leases import Leases
-from replay_buffer.lifecycle import (
-    decide_restored,
-)
-from replay_buffer.log import Log
 from replay_buffer.observer import ENDS, Observer, endings
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.records import Record, decode, encode
-from replay_buffer.signals import Signal
-from replay_buffer.state import RunState
-from replay_buffer.storage import Storage
-from replay_buffer.tickets import Expired, decide_expired
-from replay_buffer.transitions import (
+from replay_buffer.rules.completion import decide_after_restart
+from replay_buffer.rules.fold import apply
+from replay_buffer.rules.groups import Group, Location
+from replay_buffer.rules.leases import Leases
+from replay_buffer.rules.opening import decide_restored
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.tickets import Expired, decide_expired
+from replay_buffer.rules.transitions import (
     ChunkWritten,
     RunOpened,
     StepsCommitted,
@@ -45,6 +38,10 @@ from replay_buffer.transitions import (
     TrajectoryClosed,
     Transition,
 )
+from replay_buffer.signals import Signal
+from replay_buffer.storage.directory import Storage
+from replay_buffer.storage.log import Log
+from replay_buffer.storage.records import Record, decode, encode
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +185,7 @@ class Recorder:
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
             self._restore(RunState(record.transition.spec, self._storage.index.of(record.run)))
             run = self._runs[record.run]
-        run.state.apply(record.transition, record.recorded_at_ns, location)
+        apply(run.state, record.transition, record.recorded_at_ns, location)
 
     def _states(self) -> list[RunState]:
         return [run.state for run in self._runs.values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from leeway.types import DropReason, GroupState, Purpose
-from replay_buffer.groups import Group, Location, Progress
+from replay_buffer.rules.groups import Group, Location, Progress
 
 
 @dataclass(frozen=True, slots=True)

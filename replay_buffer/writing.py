@@ -23,12 +23,12 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.completion import decide_complete
 from replay_buffer.drafts import Drafts
-from replay_buffer.groups import Group, Location, Member, Progress
-from replay_buffer.state import RunState
-from replay_buffer.tickets import dead_letter
-from replay_buffer.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
+from replay_buffer.rules.completion import decide_complete
+from replay_buffer.rules.groups import Group, Location, Member, Progress
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.tickets import dead_letter
+from replay_buffer.rules.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
 
 Read = Callable[[Location], Transition]
 """Reads a record back from the log, whether it is on disk yet or not."""

@@ -6,7 +6,7 @@ import sys
 
 from leeway.process import service_parser
 from replay_buffer.__main__ import main
-from replay_buffer.segments import AppendFile
+from replay_buffer.storage.segments import AppendFile
 
 
 def _return_at_once(_: AppendFile) -> None:

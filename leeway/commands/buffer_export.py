@@ -14,11 +14,11 @@ from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariable
 from leeway.assembly import join_chunks
 from leeway.errors import PreconditionError
 from leeway.types import Array, ColumnKind, GroupState, Trajectory, TrajectoryRecord
-from replay_buffer.columns import ColumnReader
-from replay_buffer.groups import Group, Member, Progress
-from replay_buffer.offline import Directory
-from replay_buffer.records import decode
-from replay_buffer.transitions import TrajectoryClosed
+from replay_buffer.rules.groups import Group, Member, Progress
+from replay_buffer.rules.transitions import TrajectoryClosed
+from replay_buffer.storage.columns import ColumnReader
+from replay_buffer.storage.offline import Directory
+from replay_buffer.storage.records import decode
 
 FORMATS: Final = (".jsonl", ".safetensors")
 EXPORTED_STATES: Final = (GroupState.READY, GroupState.DRAWN, GroupState.CONSUMED)

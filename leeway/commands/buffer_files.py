@@ -20,15 +20,15 @@ from leeway.commands.run_folder import load_run_document
 from leeway.errors import ConfigError
 from leeway.process import EXIT_FAILED, EXIT_OK
 from leeway.types import GroupState, Purpose
-from replay_buffer.groups import Group, Member, Progress
-from replay_buffer.index import Filter
-from replay_buffer.offline import Directory, open_directory
 from replay_buffer.options import read_options
-from replay_buffer.records import decode
-from replay_buffer.segments import list_segments
-from replay_buffer.state import RunState
-from replay_buffer.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
-from replay_buffer.verification import verify
+from replay_buffer.rules.groups import Group, Member, Progress
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
+from replay_buffer.storage.index import Filter
+from replay_buffer.storage.offline import Directory, open_directory
+from replay_buffer.storage.records import decode
+from replay_buffer.storage.segments import list_segments
+from replay_buffer.storage.verification import verify
 
 _STATES: Final = {state.name.lower(): state for state in GroupState}
 

@@ -17,9 +17,9 @@ import replay_buffer.buffer
 from learner.checkpoint import PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
-from replay_buffer.admission import Admission
-from replay_buffer.segments import AppendFile
-from replay_buffer.state import RunState
+from replay_buffer.rules.admission import Admission
+from replay_buffer.rules.state import RunState
+from replay_buffer.storage.segments import AppendFile
 from tests.chaos.conductor import BUFFER, LEARNER, SERVERS, Plan
 from tests.chaos.weather import TEMPERATE
 

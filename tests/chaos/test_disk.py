@@ -14,7 +14,7 @@ from learner.checkpoint import CheckpointStore
 from learner.journal import Journal, read_journal
 from leeway.durable import replace_file, sync_directory
 from leeway.types import PolicyVersion
-from replay_buffer.log import Log, LogOptions
+from replay_buffer.storage.log import Log, LogOptions
 from tests.chaos.disk import DurableView, Witness, power_loss
 
 

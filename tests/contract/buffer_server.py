@@ -14,10 +14,10 @@ from leeway.rpc import Security, mapped_errors, start_server
 from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.log import Log, LogOptions
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.segments import AppendFile, OpenFile
 from replay_buffer.service import SERVICE_NAME, ReplayService
+from replay_buffer.storage.log import Log, LogOptions
+from replay_buffer.storage.segments import AppendFile, OpenFile
 from tests.unit.replay_buffer.builders import RUN
 
 PLAIN = Security()

@@ -6,7 +6,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from replay_buffer.segments import AppendFile, SegmentFile
+from replay_buffer.storage.segments import AppendFile, SegmentFile
 
 WAIT_SECONDS: Final = 20
 

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from leeway.rpc import check_health
 from leeway.types import TrajectoryFailure, WriteItem
-from replay_buffer.log import Log, LogOptions
-from replay_buffer.segments import segment_path
+from replay_buffer.storage.log import Log, LogOptions
+from replay_buffer.storage.segments import segment_path
 from tests.contract.buffer_server import PLAIN, connected, write
 from tests.unit.replay_buffer.builders import ROOT, filled, spec, version
 

@@ -34,7 +34,7 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2
-from replay_buffer.segments import AppendFile, segment_path
+from replay_buffer.storage.segments import AppendFile, segment_path
 from tests.contract.buffer_server import connected, serving, write
 from tests.contract.held_disk import HeldDisk
 from tests.unit.replay_buffer.builders import (

@@ -13,7 +13,7 @@ import pytest
 from learner.receipts import FILE, ReceiptBook, read_receipts
 from learner.trainer import StepResult, Trainer
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
-from replay_buffer.segments import segment_path
+from replay_buffer.storage.segments import segment_path
 from tests.contract.buffer_server import serving
 from tests.contract.learner_run import STEPS, LearnerRun, learner_options, with_flipped_byte
 

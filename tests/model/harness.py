@@ -18,10 +18,10 @@ from google.protobuf.message_factory import GetMessageClass
 from leeway.errors import LeewayError
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.log import Log, LogFailedError, LogOptions
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.segments import AppendFile
 from replay_buffer.service import ReplayService
+from replay_buffer.storage.log import Log, LogFailedError, LogOptions
+from replay_buffer.storage.segments import AppendFile
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from leeway.commands import buffer_export
 from leeway.commands.main import main
 from leeway.types import TrajectoryFailure, WriteItem
-from replay_buffer.segments import HEADER, segment_path
+from replay_buffer.storage.segments import HEADER, segment_path
 from tests.unit.replay_buffer.builders import RUN, chunk
 from tests.unit.replay_buffer.disk_runs import opened
 

@@ -32,14 +32,16 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.drafts import Drafts
-from replay_buffer.draw import decide_draw, drawn_batch
-from replay_buffer.groups import Location
-from replay_buffer.index import Index
-from replay_buffer.lifecycle import Ledger, decide_advance, decide_after_open, decide_commit, decide_open_run
-from replay_buffer.records import Record, decode, encode
-from replay_buffer.state import RunState
-from replay_buffer.tickets import Expired, Server, TicketOffice
-from replay_buffer.transitions import Transition
+from replay_buffer.rules.draw import decide_draw, drawn_batch
+from replay_buffer.rules.fold import apply
+from replay_buffer.rules.groups import Location
+from replay_buffer.rules.lifecycle import decide_advance, decide_commit
+from replay_buffer.rules.opening import Ledger, decide_after_open, decide_open_run
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.tickets import Expired, Server, TicketOffice
+from replay_buffer.rules.transitions import Transition
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.records import Record, decode, encode
 from replay_buffer.views import view_group
 from replay_buffer.writing import decide_write
 
@@ -239,7 +241,7 @@ class Machine:
 
 def _apply(state: RunState, payload: bytes, index: int) -> None:
     record = decode(payload)
-    state.apply(record.transition, record.recorded_at_ns, Location(1, index, len(payload)))
+    apply(state, record.transition, record.recorded_at_ns, Location(1, index, len(payload)))
 
 
 def snapshot(state: RunState) -> dict[str, object]:

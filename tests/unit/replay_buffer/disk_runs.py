@@ -11,12 +11,12 @@ from typing import Any
 
 from leeway.types import PolicyVersion, RunSpec, WriteStatus
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.groups import Group, Locations, Member
-from replay_buffer.lineage import Lineage
-from replay_buffer.log import Log, LogOptions
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.segments import Position
-from replay_buffer.state import RunState
+from replay_buffer.rules.groups import Group, Locations, Member
+from replay_buffer.rules.lineage import Lineage
+from replay_buffer.rules.state import RunState
+from replay_buffer.storage.log import Log, LogOptions
+from replay_buffer.storage.segments import Position
 from tests.unit.replay_buffer.builders import ROOT, RUN, filled, spec, version
 
 SEGMENT_BYTES = 2048

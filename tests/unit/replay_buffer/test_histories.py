@@ -12,9 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from leeway.errors import FencedError
 from leeway.types import GroupState, PolicyVersion, Purpose, Ticket, TrajectoryFailure, WriteItem, WriteStatus
 from leeway.v1.storage_pb2 import RunSnapshot
-from replay_buffer.lifecycle import check_epoch, decide_finish
-from replay_buffer.stored_state import run_from_proto, run_to_proto
-from replay_buffer.tickets import decide_expired
+from replay_buffer.rules.lifecycle import check_epoch, decide_finish
+from replay_buffer.rules.tickets import decide_expired
+from replay_buffer.storage.stored_state import run_from_proto, run_to_proto
 from tests.unit.replay_buffer.builders import Machine, filled, spec
 from tests.unit.replay_buffer.disk_runs import described
 

@@ -9,9 +9,9 @@ from prometheus_client import CollectorRegistry
 
 from leeway.metrics import ReplayBufferMetrics
 from leeway.types import Purpose, WriteItem, WriteResult, WriteStatus
-from replay_buffer.lifecycle import decide_advance, decide_commit
 from replay_buffer.metrics import observer
 from replay_buffer.observer import Ending, endings
+from replay_buffer.rules.lifecycle import decide_advance, decide_commit
 from tests.unit.replay_buffer.builders import RUN, Machine, spec, version
 
 

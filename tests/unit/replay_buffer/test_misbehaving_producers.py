@@ -29,9 +29,9 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.log import Log, LogOptions
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.transitions import ChunkWritten
+from replay_buffer.rules.transitions import ChunkWritten
+from replay_buffer.storage.log import Log, LogOptions
 from tests.unit.replay_buffer.builders import ROOT, RUN, Machine, close, filled, snapshot, spec
 
 PROMPT = 3

@@ -14,12 +14,12 @@ from leeway.errors import CorruptDataError
 from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem, WriteStatus
 from leeway.v1 import log_pb2, replay_pb2
 from replay_buffer.drafts import Drafts
-from replay_buffer.groups import Location
-from replay_buffer.log import Log, LogOptions
 from replay_buffer.pieces import messages
-from replay_buffer.records import Record, decode, encode, stored_chunk, stored_close
-from replay_buffer.segments import SegmentReader, frame, segment_path
-from replay_buffer.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
+from replay_buffer.rules.groups import Location
+from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
+from replay_buffer.storage.log import Log, LogOptions
+from replay_buffer.storage.records import Record, decode, encode, stored_chunk, stored_close
+from replay_buffer.storage.segments import SegmentReader, frame, segment_path
 from replay_buffer.views import view_group
 from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, close, spec, whole
 

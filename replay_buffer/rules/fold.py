@@ -1,0 +1,275 @@
+"""How transitions change a run's state: the fold, and nothing else.
+
+`apply` is total on what the deciding functions produce, decides nothing beyond what a transition's docstring says, and
+never looks at a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import assert_never
+
+from leeway.types import DeadLetter, DropReason, GroupState, PolicyVersion, Purpose, Rollback
+from replay_buffer.rules.groups import Batch, EvaluationState, Group, Location, Member, Progress
+from replay_buffer.rules.state import KEPT_EVALUATIONS, REQUEUED, SET_ASIDE, RunState
+from replay_buffer.rules.transitions import (
+    BatchDrawn,
+    ChunkWritten,
+    DeadLettersRequeued,
+    EvaluationCreated,
+    GroupsDropped,
+    PolicyAdvanced,
+    RunFinished,
+    RunOpened,
+    RunRestored,
+    RunRolledBack,
+    StepsCommitted,
+    TicketIssued,
+    TrajectoryClosed,
+    TrajectoryFailed,
+    Transition,
+)
+
+
+def apply(run: RunState, transition: Transition, recorded_at_ns: int, location: Location) -> None:
+    """Take one transition over; `location` is where its record lies in the log."""
+    match transition:
+        case ChunkWritten():
+            member = _member(run, transition.trajectory_id)
+            member.records.append(location)
+            new = [version for version in transition.versions if version not in member.versions]
+            if new:
+                member.versions = (*member.versions, *new)
+        case TrajectoryClosed():
+            _close(run, transition, location)
+        case TrajectoryFailed():
+            _fail(run, transition, location)
+        case TicketIssued():
+            _issue(run, transition, recorded_at_ns)
+        case GroupsDropped():
+            _drop(run, transition.group_ids, transition.reason, transition.message, location)
+        case BatchDrawn():
+            run.batches[transition.step] = Batch(transition.step, transition.group_ids)
+            for place, group_id in enumerate(transition.group_ids):
+                group = run.live[group_id]
+                group.state, group.step, group.place = GroupState.DRAWN, transition.step, place
+        case PolicyAdvanced():
+            run.batches[transition.version.step].sealed = True
+            run.lineage.register(transition.version, transition.parent)
+            message = f"too old for version {transition.version}"
+            _drop(run, transition.stale_group_ids, DropReason.STALE, message, location)
+        case StepsCommitted():
+            _commit(run, transition.step, location)
+            run.oldest_kept_step = transition.oldest_kept_step
+        case RunOpened():
+            _open(run, transition, location)
+        case EvaluationCreated():
+            evaluation = transition.evaluation
+            run.evaluations[evaluation.evaluation_id] = EvaluationState(evaluation)
+        case RunFinished():
+            _drop(run, transition.group_ids, DropReason.RUN_END, "the run ended", location)
+            run.finished = True
+            for evaluation_state in list(run.evaluations.values()):
+                evaluation_state.closed = True
+                _end_if_complete(run, evaluation_state, location)
+        case RunRolledBack():
+            _roll_back(run, transition, location)
+        case RunRestored():
+            run.epoch, run.created = transition.epoch, transition.created
+            run.restored_at = run.head
+            message = "the log was restored from a backup"
+            _drop(run, transition.group_ids, DropReason.ROLLED_BACK, message, location)
+        case DeadLettersRequeued():
+            for group_id in transition.group_ids:
+                task_index = run.dead_letters.pop(group_id).task_index
+                run.lost_attempts.pop(task_index, None)
+                run.requeued.append(task_index)
+        case _:
+            assert_never(transition)
+
+
+def _member(run: RunState, trajectory_id: str) -> Member:
+    found = run.find(trajectory_id)
+    assert found is not None
+    return found[0].members[found[1]]
+
+
+def _issue(run: RunState, issued: TicketIssued, recorded_at_ns: int) -> None:
+    ticket = issued.ticket
+    group = run.groups.unended.get(ticket.group_id)
+    if group is None:
+        group = _create(run, issued, recorded_at_ns)
+    group.attempt = ticket.attempt
+    group.server_id = issued.server_id
+    group.version = issued.version
+    for lent in ticket.members:
+        group.members[lent.member].lend(ticket.attempt, issued.server_id)
+
+
+def _create(run: RunState, issued: TicketIssued, recorded_at_ns: int) -> Group:
+    ticket = issued.ticket
+    run.created += 1
+    group = Group(ticket.group_id, run.created, ticket.purpose, ticket.task_index, len(ticket.members))
+    group.evaluation_id, group.issued_at_ns = ticket.evaluation_id, recorded_at_ns
+    run.groups.unended[group.group_id] = group
+    if ticket.purpose is Purpose.TRAIN:
+        run.live[group.group_id] = group
+        run.issued += 1
+        group.number = run.issued
+        if issued.task_cursor == run.task_cursor:
+            run.requeued.remove(ticket.task_index)
+        run.task_cursor = issued.task_cursor
+    else:
+        run.live_evaluation[group.group_id] = group
+        run.evaluations[ticket.evaluation_id].group_ids[ticket.task_index] = group.group_id
+    return group
+
+
+def _close(run: RunState, closed: TrajectoryClosed, location: Location) -> None:
+    found = run.find(closed.trajectory_id)
+    assert found is not None
+    group, index = found
+    member = group.members[index]
+    member.records.append(location)
+    member.progress = Progress.CLOSED
+    member.reward = closed.close.reward
+    if group.missing:
+        return
+    if group.purpose is Purpose.TRAIN:
+        group.state = GroupState.READY
+        run.lost_attempts.pop(group.task_index, None)
+    else:
+        _consume(run, group, location)
+
+
+def _fail(run: RunState, failed: TrajectoryFailed, location: Location) -> None:
+    found = run.find(failed.trajectory_id)
+    if found is None:
+        return  # it has been retired since
+    group, index = found
+    member = group.members[index]
+    if group.ended and len(member.records) and member.records[len(member.records) - 1] == location:
+        return  # `Ended` was ahead of a restart
+    member.records.append(location)
+    member.progress = Progress.FAILED
+    member.versions = ()
+    if group.ended:
+        run.ended.put(group)
+    elif not failed.failure.retryable:
+        message = f"trajectory {failed.trajectory_id}: {failed.failure.message}"
+        _drop(run, (group.group_id,), DropReason.FAILED, message, location)
+
+
+def _drop(run: RunState, group_ids: Iterable[str], reason: DropReason, message: str, location: Location) -> None:
+    for group_id in group_ids:
+        group = run.groups.unended.get(group_id)
+        if group is None:
+            continue  # the first durable reason stands
+        if group.purpose is Purpose.TRAIN:
+            run.dropped[reason] += 1
+            if reason in REQUEUED:
+                run.requeued.append(group.task_index)
+                _count_lost(run, group, reason)
+            elif reason in SET_ASIDE:
+                run.dead_letters[group_id] = DeadLetter(
+                    group_id, group.task_index, reason, message, run.attempts(group), group.server_id
+                )
+        group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
+        _end(run, group, location)
+
+
+def _count_lost(run: RunState, group: Group, reason: DropReason) -> None:
+    """Remember in vain attempts beyond their group, so that a task that kills its servers cannot come for ever."""
+    if group.state is not GroupState.OPEN or reason is DropReason.ROLLED_BACK:
+        return
+    still_tried = group.at_work and reason is DropReason.STALE
+    if lost := group.attempt - still_tried:
+        run.lost_attempts[group.task_index] += lost
+
+
+def _consume(run: RunState, group: Group, location: Location) -> None:
+    group.state = GroupState.CONSUMED
+    if group.purpose is Purpose.TRAIN:
+        run.consumed += 1
+    _end(run, group, location)
+
+
+def _end(run: RunState, group: Group, location: Location) -> None:
+    """Let a group leave memory, without what only a live one needs."""
+    group.ended_at = location
+    group.version = None
+    for member in group.members:
+        member.versions = ()
+    del run.groups.unended[group.group_id]
+    run.live.pop(group.group_id, None)
+    run.ended.put(group)
+    if run.live_evaluation.pop(group.group_id, None) is not None:
+        evaluation = run.evaluations[group.evaluation_id]
+        consumed = group.state is GroupState.CONSUMED
+        evaluation.outcomes[group.task_index] = tuple(member.reward for member in group.members) if consumed else ()
+        _end_if_complete(run, evaluation, location)
+
+
+def _end_if_complete(run: RunState, evaluation: EvaluationState, location: Location) -> None:
+    if not evaluation.ended:
+        return
+    ended = [evaluation for evaluation in run.evaluations.values() if evaluation.ended]
+    for oldest in ended[:-KEPT_EVALUATIONS]:
+        del run.evaluations[oldest.evaluation.evaluation_id]
+        run.ended.put_evaluation(oldest, location)
+
+
+def _commit(run: RunState, step: int, location: Location) -> None:
+    for at in range(run.committed_step + 1, step + 1):
+        for group_id in run.batches.pop(at).group_ids:
+            _consume(run, run.live[group_id], location)
+    run.committed_step = max(run.committed_step, step)
+
+
+def _open(run: RunState, opened: RunOpened, location: Location) -> None:
+    run.epoch = opened.epoch
+    if opened.incarnation:
+        run.incarnations[opened.incarnation] = opened.epoch
+    _commit(run, opened.checkpoint.step, location)
+    _void_batches(run, opened.checkpoint, location)
+    run.lineage.rollback(opened.checkpoint)
+
+
+def _void_batches(run: RunState, head: PolicyVersion, location: Location) -> None:
+    """Return what was drawn after the new head; nobody measures another version any more."""
+    for step in [step for step in run.batches if step > head.step]:
+        for group_id in run.batches.pop(step).group_ids:
+            group = run.live.get(group_id)
+            if group is not None:
+                group.state, group.step, group.place = GroupState.READY, 0, 0
+    for evaluation in list(run.evaluations.values()):
+        if evaluation.evaluation.version != head:
+            evaluation.closed = True
+            _end_if_complete(run, evaluation, location)
+
+
+def _roll_back(run: RunState, rolled_back: RunRolledBack, location: Location) -> None:
+    version = rolled_back.version
+    run.epoch = rolled_back.epoch
+    run.rollback = Rollback(version, rolled_back.epoch)
+    _void_batches(run, version, location)
+    run.committed_step = min(run.committed_step, version.step)
+    run.lineage.discard_after(version)
+    message = f"the run was rolled back to {version}"
+    for group_id, task_index in zip(rolled_back.group_ids, rolled_back.task_indices, strict=True):
+        if group_id in run.groups.unended:
+            _drop(run, (group_id,), DropReason.ROLLED_BACK, message, location)
+        else:
+            _take_back(run, group_id, task_index, message)
+
+
+def _take_back(run: RunState, group_id: str, task_index: int, message: str) -> None:
+    """Drop a consumed group."""
+    run.consumed -= 1
+    run.dropped[DropReason.ROLLED_BACK] += 1
+    run.requeued.append(task_index)
+    group = run.ended.get(group_id)
+    if group is not None:
+        group.state, group.step, group.place = GroupState.DROPPED, 0, 0
+        group.drop_reason, group.drop_message = DropReason.ROLLED_BACK, message
+        run.ended.put(group)

@@ -1,0 +1,458 @@
+"""The durable log: what is appended in one turn of the event loop becomes durable with one fsync.
+
+    event loop   append ──> queue ──(end of the turn)──> writer thread: all that is queued, one write, one fdatasync
+                 durable() <──────── one call_soon_threadsafe per fdatasync ────────────────────┘
+
+    waits      durable(), until everything appended before it is on disk; the writer, for work, and under load until
+               commit_seconds after the fsync before: many small ones cost more than they bring
+    unblocks   an fdatasync
+    full disk  the writer cuts the file back to its durable end, waits, and writes the same bytes again; meanwhile
+               nothing is acknowledged and `stalled` is true
+    any other error   the log is dead: what the disk holds is unknown until it is opened and verified again
+
+Locations are fixed when a record is appended, so it can be referred to, and read, before it is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import heapq
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from leeway.errors import LeewayError, UnavailableError
+from replay_buffer.rules.groups import Location
+from replay_buffer.storage.segments import (
+    HEADER,
+    AppendFile,
+    LastRecord,
+    OpenFile,
+    Position,
+    SegmentFile,
+    SegmentReader,
+    crc32c,
+    frame_header,
+    lock_directory,
+    segment_numbers,
+    segment_path,
+    verify_segment,
+)
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+_MAX_SEGMENT_BYTES: Final = 1 << 32
+_LARGE_BYTES: Final = 1 << 15
+BEGINNING: Final = Position(1, 0)
+
+log = logging.getLogger(__name__)
+
+Durable = Callable[[int, int, float], None]
+"""Told of each fsync: records and bytes made durable, seconds that the fsync took."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Where and how the log is kept."""
+
+    directory: Path
+    segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
+    retry_seconds: float = 1.0  # between attempts to write to a full disk
+    commit_seconds: float = 0.005  # from one fsync to the next, unless commit_bytes wait; the first one is never late
+    commit_bytes: int = 1 << 20
+    open_file: OpenFile = field(default=AppendFile, repr=False)
+
+
+Take = Callable[[bytes, Location], None]
+"""Gets a record's payload and place."""
+
+
+class LogFailedError(UnavailableError):
+    """The log can take nothing more in this process."""
+
+
+class Log:
+    """An append-only log in one directory, held by one process, used from one event loop."""
+
+    def __init__(self, options: LogOptions, on_durable: Durable = lambda _records, _bytes, _seconds: None) -> None:
+        """Lock the directory; `recover` comes next, then `start`.
+
+        Raises:
+            ConfigError: the directory cannot be used, or another process holds it.
+        """
+        self._options = options
+        self._lock_descriptor = lock_directory(options.directory)
+        self._reader = SegmentReader(options.directory)
+        self._on_durable = on_durable
+        self.first_segment = 1
+        self._segment = 1
+        self._segment_limit = min(options.segment_bytes, _MAX_SEGMENT_BYTES)
+        self._segment_size = 0  # of the segment that the next record goes to, counting what is queued
+        self.durable_end = BEGINNING
+        self._recovered_last: LastRecord | None = None
+        self._last_header: tuple[int, int, bytes] | None = None  # of what was appended here
+        self.segment_ended_with: LastRecord | None = None
+        """The record before the newest segment."""
+        self.size_bytes = 0
+        self.appended_bytes = 0  # by this process
+        self.pending_bytes = 0
+        self._appended = self._synced = 0  # records
+        self._turn: list[_Queued] = []
+        self._unsynced: dict[tuple[int, int], tuple[bytes, ...]] = {}
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: mark, tie-break, who waits
+        self._tie = itertools.count()
+        self._writer: _Writer | None = None
+        self.failure: LeewayError | None = None
+
+    def recover(
+        self,
+        take: Take,
+        start: Position = BEGINNING,
+        last_record: LastRecord | None = None,
+    ) -> None:
+        """Verify the log from `start` on and hand over every record, oldest first; cuts a torn tail off.
+
+        Args:
+            take: gets payload and place.
+            start: what lies before it is neither read nor verified.
+            last_record: the one before `start`.
+
+        Raises:
+            CorruptDataError: naming file and offset.
+        """
+        self._recovered_last = last_record
+        numbers = segment_numbers(self._options.directory)
+        self.first_segment = numbers[0] if numbers else start.segment
+        for segment in numbers:
+            path = segment_path(self._options.directory, segment)
+            if segment >= start.segment:
+                self._recover(take, segment, start.offset if segment == start.segment else 0, segment == numbers[-1])
+            self._segment, self._segment_size = segment, path.stat().st_size
+            self.size_bytes += self._segment_size
+        if self._segment < start.segment:
+            # What comes next has to lie behind `start`, or the next restart would pass it over.
+            self._segment, self._segment_size = start.segment, 0
+        self.durable_end = self.end
+
+    def _recover(self, take: Take, segment: int, begin: int, last: bool) -> None:
+        path = segment_path(self._options.directory, segment)
+        for offset, payload in verify_segment(path, last=last, start=begin):
+            self._recovered_last = LastRecord(Position(segment, offset - HEADER.size), crc32c(payload))
+            take(payload, Location(segment, offset, len(payload)))
+
+    def start(self) -> None:
+        """Begin to take records. Called on the event loop."""
+        loop = asyncio.get_running_loop()
+        self._failed: asyncio.Future[None] = loop.create_future()
+        self._writer = _Writer(self._options, self._segment, self._segment_size, loop, self._settle, self._fail)
+        self._writer.start()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the disk is full and records wait for room."""
+        return self._writer is not None and self._writer.stalled
+
+    def append(self, *parts: bytes) -> Location:
+        """Queue a record, which may come in parts; it has its place in the order from now on.
+
+        Raises:
+            LogFailedError: the log is dead.
+        """
+        if self.failure is not None:
+            raise self.failure
+        header = frame_header(parts)
+        payload_bytes = sum(map(len, parts))
+        size_bytes = HEADER.size + payload_bytes
+        if self._segment_size and self._segment_size + size_bytes > self._segment_limit:
+            self._segment += 1
+            self._segment_size = 0
+            self.segment_ended_with = self.last_record
+        self._last_header = self._segment, self._segment_size, header
+        location = Location(self._segment, self._segment_size + HEADER.size, payload_bytes)
+        self._segment_size += size_bytes
+        self.size_bytes += size_bytes
+        self.appended_bytes += size_bytes
+        self.pending_bytes += size_bytes
+        self._appended += 1
+        self._unsynced[location.segment, location.offset] = parts
+        if not self._turn:
+            asyncio.get_running_loop().call_soon(self._end_turn)
+        self._turn.append(_Queued(location, (header, *parts)))
+        return location
+
+    @property
+    def end(self) -> Position:
+        """Where the next record begins, unless it needs a new segment."""
+        return Position(self._segment, self._segment_size)
+
+    @property
+    def last_record(self) -> LastRecord | None:
+        """The newest record."""
+        if self._last_header is None:
+            return self._recovered_last
+        segment, offset, header = self._last_header
+        return LastRecord(Position(segment, offset), HEADER.unpack(header)[1])
+
+    def retire_before(self, segment: int, size_bytes: int) -> None:
+        """Older segments, of so many bytes, are about to be deleted."""
+        self.first_segment = segment
+        self.size_bytes -= size_bytes
+        self._reader.close_before(segment)
+
+    def read(self, location: Location) -> bytes:
+        """A record, from memory until it is durable.
+
+        Raises:
+            NotFoundError: it has been retired.
+            CorruptDataError: it is damaged on disk.
+        """
+        parts = self._unsynced.get((location.segment, location.offset))
+        return self._reader.read(location) if parts is None else b"".join(parts)
+
+    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
+        """Records that are durable, with few reads where they lie together.
+
+        Raises:
+            CorruptDataError: one is damaged on disk.
+        """
+        return self._reader.read_many(locations)
+
+    @property
+    def mark(self) -> int:
+        """The end of the log now, for `durable`."""
+        return self._appended
+
+    @property
+    def durable_mark(self) -> int:
+        """The mark up to which everything is on disk."""
+        return self._synced
+
+    async def durable(self, mark: int | None = None) -> None:
+        """Wait until everything appended before `mark` (default: so far) is on disk.
+
+        Raises:
+            LogFailedError: the log is dead.
+        """
+        if self.failure is not None:
+            raise self.failure
+        mark = self._appended if mark is None else mark
+        if self._synced >= mark:
+            return
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._waiting, (mark, next(self._tie), done))
+        await done
+
+    async def wait_failed(self) -> None:
+        """Return never, or raise what killed the log."""
+        await asyncio.shield(self._failed)
+
+    async def aclose(self) -> None:
+        """Make everything durable that can be, and let the directory go."""
+        if self._writer is not None:
+            if self._turn:
+                self._end_turn()
+            await asyncio.to_thread(self._writer.stop)
+            if self._failed.done():
+                self._failed.exception()
+            else:
+                self._failed.cancel()
+        self._reader.close()
+        os.close(self._lock_descriptor)
+
+    def _end_turn(self) -> None:
+        turn, self._turn = self._turn, []
+        if self._writer is not None and turn:
+            self._writer.put(turn, sum(queued.location.size_bytes for queued in turn))
+
+    def _settle(self, batch: list[_Queued], seconds: float) -> None:
+        size_bytes = 0
+        for queued in batch:
+            del self._unsynced[queued.location.segment, queued.location.offset]
+            size_bytes += HEADER.size + queued.location.size_bytes
+        self._synced += len(batch)
+        last = batch[-1].location
+        self.durable_end = Position(last.segment, last.offset + last.size_bytes)
+        self.pending_bytes -= size_bytes
+        while self._waiting and self._waiting[0][0] <= self._synced:
+            done = heapq.heappop(self._waiting)[2]
+            if not done.done():
+                done.set_result(None)
+        self._on_durable(len(batch), size_bytes, seconds)
+
+    def _fail(self, message: str) -> None:
+        self.failure = LogFailedError(message)
+        for _, _, done in self._waiting:
+            if not done.done():
+                done.set_exception(self.failure)
+        self._waiting.clear()
+        if not self._failed.done():
+            self._failed.set_exception(self.failure)
+
+
+class _Queued(NamedTuple):
+    location: Location
+    parts: tuple[bytes, ...]  # the whole frame
+
+
+class _Writer:
+    """The thread that owns the end of the log."""
+
+    def __init__(
+        self,
+        options: LogOptions,
+        segment: int,
+        size_bytes: int,
+        loop: asyncio.AbstractEventLoop,
+        settle: Callable[[list[_Queued], float], None],
+        fail: Callable[[str], None],
+    ) -> None:
+        self._options = options
+        self._segment = segment
+        self._durable_size = size_bytes  # of the current segment
+        self._file: SegmentFile | None = None
+        self._loop = loop
+        self._settle = settle
+        self._fail = fail
+        self._queue: list[_Queued] = []
+        self._queued_bytes = 0
+        self._synced_at = 0.0  # when the latest fsync began
+        self._stopping = False
+        self._changed = threading.Condition()
+        self.stalled = False
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, records: list[_Queued], size_bytes: int) -> None:
+        with self._changed:
+            was_empty = not self._queue
+            self._queue += records
+            self._queued_bytes += size_bytes
+            if was_empty or self._queued_bytes >= self._options.commit_bytes:
+                self._changed.notify()
+
+    def stop(self) -> None:
+        """Write what is queued, unless the disk is full, and end."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while batch := self._take():
+                self._write(batch)
+        except OSError as error:
+            path = segment_path(self._options.directory, self._segment)
+            self._report(
+                f"{path}: {error.strerror or error}; what is on disk is unknown, so nothing more is acknowledged: "
+                "check the disk, then restart to verify the log"
+            )
+        except _Stopped:
+            self._report(f"{self._options.directory}: stopped while the disk was full")
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _take(self) -> list[_Queued]:
+        """Everything that is queued; empty at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._stopping)
+            if (early := self._synced_at + self._options.commit_seconds - time.monotonic()) > 0:
+                self._changed.wait_for(self._commits_at_once, early)
+            batch, self._queue, self._queued_bytes = self._queue, [], 0
+            return batch
+
+    def _commits_at_once(self) -> bool:
+        return self._stopping or self._queued_bytes >= self._options.commit_bytes
+
+    def _write(self, batch: list[_Queued]) -> None:
+        """Write a batch segment by segment; a segment is durable before the next one exists."""
+        begin = 0
+        while begin < len(batch):
+            segment = batch[begin].location.segment
+            end = begin
+            while end < len(batch) and batch[end].location.segment == segment:
+                end += 1
+            part = batch[begin:end]
+            self._append(segment, _blocks(part))
+            self._synced_at = began = time.monotonic()
+            assert self._file is not None
+            self._file.sync()
+            self._loop.call_soon_threadsafe(self._settle, part, time.monotonic() - began)
+            begin = end
+
+    def _append(self, segment: int, blocks: list[bytes]) -> None:
+        while True:
+            try:
+                if self._file is None or segment != self._segment:
+                    self._open(segment)
+                for block in blocks:
+                    self._write_all(block)
+            except OSError as error:
+                if error.errno not in _FULL:
+                    raise
+                self._wait_for_room(error)
+            else:
+                self.stalled = False
+                self._durable_size += sum(map(len, blocks))
+                return
+
+    def _open(self, segment: int) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+        self._file = self._options.open_file(segment_path(self._options.directory, segment))
+        if segment != self._segment:
+            self._segment, self._durable_size = segment, 0
+
+    def _write_all(self, data: bytes) -> None:
+        assert self._file is not None
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._file.write(rest) :]
+
+    def _wait_for_room(self, error: OSError) -> None:
+        if self._file is not None:
+            self._file.truncate(self._durable_size)
+        if not self.stalled:
+            self.stalled = True
+            log.error(
+                "%s: %s; nothing is acknowledged until there is room: free some space",
+                self._options.directory,
+                error.strerror,
+            )
+        with self._changed:
+            if self._changed.wait_for(lambda: self._stopping, timeout=self._options.retry_seconds):
+                raise _Stopped
+
+    def _report(self, message: str) -> None:
+        self._loop.call_soon_threadsafe(self._fail, message)
+
+
+def _blocks(batch: list[_Queued]) -> list[bytes]:
+    """The bytes of a batch for few writes: what is small is joined, what is large is not copied."""
+    blocks: list[bytes] = []
+    small: list[bytes] = []
+    for part in itertools.chain.from_iterable(queued.parts for queued in batch):
+        if len(part) < _LARGE_BYTES:
+            small.append(part)
+            continue
+        if small:
+            blocks.append(b"".join(small))
+            small.clear()
+        blocks.append(part)
+    if small:
+        blocks.append(b"".join(small))
+    return blocks
+
+
+class _Stopped(Exception):
+    """The writer was asked to stop while it waited for room."""

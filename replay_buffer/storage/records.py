@@ -1,0 +1,278 @@
+"""Transitions as log records and back: the only place where the buffer's state meets protobuf."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from google.protobuf.message import DecodeError
+
+from leeway import codec
+from leeway.errors import CorruptDataError, InvalidDataError
+from leeway.types import DropReason, PolicyVersion
+from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
+from leeway.wire import leading_columns, varint_at
+from replay_buffer.rules.transitions import (
+    BatchDrawn,
+    ChunkWritten,
+    DeadLettersRequeued,
+    EvaluationCreated,
+    GroupsDropped,
+    PolicyAdvanced,
+    RunFinished,
+    RunOpened,
+    RunRestored,
+    RunRolledBack,
+    StepsCommitted,
+    TicketIssued,
+    TrajectoryClosed,
+    TrajectoryFailed,
+    Transition,
+)
+
+_NANOS = 1_000_000_000
+_CHUNK_WRITTEN_TAG = codec.field_tag(log_pb2.LogRecord, "chunk_written")
+_CHUNK_TAG = codec.field_tag(log_pb2.ChunkWritten, "chunk")
+_TRAJECTORY_CLOSED_TAG = codec.field_tag(log_pb2.LogRecord, "trajectory_closed")
+_CLOSE_TAG = codec.field_tag(log_pb2.TrajectoryClosed, "close")
+_RECORDED_AT_TAG = codec.field_tag(log_pb2.LogRecord, "recorded_at")[0]
+_RUN_TAG = codec.field_tag(log_pb2.LogRecord, "run")[0]
+_TRAJECTORY_ID_TAG = codec.field_tag(log_pb2.ChunkWritten, "trajectory_id")[0]
+_ATTEMPT_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["attempt"].number << 3
+_SEQ_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["seq"].number << 3
+
+
+Bytes = bytes | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One entry of the log."""
+
+    run: str
+    recorded_at_ns: int  # Unix time; for display, never for safety
+    transition: Transition
+
+
+def encode(record: Record) -> tuple[bytes, ...]:
+    """The payload of a log frame; the bytes of a chunk are a part by themselves, so that they are not copied."""
+    transition = record.transition
+    if isinstance(transition, ChunkWritten):
+        return _chunk_prefix(record, transition), transition.chunk
+    return (_message(record).SerializeToString(),)
+
+
+def _chunk_prefix(record: Record, written: ChunkWritten) -> bytes:
+    """A LogRecord up to the chunk, which is its last field's last field."""
+    head = log_pb2.LogRecord(run=record.run)
+    head.recorded_at.seconds, head.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
+    inner = log_pb2.ChunkWritten(
+        trajectory_id=written.trajectory_id, attempt=written.attempt, seq=written.seq
+    ).SerializeToString()
+    inner += _CHUNK_TAG + codec.varint(len(written.chunk))
+    size_bytes = codec.varint(len(inner) + len(written.chunk))
+    return b"".join((head.SerializeToString(), _CHUNK_WRITTEN_TAG, size_bytes, inner))
+
+
+def _message(record: Record) -> log_pb2.LogRecord:
+    message = log_pb2.LogRecord(run=record.run)
+    message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
+    match record.transition:
+        case ChunkWritten():
+            raise AssertionError("chunks are encoded in parts")
+        case TrajectoryClosed() as closed:
+            message.trajectory_closed.trajectory_id = closed.trajectory_id
+            message.trajectory_closed.attempt = closed.attempt
+            message.trajectory_closed.close.CopyFrom(codec.close_to_proto(closed.close))
+        case TrajectoryFailed() as failed:
+            message.trajectory_failed.trajectory_id = failed.trajectory_id
+            message.trajectory_failed.attempt = failed.attempt
+            message.trajectory_failed.failure.CopyFrom(codec.failure_to_proto(failed.failure))
+        case TicketIssued() as issued:
+            message.ticket_issued.ticket.CopyFrom(codec.ticket_to_proto(issued.ticket))
+            message.ticket_issued.server_id = issued.server_id
+            message.ticket_issued.version.CopyFrom(codec.version_to_proto(issued.version))
+            message.ticket_issued.task_cursor = issued.task_cursor
+        case GroupsDropped() as dropped:
+            message.group_dropped.group_ids.extend(dropped.group_ids)
+            message.group_dropped.reason = int(dropped.reason)  # type: ignore[assignment]
+            message.group_dropped.message = dropped.message
+        case BatchDrawn() as drawn:
+            message.batch_drawn.epoch = drawn.epoch
+            message.batch_drawn.step = drawn.step
+            message.batch_drawn.group_ids.extend(drawn.group_ids)
+        case PolicyAdvanced() as advanced:
+            message.policy_advanced.version.CopyFrom(codec.version_to_proto(advanced.version))
+            message.policy_advanced.parent.CopyFrom(codec.version_to_proto(advanced.parent))
+            message.policy_advanced.stale_group_ids.extend(advanced.stale_group_ids)
+        case StepsCommitted() as committed:
+            message.steps_committed.step = committed.step
+            message.steps_committed.oldest_kept_step = committed.oldest_kept_step
+        case RunOpened() as opened:
+            message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
+            message.run_opened.epoch = opened.epoch
+            message.run_opened.checkpoint.CopyFrom(codec.version_to_proto(opened.checkpoint))
+            message.run_opened.incarnation = opened.incarnation
+        case EvaluationCreated() as created:
+            message.evaluation_created.evaluation.CopyFrom(codec.evaluation_to_proto(created.evaluation, created.epoch))
+        case RunFinished() as finished:
+            # An empty message still has to say which transition it is.
+            message.run_finished.SetInParent()
+            message.run_finished.group_ids.extend(finished.group_ids)
+        case RunRolledBack() as rolled_back:
+            message.run_rolled_back.version.CopyFrom(codec.version_to_proto(rolled_back.version))
+            message.run_rolled_back.epoch = rolled_back.epoch
+            message.run_rolled_back.group_ids.extend(rolled_back.group_ids)
+            message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
+        case DeadLettersRequeued() as requeued:
+            message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
+        case RunRestored() as restored:
+            message.run_restored.epoch = restored.epoch
+            message.run_restored.created = restored.created
+            message.run_restored.group_ids.extend(restored.group_ids)
+        case _:
+            assert_never(record.transition)
+    return message
+
+
+def decode(payload: bytes) -> Record:
+    """A log frame's payload as a record.
+
+    Raises:
+        CorruptDataError: the payload passed its checksum but is not a record of this version of Leeway.
+    """
+    try:
+        message = log_pb2.LogRecord.FromString(payload)
+        transition = _transition(message)
+    except (DecodeError, InvalidDataError) as error:
+        raise CorruptDataError(f"a log record cannot be read: {error}; was it written by a newer Leeway?") from error
+    at_ns = message.recorded_at.seconds * _NANOS + message.recorded_at.nanos
+    return Record(message.run, at_ns, transition)
+
+
+def _transition(message: log_pb2.LogRecord) -> Transition:
+    match message.WhichOneof("transition"):
+        case "chunk_written":
+            written = message.chunk_written
+            chunk = written.chunk
+            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, span_versions(chunk))
+        case "trajectory_closed":
+            closed = message.trajectory_closed
+            return TrajectoryClosed(closed.trajectory_id, closed.attempt, codec.close_from_proto(closed.close))
+        case "trajectory_failed":
+            failed = message.trajectory_failed
+            return TrajectoryFailed(failed.trajectory_id, failed.attempt, codec.failure_from_proto(failed.failure))
+        case "ticket_issued":
+            issued = message.ticket_issued
+            return TicketIssued(
+                codec.ticket_from_proto(issued.ticket),
+                issued.server_id,
+                codec.version_from_proto(issued.version),
+                issued.task_cursor,
+            )
+        case "group_dropped":
+            dropped = message.group_dropped
+            reason = codec.enum_from_proto(DropReason, dropped.reason)
+            return GroupsDropped(tuple(dropped.group_ids), reason, dropped.message)
+        case "batch_drawn":
+            drawn = message.batch_drawn
+            return BatchDrawn(drawn.epoch, drawn.step, tuple(drawn.group_ids))
+        case "policy_advanced":
+            advanced = message.policy_advanced
+            return PolicyAdvanced(
+                codec.version_from_proto(advanced.version),
+                codec.version_from_proto(advanced.parent),
+                tuple(advanced.stale_group_ids),
+            )
+        case "steps_committed":
+            return StepsCommitted(message.steps_committed.step, message.steps_committed.oldest_kept_step)
+        case "run_opened":
+            opened = message.run_opened
+            return RunOpened(
+                codec.spec_from_proto(opened.spec),
+                opened.epoch,
+                codec.version_from_proto(opened.checkpoint),
+                opened.incarnation,
+            )
+        case "evaluation_created":
+            request: replay_pb2.CreateEvaluationRequest = message.evaluation_created.evaluation
+            return EvaluationCreated(codec.evaluation_from_proto(request), request.epoch)
+        case "run_finished":
+            return RunFinished(tuple(message.run_finished.group_ids))
+        case "run_rolled_back":
+            rolled_back = message.run_rolled_back
+            return RunRolledBack(
+                codec.version_from_proto(rolled_back.version),
+                rolled_back.epoch,
+                tuple(rolled_back.group_ids),
+                tuple(rolled_back.task_indices),
+            )
+        case "dead_letters_requeued":
+            return DeadLettersRequeued(tuple(message.dead_letters_requeued.group_ids))
+        case "run_restored":
+            restored = message.run_restored
+            return RunRestored(restored.epoch, restored.created, tuple(restored.group_ids))
+        case _:
+            raise InvalidDataError("the record holds no known transition")
+
+
+def stored_chunk(payload: bytes) -> Bytes:
+    """The chunk in a payload that `encode` made of a ChunkWritten, not copied.
+
+    Raises:
+        CorruptDataError: the payload is another record.
+    """
+    at = _content_at(payload, _CHUNK_WRITTEN_TAG, _CHUNK_TAG)
+    if at is not None:
+        return memoryview(payload)[at:]
+    transition = decode(payload).transition
+    if not isinstance(transition, ChunkWritten):
+        raise CorruptDataError(f"the log holds {type(transition).__name__} where a chunk should be")
+    return transition.chunk
+
+
+def stored_close(payload: bytes) -> Bytes:
+    """The serialized TrajectoryClose in a payload that `encode` made of a TrajectoryClosed; empty in any other."""
+    at = _content_at(payload, _TRAJECTORY_CLOSED_TAG, _CLOSE_TAG)
+    return b"" if at is None else memoryview(payload)[at:]
+
+
+def _content_at(payload: bytes, transition_tag: bytes, content_tag: bytes) -> int | None:
+    """Where the last field of a LogRecord's transition begins, which is the end of the payload.
+
+    None when it is another transition, or not encoded field by field in order, as everything here is.
+    """
+    try:
+        at = 0
+        for tag in (_RECORDED_AT_TAG, _RUN_TAG):
+            if payload[at] == tag:
+                size_bytes, at = varint_at(payload, at + 1)
+                at += size_bytes
+        if payload[at] != transition_tag[0]:
+            return None
+        size_bytes, at = varint_at(payload, at + 1)
+        if at + size_bytes != len(payload) or payload[at] != _TRAJECTORY_ID_TAG:
+            return None
+        size_bytes, at = varint_at(payload, at + 1)
+        at += size_bytes
+        for tag in (_ATTEMPT_TAG, _SEQ_TAG):
+            if payload[at] == tag:
+                _, at = varint_at(payload, at + 1)
+        if payload[at] != content_tag[0]:
+            return None
+        size_bytes, at = varint_at(payload, at + 1)
+    except IndexError:
+        return None
+    return at if at + size_bytes == len(payload) else None
+
+
+def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
+    """The policy versions that a serialized chunk's spans name, each once.
+
+    A span that names no complete version is left out here and refused when its trajectory closes.
+
+    Raises:
+        InvalidDataError: the bytes are not a TrajectoryChunk.
+    """
+    _, end = leading_columns(chunk)  # columns name no versions, and are most of the bytes
+    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk[end:]))

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from leeway.types import PolicyVersion
+from replay_buffer.rules.lineage import Lineage
+from tests.unit.replay_buffer.builders import ROOT, version
+
+
+def grown(lineage: Lineage, epoch: int, steps: range) -> list[PolicyVersion]:
+    versions = [version(step, epoch) for step in steps]
+    for new in versions:
+        lineage.register(new, lineage.head)
+    return versions
+
+
+def test_along_one_branch_lag_is_the_difference_of_steps() -> None:
+    lineage = Lineage(ROOT)
+    versions = [ROOT, *grown(lineage, 1, range(1, 5))]
+    assert [lineage.lag(known) for known in versions] == [4, 3, 2, 1, 0]
+
+
+def test_an_abandoned_branch_is_as_far_away_as_its_fork() -> None:
+    lineage = Lineage(ROOT)
+    one, two, three, four = grown(lineage, 1, range(1, 5))
+    lineage.rollback(two)
+    assert [lineage.lag(known) for known in (one, two, three, four)] == [1, 0, 0, 0]
+    new = grown(lineage, 2, range(3, 6))
+    # The head is step 5; 4 of epoch 1 left the surviving history at 2.
+    assert [lineage.lag(known) for known in (one, two, three, four)] == [4, 3, 3, 3]
+    assert [lineage.lag(known) for known in new] == [2, 1, 0]
+    assert [lineage.survives(known) for known in (ROOT, two, three, four, *new)] == [1, 1, 0, 0, 1, 1, 1]
+
+
+def test_a_fork_of_a_fork() -> None:
+    lineage = Lineage(ROOT)
+    first = grown(lineage, 1, range(1, 4))
+    lineage.rollback(first[1])
+    second = grown(lineage, 2, range(3, 5))
+    lineage.rollback(first[0])
+    third = grown(lineage, 3, range(2, 4))
+    assert [lineage.lineage_step(known) for known in [*first, *second, *third]] == [1, 1, 1, 1, 1, 2, 3]
+    assert lineage.parent(third[0]) == first[0]
+
+
+def test_what_was_never_registered_is_not_in_the_tree() -> None:
+    lineage = Lineage(ROOT)
+    assert ROOT in lineage
+    assert version(1) not in lineage
+    assert not lineage.survives(version(1))
