@@ -331,7 +331,7 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
         yield next(sizes)
         raise receiving.InvalidDataError("planted")
 
-    async with fleet(2) as (learner, servers):
+    async with fleet(2, patience_seconds=60.0) as (learner, servers):
         first = snapshot(1)
         with monkeypatch.context() as broken:
             broken.setattr(Group, "send", failing)
