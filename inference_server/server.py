@@ -176,14 +176,14 @@ class InferenceServerProcess:
             return ArithmeticEngine(self.options.arithmetic)
         if self.engine == "vllm":
             _require_module("vllm")
-            from inference_server.engines.vllm_engine import VllmEngine
+            from inference_server.engines import vllm_engine
 
-            return await VllmEngine.start(self.model.directory, self.options.vllm)
+            return await vllm_engine.start(self.model.directory, self.options.vllm)
         if self.engine == "sglang":
             _require_module("sglang")
-            from inference_server.engines.sglang_engine import SglangEngine
+            from inference_server.engines import sglang_engine
 
-            return await SglangEngine.start(self.model.directory, self.options.sglang)
+            return await sglang_engine.start(self.model.directory, self.options.sglang)
         from inference_server.engines.transformers_engine import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)
