@@ -52,6 +52,12 @@ class InferenceServerOptions(Options):
     drain_seconds: float = Field(
         default=4.0, ge=0, le=60, description="longest wait for the last acknowledgements at the end"
     )
+    routing_rows: int = Field(
+        default=8192,
+        ge=0,
+        le=65536,
+        description="tokens of a trajectory whose routing is held back to be packed; 0 writes plain expert ids",
+    )
 
     reward_timeout_seconds: float = Field(default=30.0, gt=0, description="longest call of the reward function")
     reward_concurrency: int = Field(default=8, ge=1, le=4096, description="calls of the reward function at once")
@@ -115,6 +121,7 @@ class InferenceServerOptions(Options):
             ticket_wait_seconds=self.ticket_wait_seconds,
             trajectory_timeout_seconds=self.trajectory_timeout_seconds,
             drain_seconds=self.drain_seconds,
+            routing_rows=self.routing_rows,
         )
 
     def writer_limits(self) -> WriterLimits:

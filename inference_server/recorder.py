@@ -1,13 +1,19 @@
-"""One trajectory as it is written: the engine's chunks, numbered and chained, then a close or a failure."""
+"""One trajectory as it is written: the engine's chunks, numbered and chained, then a close or a failure.
+
+Routing is held back until there is enough of it to be packed well, or the completion ends: it may follow its tokens.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from inference_server.engine import GenerationEnd
 from leeway import codec
 from leeway.errors import InvalidDataError
 from leeway.types import (
+    Array,
     Column,
     ColumnKind,
     Int32Array,
@@ -31,9 +37,12 @@ class TrajectoryRecorder:
         member: which of its members.
         prompt: int32 [n], the tokens that the engine was given.
         engine: `name/version`, recorded in the MODEL segment.
+        routing_rows: rows of routing that are packed together; 0 writes plain ids as they come.
     """
 
-    def __init__(self, ticket: Ticket, member: TicketMember, prompt: Int32Array, engine: str) -> None:
+    def __init__(
+        self, ticket: Ticket, member: TicketMember, prompt: Int32Array, engine: str, routing_rows: int = 0
+    ) -> None:
         self.trajectory_id = member.trajectory_id
         self.attempt = ticket.attempt
         self.sampling: SamplingParams = replace(ticket.sampling, seed=member.seed)
@@ -43,6 +52,7 @@ class TrajectoryRecorder:
         self._chain = codec.EMPTY_CHAIN
         self._length = len(prompt)
         self._sampled: list[Int32Array] = []
+        self._routing = _Routing(routing_rows)
 
     @property
     def sampled_token_ids(self) -> list[int]:
@@ -64,7 +74,7 @@ class TrajectoryRecorder:
         Raises:
             InvalidDataError: its tokens do not follow those before.
         """
-        columns, segments = chunk.columns, chunk.segments
+        columns, segments = self._routing.held_back(chunk.columns), chunk.segments
         for column in chunk.columns:
             if column.kind is not ColumnKind.TOKEN_IDS:
                 continue
@@ -79,9 +89,12 @@ class TrajectoryRecorder:
             count = len(self._prompt)
             columns = (Column(ColumnKind.TOKEN_IDS, 0, count, self._prompt), *columns)
             segments = (Segment(SegmentKind.PROMPT, 0, count), *segments)
-        data = codec.encode_chunk(TrajectoryChunk(columns, segments, chunk.version_spans))
-        self._chain = codec.chain_digest(self._chain, data)
-        return self._item(data)
+        return self._chunk(TrajectoryChunk(columns, segments, chunk.version_spans))
+
+    def rest(self) -> WriteItem | None:
+        """What was held back; to be written before the close."""
+        columns = self._routing.take()
+        return self._chunk(TrajectoryChunk(columns)) if columns else None
 
     def close(self, end: GenerationEnd, reward: float) -> WriteItem:
         """The close that seals all chunks."""
@@ -111,5 +124,49 @@ class TrajectoryRecorder:
             engine=self._engine,
         )
 
+    def _chunk(self, chunk: TrajectoryChunk) -> WriteItem:
+        data = codec.encode_chunk(chunk, pack=self._routing.rows > 0)
+        self._chain = codec.chain_digest(self._chain, data)
+        return self._item(data)
+
     def _item(self, content: bytes | TrajectoryClose | TrajectoryFailure) -> WriteItem:
         return WriteItem(self.trajectory_id, self.attempt, self.next_seq, content)
+
+
+class _Routing:
+    """Routing that waits to be packed."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._columns: list[Column] = []
+
+    def held_back(self, columns: tuple[Column, ...]) -> tuple[Column, ...]:
+        """The columns without their routing, or with all of it once there is enough."""
+        if not self.rows:
+            return columns
+        self._columns += [column for column in columns if column.kind is ColumnKind.ROUTING]
+        others = tuple(column for column in columns if column.kind is not ColumnKind.ROUTING)
+        held = sum(column.end_token - column.start_token for column in self._columns)
+        return (*others, *self.take()) if held >= self.rows else others
+
+    def take(self) -> tuple[Column, ...]:
+        """Everything held back, joined where it follows each other."""
+        columns, self._columns = self._columns, []
+        joined: list[list[Column]] = []
+        for column in columns:
+            if joined and _follows(joined[-1][-1], column):
+                joined[-1].append(column)
+            else:
+                joined.append([column])
+        return tuple(
+            Column(ColumnKind.ROUTING, run[0].start_token, run[-1].end_token, _concatenated(run)) for run in joined
+        )
+
+
+def _follows(before: Column, column: Column) -> bool:
+    same = before.values.dtype == column.values.dtype and before.values.shape[1:] == column.values.shape[1:]
+    return same and before.end_token == column.start_token
+
+
+def _concatenated(columns: list[Column]) -> Array:
+    return columns[0].values if len(columns) == 1 else np.concatenate([column.values for column in columns])

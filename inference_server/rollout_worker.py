@@ -81,12 +81,14 @@ class WorkerLimits:
         ticket_wait_seconds: longest wait of one call for tickets.
         trajectory_timeout_seconds: longest generation, queueing included.
         drain_seconds: longest wait for the last acknowledgements before the end.
+        routing_rows: tokens whose routing is held back to be packed together; 0 writes plain ids as they come.
     """
 
     prefetch: int = 16
     ticket_wait_seconds: float = 2.0
     trajectory_timeout_seconds: float = 1800.0
     drain_seconds: float = 4.0
+    routing_rows: int = 8192
 
 
 @dataclass(slots=True, eq=False)
@@ -279,7 +281,7 @@ class RolloutWorker:
         """Begin to work on a ticket."""
         loan = self._open_loan(ticket)
         for member in ticket.members:
-            recorder = TrajectoryRecorder(ticket, member, loan.prompt, self._info.engine)
+            recorder = TrajectoryRecorder(ticket, member, loan.prompt, self._info.engine, self._limits.routing_rows)
             loan.members[member.trajectory_id] = entry = _Member(recorder)
             self._loan_of[member.trajectory_id] = loan
             entry.task = members.create_task(self._roll_out(loan, recorder))
@@ -344,6 +346,9 @@ class RolloutWorker:
                 async with Closing(self._engine.generate(request)) as events:
                     async for event in events:
                         if isinstance(event, GenerationEnd):
+                            if (rest := recorder.rest()) is not None:
+                                await self._writer.write([rest])
+                                recorder.written()
                             return self._checked(event, recorder)
                         if pinned is not None and any(span.version != pinned for span in event.version_spans):
                             message = f"evaluation of {pinned}: another version came into force"

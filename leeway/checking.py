@@ -21,24 +21,11 @@ from leeway.wire import Bytes, WireColumn, leading_columns
 
 LARGEST_LOGPROB: Final = 1e-4
 """Behavior log-probs are at most 0, up to rounding."""
-
-
-def _dtype_looked_at(kind: ColumnKind, name: str) -> np.dtype[Any] | None:
-    match kind:
-        case ColumnKind.TOPK_TOKEN_IDS | ColumnKind.TOPK_LOGPROBS:
-            return None
-        case ColumnKind.TOKEN_IDS:
-            return np.dtype("<u4")  # so that negative ones are huge
-        case _:
-            return np.dtype(name).newbyteorder("<")
-
-
-_LOOKED_AT: Final = {
-    (kind, wire_number(name), ndim): (np.dtype(name).itemsize, _dtype_looked_at(kind, name))
-    for kind, (ndim, names) in LAYOUT.items()
-    for name in names
-}
-"""By kind, element type and axes: bytes of an element, and as what the extremes of the values are read, if at all."""
+_FLOAT32: Final = np.dtype("<f4")
+_UINT32: Final = np.dtype("<u4")  # token ids, so that negative ones are huge
+_UINT8: Final = np.dtype("u1")
+_UINT16: Final = np.dtype("<u2")
+_UINT8_NUMBER: Final = wire_number("uint8")
 
 
 class TrajectoryCheck:
@@ -208,8 +195,6 @@ class Ranges:
         """
         if self._reach > n:
             raise InvalidDataError(f"{what} ends at token {self._reach}: it exceeds {n} tokens")
-        if len(self._ranges) == 1:
-            return [(self._ranges[0][0], self._ranges[0][1])]
         merged: list[tuple[int, int]] = []
         for start, end in sorted(self._ranges):
             if merged and start < merged[-1][1]:
@@ -224,7 +209,7 @@ class Ranges:
 class _Column:
     """All values of one kind so far: where they are, and the extremes that matter."""
 
-    __slots__ = ("_dtype", "_row_bytes", "_values", "covered", "finite", "kind", "largest", "problem", "ranges", "row")
+    __slots__ = ("_dtype", "covered", "finite", "kind", "largest", "problem", "ranges", "row")
 
     def __init__(self, kind: ColumnKind) -> None:
         self.kind = kind
@@ -235,8 +220,6 @@ class _Column:
         self.largest = -1  # of ids and experts; negative ids count as huge
         self.finite = True
         self._dtype = 0
-        self._row_bytes = 0
-        self._values: np.dtype[Any] | None = None  # as which they are looked at
 
     def add(self, column: WireColumn) -> None:
         """Take values over.
@@ -244,43 +227,43 @@ class _Column:
         Raises:
             InvalidDataError: the column does not decode.
         """
-        _, start, end, dtype, shape, buffer, offset, size_bytes = column
+        codec.check_column(column)
+        shape = column.shape
         if not self._dtype:
-            codec.check_column(column)
-            self._begin(dtype, shape)
-        elif dtype != self._dtype or shape[1:] != self.row:
-            codec.check_column(column)
+            self._dtype, self.row = column.dtype, shape[1:]
+            ndim, dtypes = LAYOUT[self.kind]
+            name = dtype_name(column.dtype)
+            if len(shape) != ndim or name not in dtypes:
+                self.problem = (
+                    f"{self.kind.name} must be {' or '.join(dtypes)} with {ndim} axes, but is {name} with {len(shape)}"
+                )
+        elif column.dtype != self._dtype or shape[1:] != self.row:
             self.problem = self.problem or f"{self.kind.name} changes its type or shape between chunks"
-        elif shape[0] != end - start or size_bytes != shape[0] * self._row_bytes:
-            codec.check_column(column)
         if self.problem:
             return
-        self.ranges.add(start, end)
-        if size_bytes and self._values is not None:
-            # All values in one row, where they lie.
-            self._look_at(np.frombuffer(buffer, self._values, size_bytes // self._values.itemsize, offset))
+        self.ranges.add(column.start_token, column.end_token)
+        if column.size_bytes or column.encoding:
+            self._look_at(column)
 
-    def _begin(self, dtype: int, shape: tuple[int, ...]) -> None:
-        self._dtype, self.row = dtype, shape[1:]
-        looked_at = _LOOKED_AT.get((self.kind, dtype, len(shape)))
-        if looked_at is None:
-            ndim, names = LAYOUT[self.kind]
-            self.problem = (
-                f"{self.kind.name} must be {' or '.join(names)} with {ndim} axes, "
-                f"but is {dtype_name(dtype)} with {len(shape)}"
-            )
-            return
-        self._row_bytes, self._values = looked_at
-        for extent in self.row:
-            self._row_bytes *= extent
-
-    def _look_at(self, values: Array) -> None:
+    def _look_at(self, column: WireColumn) -> None:
         if self.kind is ColumnKind.BEHAVIOR_LOGPROBS:
             # NaN is the minimum and the maximum of what contains it, and no comparison with it holds.
+            values = _values(column, _FLOAT32)
             if not (np.minimum.reduce(values) > -np.inf and np.maximum.reduce(values) <= LARGEST_LOGPROB):
                 self.finite = False
-        else:
-            self.largest = max(self.largest, int(np.maximum.reduce(values)))
+        elif self.kind is ColumnKind.TOKEN_IDS:
+            self.largest = max(self.largest, int(np.maximum.reduce(_values(column, _UINT32))))
+        elif self.kind is ColumnKind.ROUTING:
+            if column.encoding:
+                values = codec.unpacked_planes(column)
+            else:
+                values = _values(column, _UINT8 if column.dtype == _UINT8_NUMBER else _UINT16)
+            self.largest = max(self.largest, int(values.max()))
+
+
+def _values(column: WireColumn, dtype: np.dtype[Any]) -> Array:
+    """All values of a column in one row, where they lie."""
+    return np.frombuffer(column.buffer, dtype, column.size_bytes // dtype.itemsize, column.offset)
 
 
 def _all(n: int) -> list[tuple[int, int]]:

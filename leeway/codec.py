@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -22,6 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from leeway.dtypes import dtype_name, element_size_bytes, wire_number
 from leeway.errors import InvalidDataError
+from leeway.routing import pack_routing, unpack_planes, unpack_routing
 from leeway.types import (
     Array,
     Column,
@@ -64,6 +65,7 @@ _STATUS: Final = 0x20  # of WriteResult
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
 DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _SEGMENT_KINDS: Final = frozenset(int(kind) for kind in SegmentKind)
+_PACKED_ROUTING: Final = int(common_pb2.COLUMN_ENCODING_PACKED_ROUTING)
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _FIRST_SECOND: Final = -62_135_596_800
 """The year 1."""
@@ -134,15 +136,20 @@ def array_from_proto(tensor: common_pb2.Tensor) -> Array:
 
 def check_array(number: int, shape: tuple[int, ...], size_bytes: int) -> None:
     """Raises InvalidDataError unless so many bytes are an array of this DataType and shape."""
-    dtype = _NUMPY_DTYPES.get(number)
-    if dtype is None:
-        raise InvalidDataError(f"{dtype_name(number)} arrays are only allowed among weights")
+    dtype = _numpy_dtype(number)
     elements = math.prod(shape)
     if elements > MAX_TENSOR_ELEMENTS or elements * dtype.itemsize != size_bytes:
         raise InvalidDataError(
             f"a {dtype.name} tensor of shape {list(shape)} takes {elements * dtype.itemsize} bytes, "
             f"but {size_bytes} came"
         )
+
+
+def _numpy_dtype(number: int) -> np.dtype[Any]:
+    dtype = _NUMPY_DTYPES.get(number)
+    if dtype is None:
+        raise InvalidDataError(f"{dtype_name(number)} arrays are only allowed among weights")
+    return dtype
 
 
 # Versions, sampling, signatures
@@ -222,17 +229,10 @@ def signature_from_proto(message: common_pb2.ModelSignature) -> ModelSignature:
 # Trajectories
 
 
-def chunk_to_proto(chunk: TrajectoryChunk) -> trajectory_pb2.TrajectoryChunk:
+def chunk_to_proto(chunk: TrajectoryChunk, *, pack: bool = False) -> trajectory_pb2.TrajectoryChunk:
+    """`pack`: routing in its packed form, where that is smaller."""
     return trajectory_pb2.TrajectoryChunk(
-        columns=[
-            common_pb2.Column(
-                kind=int(column.kind),  # type: ignore[arg-type]
-                start_token=column.start_token,
-                end_token=column.end_token,
-                values=array_to_proto(column.values),
-            )
-            for column in chunk.columns
-        ],
+        columns=[_column_to_proto(column, pack) for column in chunk.columns],
         segments=[_segment_to_proto(segment) for segment in chunk.segments],
         version_spans=[
             common_pb2.VersionSpan(
@@ -251,9 +251,9 @@ def chunk_from_proto(message: trajectory_pb2.TrajectoryChunk) -> TrajectoryChunk
     )
 
 
-def encode_chunk(chunk: TrajectoryChunk) -> bytes:
+def encode_chunk(chunk: TrajectoryChunk, *, pack: bool = False) -> bytes:
     """The bytes of a chunk as they are written, acknowledged, stored and drawn."""
-    return chunk_to_proto(chunk).SerializeToString()
+    return chunk_to_proto(chunk, pack=pack).SerializeToString()
 
 
 def decode_chunk(data: Bytes) -> TrajectoryChunk:
@@ -293,14 +293,28 @@ def wire_column(message: common_pb2.Column) -> WireColumn:
     tensor = message.values
     data = tensor.data
     return WireColumn(
-        message.kind, message.start_token, message.end_token, tensor.dtype, tuple(tensor.shape), data, 0, len(data)
+        message.kind,
+        message.start_token,
+        message.end_token,
+        tensor.dtype,
+        tuple(tensor.shape),
+        data,
+        0,
+        len(data),
+        message.encoding,
     )
 
 
 def check_column(column: WireColumn) -> None:
-    """Raises InvalidDataError unless its values are an array with one row per token of its range."""
+    """Raises InvalidDataError unless its values are an array with one row per token of its range.
+
+    What is packed is only judged when it is unpacked.
+    """
     shape = column.shape
-    check_array(column.dtype, shape, column.size_bytes)
+    if not column.encoding:
+        check_array(column.dtype, shape, column.size_bytes)
+    elif column.encoding != _PACKED_ROUTING or column.kind != ColumnKind.ROUTING:
+        raise InvalidDataError(f"a column of kind {column.kind} cannot have encoding {column.encoding}")
     if not shape or shape[0] != column.end_token - column.start_token:
         raise InvalidDataError(
             f"column {enum_from_proto(ColumnKind, column.kind).name} covers tokens "
@@ -308,10 +322,43 @@ def check_column(column: WireColumn) -> None:
         )
 
 
+def unpacked_planes(column: WireColumn) -> Array:
+    """The ids of a packed column, by layer.
+
+    Raises:
+        InvalidDataError: they cannot be unpacked.
+    """
+    return unpack_planes(_packed(column), _numpy_dtype(column.dtype), column.shape)
+
+
+def _packed(column: WireColumn) -> memoryview:
+    return memoryview(column.buffer)[column.offset : column.offset + column.size_bytes]
+
+
+def _column_to_proto(column: Column, pack: bool) -> common_pb2.Column:
+    packed = pack_routing(column.values) if pack and column.kind is ColumnKind.ROUTING else None
+    message = common_pb2.Column(
+        kind=int(column.kind),  # type: ignore[arg-type]
+        start_token=column.start_token,
+        end_token=column.end_token,
+    )
+    if packed is None:
+        message.values.CopyFrom(array_to_proto(column.values))
+        return message
+    message.values.dtype = wire_number(column.values.dtype.name)  # type: ignore[assignment]
+    message.values.shape.extend(column.values.shape)
+    message.values.data = packed
+    message.encoding = common_pb2.COLUMN_ENCODING_PACKED_ROUTING
+    return message
+
+
 def _column_from_proto(message: common_pb2.Column) -> Column:
     column = wire_column(message)
     check_column(column)
-    values = np.frombuffer(column.buffer, _NUMPY_DTYPES[column.dtype]).reshape(column.shape)
+    if column.encoding:
+        values = unpack_routing(_packed(column), _numpy_dtype(column.dtype), column.shape)
+    else:
+        values = np.frombuffer(column.buffer, _NUMPY_DTYPES[column.dtype]).reshape(column.shape)
     return Column(enum_from_proto(ColumnKind, column.kind), column.start_token, column.end_token, values)
 
 

@@ -8,7 +8,7 @@ another way (which the wire format allows) is left to protobuf.
     WriteItem         0x0a length trajectory_id  0x10 attempt  0x18 seq  0x22 chunk, 0x2a close or 0x32 failure
 
     TrajectoryChunk   0x0a length Column ...  then segments and version spans
-    Column            0x08 kind  0x10 start_token  0x18 end_token  0x22 length Tensor      zeros are left out
+    Column            0x08 kind  0x10 start_token  0x18 end_token  0x22 length Tensor  0x28 encoding  zeros are left out
     Tensor            0x08 dtype  0x12 length shape ...  0x1a length data
 """
 
@@ -39,6 +39,7 @@ class WireColumn(NamedTuple):
     buffer: Bytes
     offset: int  # of the values in the buffer
     size_bytes: int
+    encoding: int = 0
 
 
 class _Unusual(Exception):
@@ -141,8 +142,14 @@ def _column(data: Bytes, at: int, end: int) -> WireColumn:
     if data[at] != 0x22:
         raise _Unusual
     size_bytes, at = varint_at(data, at + 1)
-    if at + size_bytes != end:
-        raise _Unusual
+    tensor_end = at + size_bytes
+    encoding = 0
+    if tensor_end != end:
+        if tensor_end > end or data[tensor_end] != 0x28:
+            raise _Unusual
+        encoding, encoding_end = varint_at(data, tensor_end + 1)
+        if encoding_end != end:
+            raise _Unusual
     if data[at] == 0x08:
         dtype, at = varint_at(data, at + 1)
     shape: list[int] = []
@@ -157,9 +164,9 @@ def _column(data: Bytes, at: int, end: int) -> WireColumn:
     if data[at] != 0x1A:
         raise _Unusual
     size_bytes, at = varint_at(data, at + 1)
-    if at + size_bytes != end or max(kind, start_token, end_token, dtype, *shape) > _LARGEST:
+    if at + size_bytes != tensor_end or max(kind, start_token, end_token, dtype, encoding, *shape) > _LARGEST:
         raise _Unusual
-    return WireColumn(kind, start_token, end_token, dtype, tuple(shape), data, at, size_bytes)
+    return WireColumn(kind, start_token, end_token, dtype, tuple(shape), data, at, size_bytes, encoding)
 
 
 def varint_at(data: Bytes, at: int) -> tuple[int, int]:

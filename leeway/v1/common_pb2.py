@@ -24,33 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16leeway/v1/common.proto\x12\tleeway.v1\"I\n\x06Tensor\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.leeway.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"I\n\rPolicyVersion\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"`\n\x0bVersionSpan\x12\x13\n\x0bstart_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\"x\n\x06\x43olumn\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.leeway.v1.ColumnKind\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12!\n\x06values\x18\x04 \x01(\x0b\x32\x11.leeway.v1.Tensor\"\xa5\x01\n\x07Segment\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.leeway.v1.SegmentKind\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12\x0f\n\x07in_loss\x18\x04 \x01(\x08\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.leeway.v1.SamplingParams\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\"~\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04topk\x18\x05 \x01(\r\x12\x0f\n\x07routing\x18\x06 \x01(\x08\"\xac\x01\n\x0eModelSignature\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\x0c\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmoe_layers\x18\x04 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r*\xd7\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x14\n\x10\x44\x41TA_TYPE_UINT16\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x05\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x06\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x07\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x08*\xbf\x01\n\nColumnKind\x12\x1b\n\x17\x43OLUMN_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OLUMN_KIND_TOKEN_IDS\x10\x01\x12!\n\x1d\x43OLUMN_KIND_BEHAVIOR_LOGPROBS\x10\x02\x12\x1e\n\x1a\x43OLUMN_KIND_TOPK_TOKEN_IDS\x10\x03\x12\x1d\n\x19\x43OLUMN_KIND_TOPK_LOGPROBS\x10\x04\x12\x17\n\x13\x43OLUMN_KIND_ROUTING\x10\x05*z\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SEGMENT_KIND_PROMPT\x10\x01\x12\x16\n\x12SEGMENT_KIND_MODEL\x10\x02\x12\x1c\n\x18SEGMENT_KIND_ENVIRONMENT\x10\x03*\xb9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x12\"\n\x1e\x46INISH_REASON_ENVIRONMENT_DONE\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16leeway/v1/common.proto\x12\tleeway.v1\"I\n\x06Tensor\x12\"\n\x05\x64type\x18\x01 \x01(\x0e\x32\x13.leeway.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"I\n\rPolicyVersion\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\"`\n\x0bVersionSpan\x12\x13\n\x0bstart_token\x18\x01 \x01(\r\x12\x11\n\tend_token\x18\x02 \x01(\r\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\"\xa5\x01\n\x06\x43olumn\x12#\n\x04kind\x18\x01 \x01(\x0e\x32\x15.leeway.v1.ColumnKind\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12!\n\x06values\x18\x04 \x01(\x0b\x32\x11.leeway.v1.Tensor\x12+\n\x08\x65ncoding\x18\x05 \x01(\x0e\x32\x19.leeway.v1.ColumnEncoding\"\xa5\x01\n\x07Segment\x12$\n\x04kind\x18\x01 \x01(\x0e\x32\x16.leeway.v1.SegmentKind\x12\x13\n\x0bstart_token\x18\x02 \x01(\r\x12\x11\n\tend_token\x18\x03 \x01(\r\x12\x0f\n\x07in_loss\x18\x04 \x01(\x08\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.leeway.v1.SamplingParams\x12\x0e\n\x06\x65ngine\x18\x06 \x01(\t\"~\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x03 \x03(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x0c\n\x04topk\x18\x05 \x01(\r\x12\x0f\n\x07routing\x18\x06 \x01(\x08\"\xac\x01\n\x0eModelSignature\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\x0c\x12\x18\n\x10tokenizer_digest\x18\x02 \x01(\x0c\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nmoe_layers\x18\x04 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x05 \x01(\r\x12\x19\n\x11\x65xperts_per_token\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\x07 \x01(\r*\xd7\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x14\n\x10\x44\x41TA_TYPE_UINT16\x10\x02\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x05\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x06\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x07\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x08*\xbf\x01\n\nColumnKind\x12\x1b\n\x17\x43OLUMN_KIND_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43OLUMN_KIND_TOKEN_IDS\x10\x01\x12!\n\x1d\x43OLUMN_KIND_BEHAVIOR_LOGPROBS\x10\x02\x12\x1e\n\x1a\x43OLUMN_KIND_TOPK_TOKEN_IDS\x10\x03\x12\x1d\n\x19\x43OLUMN_KIND_TOPK_LOGPROBS\x10\x04\x12\x17\n\x13\x43OLUMN_KIND_ROUTING\x10\x05*U\n\x0e\x43olumnEncoding\x12\x1f\n\x1b\x43OLUMN_ENCODING_UNSPECIFIED\x10\x00\x12\"\n\x1e\x43OLUMN_ENCODING_PACKED_ROUTING\x10\x01*z\n\x0bSegmentKind\x12\x1c\n\x18SEGMENT_KIND_UNSPECIFIED\x10\x00\x12\x17\n\x13SEGMENT_KIND_PROMPT\x10\x01\x12\x16\n\x12SEGMENT_KIND_MODEL\x10\x02\x12\x1c\n\x18SEGMENT_KIND_ENVIRONMENT\x10\x03*\xb9\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_CONTEXT\x10\x03\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x04\x12\"\n\x1e\x46INISH_REASON_ENVIRONMENT_DONE\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'leeway.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=879
-  _globals['_DATATYPE']._serialized_end=1094
-  _globals['_COLUMNKIND']._serialized_start=1097
-  _globals['_COLUMNKIND']._serialized_end=1288
-  _globals['_SEGMENTKIND']._serialized_start=1290
-  _globals['_SEGMENTKIND']._serialized_end=1412
-  _globals['_FINISHREASON']._serialized_start=1415
-  _globals['_FINISHREASON']._serialized_end=1600
+  _globals['_DATATYPE']._serialized_start=925
+  _globals['_DATATYPE']._serialized_end=1140
+  _globals['_COLUMNKIND']._serialized_start=1143
+  _globals['_COLUMNKIND']._serialized_end=1334
+  _globals['_COLUMNENCODING']._serialized_start=1336
+  _globals['_COLUMNENCODING']._serialized_end=1421
+  _globals['_SEGMENTKIND']._serialized_start=1423
+  _globals['_SEGMENTKIND']._serialized_end=1545
+  _globals['_FINISHREASON']._serialized_start=1548
+  _globals['_FINISHREASON']._serialized_end=1733
   _globals['_TENSOR']._serialized_start=37
   _globals['_TENSOR']._serialized_end=110
   _globals['_POLICYVERSION']._serialized_start=112
   _globals['_POLICYVERSION']._serialized_end=185
   _globals['_VERSIONSPAN']._serialized_start=187
   _globals['_VERSIONSPAN']._serialized_end=283
-  _globals['_COLUMN']._serialized_start=285
-  _globals['_COLUMN']._serialized_end=405
-  _globals['_SEGMENT']._serialized_start=408
-  _globals['_SEGMENT']._serialized_end=573
-  _globals['_SAMPLINGPARAMS']._serialized_start=575
-  _globals['_SAMPLINGPARAMS']._serialized_end=701
-  _globals['_MODELSIGNATURE']._serialized_start=704
-  _globals['_MODELSIGNATURE']._serialized_end=876
+  _globals['_COLUMN']._serialized_start=286
+  _globals['_COLUMN']._serialized_end=451
+  _globals['_SEGMENT']._serialized_start=454
+  _globals['_SEGMENT']._serialized_end=619
+  _globals['_SAMPLINGPARAMS']._serialized_start=621
+  _globals['_SAMPLINGPARAMS']._serialized_end=747
+  _globals['_MODELSIGNATURE']._serialized_start=750
+  _globals['_MODELSIGNATURE']._serialized_end=922
 # @@protoc_insertion_point(module_scope)

@@ -111,6 +111,36 @@ completion; the last token of a trajectory has no row.
 """
 Global___ColumnKind: _TypeAlias = ColumnKind  # noqa: Y015
 
+class _ColumnEncoding:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ColumnEncodingEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ColumnEncoding.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COLUMN_ENCODING_UNSPECIFIED: _ColumnEncoding.ValueType  # 0
+    """Plain: as Tensor says."""
+    COLUMN_ENCODING_PACKED_ROUTING: _ColumnEncoding.ValueType  # 1
+    """Only for ROUTING, of at least one row: `values.data` is one byte b, the bits of an id, then one zstd frame that states its
+    content's size. `dtype` and `shape` are those of the ids [n, layers, k], which take at most 64 MiB and at most 32 times the
+    bytes of `data`. The content holds, layer after layer, its n * k ids in row-major order: for b = 1, 2, 4 or 8, ids packed 8 / b to a byte, the first in the lowest
+    bits; for b = 9 to 16 (uint16 only) the low byte of every id, then for each higher bit, from the lowest on, that bit of every
+    id, 8 to a byte, the first in the lowest. What does not fill a byte is padded with zeros.
+    """
+
+class ColumnEncoding(_ColumnEncoding, metaclass=_ColumnEncodingEnumTypeWrapper):
+    """How the values of a column are written. Whoever writes may always choose the plain form; whoever reads knows all of them."""
+
+COLUMN_ENCODING_UNSPECIFIED: ColumnEncoding.ValueType  # 0
+"""Plain: as Tensor says."""
+COLUMN_ENCODING_PACKED_ROUTING: ColumnEncoding.ValueType  # 1
+"""Only for ROUTING, of at least one row: `values.data` is one byte b, the bits of an id, then one zstd frame that states its
+content's size. `dtype` and `shape` are those of the ids [n, layers, k], which take at most 64 MiB and at most 32 times the
+bytes of `data`. The content holds, layer after layer, its n * k ids in row-major order: for b = 1, 2, 4 or 8, ids packed 8 / b to a byte, the first in the lowest
+bits; for b = 9 to 16 (uint16 only) the low byte of every id, then for each higher bit, from the lowest on, that bit of every
+id, 8 to a byte, the first in the lowest. What does not fill a byte is padded with zeros.
+"""
+Global___ColumnEncoding: _TypeAlias = ColumnEncoding  # noqa: Y015
+
 class _SegmentKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -293,12 +323,15 @@ class Column(_message.Message):
     START_TOKEN_FIELD_NUMBER: _builtins.int
     END_TOKEN_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
     kind: Global___ColumnKind.ValueType
     """What the values are."""
     start_token: _builtins.int
     """First token covered, counted from the trajectory's first token."""
     end_token: _builtins.int
     """One past the last token covered."""
+    encoding: Global___ColumnEncoding.ValueType
+    """How `values.data` is written."""
     @_builtins.property
     def values(self) -> Global___Tensor:
         """shape[0] = end_token - start_token."""
@@ -310,10 +343,11 @@ class Column(_message.Message):
         start_token: _builtins.int = ...,
         end_token: _builtins.int = ...,
         values: Global___Tensor | None = ...,
+        encoding: Global___ColumnEncoding.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_token", b"end_token", "kind", b"kind", "start_token", b"start_token", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "end_token", b"end_token", "kind", b"kind", "start_token", b"start_token", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

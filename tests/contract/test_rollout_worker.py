@@ -291,7 +291,8 @@ async def test_a_chunk_beyond_the_message_limit_is_a_failure_in_its_place(monkey
     replay = FakeReplay()
     # Routing of 2000 tokens comes at the end, in one chunk after small ones.
     await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=2000, stop_token_ids=())))
-    async with working(replay, late_columns=True) as rig:
+    limits = WorkerLimits(ticket_wait_seconds=0.5, routing_rows=0)
+    async with working(replay, late_columns=True, limits=limits) as rig:
         await rig.ended(4)
         failure = rig.failure("g1.0")
         assert not failure.retryable

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,7 @@ from leeway.types import (
     TrajectoryRecord,
     VersionSpan,
 )
-from leeway.v1 import trajectory_pb2
+from leeway.v1 import common_pb2, trajectory_pb2
 from leeway.wire import leading_columns
 from tests.unit.replay_buffer.builders import ROOT, SIGNATURE, close, spec, version
 
@@ -65,6 +66,17 @@ def parts(cuts: list[int]) -> list[TrajectoryChunk]:
             )
         )
     return made
+
+
+def pack(column: common_pb2.Column, damage: int = 0) -> None:
+    """Routing in its packed form, though it be larger; perhaps with another expert, or bytes that are none."""
+    try:
+        ids = codec.array_from_proto(column.values).transpose(1, 0, 2) + 3 * (damage == 1)
+    except InvalidDataError:
+        return  # spoiled in another way, or packed already
+    frame = zstandard.ZstdCompressor().compress(ids.astype(np.uint8).tobytes())
+    column.values.data = b"\x08" + (frame[:-1] if damage == 2 else frame)
+    column.encoding = common_pb2.COLUMN_ENCODING_PACKED_ROUTING
 
 
 def assembled(chunks: list[bytes], ending: TrajectoryClose, run_spec: RunSpec) -> bool:
@@ -114,6 +126,14 @@ def ways_to_spoil() -> list[Callable[[trajectory_pb2.TrajectoryChunk, int], None
     def kind(message: trajectory_pb2.TrajectoryChunk, number: int) -> None:
         message.columns[number % len(message.columns)].kind = number % 8  # type: ignore[assignment]
 
+    def encoding(message: trajectory_pb2.TrajectoryChunk, number: int) -> None:
+        message.columns[number % len(message.columns)].encoding = number % 3  # type: ignore[assignment]
+
+    def packed(message: trajectory_pb2.TrajectoryChunk, number: int) -> None:
+        for one in message.columns:
+            if one.kind == ColumnKind.ROUTING and len(one.values.shape) == 3:
+                pack(one, damage=number % 3)
+
     def segment(message: trajectory_pb2.TrajectoryChunk, number: int) -> None:
         message.segments[number % 2].end_token += 1
 
@@ -152,6 +172,7 @@ def ways_to_spoil() -> list[Callable[[trajectory_pb2.TrajectoryChunk, int], None
     shuffled=st.permutations(range(4)),
     extra_tokens=st.sampled_from([0, 0, 0, 1, -1]),
     columns_last=st.booleans(),
+    packs=st.booleans(),
     wanted=st.sampled_from([SPEC.sampling, SamplingParams(max_tokens=16), SamplingParams(max_tokens=16, topk=3)]),
 )
 def test_both_ways_to_check_agree(
@@ -160,9 +181,13 @@ def test_both_ways_to_check_agree(
     shuffled: list[int],
     extra_tokens: int,
     columns_last: bool,
+    packs: bool,
     wanted: SamplingParams,
 ) -> None:
     made = [codec.chunk_to_proto(chunk) for chunk in parts(cuts)]
+    for column in (column for message in made for column in message.columns if packs and column.kind == 5):
+        if column.values.shape[0]:
+            pack(column)
     for spoil, which, number in spoils:
         spoil(made[which % len(made)], number)
     made = [made[place] for place in shuffled if place < len(made)]
@@ -207,7 +232,10 @@ def test_a_number_that_protobuf_finds_too_long_is_left_to_it() -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_columns_found_on_the_wire_are_those_that_protobuf_finds(data: st.DataObject) -> None:
-    chunk = bytearray(codec.encode_chunk(parts([data.draw(st.integers(0, TOKENS))])[0]))
+    made = codec.chunk_to_proto(parts([data.draw(st.integers(0, TOKENS))])[0])
+    if data.draw(st.booleans()):
+        pack(made.columns[4])
+    chunk = bytearray(made.SerializeToString())
     for _ in range(data.draw(st.integers(0, 3))):
         place = data.draw(st.integers(0, len(chunk) - 1))
         chunk[place : place + data.draw(st.integers(0, 1))] = data.draw(st.binary(max_size=12) | st.just(b"\x80" * 10))
@@ -219,10 +247,7 @@ def test_columns_found_on_the_wire_are_those_that_protobuf_finds(data: st.DataOb
         with pytest.raises(InvalidDataError):
             codec.parse(trajectory_pb2.TrajectoryChunk, whole[end:])
         return
-    found = [
-        (one.kind, one.start_token, one.end_token, one.dtype, one.shape, one.buffer[one.offset :][: one.size_bytes])
-        for one in columns
-    ]
+    found = [(*one[:5], one.buffer[one.offset :][: one.size_bytes], one.encoding) for one in columns]
     rest = codec.parse(trajectory_pb2.TrajectoryChunk, whole[end:])
     found += [_fields(column) for column in rest.columns]
     assert found == [_fields(column) for column in expected.columns]
@@ -232,4 +257,5 @@ def test_columns_found_on_the_wire_are_those_that_protobuf_finds(data: st.DataOb
 def _fields(column: object) -> tuple[object, ...]:
     assert isinstance(column, type(trajectory_pb2.TrajectoryChunk().columns.add()))
     values = column.values
-    return column.kind, column.start_token, column.end_token, values.dtype, tuple(values.shape), values.data
+    place = column.kind, column.start_token, column.end_token
+    return *place, values.dtype, tuple(values.shape), values.data, column.encoding

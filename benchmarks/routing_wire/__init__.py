@@ -1,0 +1,1 @@
+"""Routing on the wire against its entropy."""
