@@ -47,6 +47,7 @@ from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.tasks import load_tasks
+from leeway.weight_transports import uses_broadcasts
 
 log = logging.getLogger("inference_server")
 
@@ -79,6 +80,7 @@ class InferenceServerProcess:
         ):
             if not 0 <= index < len(entries):
                 raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
+        self.broadcasts = uses_broadcasts(self.network)
         self.index = index
         self.server_id = f"server-{index}"
         self.engine = self.options.engine_of(index)
@@ -115,7 +117,8 @@ class InferenceServerProcess:
             server_id=self.server_id,
             address=self.network.policy,
             security=self.security,
-            allow_local=self.network.weights != "grpc",
+            allow_local=self.network.weights in ("auto", "zmq"),
+            broadcasts=self.broadcasts,
             take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,
@@ -173,14 +176,14 @@ class InferenceServerProcess:
             return ArithmeticEngine(self.options.arithmetic)
         if self.engine == "vllm":
             _require_module("vllm")
-            from inference_server.engines.vllm_engine import VllmEngine
+            from inference_server.engines import vllm_engine
 
-            return await VllmEngine.start(self.model.directory, self.options.vllm)
+            return await vllm_engine.start(self.model.directory, self.options.vllm)
         if self.engine == "sglang":
             _require_module("sglang")
-            from inference_server.engines.sglang_engine import SglangEngine
+            from inference_server.engines import sglang_engine
 
-            return await SglangEngine.start(self.model.directory, self.options.sglang)
+            return await sglang_engine.start(self.model.directory, self.options.sglang)
         from inference_server.engines.transformers_engine import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)

@@ -42,6 +42,7 @@ from replay_buffer.signals import Signal
 from replay_buffer.storage.directory import Storage
 from replay_buffer.storage.log import Log
 from replay_buffer.storage.records import Record, decode, encode
+from replay_buffer.storage.run_index import RunIndex
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ class Recorder:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            self._restore(RunState(record.transition.spec, self._storage.index.of(record.run)))
+            self._restore(RunState(record.transition.spec, RunIndex(self._storage.index, record.run)))
             run = self._runs[record.run]
         apply(run.state, record.transition, record.recorded_at_ns, location)
 

@@ -15,7 +15,7 @@ from leeway.errors import InvalidDataError
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.pieces import messages
-from replay_buffer.storage.index import Filter
+from replay_buffer.storage.index_file import Filter
 from replay_buffer.views import GroupView
 from replay_buffer.write_stream import WriteStream
 
