@@ -147,9 +147,9 @@ class Recorder:
             self._record(name, transition)
         await self.intake.settled()
 
-    def _record(self, name: str, transition: Transition) -> None:
+    def _record(self, name: str, transition: Transition, recorded_at_ns: int | None = None) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
-        record = Record(name, time.time_ns(), transition)
+        record = Record(name, time.time_ns() if recorded_at_ns is None else recorded_at_ns, transition)
         location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
         ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
