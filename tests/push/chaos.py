@@ -51,7 +51,7 @@ class Learner:
         self._oracle = oracle
         self._outcome = outcome
         self._start = str(directory), seed, probability
-        self._epoch = 0
+        self._epoch = self._starts = 0
         self._counts: Counter[str] = Counter()
         self._heard = asyncio.Condition()
 
@@ -60,8 +60,11 @@ class Learner:
         self._outcome.kinds += self._counts
         self._counts = Counter()
         self._epoch += 1
+        self._starts += 1
         directory, seed, probability = self._start
-        self._child = Child(learn, self.address, directory, seed, self._epoch, probability, on_message=self._hear)
+        self._child = Child(
+            learn, self.address, directory, seed, self._epoch, self._starts, probability, on_message=self._hear
+        )
         await self._next_version()
 
     async def publish(self) -> None:

@@ -22,10 +22,11 @@ class History:
     Args:
         seed: of the whole rehearsal.
         epoch: of this incarnation.
+        start: how many there were before; no two train the same, whatever their epochs.
     """
 
-    def __init__(self, seed: int, epoch: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, epoch: int, start: int = 0) -> None:
+        self._seed = seed, start
         self._words = [np.random.default_rng(seed).integers(0, 1 << 16, size, np.uint16) for size in SIZES]
         self.epoch = epoch
         self.step = 0
@@ -47,7 +48,7 @@ class History:
         """Change a few percent by a unit in the last place; one time in twenty everything, or nothing."""
         self.step += 1
         self._version_epoch = self.epoch
-        generator = np.random.default_rng([self._seed, self.epoch, self.step])
+        generator = np.random.default_rng([*self._seed, self.step])
         luck = generator.random()
         share = 1.0 if luck < 0.05 else 0.0 if luck < 0.1 else 0.03
         self._words = [words.copy() for words in self._words]

@@ -27,11 +27,13 @@ from tests.push.processes import messages, tell
 _CHECKPOINT_STEPS = 4
 
 
-async def _learn(pipe: Any, address: str, directory: Path, seed: int, epoch: int, probability: float) -> None:
+async def _learn(
+    pipe: Any, address: str, directory: Path, seed: int, epoch: int, start: int, probability: float
+) -> None:
     commands: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
     messages(pipe, commands.put_nowait)
-    faults = Faults(f"{seed} {epoch}", probability)
-    history = History(seed, epoch)
+    faults = Faults(f"{seed} {start}", probability)
+    history = History(seed, epoch, start)
     history.restore(directory)
     publisher = FaultyPublisher(faults)
 
@@ -75,9 +77,9 @@ def _refusals(publisher: FaultyPublisher) -> list[str]:
     return [f"{name}: {server.refusal}" for name, server in publisher._servers.items() if server.refusal]
 
 
-def learn(pipe: Any, address: str, directory: str, seed: int, epoch: int, probability: float) -> None:
+def learn(pipe: Any, address: str, directory: str, seed: int, epoch: int, start: int, probability: float) -> None:
     """Be one incarnation of the learner."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
     logging.disable(logging.CRITICAL)
-    asyncio.run(_learn(pipe, address, Path(directory), seed, epoch, probability))
+    asyncio.run(_learn(pipe, address, Path(directory), seed, epoch, start, probability))

@@ -111,7 +111,7 @@ def test_a_learner_goes_on_from_its_checkpoint_with_versions_of_its_own(tmp_path
     before.save(tmp_path)
     saved = before.snapshot()
     before.train()
-    after = History(1, epoch=2)
+    after = History(1, epoch=2, start=1)
     after.restore(tmp_path)
     assert (after.snapshot().version, after.snapshot().publisher_epoch) == (saved.version, 2)
     after.train()
