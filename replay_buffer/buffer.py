@@ -17,8 +17,8 @@ live is in memory; chunks stay in the log.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from leeway.errors import DeadlineError
@@ -124,15 +124,16 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
         """
         run = self._run(name)
         room = not self._log.stalled and self._has_room()
+        now_ns = time.time_ns()
         results: list[WriteResult] = []
         for item in items:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
             for transition in decision.transitions:
-                self._record(name, transition)
+                self._record(name, transition, now_ns)
             result = decision.result
             if result.status is WriteStatus.EXHAUSTED:
                 self._observer.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
-                result = replace(result, retry_seconds=self._options.retry_seconds)
+                result = result._replace(retry_seconds=self._options.retry_seconds)
             results.append(result)
         self._renew_written(run, results)
         self._observer.items_written(name, server_id, items, results)

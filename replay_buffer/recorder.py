@@ -42,6 +42,7 @@ from replay_buffer.signals import Signal
 from replay_buffer.storage.directory import Storage
 from replay_buffer.storage.log import Log
 from replay_buffer.storage.records import Record, decode, encode
+from replay_buffer.storage.run_index import RunIndex
 
 log = logging.getLogger(__name__)
 
@@ -146,9 +147,9 @@ class Recorder:
             self._record(name, transition)
         await self.intake.settled()
 
-    def _record(self, name: str, transition: Transition) -> None:
+    def _record(self, name: str, transition: Transition, recorded_at_ns: int | None = None) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
-        record = Record(name, time.time_ns(), transition)
+        record = Record(name, time.time_ns() if recorded_at_ns is None else recorded_at_ns, transition)
         location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
         ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
@@ -183,7 +184,7 @@ class Recorder:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            self._restore(RunState(record.transition.spec, self._storage.index.of(record.run)))
+            self._restore(RunState(record.transition.spec, RunIndex(self._storage.index, record.run)))
             run = self._runs[record.run]
         apply(run.state, record.transition, record.recorded_at_ns, location)
 

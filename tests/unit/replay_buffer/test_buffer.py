@@ -10,7 +10,7 @@ import pytest
 from leeway.types import DropReason, GroupState, WriteItem
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.storage.index import Filter
+from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log, LogOptions
 from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec
 
