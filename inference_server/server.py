@@ -47,6 +47,7 @@ from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.tasks import load_tasks
+from leeway.weight_transports import uses_broadcasts
 
 log = logging.getLogger("inference_server")
 
@@ -79,6 +80,7 @@ class InferenceServerProcess:
         ):
             if not 0 <= index < len(entries):
                 raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
+        self.broadcasts = uses_broadcasts(self.network)
         self.index = index
         self.server_id = f"server-{index}"
         self.engine = self.options.engine_of(index)
@@ -115,7 +117,8 @@ class InferenceServerProcess:
             server_id=self.server_id,
             address=self.network.policy,
             security=self.security,
-            allow_local=self.network.weights != "grpc",
+            allow_local=self.network.weights in ("auto", "zmq"),
+            broadcasts=self.broadcasts,
             take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,
