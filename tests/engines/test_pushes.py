@@ -115,6 +115,7 @@ def _merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
     return merged
 
 
+@pytest.mark.timeout(900)  # two starts of the engine
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_no_server_ever_serves_a_mixture_and_every_label_is_right(engine: str, tmp_path: Path) -> None:
     try:
