@@ -38,7 +38,8 @@ from inference_server.requests import Closing
 from inference_server.reward import RewardRunner
 from inference_server.served_policy import ServedPolicy
 from inference_server.text import Tokenizer, prompt_token_ids
-from inference_server.trajectory_writer import TrajectoryWriter, WriterLimits
+from inference_server.trajectory_writer import TrajectoryWriter
+from inference_server.write_window import WriterLimits
 from leeway.errors import (
     DeadlineError,
     ExhaustedError,
