@@ -9,9 +9,16 @@ from typing import Final, NamedTuple
 from leeway.types import DropReason, Purpose, WriteItem, WriteResult
 from replay_buffer.rules.leases import Leases
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.transitions import GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted, Transition
+from replay_buffer.rules.transitions import (
+    GroupsDropped,
+    PolicyAdvanced,
+    RunOpened,
+    ServerDrained,
+    StepsCommitted,
+    Transition,
+)
 
-ENDS: Final = (GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted)
+ENDS: Final = (GroupsDropped, PolicyAdvanced, RunOpened, ServerDrained, StepsCommitted)
 """Transitions that `endings` has something to say about."""
 
 
@@ -44,6 +51,8 @@ def endings(run: RunState, transition: Transition) -> Iterator[Ending]:
             fate = reason.name.lower()
         case PolicyAdvanced(stale_group_ids=group_ids):
             fate = DropReason.STALE.name.lower()
+        case ServerDrained(group_ids=group_ids):
+            fate = DropReason.DIVERGED.name.lower()
         case StepsCommitted(step=step) | RunOpened(checkpoint=step):
             last = step if isinstance(step, int) else step.step
             steps = range(run.committed_step + 1, last + 1)

@@ -16,6 +16,7 @@ from typing import Final
 
 from leeway.types import (
     DeadLetter,
+    Drain,
     DropReason,
     EvaluationResult,
     GroupState,
@@ -28,7 +29,9 @@ from leeway.types import (
 from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Groups
 from replay_buffer.rules.lineage import Lineage
 
-REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
+REQUEUED: Final = frozenset(
+    {DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK, DropReason.DIVERGED}
+)
 """A group dropped for one of these gives its task back."""
 
 KEPT_EVALUATIONS: Final = 4
@@ -67,6 +70,7 @@ class RunState:
         self.requeued: deque[int] = deque()
         self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
         self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first
+        self.drained: dict[str, Drain] = {}  # servers that get no tickets, in the order in which they were drained
         self.rollback: Rollback | None = None  # the newest explicit one
         self.restored_at: PolicyVersion | None = None  # the head when the log was last restored from a backup
         self.created = 0  # groups of both purposes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from leeway.types import (
+    DrainReason,
     DropReason,
     Evaluation,
     PolicyVersion,
@@ -143,6 +144,23 @@ class RunRestored:
     group_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ServerDrained:
+    """A server gets no more tickets; what a diverging one wrote of these groups is dropped with them."""
+
+    server_id: str
+    reason: DrainReason
+    message: str
+    group_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReadmitted:
+    """A drained server gets tickets again."""
+
+    server_id: str
+
+
 Transition = (
     RunOpened
     | TicketIssued
@@ -158,4 +176,6 @@ Transition = (
     | RunRolledBack
     | DeadLettersRequeued
     | RunRestored
+    | ServerDrained
+    | ServerReadmitted
 )
