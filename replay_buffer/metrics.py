@@ -124,7 +124,7 @@ def _watch_run(metrics: ReplayBufferMetrics, state: RunState, leases: Leases) ->
     metrics.head_step.labels(run).set_function(lambda: state.head.step)
     metrics.committed_step.labels(run).set_function(lambda: state.committed_step)
     metrics.epoch.labels(run).set_function(lambda: state.epoch)
-    metrics.dead_letters.labels(run).set_function(lambda: len(state.dead_letters))
+    metrics.dead_letters.labels(run).set_function(lambda: state.dead_letter_count)
     metrics.leases.labels(run).set_function(lambda: len(leases))
 
 

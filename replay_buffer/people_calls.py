@@ -12,7 +12,7 @@ from leeway.types import (
     RunStatus,
 )
 from replay_buffer.recorder import Recorder
-from replay_buffer.rules.dead_letters import decide_requeue
+from replay_buffer.rules.dead_letters import decide_requeue, decide_requeue_all, list_dead_letters
 from replay_buffer.rules.opening import decide_after_open, decide_rollback
 from replay_buffer.storage.backup import Backup
 from replay_buffer.storage.index import Filter
@@ -44,15 +44,22 @@ class PeopleCalls(Recorder):
 
     async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
         """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""
-        letters = list(self._run(name).state.dead_letters.values())
+        letters = list_dead_letters(self._run(name).state, limit)
         await self.intake.settled()
-        return letters[-limit:] if limit else letters
+        return letters
 
     async def requeue_dead_letters(self, name: str, group_ids: Sequence[str]) -> int:
         """Queue tasks again; returns how many this call queued. Raises: see ReplayService.RequeueDeadLetters."""
-        requeued = decide_requeue(self._run(name).state, group_ids)
-        await self._decided(name, requeued)
-        return 0 if requeued is None else len(requeued.group_ids)
+        state, count = self._run(name).state, 0
+        if group_ids:
+            requeued = decide_requeue(state, group_ids)
+            count = 0 if requeued is None else len(requeued.group_ids)
+            await self._decided(name, requeued)
+            return count
+        while (requeued := decide_requeue_all(state)) is not None:
+            count += len(requeued.group_ids)
+            await self._decided(name, requeued)
+        return count
 
     async def status(self, name: str) -> RunStatus:
         """Counts and versions. Raises NotFoundError for an unknown run."""

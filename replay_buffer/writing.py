@@ -112,7 +112,7 @@ def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: M
         return _refuse(item, WriteStatus.INVALID, f"item {item.seq} of {item.trajectory_id}: {error.message}")
     written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions)
     for version in versions:
-        if version not in run.lineage:
+        if run.lineage.is_unknown(version):
             message = f"trajectory {item.trajectory_id}: tokens are labelled with {version}, which was never registered"
             drop = GroupsDropped((group.group_id,), DropReason.UNKNOWN_VERSION, message)
             return WriteDecision(_acknowledge(item), (written, drop))

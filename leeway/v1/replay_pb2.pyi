@@ -1918,7 +1918,7 @@ class ListDeadLettersRequest(_message.Message):
     run: _builtins.str
     """The run."""
     limit: _builtins.int
-    """At most this many, the newest; 0 for all."""
+    """At most this many, the newest; 0 for as many as one answer holds (10000)."""
     def __init__(
         self,
         *,
@@ -1935,7 +1935,7 @@ Global___ListDeadLettersRequest: _TypeAlias = ListDeadLettersRequest  # noqa: Y0
 
 @_typing.final
 class ListDeadLettersResponse(_message.Message):
-    """Dead letters, oldest first."""
+    """Dead letters, oldest first. Those whose records are retired are listed while they are among the newest 256."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

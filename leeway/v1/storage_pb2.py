@@ -27,15 +27,15 @@ from leeway.v1 import common_pb2 as leeway_dot_v1_dot_common__pb2
 from leeway.v1 import replay_pb2 as leeway_dot_v1_dot_replay__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17leeway/v1/storage.proto\x12\tleeway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16leeway/v1/common.proto\x1a\x16leeway/v1/replay.proto\"W\n\nGeneration\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0f\n\x07parents\x18\x02 \x03(\x0c\x12,\n\x08taken_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0bLogPosition\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\r\"\xb2\x01\n\x08Snapshot\x12\x12\n\ngeneration\x18\x01 \x01(\x0c\x12(\n\x08position\x18\x02 \x01(\x0b\x32\x16.leeway.v1.LogPosition\x12+\n\x0blast_record\x18\x03 \x01(\x0b\x32\x16.leeway.v1.LogPosition\x12\x15\n\rlast_checksum\x18\x04 \x01(\r\x12$\n\x04runs\x18\x05 \x03(\x0b\x32\x16.leeway.v1.RunSnapshot\"\xde\x05\n\x0bRunSnapshot\x12 \n\x04spec\x18\x01 \x01(\x0b\x32\x12.leeway.v1.RunSpec\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12.\n\x08versions\x18\x03 \x03(\x0b\x32\x1c.leeway.v1.RegisteredVersion\x12\x0c\n\x04head\x18\x04 \x01(\r\x12\x16\n\x0e\x63ommitted_step\x18\x05 \x01(\x04\x12\x18\n\x10oldest_kept_step\x18\x06 \x01(\x04\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12(\n\x06groups\x18\x08 \x03(\x0b\x32\x18.leeway.v1.GroupSnapshot\x12)\n\x07\x62\x61tches\x18\t \x03(\x0b\x32\x18.leeway.v1.BatchSnapshot\x12\x32\n\x0b\x65valuations\x18\n \x03(\x0b\x32\x1d.leeway.v1.EvaluationSnapshot\x12\x13\n\x0btask_cursor\x18\x0b \x01(\x04\x12\x10\n\x08requeued\x18\x0c \x03(\x04\x12\x0f\n\x07\x63reated\x18\r \x01(\x04\x12\x0e\n\x06issued\x18\x0e \x01(\x04\x12\x10\n\x08\x63onsumed\x18\x0f \x01(\x04\x12%\n\x07\x64ropped\x18\x10 \x03(\x0b\x32\x14.leeway.v1.DropCount\x12.\n\rlost_attempts\x18\x11 \x03(\x0b\x32\x17.leeway.v1.LostAttempts\x12+\n\x0c\x64\x65\x61\x64_letters\x18\x12 \x03(\x0b\x32\x15.leeway.v1.DeadLetter\x12%\n\x08rollback\x18\x13 \x01(\x0b\x32\x13.leeway.v1.Rollback\x12-\n\x0brestored_at\x18\x14 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12,\n\x0cincarnations\x18\x15 \x03(\x0b\x32\x16.leeway.v1.Incarnation\x12\x31\n\x0f\x64rained_servers\x18\x16 \x03(\x0b\x32\x18.leeway.v1.DrainedServer\"C\n\rDrainedServer\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x1f\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x10.leeway.v1.Drain\"1\n\x0bIncarnation\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"1\n\x0cLostAttempts\x12\x12\n\ntask_index\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"q\n\x11RegisteredVersion\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x06parent\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tdiscarded\x18\x03 \x01(\x08\x42\t\n\x07_parent\"\xd3\x03\n\rGroupSnapshot\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12#\n\x07purpose\x18\x04 \x01(\x0e\x32\x12.leeway.v1.Purpose\x12\x12\n\ntask_index\x18\x05 \x01(\x04\x12\x15\n\revaluation_id\x18\x06 \x01(\t\x12-\n\tissued_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x05state\x18\x08 \x01(\x0e\x32\x15.leeway.v1.GroupState\x12*\n\x0b\x64rop_reason\x18\t \x01(\x0e\x32\x15.leeway.v1.DropReason\x12\x14\n\x0c\x64rop_message\x18\n \x01(\t\x12\x0c\n\x04step\x18\x0b \x01(\x04\x12\r\n\x05place\x18\x0c \x01(\r\x12\x0f\n\x07\x61ttempt\x18\r \x01(\r\x12\x11\n\tserver_id\x18\x0e \x01(\t\x12)\n\x07version\x18\x0f \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12*\n\x07members\x18\x10 \x03(\x0b\x32\x19.leeway.v1.MemberSnapshot\x12\x10\n\x08\x65nded_at\x18\x11 \x03(\r\"\xb2\x01\n\x0eMemberSnapshot\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12/\n\x08progress\x18\x03 \x01(\x0e\x32\x1d.leeway.v1.TrajectoryProgress\x12\x0f\n\x07records\x18\x04 \x01(\x0c\x12*\n\x08versions\x18\x05 \x03(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x0e\n\x06reward\x18\x06 \x01(\x01\"@\n\rBatchSnapshot\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\tgroup_ids\x18\x02 \x03(\t\x12\x0e\n\x06sealed\x18\x03 \x01(\x08\"\x85\x01\n\x12\x45valuationSnapshot\x12\x36\n\nevaluation\x18\x01 \x01(\x0b\x32\".leeway.v1.CreateEvaluationRequest\x12\x0e\n\x06\x63losed\x18\x02 \x01(\x08\x12\'\n\x05tasks\x18\x03 \x03(\x0b\x32\x18.leeway.v1.EvaluatedTask\"U\n\rEvaluatedTask\x12\x12\n\ntask_index\x18\x01 \x01(\x04\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\x12\x0f\n\x07rewards\x18\x04 \x03(\x01*\x97\x01\n\x12TrajectoryProgress\x12#\n\x1fTRAJECTORY_PROGRESS_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRAJECTORY_PROGRESS_OPEN\x10\x01\x12\x1e\n\x1aTRAJECTORY_PROGRESS_CLOSED\x10\x02\x12\x1e\n\x1aTRAJECTORY_PROGRESS_FAILED\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17leeway/v1/storage.proto\x12\tleeway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16leeway/v1/common.proto\x1a\x16leeway/v1/replay.proto\"W\n\nGeneration\x12\n\n\x02id\x18\x01 \x01(\x0c\x12\x0f\n\x07parents\x18\x02 \x03(\x0c\x12,\n\x08taken_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\".\n\x0bLogPosition\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\r\"\xb2\x01\n\x08Snapshot\x12\x12\n\ngeneration\x18\x01 \x01(\x0c\x12(\n\x08position\x18\x02 \x01(\x0b\x32\x16.leeway.v1.LogPosition\x12+\n\x0blast_record\x18\x03 \x01(\x0b\x32\x16.leeway.v1.LogPosition\x12\x15\n\rlast_checksum\x18\x04 \x01(\r\x12$\n\x04runs\x18\x05 \x03(\x0b\x32\x16.leeway.v1.RunSnapshot\"\xf9\x05\n\x0bRunSnapshot\x12 \n\x04spec\x18\x01 \x01(\x0b\x32\x12.leeway.v1.RunSpec\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12.\n\x08versions\x18\x03 \x03(\x0b\x32\x1c.leeway.v1.RegisteredVersion\x12\x0c\n\x04head\x18\x04 \x01(\r\x12\x16\n\x0e\x63ommitted_step\x18\x05 \x01(\x04\x12\x18\n\x10oldest_kept_step\x18\x06 \x01(\x04\x12\x10\n\x08\x66inished\x18\x07 \x01(\x08\x12(\n\x06groups\x18\x08 \x03(\x0b\x32\x18.leeway.v1.GroupSnapshot\x12)\n\x07\x62\x61tches\x18\t \x03(\x0b\x32\x18.leeway.v1.BatchSnapshot\x12\x32\n\x0b\x65valuations\x18\n \x03(\x0b\x32\x1d.leeway.v1.EvaluationSnapshot\x12\x13\n\x0btask_cursor\x18\x0b \x01(\x04\x12\x10\n\x08requeued\x18\x0c \x03(\x04\x12\x0f\n\x07\x63reated\x18\r \x01(\x04\x12\x0e\n\x06issued\x18\x0e \x01(\x04\x12\x10\n\x08\x63onsumed\x18\x0f \x01(\x04\x12%\n\x07\x64ropped\x18\x10 \x03(\x0b\x32\x14.leeway.v1.DropCount\x12.\n\rlost_attempts\x18\x11 \x03(\x0b\x32\x17.leeway.v1.LostAttempts\x12+\n\x0c\x64\x65\x61\x64_letters\x18\x12 \x03(\x0b\x32\x15.leeway.v1.DeadLetter\x12%\n\x08rollback\x18\x13 \x01(\x0b\x32\x13.leeway.v1.Rollback\x12-\n\x0brestored_at\x18\x14 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12,\n\x0cincarnations\x18\x15 \x03(\x0b\x32\x16.leeway.v1.Incarnation\x12\x19\n\x11\x64\x65\x61\x64_letter_count\x18\x16 \x01(\x04\x12\x31\n\x0f\x64rained_servers\x18\x17 \x03(\x0b\x32\x18.leeway.v1.DrainedServer\"C\n\rDrainedServer\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x1f\n\x05\x64rain\x18\x02 \x01(\x0b\x32\x10.leeway.v1.Drain\"1\n\x0bIncarnation\x12\x13\n\x0bincarnation\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"1\n\x0cLostAttempts\x12\x12\n\ntask_index\x18\x01 \x01(\x04\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"q\n\x11RegisteredVersion\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x06parent\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tdiscarded\x18\x03 \x01(\x08\x42\t\n\x07_parent\"\xfc\x03\n\rGroupSnapshot\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12#\n\x07purpose\x18\x04 \x01(\x0e\x32\x12.leeway.v1.Purpose\x12\x12\n\ntask_index\x18\x05 \x01(\x04\x12\x15\n\revaluation_id\x18\x06 \x01(\t\x12-\n\tissued_at\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x05state\x18\x08 \x01(\x0e\x32\x15.leeway.v1.GroupState\x12*\n\x0b\x64rop_reason\x18\t \x01(\x0e\x32\x15.leeway.v1.DropReason\x12\x14\n\x0c\x64rop_message\x18\n \x01(\t\x12\x0c\n\x04step\x18\x0b \x01(\x04\x12\r\n\x05place\x18\x0c \x01(\r\x12\x0f\n\x07\x61ttempt\x18\r \x01(\r\x12\x11\n\tserver_id\x18\x0e \x01(\t\x12)\n\x07version\x18\x0f \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12*\n\x07members\x18\x10 \x03(\x0b\x32\x19.leeway.v1.MemberSnapshot\x12\x10\n\x08\x65nded_at\x18\x11 \x03(\r\x12\x15\n\rlost_attempts\x18\x12 \x01(\r\x12\x10\n\x08requeued\x18\x13 \x01(\x08\"\xb2\x01\n\x0eMemberSnapshot\x12\x0f\n\x07\x61ttempt\x18\x01 \x01(\r\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12/\n\x08progress\x18\x03 \x01(\x0e\x32\x1d.leeway.v1.TrajectoryProgress\x12\x0f\n\x07records\x18\x04 \x01(\x0c\x12*\n\x08versions\x18\x05 \x03(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x0e\n\x06reward\x18\x06 \x01(\x01\"@\n\rBatchSnapshot\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x11\n\tgroup_ids\x18\x02 \x03(\t\x12\x0e\n\x06sealed\x18\x03 \x01(\x08\"\x85\x01\n\x12\x45valuationSnapshot\x12\x36\n\nevaluation\x18\x01 \x01(\x0b\x32\".leeway.v1.CreateEvaluationRequest\x12\x0e\n\x06\x63losed\x18\x02 \x01(\x08\x12\'\n\x05tasks\x18\x03 \x03(\x0b\x32\x18.leeway.v1.EvaluatedTask\"U\n\rEvaluatedTask\x12\x12\n\ntask_index\x18\x01 \x01(\x04\x12\x10\n\x08group_id\x18\x02 \x01(\t\x12\r\n\x05\x65nded\x18\x03 \x01(\x08\x12\x0f\n\x07rewards\x18\x04 \x03(\x01*\x97\x01\n\x12TrajectoryProgress\x12#\n\x1fTRAJECTORY_PROGRESS_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRAJECTORY_PROGRESS_OPEN\x10\x01\x12\x1e\n\x1aTRAJECTORY_PROGRESS_CLOSED\x10\x02\x12\x1e\n\x1aTRAJECTORY_PROGRESS_FAILED\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'leeway.v1.storage_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRAJECTORYPROGRESS']._serialized_start=2401
-  _globals['_TRAJECTORYPROGRESS']._serialized_end=2552
+  _globals['_TRAJECTORYPROGRESS']._serialized_start=2469
+  _globals['_TRAJECTORYPROGRESS']._serialized_end=2620
   _globals['_GENERATION']._serialized_start=119
   _globals['_GENERATION']._serialized_end=206
   _globals['_LOGPOSITION']._serialized_start=208
@@ -43,23 +43,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SNAPSHOT']._serialized_start=257
   _globals['_SNAPSHOT']._serialized_end=435
   _globals['_RUNSNAPSHOT']._serialized_start=438
-  _globals['_RUNSNAPSHOT']._serialized_end=1172
-  _globals['_DRAINEDSERVER']._serialized_start=1174
-  _globals['_DRAINEDSERVER']._serialized_end=1241
-  _globals['_INCARNATION']._serialized_start=1243
-  _globals['_INCARNATION']._serialized_end=1292
-  _globals['_LOSTATTEMPTS']._serialized_start=1294
-  _globals['_LOSTATTEMPTS']._serialized_end=1343
-  _globals['_REGISTEREDVERSION']._serialized_start=1345
-  _globals['_REGISTEREDVERSION']._serialized_end=1458
-  _globals['_GROUPSNAPSHOT']._serialized_start=1461
-  _globals['_GROUPSNAPSHOT']._serialized_end=1928
-  _globals['_MEMBERSNAPSHOT']._serialized_start=1931
-  _globals['_MEMBERSNAPSHOT']._serialized_end=2109
-  _globals['_BATCHSNAPSHOT']._serialized_start=2111
-  _globals['_BATCHSNAPSHOT']._serialized_end=2175
-  _globals['_EVALUATIONSNAPSHOT']._serialized_start=2178
-  _globals['_EVALUATIONSNAPSHOT']._serialized_end=2311
-  _globals['_EVALUATEDTASK']._serialized_start=2313
-  _globals['_EVALUATEDTASK']._serialized_end=2398
+  _globals['_RUNSNAPSHOT']._serialized_end=1199
+  _globals['_DRAINEDSERVER']._serialized_start=1201
+  _globals['_DRAINEDSERVER']._serialized_end=1268
+  _globals['_INCARNATION']._serialized_start=1270
+  _globals['_INCARNATION']._serialized_end=1319
+  _globals['_LOSTATTEMPTS']._serialized_start=1321
+  _globals['_LOSTATTEMPTS']._serialized_end=1370
+  _globals['_REGISTEREDVERSION']._serialized_start=1372
+  _globals['_REGISTEREDVERSION']._serialized_end=1485
+  _globals['_GROUPSNAPSHOT']._serialized_start=1488
+  _globals['_GROUPSNAPSHOT']._serialized_end=1996
+  _globals['_MEMBERSNAPSHOT']._serialized_start=1999
+  _globals['_MEMBERSNAPSHOT']._serialized_end=2177
+  _globals['_BATCHSNAPSHOT']._serialized_start=2179
+  _globals['_BATCHSNAPSHOT']._serialized_end=2243
+  _globals['_EVALUATIONSNAPSHOT']._serialized_start=2246
+  _globals['_EVALUATIONSNAPSHOT']._serialized_end=2379
+  _globals['_EVALUATEDTASK']._serialized_start=2381
+  _globals['_EVALUATEDTASK']._serialized_end=2466
 # @@protoc_insertion_point(module_scope)

@@ -183,6 +183,7 @@ class RunSnapshot(_message.Message):
     ROLLBACK_FIELD_NUMBER: _builtins.int
     RESTORED_AT_FIELD_NUMBER: _builtins.int
     INCARNATIONS_FIELD_NUMBER: _builtins.int
+    DEAD_LETTER_COUNT_FIELD_NUMBER: _builtins.int
     DRAINED_SERVERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
@@ -202,13 +203,17 @@ class RunSnapshot(_message.Message):
     """Training groups ever issued."""
     consumed: _builtins.int
     """Training groups consumed."""
+    dead_letter_count: _builtins.int
+    """All dead letters whose tasks were not queued again."""
     @_builtins.property
     def spec(self) -> _replay_pb2.RunSpec:
         """The run."""
 
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegisteredVersion]:
-        """Every version ever registered, parents before children."""
+        """The versions that the run can still go back to, those that they came from within the staleness bound, and every later
+        one; parents before children, the root first.
+        """
 
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupSnapshot]:
@@ -232,11 +237,11 @@ class RunSnapshot(_message.Message):
 
     @_builtins.property
     def lost_attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___LostAttempts]:
-        """Tickets that tasks cost whose groups were given up unfinished."""
+        """Tickets that tasks cost which are due again or live, in groups that were given up unfinished."""
 
     @_builtins.property
     def dead_letters(self) -> _containers.RepeatedCompositeFieldContainer[_replay_pb2.DeadLetter]:
-        """Dead letters whose tasks were not queued again, oldest first."""
+        """Dead letters whose tasks were not queued again, the newest of them, oldest first."""
 
     @_builtins.property
     def rollback(self) -> _replay_pb2.Rollback:
@@ -278,11 +283,12 @@ class RunSnapshot(_message.Message):
         rollback: _replay_pb2.Rollback | None = ...,
         restored_at: _common_pb2.PolicyVersion | None = ...,
         incarnations: _abc.Iterable[Global___Incarnation] | None = ...,
+        dead_letter_count: _builtins.int = ...,
         drained_servers: _abc.Iterable[Global___DrainedServer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letters", b"dead_letters", "drained_servers", b"drained_servers", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letter_count", b"dead_letter_count", "dead_letters", b"dead_letters", "drained_servers", b"drained_servers", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -425,6 +431,8 @@ class GroupSnapshot(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     MEMBERS_FIELD_NUMBER: _builtins.int
     ENDED_AT_FIELD_NUMBER: _builtins.int
+    LOST_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    REQUEUED_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     """Its id."""
     created: _builtins.int
@@ -451,6 +459,10 @@ class GroupSnapshot(_message.Message):
     """Its fence."""
     server_id: _builtins.str
     """The server of the newest ticket."""
+    lost_attempts: _builtins.int
+    """Dead letters: tickets that earlier groups of the task cost."""
+    requeued: _builtins.bool
+    """Dead letters: whether the task was queued again."""
     @_builtins.property
     def issued_at(self) -> _timestamp_pb2.Timestamp:
         """When its first ticket was issued."""
@@ -487,10 +499,12 @@ class GroupSnapshot(_message.Message):
         version: _common_pb2.PolicyVersion | None = ...,
         members: _abc.Iterable[Global___MemberSnapshot] | None = ...,
         ended_at: _abc.Iterable[_builtins.int] | None = ...,
+        lost_attempts: _builtins.int = ...,
+        requeued: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["issued_at", b"issued_at", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "created", b"created", "drop_message", b"drop_message", "drop_reason", b"drop_reason", "ended_at", b"ended_at", "evaluation_id", b"evaluation_id", "group_id", b"group_id", "issued_at", b"issued_at", "members", b"members", "number", b"number", "place", b"place", "purpose", b"purpose", "server_id", b"server_id", "state", b"state", "step", b"step", "task_index", b"task_index", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "created", b"created", "drop_message", b"drop_message", "drop_reason", b"drop_reason", "ended_at", b"ended_at", "evaluation_id", b"evaluation_id", "group_id", b"group_id", "issued_at", b"issued_at", "lost_attempts", b"lost_attempts", "members", b"members", "number", b"number", "place", b"place", "purpose", b"purpose", "requeued", b"requeued", "server_id", b"server_id", "state", b"state", "step", b"step", "task_index", b"task_index", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

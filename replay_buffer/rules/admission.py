@@ -34,7 +34,8 @@ PAST: Final = -1
 def deadline_of(run: RunState, versions: Iterable[PolicyVersion]) -> int:
     """D for tokens of these versions.
 
-    A version that was never registered, or that an explicit rollback discarded, counts as past: it is never trained on.
+    A version that was never registered, has been forgotten, or was discarded by an explicit rollback counts as past: it
+    is never trained on.
     """
     lineage, bound = run.lineage, run.spec.max_staleness
     if bound == 0:

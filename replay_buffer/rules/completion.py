@@ -33,7 +33,7 @@ def decide_after_restart(run: RunState) -> list[GroupsDropped]:
     drops: list[GroupsDropped] = []
     for group in [*run.live.values(), *run.live_evaluation.values()]:
         versions = {version for member in group.members for version in member.versions}
-        unknown = next((version for version in versions if version not in run.lineage), None)
+        unknown = next((version for version in versions if run.lineage.is_unknown(version)), None)
         if unknown is not None:
             message = f"tokens are labelled with {unknown}, which was never registered"
             drops.append(GroupsDropped((group.group_id,), DropReason.UNKNOWN_VERSION, message))

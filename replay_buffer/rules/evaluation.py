@@ -25,7 +25,7 @@ def decide_evaluation(run: RunState, epoch: int, evaluation: Evaluation) -> Eval
     check_live(run)
     if evaluation.version not in run.lineage:
         raise PreconditionError(f"run {name!r}: {evaluation.version} was never registered; advance to it first")
-    if known is not None and run.lineage.survives(known.evaluation.version):
+    if known is not None and not run.lineage.is_abandoned(known.evaluation.version):
         raise PreconditionError(
             f"run {name!r}: evaluation {evaluation.evaluation_id!r} already measures {known.evaluation.version} "
             "or asks for other tasks, members or sampling; choose another id"

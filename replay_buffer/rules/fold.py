@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Final, assert_never
 
-from leeway.types import DeadLetter, Drain, DropReason, GroupState, PolicyVersion, Purpose, Rollback
+from leeway.types import Drain, DropReason, GroupState, PolicyVersion, Purpose, Rollback
 from replay_buffer.rules.groups import Batch, EvaluationState, Group, Location, Member, Progress
-from replay_buffer.rules.state import KEPT_EVALUATIONS, REQUEUED, SET_ASIDE, RunState
+from replay_buffer.rules.state import KEPT_DEAD_LETTERS, KEPT_EVALUATIONS, REQUEUED, RunState
 from replay_buffer.rules.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -67,6 +67,7 @@ def apply(run: RunState, transition: Transition, recorded_at_ns: int, location: 
         case StepsCommitted():
             _commit(run, transition.step, location)
             run.oldest_kept_step = transition.oldest_kept_step
+            run.lineage.forget_before(run.oldest_reachable_step)
         case RunOpened():
             _open(run, transition, location)
         case EvaluationCreated():
@@ -86,10 +87,7 @@ def apply(run: RunState, transition: Transition, recorded_at_ns: int, location: 
             message = "the log was restored from a backup"
             _drop(run, transition.group_ids, DropReason.ROLLED_BACK, message, location)
         case DeadLettersRequeued():
-            for group_id in transition.group_ids:
-                task_index = run.dead_letters.pop(group_id).task_index
-                run.lost_attempts.pop(task_index, None)
-                run.requeued.append(task_index)
+            _requeue(run, transition)
         case ServerDrained():
             at = datetime.fromtimestamp(recorded_at_ns // 1_000_000_000, UTC)
             run.drained[transition.server_id] = Drain(transition.reason, transition.message, at)
@@ -183,12 +181,32 @@ def _drop(run: RunState, group_ids: Iterable[str], reason: DropReason, message: 
             if reason in REQUEUED:
                 run.requeued.append(group.task_index)
                 _count_lost(run, group, reason)
-            elif reason in SET_ASIDE:
-                run.dead_letters[group_id] = DeadLetter(
-                    group_id, group.task_index, reason, message, run.attempts(group), group.server_id
-                )
         group.state, group.drop_reason, group.drop_message = GroupState.DROPPED, reason, message
+        if group.is_dead_letter:
+            _set_aside(run, group)
         _end(run, group, location)
+
+
+def _set_aside(run: RunState, group: Group) -> None:
+    """Keep the letter; its task begins afresh when it comes again."""
+    group.lost_attempts = run.lost_attempts.pop(group.task_index, 0)
+    run.dead_letters[group.group_id] = group.letter()
+    run.dead_letter_count += 1
+    if len(run.dead_letters) > KEPT_DEAD_LETTERS:
+        del run.dead_letters[next(iter(run.dead_letters))]
+
+
+def _requeue(run: RunState, requeued: DeadLettersRequeued) -> None:
+    for group_id, task_index in zip(requeued.group_ids, requeued.task_indices, strict=True):
+        run.dead_letters.pop(group_id, None)
+        run.requeued.append(task_index)
+        group = run.ended.get(group_id)
+        if group is not None:  # it has not been retired
+            group.requeued = True
+            run.ended.put(group)
+    run.dead_letter_count -= len(requeued.group_ids)
+    if requeued.is_all:
+        run.dead_letter_count = 0
 
 
 def _count_lost(run: RunState, group: Group, reason: DropReason) -> None:

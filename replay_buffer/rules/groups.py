@@ -6,9 +6,20 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
-from leeway.types import DropReason, Evaluation, GroupState, PolicyVersion, Purpose
+from leeway.types import DeadLetter, DropReason, Evaluation, GroupState, PolicyVersion, Purpose
+
+SET_ASIDE: Final = frozenset(
+    {
+        DropReason.DEAD_LETTER,
+        DropReason.FAILED,
+        DropReason.INVALID,
+        DropReason.CONFLICT,
+        DropReason.UNKNOWN_VERSION,
+    }
+)
+"""A group dropped for one of these is a dead letter until a person queues its task again."""
 
 
 class Location(NamedTuple):
@@ -90,10 +101,12 @@ class Group:
         "evaluation_id",
         "group_id",
         "issued_at_ns",
+        "lost_attempts",
         "members",
         "number",
         "place",
         "purpose",
+        "requeued",
         "server_id",
         "state",
         "step",
@@ -113,6 +126,8 @@ class Group:
         self.state = GroupState.OPEN
         self.drop_reason: DropReason | None = None
         self.drop_message = ""
+        self.lost_attempts = 0  # dead letters: what earlier groups of the task cost
+        self.requeued = False  # dead letters: the task was queued again
         self.step = 0
         self.place = 0  # in the step's batch
         self.attempt = 0
@@ -141,6 +156,17 @@ class Group:
     @property
     def ended(self) -> bool:
         return self.state in (GroupState.CONSUMED, GroupState.DROPPED)
+
+    @property
+    def is_dead_letter(self) -> bool:
+        """Whether it was set aside, and nobody has queued its task again."""
+        return self.purpose is Purpose.TRAIN and self.drop_reason in SET_ASIDE and not self.requeued
+
+    def letter(self) -> DeadLetter:
+        """What a person is shown of a group that was set aside."""
+        assert self.drop_reason is not None
+        attempts = self.lost_attempts + self.attempt
+        return DeadLetter(self.group_id, self.task_index, self.drop_reason, self.drop_message, attempts, self.server_id)
 
     @property
     def oldest_segment(self) -> int | None:
@@ -198,6 +224,10 @@ class Ended(Protocol):
 
     def groups(self) -> Iterator[Group]:
         """Every ended group, in the order of issue."""
+        ...
+
+    def dead_letters(self, newest: int) -> list[Group]:
+        """Dead letters, in the order of issue; at most so many, the newest."""
         ...
 
 

@@ -7,19 +7,26 @@ A learner that restarts from a checkpoint branches off there. What it abandoned 
 
     root ── 1 ── 2 ── 3 ── 4       epoch 1, abandoned beyond 2
                  └── 3' ── 4' ── 5'   epoch 2, head 5': lineage step of 4 is 2, so its lag is 3, not 1
+
+Versions are registered in ascending order of (epoch, step), so what is older than some surviving version is a prefix of
+that order, and nothing in it descends from that version. `forget_before` lets such a prefix go and makes the version
+the root of what is left: memory is bounded by how far back the run can still go, not by how long it is. A forgotten
+version is known to be past, whichever branch it was on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import dropwhile
 
 from leeway.types import PolicyVersion
 
 
 class Lineage:
-    """Every version ever registered, and which of them the head descends from."""
+    """The versions that have been registered, from a root on, and which of them the head descends from."""
 
     def __init__(self, root: PolicyVersion) -> None:
+        self.root = root
         self.head = root
         self._parents: dict[PolicyVersion, PolicyVersion | None] = {root: None}
         self._lineage_steps: dict[PolicyVersion, int] = {root: root.step}
@@ -30,6 +37,15 @@ class Lineage:
 
     def __iter__(self) -> Iterator[PolicyVersion]:
         return iter(self._parents)
+
+    def __len__(self) -> int:
+        return len(self._parents)
+
+    def is_unknown(self, version: PolicyVersion) -> bool:
+        """Whether a version was never registered: neither is it there nor can it have been forgotten."""
+        root = self.root
+        is_older = version.run == root.run and (version.epoch, version.step) < (root.epoch, root.step)
+        return version not in self._parents and not is_older
 
     def parent(self, version: PolicyVersion) -> PolicyVersion | None:
         """The version it was trained from; None for the root."""
@@ -63,6 +79,17 @@ class Lineage:
                 assert parent is not None
                 self._lineage_steps[version] = self._lineage_steps[parent]
 
+    def forget_before(self, step: int) -> None:
+        """Let every version go that was registered before the surviving one of this step, which is the root then."""
+        if step <= self.root.step:
+            return
+        root = next(version for version in self.ancestry(self.head) if version.step == step)
+        kept = dropwhile(lambda entry: entry[0] != root, self._parents.items())
+        self._parents = {**dict(kept), root: None}
+        self._lineage_steps = {version: self._lineage_steps[version] for version in self._parents}
+        self._discarded = {version for version in self._discarded if version in self._parents}
+        self.root = root
+
     def restore(
         self,
         parents: Mapping[PolicyVersion, PolicyVersion | None],
@@ -71,6 +98,8 @@ class Lineage:
     ) -> None:
         """Become the tree that `parents` describes, each version after its parent."""
         self._parents = dict(parents)
+        self.root = next(iter(self._parents))
+        self._lineage_steps.clear()
         self._discarded = set(discarded)
         self.rollback(head)
 
@@ -88,6 +117,10 @@ class Lineage:
     def lag(self, version: PolicyVersion) -> int:
         """Optimizer steps along the surviving history from a registered version to the head."""
         return self.head.step - self._lineage_steps[version]
+
+    def is_abandoned(self, version: PolicyVersion) -> bool:
+        """Whether the head descends from another branch; not so for what has been forgotten."""
+        return version in self._parents and not self.survives(version)
 
     def survives(self, version: PolicyVersion) -> bool:
         """Whether the head is this version or descends from it."""

@@ -78,10 +78,15 @@ def _show(value: object) -> str:
 
 def _check_checkpoint(run: RunState, checkpoint: PolicyVersion) -> None:
     name = run.spec.run
-    if checkpoint not in run.lineage and run.restored_at is not None:
+    if run.lineage.is_unknown(checkpoint) and run.restored_at is not None:
         raise PreconditionError(
             f"run {name!r}: checkpoint {checkpoint} is ahead of this log, which was restored from a backup taken at "
             f"{run.restored_at}; restore a newer backup, or remove checkpoints after step {run.restored_at.step}"
+        )
+    if checkpoint not in run.lineage and not run.lineage.is_unknown(checkpoint):
+        raise PreconditionError(
+            f"run {name!r}: checkpoint {checkpoint} is older than anything that this run can go back to; "
+            f"resume from a checkpoint of step {run.committed_step} or later that {run.head} descends from"
         )
     if checkpoint not in run.lineage:
         raise PreconditionError(
@@ -134,14 +139,14 @@ def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | No
     name, lineage = run.spec.run, run.lineage
     if run.must_open_at == version:
         return None
-    if version not in lineage or not lineage.survives(version):
-        raise PreconditionError(
-            f"run {name!r}: {run.head} does not descend from {version}; roll back to a version of the surviving history"
-        )
     if version.step < run.oldest_kept_step:
         raise PreconditionError(
             f"run {name!r}: the learner keeps no checkpoint of step {version.step}; "
             f"roll back to step {run.oldest_kept_step} or later"
+        )
+    if version not in lineage or not lineage.survives(version):
+        raise PreconditionError(
+            f"run {name!r}: {run.head} does not descend from {version}; roll back to a version of the surviving history"
         )
     later_steps = range(version.step + 1, run.head.step + 1)
     batches = {step: run.batch(step) for step in later_steps}

@@ -5,7 +5,11 @@ Occupancy is read off the groups' states, so it cannot leak.
     live groups, batches that are not committed, the newest evaluations    in memory
     ended groups, older evaluations                                        handed to `Ended`, and asked for by id
 
-So memory is bounded by what is live, however long the run is; only versions (one per step) and counters stay.
+    versions                                                               from the oldest that the run can go back to
+    tries of tasks                                                         while a group of the task is due or live
+    dead letters                                                           the newest; the others are asked for
+
+So memory is bounded by what is live and by how far back the learner's checkpoints reach, however long the run is.
 """
 
 from __future__ import annotations
@@ -37,16 +41,8 @@ REQUEUED: Final = frozenset(
 KEPT_EVALUATIONS: Final = 4
 """Ended evaluations that stay in memory: whoever asked for them may ask again, whatever is retired meanwhile."""
 
-SET_ASIDE: Final = frozenset(
-    {
-        DropReason.DEAD_LETTER,
-        DropReason.FAILED,
-        DropReason.INVALID,
-        DropReason.CONFLICT,
-        DropReason.UNKNOWN_VERSION,
-    }
-)
-"""A group dropped for one of these is a dead letter until a person queues its task again."""
+KEPT_DEAD_LETTERS: Final = 256
+"""Dead letters that stay in memory, the newest: a person can look at them even when their records are retired."""
 
 
 class RunState:
@@ -68,8 +64,9 @@ class RunState:
         self.evaluations: dict[str, EvaluationState] = {}  # under way, and the newest ended ones
         self.task_cursor = 0
         self.requeued: deque[int] = deque()
-        self.lost_attempts: Counter[int] = Counter()  # by task: what groups cost that were given up unfinished
-        self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first
+        self.lost_attempts: Counter[int] = Counter()  # by task that is due or live: what earlier groups of it cost
+        self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first; the newest of them
+        self.dead_letter_count = 0
         self.drained: dict[str, Drain] = {}  # servers that get no tickets, in the order in which they were drained
         self.rollback: Rollback | None = None  # the newest explicit one
         self.restored_at: PolicyVersion | None = None  # the head when the log was last restored from a backup
@@ -86,6 +83,15 @@ class RunState:
     def must_open_at(self) -> PolicyVersion | None:
         """The version that the next learner has to bring: after an explicit rollback."""
         return self.rollback.version if self.rollback is not None and self.rollback.epoch == self.epoch else None
+
+    @property
+    def oldest_reachable_step(self) -> int:
+        """Step of the oldest version that still matters.
+
+        The head may go back to what is committed, or to a checkpoint that is kept; tokens count up to S steps back from
+        there; a repeated Advance names one parent more.
+        """
+        return min(self.committed_step, self.oldest_kept_step) - self.spec.max_staleness - 1
 
     def attempts(self, group: Group) -> int:
         """Tickets that a group's task has cost since it last gave a whole group."""
@@ -134,7 +140,7 @@ class RunState:
             consumed=self.consumed,
             dropped=dict(self.dropped),
             rollback=self.rollback,
-            dead_letters=len(self.dead_letters),
+            dead_letters=self.dead_letter_count,
         )
 
     def batch(self, step: int) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class TicketOffice:
         Raises:
             PreconditionError: the server's version was never registered.
         """
-        if server.version not in run.lineage:
+        if run.lineage.is_unknown(server.version):
             raise PreconditionError(
                 f"server {server.server_id!r} asks for work at {server.version}, which run {run.spec.run!r} "
                 "never registered; let it fetch the weights that the learner publishes"

@@ -133,6 +133,8 @@ class DeadLettersRequeued:
     """The tasks of these groups, which were set aside, are queued again with all their tries."""
 
     group_ids: tuple[str, ...]
+    task_indices: tuple[int, ...]  # of these groups
+    is_all: bool = False  # no other dead letter is left that could be queued again
 
 
 @dataclass(frozen=True, slots=True)

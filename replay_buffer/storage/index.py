@@ -32,7 +32,7 @@ from replay_buffer.storage.stored_state import (
 )
 
 FILE: Final = "index.sqlite"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _WAITING: Final = 64
 """Ended groups that are written in one transaction."""
 _PAGE: Final = 256
@@ -43,10 +43,12 @@ _SCHEMA: Final = """
 CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
 CREATE TABLE groups (
     run TEXT, created INTEGER, purpose INTEGER, state INTEGER, step INTEGER, place INTEGER,
-    oldest_segment INTEGER, ended_segment INTEGER, ended_offset INTEGER, checksum INTEGER, body BLOB,
+    dead_letter INTEGER, oldest_segment INTEGER, ended_segment INTEGER, ended_offset INTEGER,
+    checksum INTEGER, body BLOB,
     PRIMARY KEY (run, created)
 ) WITHOUT ROWID;
 CREATE INDEX groups_by_step ON groups (run, step, place) WHERE step > 0;
+CREATE INDEX dead_letters ON groups (run, created) WHERE dead_letter = 1;
 CREATE INDEX groups_by_segment ON groups (oldest_segment);
 CREATE INDEX groups_by_end ON groups (ended_segment, ended_offset);
 CREATE TABLE evaluations (
@@ -193,7 +195,7 @@ class Index:
         try:
             with self._file:
                 self._file.executemany(
-                    "INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     [_row(run, group) for (run, _), group in self._groups.items()],
                 )
                 self._file.executemany(
@@ -273,6 +275,21 @@ class Index:
             after = page[-1]
         yield from extra
 
+    def dead_letters(self, run: str, newest: int) -> list[Group]:
+        """Dead letters in the order of issue; at most so many, the newest."""
+        with suppress(OSError):
+            self._write()
+        waiting = {number: group for (owner, number), group in self._groups.items() if owner == run}
+        with _reading(self._path):
+            rows = self._file.execute(
+                "SELECT created, checksum, body FROM groups WHERE run = ? AND dead_letter = 1 "
+                "ORDER BY created DESC LIMIT ?",
+                (run, newest + len(waiting)),
+            ).fetchall()
+        found = [*waiting.values(), *(self._group(row[1:]) for row in rows if row[0] not in waiting)]
+        letters = sorted((group for group in found if group.is_dead_letter), key=lambda group: group.created)
+        return letters[-newest:]
+
     def first_whole_step(self, run: str, groups_per_step: int) -> int | None:
         """The oldest committed step of which no group has been retired."""
         self._write()
@@ -351,6 +368,9 @@ class RunIndex:
         """The oldest committed step of which no group has been retired."""
         return self._index.first_whole_step(self._run, groups_per_step)
 
+    def dead_letters(self, newest: int) -> list[Group]:
+        return self._index.dead_letters(self._run, newest)
+
     def groups(self) -> Iterator[Group]:
         for number in self._index.created(self._run, Filter()):
             group = self._index.get(self._run, number)
@@ -389,7 +409,7 @@ def _row(run: str, group: Group) -> tuple[object, ...]:
     body = group_to_proto(group).SerializeToString()
     assert group.ended_at is not None
     oldest = group.ended_at.segment if group.oldest_segment is None else group.oldest_segment
-    numbers = (group.created, int(group.purpose), int(group.state), group.step, group.place)
+    numbers = (group.created, int(group.purpose), int(group.state), group.step, group.place, int(group.is_dead_letter))
     return (run, *numbers, oldest, group.ended_at.segment, group.ended_at.offset, crc32c(body), body)
 
 

@@ -128,6 +128,8 @@ def _message(record: Record) -> log_pb2.LogRecord:
             message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
         case DeadLettersRequeued() as requeued:
             message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
+            message.dead_letters_requeued.task_indices.extend(requeued.task_indices)
+            message.dead_letters_requeued.all = requeued.is_all
         case RunRestored() as restored:
             message.run_restored.epoch = restored.epoch
             message.run_restored.created = restored.created
@@ -217,7 +219,8 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
                 tuple(rolled_back.task_indices),
             )
         case "dead_letters_requeued":
-            return DeadLettersRequeued(tuple(message.dead_letters_requeued.group_ids))
+            requeued = message.dead_letters_requeued
+            return DeadLettersRequeued(tuple(requeued.group_ids), tuple(requeued.task_indices), requeued.all)
         case "run_restored":
             restored = message.run_restored
             return RunRestored(restored.epoch, restored.created, tuple(restored.group_ids))

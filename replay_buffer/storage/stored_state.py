@@ -37,6 +37,8 @@ def group_to_proto(group: Group) -> storage_pb2.GroupSnapshot:
         server_id=group.server_id,
         members=[_member_to_proto(member) for member in group.members],
         ended_at=group.ended_at or (),
+        lost_attempts=group.lost_attempts,
+        requeued=group.requeued,
     )
     message.issued_at.seconds, message.issued_at.nanos = divmod(group.issued_at_ns, _NANOS)
     if group.version is not None:
@@ -69,6 +71,7 @@ def group_from_proto(message: storage_pb2.GroupSnapshot) -> Group:
     group.attempt, group.server_id = message.attempt, message.server_id
     group.version = codec.version_from_proto(message.version) if message.HasField("version") else None
     group.ended_at = Location(*message.ended_at) if message.ended_at else None
+    group.lost_attempts, group.requeued = message.lost_attempts, message.requeued
     for member, stored in zip(group.members, message.members, strict=True):
         member.attempt, member.server_id = stored.attempt, stored.server_id
         member.progress = codec.enum_from_proto(Progress, stored.progress)
@@ -133,6 +136,7 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
             for task_index, count in state.lost_attempts.items()
         ],
         dead_letters=[codec.letter_to_proto(letter) for letter in state.dead_letters.values()],
+        dead_letter_count=state.dead_letter_count,
         rollback=None if state.rollback is None else codec.rollback_to_proto(state.rollback),
         restored_at=None if state.restored_at is None else codec.version_to_proto(state.restored_at),
         incarnations=[
@@ -177,6 +181,7 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
         state.dropped[codec.enum_from_proto(DropReason, entry.reason)] = entry.count
     state.lost_attempts.update({entry.task_index: entry.count for entry in message.lost_attempts})
     state.dead_letters = {letter.group_id: codec.letter_from_proto(letter) for letter in message.dead_letters}
+    state.dead_letter_count = message.dead_letter_count
     state.rollback = codec.rollback_from_proto(message.rollback) if message.HasField("rollback") else None
     state.restored_at = codec.version_from_proto(message.restored_at) if message.HasField("restored_at") else None
     state.incarnations = {entry.incarnation: entry.epoch for entry in message.incarnations}

@@ -19,7 +19,14 @@ from leeway.errors import CorruptDataError, NotFoundError
 from leeway.v1 import storage_pb2
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.transitions import ChunkWritten, RunRolledBack, TrajectoryClosed, TrajectoryFailed, Transition
+from replay_buffer.rules.transitions import (
+    ChunkWritten,
+    DeadLettersRequeued,
+    RunRolledBack,
+    TrajectoryClosed,
+    TrajectoryFailed,
+    Transition,
+)
 from replay_buffer.storage.generation import Generation, read_generation
 from replay_buffer.storage.index import FILE, Index
 from replay_buffer.storage.offline import Fold
@@ -174,7 +181,7 @@ class _Verification:
     def _note_late(self, run: RunState, transition: Transition) -> None:
         """Remember what changes an entry again, which the index may or may not have seen."""
         match transition:
-            case RunRolledBack(group_ids=group_ids):
+            case RunRolledBack(group_ids=group_ids) | DeadLettersRequeued(group_ids=group_ids):
                 changed = group_ids
             case TrajectoryFailed(trajectory_id=trajectory_id):
                 changed = (trajectory_id.rpartition(".")[0],)

@@ -6,8 +6,13 @@ import pytest
 
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.types import DropReason, GroupState, Ticket, TrajectoryFailure, WriteItem
-from replay_buffer.rules.dead_letters import decide_requeue
+from replay_buffer.rules import dead_letters
+from replay_buffer.rules.dead_letters import MOST_LISTED, decide_requeue, decide_requeue_all, list_dead_letters
+from replay_buffer.rules.fold import apply
+from replay_buffer.rules.groups import Location
+from replay_buffer.rules.state import KEPT_DEAD_LETTERS, RunState
 from replay_buffer.rules.tickets import decide_expired
+from replay_buffer.storage.index import Index
 from tests.unit.replay_buffer.builders import Machine, snapshot, spec, version
 
 ATTEMPTS = 3
@@ -97,9 +102,9 @@ def test_a_requeued_task_comes_as_a_new_group_with_all_its_tries(machine: Machin
 
 def test_a_letter_is_requeued_once(machine: Machine) -> None:
     group_id = exhaust(machine)
-    machine.record(decide_requeue(machine.state, []))
+    machine.record(decide_requeue_all(machine.state))
     assert decide_requeue(machine.state, [group_id]) is None
-    assert decide_requeue(machine.state, []) is None
+    assert decide_requeue_all(machine.state) is None
     assert list(machine.state.requeued) == [0]
 
 
@@ -115,3 +120,64 @@ def test_only_dead_letters_are_requeued(machine: Machine) -> None:
     with pytest.raises(PreconditionError, match=r"is no dead letter: it is drawn"):
         decide_requeue(machine.state, [ticket.group_id])
     assert machine.state.head == version(1)
+
+
+def set_aside(machine: Machine, count: int) -> list[str]:
+    """So many groups that failed for good."""
+    group_ids: list[str] = []
+    for _ in range(count):
+        (ticket,) = machine.acquire()
+        fail(machine, ticket, retryable=False)
+        group_ids.append(ticket.group_id)
+    return group_ids
+
+
+def test_letters_beyond_those_in_memory_are_listed_and_queued_again_too(machine: Machine) -> None:
+    group_ids = set_aside(machine, KEPT_DEAD_LETTERS + 3)
+    state = machine.state
+    assert list(state.dead_letters) == group_ids[3:]
+    assert [letter.group_id for letter in list_dead_letters(state)] == group_ids
+    assert [letter.group_id for letter in list_dead_letters(state, 2)] == group_ids[-2:]
+    assert {letter.message for letter in list_dead_letters(state)[:3]} == {
+        f"trajectory {group_id}.0: the engine died of this prompt" for group_id in group_ids[:3]
+    }
+    machine.record(decide_requeue(state, [group_ids[0]]))
+    assert decide_requeue(state, [group_ids[0]]) is None
+    assert [letter.group_id for letter in list_dead_letters(state)] == group_ids[1:]
+    assert state.status().dead_letters == KEPT_DEAD_LETTERS + 2
+    machine.record(decide_requeue_all(state))
+    assert list_dead_letters(state) == []
+    assert state.status().dead_letters == 0
+    assert len(state.requeued) == KEPT_DEAD_LETTERS + 3
+    assert snapshot(machine.refolded()) == snapshot(state)
+
+
+def test_many_letters_are_queued_again_in_several_records(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dead_letters, "_AT_ONCE", 2)
+    set_aside(machine, 5)
+    sizes: list[int] = []
+    while (requeued := decide_requeue_all(machine.state)) is not None:
+        sizes.append(len(requeued.group_ids))
+        machine.record(requeued)
+    assert sizes == [2, 2, 1]
+    assert len(list_dead_letters(machine.state)) == machine.state.dead_letter_count == 0
+
+
+def test_what_can_no_longer_be_queued_is_not_counted_for_ever(machine: Machine) -> None:
+    """The records of older letters are retired: their groups are gone from the index."""
+    set_aside(machine, KEPT_DEAD_LETTERS + 3)
+    retired = RunState(machine.spec, Index().of(machine.spec.run))
+    retired.dead_letters, retired.dead_letter_count = machine.state.dead_letters, machine.state.dead_letter_count
+    assert len(list_dead_letters(retired)) == KEPT_DEAD_LETTERS
+    requeued = decide_requeue_all(retired)
+    assert requeued is not None
+    assert len(requeued.group_ids) == KEPT_DEAD_LETTERS
+    apply(retired, requeued, 0, Location(1, 0, 0))
+    assert (retired.dead_letter_count, list_dead_letters(retired)) == (0, [])
+
+
+def test_an_answer_holds_so_many_letters(machine: Machine) -> None:
+    assert MOST_LISTED * 500 < 8 << 20
+    set_aside(machine, 3)
+    machine.state.dead_letter_count = MOST_LISTED + 1
+    assert len(list_dead_letters(machine.state, MOST_LISTED + 1)) == 3

@@ -46,3 +46,37 @@ def test_what_was_never_registered_is_not_in_the_tree() -> None:
     assert ROOT in lineage
     assert version(1) not in lineage
     assert not lineage.survives(version(1))
+
+
+def test_what_is_older_than_a_surviving_version_is_let_go_and_known_to_be_past() -> None:
+    lineage = Lineage(ROOT)
+    first = grown(lineage, 1, range(1, 6))
+    lineage.rollback(first[1])
+    second = grown(lineage, 2, range(3, 8))
+    lineage.rollback(second[2])
+    third = grown(lineage, 3, range(6, 9))
+    lags = {known: lineage.lag(known) for known in lineage}
+    lineage.forget_before(4)
+    assert list(lineage) == [*second[1:], *third]
+    assert {known: lineage.lag(known) for known in lineage} == {known: lags[known] for known in lineage}
+    assert (lineage.root, lineage.parent(second[1])) == (second[1], None)
+    assert not any(lineage.is_unknown(known) for known in [ROOT, *first, *second, *third])
+    assert lineage.is_unknown(version(9, epoch=3))
+    assert lineage.is_unknown(version(4, epoch=2, run="another"))
+    assert [lineage.is_abandoned(known) for known in (*first, *second)] == [False] * 5 + [False] * 3 + [True] * 2
+    lineage.forget_before(2)  # it has been
+    assert lineage.root == second[1]
+    lineage.rollback(second[1])
+    assert [lineage.lag(known) for known in (*second[1:], *third)] == [0] * 7
+
+
+def test_an_explicit_rollback_is_forgotten_with_what_it_left() -> None:
+    lineage = Lineage(ROOT)
+    first = grown(lineage, 1, range(1, 4))
+    lineage.discard_after(first[0])
+    second = grown(lineage, 2, range(2, 5))
+    lineage.forget_before(1)
+    assert [lineage.is_discarded(known) for known in first] == [False, True, True]
+    lineage.forget_before(2)
+    assert list(lineage) == second
+    assert not lineage._discarded

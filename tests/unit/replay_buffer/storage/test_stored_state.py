@@ -69,6 +69,7 @@ def test_a_snapshot_holds_groups_to_the_last_slot() -> None:
             value = getattr(group, name)
             filled = f"{name}" if isinstance(value, str) else value or number
             setattr(group, name, filled)
+    group.requeued = True
     group.version, group.ended_at = state.head, Location(1, 2, 3)
     for member in group.members:
         member.attempt, member.server_id, member.reward, member.versions = 7, "s7", 0.5, (state.head,)
