@@ -65,7 +65,7 @@ class Fleet:
         """Servers that said something within a lease, and did not leave."""
         return {
             server_id
-            for server_id, member in self.members.items()
+            for server_id, member in list(self.members.items())  # also called from the metrics thread
             if not member.left and member.seen_at > now - self._lease_seconds
         }
 

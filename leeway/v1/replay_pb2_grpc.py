@@ -269,9 +269,9 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DrainServer(self, request, context):
-        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. The loans of one that
-        diverges are void at once, and what it wrote of groups that no step has drawn is dropped with reason diverged; any other may
-        finish what it holds. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+        a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+        wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
         epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

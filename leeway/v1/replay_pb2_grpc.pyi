@@ -94,9 +94,9 @@ class ReplayServiceStub:
     without a word loses its loans when their leases end.
     """
     DrainServer: _grpc.UnaryUnaryMultiCallable[_replay_pb2.DrainServerRequest, _replay_pb2.DrainServerResponse]
-    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. The loans of one that
-    diverges are void at once, and what it wrote of groups that no step has drawn is dropped with reason diverged; any other may
-    finish what it holds. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+    a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+    wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
     epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
     """
     ReadmitServer: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ReadmitServerRequest, _replay_pb2.ReadmitServerResponse]
@@ -198,9 +198,9 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     without a word loses its loans when their leases end.
     """
     DrainServer: _aio.UnaryUnaryMultiCallable[_replay_pb2.DrainServerRequest, _replay_pb2.DrainServerResponse]  # type: ignore[assignment]
-    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. The loans of one that
-    diverges are void at once, and what it wrote of groups that no step has drawn is dropped with reason diverged; any other may
-    finish what it holds. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+    a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+    wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
     epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
     """
     ReadmitServer: _aio.UnaryUnaryMultiCallable[_replay_pb2.ReadmitServerRequest, _replay_pb2.ReadmitServerResponse]  # type: ignore[assignment]
@@ -377,9 +377,9 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.DrainServerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.DrainServerResponse, _abc.Awaitable[_replay_pb2.DrainServerResponse]]:
-        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. The loans of one that
-        diverges are void at once, and what it wrote of groups that no step has drawn is dropped with reason diverged; any other may
-        finish what it holds. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+        a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+        wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
         epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
         """
 

@@ -1,9 +1,10 @@
 """Draining: a server that gets no more tickets, until a person readmits it.
 
     DrainServer ──> may it be? ──> ServerDrained, durable ──> no new tickets
-                        │                   ├── diverging: what it wrote of groups that no step has drawn goes, and their
-                        │                   │   tasks come again; its loans are void
-                        │                   └── otherwise it finishes what it holds
+                        │              ├── diverging: what it wrote of groups that no step has drawn is dropped, and
+                        │              │   their tasks come again; its loans can be lent again
+                        │              ├── slow: its loans can be lent again
+                        │              └── by a person: it finishes what it holds
                         └── the only server at work: refused unless forced
 
 A group that a step has drawn stays: its batch is stable, and the loss bounds what one batch can do.
@@ -22,6 +23,7 @@ from replay_buffer.rules.transitions import ServerDrained, ServerReadmitted
 
 _MOST_LETTERS = 1000
 """Of a message; the log keeps it for ever."""
+_MOST_DRAINED = 1000
 
 
 def decide_drain(
@@ -47,7 +49,7 @@ def decide_drain(
 
     Raises:
         FencedError: a newer learner has taken over.
-        PreconditionError: the run has finished, or nobody else is at work.
+        PreconditionError: the run has finished, nobody else is at work, or very many are drained.
         InvalidDataError: no server is named.
     """
     if epoch:
@@ -57,6 +59,8 @@ def decide_drain(
         raise InvalidDataError(f"run {run.spec.run!r}: name the server that is to be drained")
     if server_id in run.drained:
         return None
+    if len(run.drained) >= _MOST_DRAINED:
+        raise PreconditionError(f"run {run.spec.run!r}: {len(run.drained)} servers are drained; readmit some first")
     if not others_at_work and not force:
         raise PreconditionError(
             f"run {run.spec.run!r}: server {server_id!r} is the only one at work and stays in the run ({message}); "

@@ -33,9 +33,7 @@ from leeway.types import (
 from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Groups
 from replay_buffer.rules.lineage import Lineage
 
-REQUEUED: Final = frozenset(
-    {DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK, DropReason.DIVERGED}
-)
+REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK, DropReason.DIVERGED})
 """A group dropped for one of these gives its task back."""
 
 KEPT_EVALUATIONS: Final = 4
