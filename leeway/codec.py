@@ -692,7 +692,7 @@ def server_status_to_proto(status: ServerStatus) -> replay_pb2.ServerStatus:
         version=None if status.version is None else version_to_proto(status.version),
         loans=status.loans,
         oldest_loan=duration_to_proto(status.oldest_loan_seconds),
-        finished_loans=status.finished_loans,
+        timed_loans=status.timed_loans,
         median_loan=duration_to_proto(status.median_loan_seconds),
     )
 
@@ -705,7 +705,7 @@ def server_status_from_proto(message: replay_pb2.ServerStatus) -> ServerStatus:
         version=version_from_proto(message.version) if message.HasField("version") else None,
         loans=message.loans,
         oldest_loan_seconds=seconds_from_proto(message.oldest_loan),
-        finished_loans=message.finished_loans,
+        timed_loans=message.timed_loans,
         median_loan_seconds=seconds_from_proto(message.median_loan),
     )
 

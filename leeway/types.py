@@ -409,8 +409,8 @@ class ServerStatus:
     version: PolicyVersion | None  # that it last asked for work at
     loans: int  # groups that it holds
     oldest_loan_seconds: float  # 0 without one
-    finished_loans: int  # of training groups, lately
-    median_loan_seconds: float  # of these, from ticket to last close
+    timed_loans: int  # training groups that it finished lately or still holds
+    median_loan_seconds: float  # of these, from ticket to last close; what it holds counts with its age
 
 
 @dataclass(frozen=True, slots=True)

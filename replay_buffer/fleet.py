@@ -8,7 +8,6 @@ Nothing here decides what is safe: whether a server is drained is in the run's s
 
 from __future__ import annotations
 
-import statistics
 from collections import OrderedDict, deque
 from collections.abc import Container
 from dataclasses import dataclass, field
@@ -29,11 +28,7 @@ class Member:
     seen_at: float
     left: bool = False
     version: PolicyVersion | None = None
-    loan_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=_RECENT_LOANS))
-
-    @property
-    def median_loan_seconds(self) -> float:
-        return statistics.median(self.loan_seconds) if self.loan_seconds else 0.0
+    loan_seconds: deque[float] = field(default_factory=lambda: deque[float](maxlen=_RECENT_LOANS))  # finished ones
 
 
 class Fleet:
@@ -81,11 +76,11 @@ class Fleet:
         if (member := self.members.get(server_id)) is not None:
             member.loan_seconds.append(now - lent_at)
 
-    def oldest_loans(self, unended: Container[str], now: float) -> dict[str, float]:
-        """Age of the oldest training group that each server still holds; forgets what has ended."""
+    def open_loans(self, unended: Container[str], now: float) -> dict[str, list[float]]:
+        """Ages of the training groups that each server still holds; forgets what has ended."""
         for group_id in [group_id for group_id in self._lent_at if group_id not in unended]:
             del self._lent_at[group_id]
-        oldest: dict[str, float] = {}
+        ages: dict[str, list[float]] = {}
         for server_id, lent_at in self._lent_at.values():
-            oldest[server_id] = max(oldest.get(server_id, 0.0), now - lent_at)
-        return oldest
+            ages.setdefault(server_id, []).append(now - lent_at)
+        return ages

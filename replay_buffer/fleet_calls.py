@@ -10,6 +10,7 @@ who unblocks    ReadmitServer, also for a server that was started again meanwhil
 from __future__ import annotations
 
 import logging
+import statistics
 
 from leeway.types import Drain, DrainReason, GroupState, ServerStatus
 from replay_buffer.recorder import Recorder, Run, open_groups
@@ -83,10 +84,11 @@ def _statuses(run: Run, now: float) -> list[ServerStatus]:
     fleet, drained = run.fleet, run.state.drained
     present = fleet.present(now)
     held = [group.server_id for group in open_groups(run.state) if group.state is GroupState.OPEN and group.at_work]
-    oldest = fleet.oldest_loans(run.state.groups.unended, now)
+    ages = fleet.open_loans(run.state.groups.unended, now)
     statuses: list[ServerStatus] = []
     for server_id in sorted({*fleet.members, *drained}):
-        member = fleet.members.get(server_id)
+        member, still_out = fleet.members.get(server_id), ages.get(server_id, [])
+        timed = [*(member.loan_seconds if member else ()), *still_out]
         statuses.append(
             ServerStatus(
                 server_id=server_id,
@@ -94,9 +96,9 @@ def _statuses(run: Run, now: float) -> list[ServerStatus]:
                 drained=drained.get(server_id),
                 version=None if member is None else member.version,
                 loans=held.count(server_id),
-                oldest_loan_seconds=oldest.get(server_id, 0.0),
-                finished_loans=0 if member is None else len(member.loan_seconds),
-                median_loan_seconds=0.0 if member is None else member.median_loan_seconds,
+                oldest_loan_seconds=max(still_out, default=0.0),
+                timed_loans=len(timed),
+                median_loan_seconds=statistics.median(timed) if timed else 0.0,
             )
         )
     return statuses

@@ -786,7 +786,7 @@ class ServerStatus(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     LOANS_FIELD_NUMBER: _builtins.int
     OLDEST_LOAN_FIELD_NUMBER: _builtins.int
-    FINISHED_LOANS_FIELD_NUMBER: _builtins.int
+    TIMED_LOANS_FIELD_NUMBER: _builtins.int
     MEDIAN_LOAN_FIELD_NUMBER: _builtins.int
     server_id: _builtins.str
     """Its name."""
@@ -794,8 +794,8 @@ class ServerStatus(_message.Message):
     """Whether it has said something within a lease, and has not left."""
     loans: _builtins.int
     """Groups that it holds on loan."""
-    finished_loans: _builtins.int
-    """Loans of training groups that it finished lately, a few dozen at most."""
+    timed_loans: _builtins.int
+    """Training groups that it finished lately, a few dozen at most, or still holds."""
     @_builtins.property
     def drained(self) -> Global___Drain:
         """Set while it is drained."""
@@ -810,7 +810,7 @@ class ServerStatus(_message.Message):
 
     @_builtins.property
     def median_loan(self) -> _duration_pb2.Duration:
-        """The median of how long these took, from ticket to last close."""
+        """The median of how long these took from ticket to last close; what it holds counts with its age, so it is at least this."""
 
     def __init__(
         self,
@@ -821,12 +821,12 @@ class ServerStatus(_message.Message):
         version: _common_pb2.PolicyVersion | None = ...,
         loans: _builtins.int = ...,
         oldest_loan: _duration_pb2.Duration | None = ...,
-        finished_loans: _builtins.int = ...,
+        timed_loans: _builtins.int = ...,
         median_loan: _duration_pb2.Duration | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "finished_loans", b"finished_loans", "loans", b"loans", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "present", b"present", "server_id", b"server_id", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "loans", b"loans", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "present", b"present", "server_id", b"server_id", "timed_loans", b"timed_loans", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
