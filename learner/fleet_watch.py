@@ -4,7 +4,7 @@
                                                                ├──> verdicts ──> DrainServer ──> the buffer acts and
     check_seconds pass ──> how long loans take, by the buffer ─┘                                 tells the server
 
-    who measures    `mismatch`, and the buffer            who decides    this module, or a person (`leeway fleet`)
+    who measures    `server_mismatch`, and the buffer     who decides    this module, or a person (`leeway fleet`)
     waits for       a step, or its own clock              unblocks       nobody; training never waits for it
 
 What it can do is only what the buffer allows: the last server at work stays, and is a suspect in log and metrics. A
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from learner.checkpoint import Branch
 from learner.fleet_options import FleetOptions
-from learner.mismatch import MismatchWindow, Standing, samples_of
+from learner.server_mismatch import MismatchWindow, Standing, samples_of
 from leeway.errors import DeadlineError, ExhaustedError, FencedError, PreconditionError, UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.replay_client import ReplayClient

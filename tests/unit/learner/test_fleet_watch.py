@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry
 
 from learner.fleet_options import FleetOptions
 from learner.fleet_watch import FleetWatch, Verdict
-from learner.mismatch import Sample
+from learner.server_mismatch import Sample
 from leeway.errors import FencedError, LeewayError, PreconditionError, UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
 from leeway.types import Drain, DrainReason, ServerStatus
-from tests.unit.learner.test_mismatch import MOMENT
+from tests.unit.learner.test_server_mismatch import MOMENT
 
 
 class Buffer:

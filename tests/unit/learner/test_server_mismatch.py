@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from learner.fleet_options import FleetOptions
 from learner.fleet_watch import verdicts
-from learner.mismatch import MAX_NATS, MismatchWindow, Sample, Standing, samples_of, standings
+from learner.server_mismatch import MAX_NATS, MismatchWindow, Sample, Standing, samples_of, standings
 from leeway.types import (
     Drain,
     DrainReason,
