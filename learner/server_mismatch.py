@@ -10,11 +10,12 @@ moved in a steps, which is the same for every server; so servers are compared at
 
     m(s, a)     mean of d over the tokens of s at a
     r(s, a)     the lower median of m(o, a) over the others o with enough tokens at a; at a = 0, when there is none, 0
-    excess(s) = sum_a n(s, a) (m(s, a) - r(s, a)) / sum_a n(s, a)       over every a that has an r
+    excess(s) = sum_a n(s, a) (m(s, a) - r(s, a)) / sum_a n(s, a)       over every a that has an r, or over a = 0 alone
 
 Tokens of a trajectory are not independent, so standard errors are those of a ratio of sums over trajectories (Cochran
 1977, ch. 6). A server diverges when excess - 4 standard errors is above the bound, and it has enough tokens that can be
-judged. A server that is merely stale is compared with equally stale tokens, or not at all.
+judged; of the two sums the surer one counts, since a policy that moves fast drowns mismatch at all but a = 0. A server
+that is merely stale is compared with equally stale tokens, or not at all.
 """
 
 from __future__ import annotations
@@ -111,14 +112,22 @@ def standings(samples: Sequence[Sample], min_tokens: int) -> dict[str, Standing]
         grouped[sample.staleness, sample.server_id].append(sample)
     for (age, server_id), members in grouped.items():
         cells[age][server_id] = _cell(members)
+    judged: dict[str, list[Standing]] = defaultdict(list)
     compared: dict[str, list[tuple[_Cell, _Cell]]] = defaultdict(list)
     for age, servers in cells.items():
         for server_id, cell in servers.items():
             reference = _reference(age, server_id, servers, min_tokens)
             if reference is not None:
                 compared[server_id].append((cell, reference))
-    judged = {server_id: _standing(pairs) for server_id, pairs in compared.items()}
-    return {server_id: one for server_id, one in judged.items() if one.num_tokens >= min_tokens}
+                if age == 0:
+                    judged[server_id].append(_standing([(cell, reference)]))
+    for server_id, pairs in compared.items():
+        judged[server_id].append(_standing(pairs))
+    enough = {
+        server_id: [standing for standing in both if standing.num_tokens >= min_tokens]
+        for server_id, both in judged.items()
+    }
+    return {server_id: max(both, key=lambda one: one.surely_nats) for server_id, both in enough.items() if both}
 
 
 @dataclass(frozen=True, slots=True)

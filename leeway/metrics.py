@@ -234,7 +234,7 @@ class LearnerMetrics:
         )
         self.server_mismatch_nats = Gauge(
             "leeway_learner_server_mismatch_nats",
-            "Mean |log pi - log mu| of a server's recent tokens beyond the others' at equal staleness",
+            "Mean distance of log pi and log mu of a server's recent tokens beyond the others' at equal staleness",
             ["server"],
             registry=registry,
         )
