@@ -50,6 +50,7 @@ from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import Server, TicketOffice, task_at
 from replay_buffer.rules.transitions import BatchDrawn, ChunkWritten, TicketIssued, TrajectoryClosed, Transition
 from replay_buffer.storage.index import Index
+from replay_buffer.storage.run_index import RunIndex
 
 RUN = "length-bias"
 NOWHERE = Location(1, 8, 1)
@@ -138,7 +139,7 @@ class Simulation:
     def __init__(self, policy: Policy, max_staleness: int, steps: int, seed: int) -> None:
         self.policy = policy
         self.spec = run_spec(steps, max_staleness)
-        self.run = RunState(self.spec, Index().of(RUN))
+        self.run = RunState(self.spec, RunIndex(Index(), RUN))
         self.random = random.Random(seed)
         self.now = 0.0
         self.events: list[tuple[float, int, Callable[[], None]]] = []

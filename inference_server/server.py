@@ -49,6 +49,7 @@ from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.tasks import load_tasks
+from leeway.weight_transports import uses_broadcasts
 
 log = logging.getLogger("inference_server")
 
@@ -94,6 +95,7 @@ class InferenceServerProcess:
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
+        self.broadcasts = uses_broadcasts(self.network)
         if joining is None:
             self._take_place(document, index, backend)
         else:
@@ -154,7 +156,8 @@ class InferenceServerProcess:
             server_id=self.server_id,
             address=self.network.policy,
             security=self.security,
-            allow_local=self.network.weights != "grpc",
+            allow_local=self.network.weights in ("auto", "zmq"),
+            broadcasts=self.broadcasts,
             take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,
@@ -212,14 +215,14 @@ class InferenceServerProcess:
             return ArithmeticEngine(self.options.arithmetic)
         if self.engine == "vllm":
             _require_module("vllm")
-            from inference_server.engines.vllm_engine import VllmEngine
+            from inference_server.engines import vllm_engine
 
-            return await VllmEngine.start(self.model.directory, self.options.vllm)
+            return await vllm_engine.start(self.model.directory, self.options.vllm)
         if self.engine == "sglang":
             _require_module("sglang")
-            from inference_server.engines.sglang_engine import SglangEngine
+            from inference_server.engines import sglang_engine
 
-            return await SglangEngine.start(self.model.directory, self.options.sglang)
+            return await sglang_engine.start(self.model.directory, self.options.sglang)
         from inference_server.engines.transformers_engine import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)

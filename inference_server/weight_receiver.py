@@ -65,6 +65,7 @@ class WeightReceiver:
         address: the learner's PolicyService.
         security: the run's certificates.
         allow_local: whether weights may come over ZeroMQ on the same host.
+        broadcasts: whether to take part in the learner's broadcasts; needs torch.
         take_deltas: whether to hold the newest weights on the host and fetch only what changed.
         fetch_timeout_seconds: longest fetch of one version.
         metrics: shows pushes and pauses.
@@ -80,6 +81,7 @@ class WeightReceiver:
         address: str,
         security: Security,
         allow_local: bool,
+        broadcasts: bool = False,
         take_deltas: bool = True,
         fetch_timeout_seconds: float,
         metrics: InferenceServerMetrics,
@@ -89,11 +91,24 @@ class WeightReceiver:
         self._metrics = metrics
         self._channel = open_channel(address, security)
         self._stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(self._channel)
-        streamed = StreamedWeights(self._stub, address, fetch_timeout_seconds)
-        transports: list[WeightTransport] = [IpcWeights(), streamed] if allow_local else [streamed]
+        transports: list[WeightTransport] = [StreamedWeights(self._stub, address, fetch_timeout_seconds)]
+        if allow_local:
+            transports.insert(0, IpcWeights())
+        library = ""
+        if broadcasts:
+            from inference_server.collective_weights import CollectiveWeights  # imports torch
+
+            collective = CollectiveWeights(self._stub, address, server_id)
+            transports.insert(0, collective)
+            library = collective.library
         self._fetcher = WeightFetcher(transports, take_deltas=take_deltas, metrics=metrics)
         self._hello = policy_pb2.WatchPolicyRequest(
-            hello=policy_pb2.PolicyWatcher(run=run, server_id=server_id, signature=codec.signature_to_proto(signature))
+            hello=policy_pb2.PolicyWatcher(
+                run=run,
+                server_id=server_id,
+                signature=codec.signature_to_proto(signature),
+                broadcast_library=library,
+            )
         )
         self._call: _Call | None = None
         self._newest: tuple[Announcement, float] | None = None  # with the time it came
@@ -263,4 +278,5 @@ def _announcement_from_proto(message: policy_pb2.WatchPolicyResponse) -> Announc
         codec.manifest_from_proto(message.manifest),
         message.local_endpoint,
         tuple(map(codec.delta_from_proto, message.deltas)),
+        message.broadcast_port,
     )

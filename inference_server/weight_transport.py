@@ -23,6 +23,7 @@ class Announcement:
     manifest: WeightManifest
     local_endpoint: str = ""
     deltas: tuple[WeightDelta, ...] = ()  # a chain that ends at the version
+    broadcast_port: int = 0  # at the learner's host; 0: none
 
     def deltas_from(self, digest: bytes) -> tuple[WeightDelta, ...]:
         """The shortest part of the chain that starts at weights with this digest; empty when there is none."""

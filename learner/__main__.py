@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -21,6 +22,7 @@ from learner.making import make_trainer
 from learner.options import LearnerOptions
 from learner.publisher import Publisher
 from learner.receipts import ReceiptBook, deciding_options
+from learner.run_lock import held_run
 from learner.summary import summarize
 from learner.trainer import Trainer
 from leeway.config import (
@@ -40,11 +42,15 @@ from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics, serve_metrics
 from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security, is_loopback, start_server
+from leeway.rpc import Security, start_server
 from leeway.tasks import load_tasks
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weight_transports import uses_broadcasts, uses_zeromq
 from leeway.weights import weights_digest
+
+if TYPE_CHECKING:
+    from learner.collective_weights import CollectiveWeights
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +72,7 @@ class LearnerProcess:
                 f"learner.ranks is {self.options.ranks}, but run.groups_per_step is {self.run.groups_per_step}; "
                 "every rank needs a group"
             )
+        self.broadcasts = uses_broadcasts(self.network)
         if self.options.trainer == "torch":
             check_recorded_topk(self.options.training, self.sampling)
         self.directory = self.run.run_directory
@@ -76,7 +83,8 @@ class LearnerProcess:
     async def main(self, stop: asyncio.Event) -> None:
         """Be the learner, or one of its ranks."""
         if self.options.ranks == 1:
-            await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
+            with held_run(self.directory):
+                await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
             return
         from learner.distributed import DistributedTrainer, follow
         from learner.making import join_world, make_ranked_trainer
@@ -95,7 +103,8 @@ class LearnerProcess:
                 await follow(ranked, world, my_groups)
         else:
             trainer = DistributedTrainer(ranked, world)
-            await self._lead(trainer, stop)
+            with held_run(self.directory):
+                await self._lead(trainer, stop)
             trainer.stop()
         world.close()
 
@@ -112,9 +121,15 @@ class LearnerProcess:
             await buffer.aclose()
             return
         restored = self._restore(trainer, checkpoints, root)
-        local = LocalWeights(metrics) if self._local_weights() else None
+        local = LocalWeights(metrics) if uses_zeromq(self.network) else None
+        broadcasts = self._make_broadcasts(metrics)
         publisher = Publisher(
-            self.run.name, trainer.signature, metrics, local, max_delta_chain=self.options.max_delta_chain
+            self.run.name,
+            trainer.signature,
+            metrics,
+            local,
+            max_delta_chain=self.options.max_delta_chain,
+            broadcasts=broadcasts,
         )
         server = await start_server(
             self.network.policy,
@@ -152,6 +167,8 @@ class LearnerProcess:
             receipts.close()
             await server.stop(grace_seconds=1.0)
             await buffer.aclose()
+            if broadcasts is not None:
+                await broadcasts.aclose()
             if local is not None:
                 await local.aclose()
 
@@ -208,8 +225,13 @@ class LearnerProcess:
             drop_no_signal=self.run.drop_no_signal,
         )
 
-    def _local_weights(self) -> bool:
-        return self.network.weights == "zmq" or (self.network.weights == "auto" and is_loopback(self.network.policy))
+    def _make_broadcasts(self, metrics: LearnerMetrics) -> CollectiveWeights | None:
+        if not self.broadcasts:
+            return None
+        from learner.collective_weights import CollectiveWeights  # imports torch
+
+        host = self.network.policy.rpartition(":")[0]
+        return CollectiveWeights(host, metrics, patience_seconds=self.options.broadcast_patience_seconds)
 
 
 async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) -> bool:

@@ -36,6 +36,13 @@ class LearnerOptions(Options):
         le=256,
         description="newest versions from which servers are sent only what changed; 0 sends whole snapshots",
     )
+    broadcast_patience_seconds: float = Field(
+        default=10.0,
+        gt=0,
+        le=600,
+        description="longest silence of one server in a broadcast (network.weights = collective), per 8 MiB; then all "
+        "of them fetch that version over gRPC",
+    )
     checkpoint_every_steps: int = Field(
         default=50, ge=1, description="steps between checkpoints; a crash repeats at most this many"
     )

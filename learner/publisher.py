@@ -5,7 +5,8 @@
             hold / release                                          │         or refusal back in
         (an evaluation keeps                                        │
          servers at its version)        the outlets answer requests ├──> streamed weights (gRPC): servers anywhere
-                                        for it and no other         └──> local weights (ZeroMQ): servers on this host
+                                        for it and no other         ├──> local weights (ZeroMQ): servers on this host
+                                                                    └──> broadcasts (gloo): all servers at once
 
 `publish` waits for its delta, never for a server. A server that falls behind skips what was overtaken and takes several
 deltas at once; one that joins late gets the newest announcement first. While the publication is held, `publish` keeps
@@ -25,7 +26,7 @@ import grpc
 from learner.local_weights import LocalWeights
 from learner.publication import Publication
 from learner.streamed_weights import StreamedWeights
-from learner.weight_outlet import WeightOutlet
+from learner.weight_outlet import Broadcasts, WeightOutlet
 from leeway import codec
 from leeway.errors import InvalidDataError, PreconditionError
 from leeway.metrics import LearnerMetrics
@@ -42,6 +43,7 @@ class _Server:
 
     version: PolicyVersion | None = None
     refusal: str = ""
+    takes_broadcasts: bool = False
 
 
 @dataclass(slots=True)
@@ -60,6 +62,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         metrics: shows bytes sent and versions acknowledged.
         local: sends weights on this host; None when all servers are elsewhere.
         max_delta_chain: newest versions from which deltas are offered.
+        broadcasts: sends to all servers at once; None when they fetch one by one.
     """
 
     def __init__(
@@ -69,13 +72,17 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         metrics: LearnerMetrics,
         local: LocalWeights | None,
         max_delta_chain: int = 8,
+        broadcasts: Broadcasts | None = None,
     ) -> None:
         self._run = run
         self._signature = signature
         self._metrics = metrics
         self._local = local
         self._streamed = StreamedWeights(metrics)
-        self._outlets: list[WeightOutlet] = [self._streamed] if local is None else [self._streamed, local]
+        self._broadcasts = broadcasts
+        self._outlets: list[WeightOutlet] = [
+            outlet for outlet in (self._streamed, local, broadcasts) if outlet is not None
+        ]
         self._max_delta_chain = max_delta_chain
         self._newest: Publication | None = None
         self._announcing = asyncio.Lock()
@@ -116,6 +123,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             self._announced_at = {snapshot.version: time.monotonic()}
             for outlet in self._outlets:
                 outlet.offer(publication)
+            self._expect()
             async with self._changed:
                 self._changed.notify_all()
 
@@ -138,22 +146,25 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[policy_pb2.WatchPolicyResponse]:
         """See policy.proto."""
         requests = aiter(request_iterator)
-        server_id = self._admit(await anext(requests, None))
-        server = _Server()
+        hello = self._admit(await anext(requests, None))
+        server_id = hello.server_id
+        server = _Server(takes_broadcasts=self._takes_broadcasts(hello))
         self._servers[server_id] = server
+        self._expect()
         log.info("%s watches the policy", server_id)
         answers = asyncio.create_task(self._read_answers(server_id, server, requests))
         announced: PolicyVersion | None = None
         try:
             while (publication := await self._next_publication(announced, answers)) is not None:
                 announced = publication.snapshot.version
-                yield self._announcement(publication)
+                yield self._announcement(publication, server)
             await answers
         finally:
             await cancel_and_wait(answers)
             if self._servers.get(server_id) is server:
                 del self._servers[server_id]
                 self._count_refusing()
+                self._expect()
             log.info("%s no longer watches the policy", server_id)
 
     async def FetchWeights(
@@ -165,6 +176,23 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         for piece in self._streamed.pieces(codec.weight_request_from_proto(request)):
             yield policy_pb2.FetchWeightsResponse(data=piece)
 
+    async def JoinBroadcast(
+        self,
+        request: policy_pb2.JoinBroadcastRequest,
+        context: grpc.aio.ServicerContext[policy_pb2.JoinBroadcastRequest, policy_pb2.JoinBroadcastResponse],
+    ) -> policy_pb2.JoinBroadcastResponse:
+        """See policy.proto."""
+        if self._broadcasts is None:
+            raise PreconditionError('this learner does not broadcast; set network.weights = "collective" for both')
+        wanted = codec.weight_request_from_proto(request.weights)
+        seat = await self._broadcasts.join(request.server_id, wanted, request.group)
+        return policy_pb2.JoinBroadcastResponse(
+            group=seat.group,
+            rank=seat.rank,
+            world_size=seat.world_size,
+            patience=codec.duration_to_proto(seat.patience_seconds),
+        )
+
     async def _next_publication(
         self, announced: PolicyVersion | None, answers: asyncio.Task[None]
     ) -> Publication | None:
@@ -175,7 +203,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             )
         return None if answers.done() else self._newest
 
-    def _admit(self, request: policy_pb2.WatchPolicyRequest | None) -> str:
+    def _admit(self, request: policy_pb2.WatchPolicyRequest | None) -> policy_pb2.PolicyWatcher:
         if request is None or not request.HasField("hello"):
             raise InvalidDataError("a WatchPolicy stream begins with hello")
         hello = request.hello
@@ -188,9 +216,30 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             )
         if signature != self._signature:
             raise PreconditionError(f"{hello.server_id}: its model differs from the learner's; use the same [model]")
-        return hello.server_id
+        return hello
 
-    def _announcement(self, publication: Publication) -> policy_pb2.WatchPolicyResponse:
+    def _takes_broadcasts(self, hello: policy_pb2.PolicyWatcher) -> bool:
+        if self._broadcasts is None or hello.broadcast_library == self._broadcasts.library:
+            return self._broadcasts is not None
+        log.warning(
+            "%s takes no part in broadcasts: it has %s, this learner %s",
+            hello.server_id,
+            hello.broadcast_library or 'no library for them; set network.weights = "collective" there, too',
+            self._broadcasts.library,
+        )
+        return False
+
+    def _expect(self) -> None:
+        """Tell who will ask for a seat in the newest publication's broadcast."""
+        if self._broadcasts is None or self._newest is None:
+            return
+        newest = self._newest.snapshot.version
+        asking = [
+            name for name, server in self._servers.items() if server.takes_broadcasts and server.version != newest
+        ]
+        self._broadcasts.expect(frozenset(asking))
+
+    def _announcement(self, publication: Publication, server: _Server) -> policy_pb2.WatchPolicyResponse:
         snapshot = publication.snapshot
         return policy_pb2.WatchPolicyResponse(
             publisher_epoch=snapshot.publisher_epoch,
@@ -198,6 +247,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             manifest=codec.manifest_to_proto(snapshot.manifest),
             local_endpoint=self._local.endpoint if self._local is not None else "",
             deltas=map(codec.delta_to_proto, publication.deltas),
+            broadcast_port=self._broadcasts.port if self._broadcasts is not None and server.takes_broadcasts else 0,
         )
 
     async def _read_answers(
@@ -222,6 +272,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         server.version = codec.version_from_proto(message.version)
         server.refusal = ""
         self._count_refusing()
+        self._expect()
         self._metrics.server_policy_step.labels(server_id).set(server.version.step)
         announced_at = self._announced_at.get(server.version)
         if announced_at is not None:

@@ -17,7 +17,7 @@ from leeway.dtypes import dtype_name, wire_number
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import Array, ColumnKind, PolicyVersion, RunSpec, SamplingParams, SegmentKind, TrajectoryClose
 from leeway.v1 import trajectory_pb2
-from leeway.wire import WireColumn, leading_columns
+from leeway.wire import Bytes, WireColumn, leading_columns
 
 LARGEST_LOGPROB: Final = 1e-4
 """Behavior log-probs are at most 0, up to rounding."""
@@ -43,14 +43,14 @@ class TrajectoryCheck:
         self._segments: dict[int, tuple[int, bool]] = {}  # start: end, whether sampled; the latest counts
         self._spans = Ranges()
 
-    def add(self, chunk: bytes) -> tuple[PolicyVersion, ...]:
+    def add(self, chunk: Bytes) -> tuple[PolicyVersion, ...]:
         """Take a chunk over; returns the versions that its spans name, each once.
 
         Raises:
             InvalidDataError: the bytes are not a TrajectoryChunk; nothing is taken over.
         """
         columns, end = leading_columns(chunk)
-        rest = codec.parse(trajectory_pb2.TrajectoryChunk, chunk[end:])
+        rest = codec.parse(trajectory_pb2.TrajectoryChunk, bytes(chunk[end:]))
         columns += map(codec.wire_column, rest.columns)
         self.digest = codec.chain_digest(self.digest, chunk)
         self.num_chunks += 1

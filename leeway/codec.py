@@ -61,8 +61,10 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import common_pb2, inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
-from leeway.wire import WireColumn
+from leeway.wire import CHUNK, CLOSE, FAILURE, Bytes, WireColumn, WireItem, WireWrite, read_write
 
+_RESULTS: Final = b"\x0a"  # of WriteTrajectoriesResponse
+_STATUS: Final = 0x20  # of WriteResult
 MAX_TENSOR_ELEMENTS: Final = 1 << 31
 DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _SEGMENT_KINDS: Final = frozenset(int(kind) for kind in SegmentKind)
@@ -257,11 +259,11 @@ def encode_chunk(chunk: TrajectoryChunk, *, pack: bool = False) -> bytes:
     return chunk_to_proto(chunk, pack=pack).SerializeToString()
 
 
-def decode_chunk(data: bytes) -> TrajectoryChunk:
-    return chunk_from_proto(parse(trajectory_pb2.TrajectoryChunk, data))
+def decode_chunk(data: Bytes) -> TrajectoryChunk:
+    return chunk_from_proto(parse(trajectory_pb2.TrajectoryChunk, bytes(data)))
 
 
-def chain_digest(previous: bytes, chunk: bytes) -> bytes:
+def chain_digest(previous: bytes, chunk: Bytes) -> bytes:
     """d(i+1) = SHA-256(d(i) + chunk i); see TrajectoryClose.digest."""
     chain = hashlib.sha256(previous)
     chain.update(chunk)
@@ -412,7 +414,7 @@ def close_to_proto(close: TrajectoryClose) -> trajectory_pb2.TrajectoryClose:
     )
 
 
-def close_from_proto(message: trajectory_pb2.TrajectoryClose) -> TrajectoryClose:
+def close_from_proto(message: trajectory_pb2.TrajectoryClose, encoded: Bytes = b"") -> TrajectoryClose:
     if not math.isfinite(message.reward):
         raise InvalidDataError(f"the reward must be finite, but is {message.reward}")
     return TrajectoryClose(
@@ -423,6 +425,7 @@ def close_from_proto(message: trajectory_pb2.TrajectoryClose) -> TrajectoryClose
         reward=message.reward,
         generation_started_at=timestamp_from_proto(message.generation_started_at),
         generation_finished_at=timestamp_from_proto(message.generation_finished_at),
+        encoded=bytes(encoded),
     )
 
 
@@ -529,8 +532,8 @@ def ticket_from_proto(message: replay_pb2.Ticket) -> Ticket:
 def item_to_proto(item: WriteItem) -> replay_pb2.WriteItem:
     message = replay_pb2.WriteItem(trajectory_id=item.trajectory_id, attempt=item.attempt, seq=item.seq)
     match item.content:
-        case bytes() as chunk:
-            message.chunk = chunk
+        case bytes() | memoryview() as chunk:
+            message.chunk = bytes(chunk)
         case TrajectoryClose() as close:
             message.close.CopyFrom(close_to_proto(close))
         case TrajectoryFailure() as failure:
@@ -538,17 +541,50 @@ def item_to_proto(item: WriteItem) -> replay_pb2.WriteItem:
     return message
 
 
-def item_from_proto(message: replay_pb2.WriteItem) -> WriteItem:
-    match message.WhichOneof("content"):
+def write_from_wire(message: bytes) -> WireWrite:
+    """A serialized WriteTrajectoriesRequest.
+
+    Raises:
+        InvalidDataError: it is none.
+    """
+    write = read_write(message)
+    if write is not None:
+        return write
+    request = parse(replay_pb2.WriteTrajectoriesRequest, message)
+    request.DiscardUnknownFields()  # what nobody here understands is not kept either
+    return WireWrite(request.run, request.server_id, [_wire_item(item) for item in request.items])
+
+
+def _wire_item(item: replay_pb2.WriteItem) -> WireItem:
+    tag, content = 0, b""
+    match item.WhichOneof("content"):
         case "chunk":
-            content: bytes | TrajectoryClose | TrajectoryFailure = message.chunk
+            tag, content = CHUNK, item.chunk
         case "close":
-            content = close_from_proto(message.close)
+            tag, content = CLOSE, item.close.SerializeToString()
         case "failure":
-            content = failure_from_proto(message.failure)
-        case _:
-            raise InvalidDataError(f"a write to {message.trajectory_id!r} carries neither chunk, close nor failure")
-    return WriteItem(message.trajectory_id, message.attempt, message.seq, content)
+            tag, content = FAILURE, item.failure.SerializeToString()
+        case None:
+            pass
+    return WireItem(item.trajectory_id, item.attempt, item.seq, tag, content, item.SerializeToString())
+
+
+def item_from_wire(item: WireItem) -> WriteItem:
+    """Raises InvalidDataError: its content makes no sense, or there is none."""
+    trajectory_id, attempt, seq, tag, data, encoded = item
+    if tag == CHUNK:
+        return WriteItem(trajectory_id, attempt, seq, data, encoded)
+    if tag == CLOSE:
+        close = parse(trajectory_pb2.TrajectoryClose, bytes(data))
+        return WriteItem(trajectory_id, attempt, seq, close_from_proto(close, data))
+    if tag == FAILURE:
+        failure = parse(trajectory_pb2.TrajectoryFailure, bytes(data))
+        return WriteItem(trajectory_id, attempt, seq, failure_from_proto(failure))
+    raise InvalidDataError(f"a write to {trajectory_id!r} carries neither chunk, close nor failure")
+
+
+def item_from_proto(message: replay_pb2.WriteItem) -> WriteItem:
+    return item_from_wire(_wire_item(message))
 
 
 def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
@@ -561,6 +597,28 @@ def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
         message=result.message,
         retry_delay=duration_to_proto(result.retry_seconds) if result.retry_seconds else None,
     )
+
+
+def answer_to_wire(results: Iterable[WriteResult]) -> bytes:
+    """A serialized WriteTrajectoriesResponse; what it says of most items is short enough to be written by hand."""
+    parts: list[bytes] = []
+    for result in results:
+        trajectory_id, attempt, seq, status, expected_seq, message, retry_seconds = result
+        if expected_seq or message or retry_seconds:
+            data = result_to_proto(result).SerializeToString()
+        else:
+            data = item_head(trajectory_id, attempt, seq) + bytes((_STATUS, status))
+        parts += (_RESULTS, varint(len(data)), data)
+    return b"".join(parts)
+
+
+def item_head(trajectory_id: str, attempt: int, seq: int) -> bytes:
+    """Fields 1 to 3 of WriteItem, WriteResult and ChunkWritten: whose, which attempt, which item."""
+    name = trajectory_id.encode()
+    head = b"\x0a" + varint(len(name)) + name if name else b""
+    if attempt:
+        head += b"\x10" + varint(attempt)
+    return head + b"\x18" + varint(seq) if seq else head
 
 
 def result_from_proto(message: replay_pb2.WriteResult) -> WriteResult:

@@ -172,11 +172,11 @@ class InferenceServerMetrics:
         )
         self.weight_fallbacks = Counter(
             "leeway_inference_weight_fallbacks_total",
-            "Transfers given up for the next way, by what was given up: delta, zmq",
+            "Transfers given up for the next way, by what was given up: delta, zmq, collective",
             ["from"],
             registry=registry,
         )
-        for given_up in ("delta", "zmq"):
+        for given_up in ("delta", "zmq", "collective"):
             self.weight_fallbacks.labels(given_up)
         self.reward_seconds = Histogram(
             "leeway_inference_reward_seconds", "Time of one reward call", buckets=_SECONDS_BUCKETS, registry=registry
@@ -224,6 +224,11 @@ class LearnerMetrics:
             "leeway_learner_published_bytes_total",
             "Weight bytes sent to servers, as snapshots or deltas",
             ["transport", "kind"],
+            registry=registry,
+        )
+        self.failed_broadcasts = Counter(
+            "leeway_learner_failed_broadcasts_total",
+            "Broadcasts that were given up, whose servers fetched over gRPC",
             registry=registry,
         )
         self.delta_seconds = Histogram(

@@ -12,7 +12,7 @@ import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -200,6 +200,7 @@ class TrajectoryClose:
     reward: float
     generation_started_at: datetime
     generation_finished_at: datetime
+    encoded: bytes = field(default=b"", compare=False, repr=False)  # as it came; empty for one that is made here
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,18 +235,17 @@ class Ticket:
     evaluation_id: str = ""  # EVAL only
 
 
-@dataclass(frozen=True, slots=True)
-class WriteItem:
+class WriteItem(NamedTuple):
     """One write: a serialized TrajectoryChunk, a close or a failure."""
 
     trajectory_id: str
     attempt: int
     seq: int
-    content: bytes | TrajectoryClose | TrajectoryFailure
+    content: bytes | memoryview | TrajectoryClose | TrajectoryFailure
+    encoded: bytes = b""  # the whole item as it came; empty for one that is made here
 
 
-@dataclass(frozen=True, slots=True)
-class WriteResult:
+class WriteResult(NamedTuple):
     """The answer to one WriteItem."""
 
     trajectory_id: str

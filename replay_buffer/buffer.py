@@ -18,8 +18,8 @@ What is live is in memory; chunks stay in the log.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final
 
 from leeway.errors import DeadlineError
@@ -55,8 +55,10 @@ class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
 
     async def join_run(
         self, name: str, server_id: str, signature: ModelSignature, dataset_digest: bytes, wait_seconds: float
-    ) -> RunSpec:
-        """Wait until the run is open; whatever an earlier process of this name had on loan can go to others.
+    ) -> tuple[RunSpec, bool]:
+        """Wait until the run is open; returns its specification and whether it has finished.
+
+        Whatever an earlier process of this name had on loan can go to others.
 
         Raises:
             PreconditionError: the server does not fit.
@@ -74,9 +76,9 @@ class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
         check_fit(run.state, server_id, signature, dataset_digest)
         run.fleet.seen(server_id, self._now())
         self._take_loans_back(run, server_id)
-        spec = run.state.spec
+        spec, finished = run.state.spec, run.state.finished
         await self.intake.settled()
-        return spec
+        return spec, finished
 
     async def acquire_tickets(
         self, name: str, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float
@@ -93,15 +95,14 @@ class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
         run, began = self._run(name), self._now()
         deadline = began + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
-        asked_at = (version.epoch, version.step)
-        if asked_at > run.asked.get(server_id, asked_at):
+        ask, is_newer = run.asks.take(server_id, version, max_members)
+        if is_newer:
             run.work.notify()
-        run.asked[server_id] = max(asked_at, run.asked.get(server_id, asked_at))
-        run.capacities[server_id] = max(max_members, run.capacities.get(server_id, 0))
         run.fleet.seen(server_id, began, version)
         was_drained = server_id in run.state.drained
         while not run.state.finished:
-            server = Server(server_id, version, run.capacities[server_id])
+            self._check_soft_mark()
+            server = Server(server_id, version, ask.capacity)
             office = TicketOffice(run.state, server, self._expired(run), self._options.lease_seconds)
             if server_id in run.state.drained:
                 if not was_drained or not await run.work.wait(deadline):
@@ -109,7 +110,6 @@ class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
                 self._check_running()
                 continue
             was_drained = False
-            self._check_soft_mark()
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
@@ -117,7 +117,7 @@ class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
             if issued or not await run.work.wait(deadline):
                 break
             self._check_running()
-            if run.asked[server_id] > asked_at:
+            if ask.epoch_and_step > (version.epoch, version.step):
                 break
         finished = run.state.finished
         if issued:
@@ -134,15 +134,16 @@ class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
         run = self._run(name)
         run.fleet.seen(server_id, self._now())
         room = not self._log.stalled and self._has_room()
+        now_ns = time.time_ns()
         results: list[WriteResult] = []
         for item in items:
             decision = decide_write(run.state, item, self._read_transition, self._drafts, room=room)
             for transition in decision.transitions:
-                self._record(name, transition)
+                self._record(name, transition, now_ns)
             result = decision.result
             if result.status is WriteStatus.EXHAUSTED:
                 self._observer.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
-                result = replace(result, retry_seconds=self._options.retry_seconds)
+                result = result._replace(retry_seconds=self._options.retry_seconds)
             results.append(result)
         self._renew_written(run, results)
         self._observer.items_written(name, server_id, items, results)

@@ -12,12 +12,13 @@ from typing import Final
 
 from leeway.checking import TrajectoryCheck
 from leeway.types import PolicyVersion
+from leeway.wire import Bytes
 from replay_buffer.rules.groups import Location, Member
 from replay_buffer.storage.records import span_versions
 
 _MOST_DRAFTS: Final = 16_384
 
-ReadChunk = Callable[[Location], bytes]
+ReadChunk = Callable[[Location], Bytes]
 
 
 class Drafts:
@@ -27,7 +28,7 @@ class Drafts:
         self._most = most
         self._drafts: OrderedDict[tuple[str, int], TrajectoryCheck] = OrderedDict()
 
-    def add(self, run: str, member: Member, chunk: bytes) -> tuple[PolicyVersion, ...]:
+    def add(self, run: str, member: Member, chunk: Bytes) -> tuple[PolicyVersion, ...]:
         """The next chunk of a member; returns the versions of its tokens.
 
         Raises:

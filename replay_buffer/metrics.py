@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
+
+from prometheus_client import Counter
 
 from leeway.metrics import ReplayBufferMetrics
 from leeway.types import (
@@ -50,16 +52,22 @@ def observer(metrics: ReplayBufferMetrics, now: Callable[[], float] = time.monot
             metrics.reissued_tickets.labels(run, _PURPOSE[purpose]).inc()
 
     def items_written(run: str, server: str, items: Sequence[WriteItem], results: Sequence[WriteResult]) -> None:
-        servers.seen(run, server)
-        for status, count in Counter(result.status for result in results).items():
-            metrics.written_items.labels(run, status.name.lower()).inc(count)
-        size_bytes = closed = 0
-        for item, result in zip(items, results, strict=True):
-            if result.status is WriteStatus.ACKNOWLEDGED:
-                size_bytes += len(item.content) if isinstance(item.content, bytes) else 0
-                closed += isinstance(item.content, TrajectoryClose)
-        metrics.written_bytes.labels(run, server).inc(size_bytes)
-        metrics.closed_trajectories.labels(run, server).inc(closed)
+        acknowledged = size_bytes = closed = 0
+        for (_, _, _, content, _), result in zip(items, results, strict=True):
+            if result.status is not WriteStatus.ACKNOWLEDGED:
+                metrics.written_items.labels(run, result.status.name.lower()).inc()
+                continue
+            acknowledged += 1
+            if isinstance(content, (bytes, memoryview)):
+                size_bytes += len(content)
+            elif isinstance(content, TrajectoryClose):
+                closed += 1
+        series = servers.seen(run, server)
+        if acknowledged:
+            series.acknowledged_items.inc(acknowledged)
+            series.written_bytes.inc(size_bytes)
+        if closed:
+            series.closed_trajectories.inc(closed)
 
     def groups_ended(run: str, endings: Iterable[Ending]) -> None:
         for ending in endings:
@@ -80,21 +88,40 @@ def observer(metrics: ReplayBufferMetrics, now: Callable[[], float] = time.monot
     )
 
 
+class _Series(NamedTuple):
+    """What is counted for each message of a server, looked up once."""
+
+    acknowledged_items: Counter  # of the run
+    written_bytes: Counter
+    closed_trajectories: Counter
+
+
 class _Servers:
     """Which servers have series of their own: bounded, however many come and go."""
 
     def __init__(self, metrics: ReplayBufferMetrics, now: Callable[[], float]) -> None:
         self._metrics = metrics
         self._now = now
-        self._seen_at: OrderedDict[tuple[str, str], float] = OrderedDict()
+        self._seen: OrderedDict[tuple[str, str], tuple[float, _Series]] = OrderedDict()
 
-    def seen(self, run: str, server: str) -> None:
+    def seen(self, run: str, server: str) -> _Series:
         """A server said something."""
         now = self._now()
-        self._seen_at[run, server] = now
-        self._seen_at.move_to_end((run, server))
-        while len(self._seen_at) > _MOST_SERVERS or next(iter(self._seen_at.values())) < now - _SILENT_SECONDS:
-            self._forget(*self._seen_at.popitem(last=False)[0])
+        known = self._seen.get((run, server))
+        series = self._series(run, server) if known is None else known[1]
+        self._seen[run, server] = now, series
+        self._seen.move_to_end((run, server))
+        while len(self._seen) > _MOST_SERVERS or next(iter(self._seen.values()))[0] < now - _SILENT_SECONDS:
+            self._forget(*self._seen.popitem(last=False)[0])
+        return series
+
+    def _series(self, run: str, server: str) -> _Series:
+        metrics = self._metrics
+        return _Series(
+            metrics.written_items.labels(run, WriteStatus.ACKNOWLEDGED.name.lower()),
+            metrics.written_bytes.labels(run, server),
+            metrics.closed_trajectories.labels(run, server),
+        )
 
     def _forget(self, run: str, server: str) -> None:
         metrics = self._metrics

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
 from leeway.types import GroupState, Purpose
+from replay_buffer.asks import Asks
 from replay_buffer.drafts import Drafts
 from replay_buffer.fleet import Fleet
 from replay_buffer.intake import Intake
@@ -28,7 +30,7 @@ from replay_buffer.rules.completion import decide_after_restart
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Group, Location
 from replay_buffer.rules.leases import Leases
-from replay_buffer.rules.opening import decide_restored
+from replay_buffer.rules.opening import decide_restored, leap_of
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import Expired, decide_expired
 from replay_buffer.rules.transitions import (
@@ -45,6 +47,7 @@ from replay_buffer.signals import Signal
 from replay_buffer.storage.directory import Storage
 from replay_buffer.storage.log import Log
 from replay_buffer.storage.records import Record, decode, encode
+from replay_buffer.storage.run_index import RunIndex
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +59,9 @@ class Run:
     state: RunState
     leases: Leases
     fleet: Fleet
-    capacities: dict[str, int] = field(default_factory=dict[str, int])  # most members each server asked for at once
     work: Signal = field(default_factory=Signal)  # tickets may have become available
     results: Signal = field(default_factory=Signal)  # a group is ready or has ended
-    asked: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """(epoch, step) of the newest version that each server has asked for work at."""
+    asks: Asks = field(default_factory=Asks)
 
 
 class Recorder:
@@ -109,7 +110,7 @@ class Recorder:
             self._storage.begin_generation()
 
     def _record_restored(self, state: RunState) -> None:
-        restored = decide_restored(state, int(time.time()))
+        restored = decide_restored(state, leap_of(int(time.time()), secrets.randbits(20)))
         if restored is not None:
             self._record(state.spec.run, restored)
             log.warning(
@@ -151,9 +152,9 @@ class Recorder:
             self._record(name, transition)
         await self.intake.settled()
 
-    def _record(self, name: str, transition: Transition) -> None:
+    def _record(self, name: str, transition: Transition, recorded_at_ns: int | None = None) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
-        record = Record(name, time.time_ns(), transition)
+        record = Record(name, time.time_ns() if recorded_at_ns is None else recorded_at_ns, transition)
         location = self._storage.append(encode(record), self._states)
         is_new = name not in self._runs
         ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
@@ -195,7 +196,7 @@ class Recorder:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            self._restore(RunState(record.transition.spec, self._storage.index.of(record.run)))
+            self._restore(RunState(record.transition.spec, RunIndex(self._storage.index, record.run)))
             run = self._runs[record.run]
         apply(run.state, record.transition, record.recorded_at_ns, location)
 

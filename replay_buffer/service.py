@@ -16,7 +16,7 @@ from leeway.types import DrainReason
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.pieces import messages
-from replay_buffer.storage.index import Filter
+from replay_buffer.storage.index_file import Filter
 from replay_buffer.views import GroupView
 from replay_buffer.write_stream import WriteStream
 
@@ -39,8 +39,9 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         """Register with a server."""
         replay_pb2_grpc.add_ReplayServiceServicer_to_server(self, server)
-        # The responses of these two are serialized as they are made, so they need no serializer.
+        # Bulk data is read and made as it lies on the wire.
         streams: dict[str, Any] = {
+            "WriteTrajectories": grpc.stream_stream_rpc_method_handler(self.WriteTrajectories),
             "DrawBatch": grpc.unary_stream_rpc_method_handler(
                 self.DrawBatch, request_deserializer=replay_pb2.DrawBatchRequest.FromString
             ),
@@ -118,14 +119,14 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     # The workers' calls
 
     async def JoinRun(self, request: replay_pb2.JoinRunRequest, context: _Context) -> replay_pb2.JoinRunResponse:
-        spec = await self._buffer.join_run(
+        spec, finished = await self._buffer.join_run(
             request.run,
             request.server_id,
             codec.signature_from_proto(request.signature),
             request.dataset_digest,
             codec.seconds_from_proto(request.wait),
         )
-        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(spec))
+        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(spec), finished=finished)
 
     async def AcquireTickets(
         self, request: replay_pb2.AcquireTicketsRequest, context: _Context
@@ -158,9 +159,7 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
             aborted=[replay_pb2.TicketReference(group_id=group_id, attempt=attempt) for group_id, attempt in aborted]
         )
 
-    async def WriteTrajectories(
-        self, request_iterator: AsyncIterator[replay_pb2.WriteTrajectoriesRequest], context: _Context
-    ) -> AsyncIterator[replay_pb2.WriteTrajectoriesResponse]:
+    async def WriteTrajectories(self, request_iterator: AsyncIterator[Any], context: _Context) -> AsyncIterator[Any]:
         stream = WriteStream(self._buffer, request_iterator)
         self._write_streams.add(stream)
         try:

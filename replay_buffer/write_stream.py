@@ -21,7 +21,7 @@ from leeway import codec
 from leeway.errors import InvalidDataError, UnavailableError
 from leeway.rpc import cancel_and_wait
 from leeway.types import TrajectoryFailure, WriteItem, WriteResult, WriteStatus
-from leeway.v1 import replay_pb2
+from leeway.wire import CLOSE, WireItem
 from replay_buffer.buffer import ReplayBuffer
 
 _UNANSWERED_MESSAGES: Final = 256
@@ -29,7 +29,8 @@ _UNANSWERED_MESSAGES: Final = 256
 _RESULTS_PER_ANSWER: Final = 4096
 """Results in one answer; a message with more of its own is answered whole."""
 
-Requests = AsyncIterator[replay_pb2.WriteTrajectoriesRequest]
+Requests = AsyncIterator[bytes]
+"""Serialized WriteTrajectoriesRequests."""
 
 
 class WriteStream:
@@ -48,8 +49,8 @@ class WriteStream:
         if self._reader is not None:
             self._reader.cancel()
 
-    async def answers(self) -> AsyncGenerator[replay_pb2.WriteTrajectoriesResponse]:
-        """Run the stream.
+    async def answers(self) -> AsyncGenerator[bytes]:
+        """Run the stream; serialized WriteTrajectoriesResponses.
 
         Raises:
             NotFoundError: no such run.
@@ -76,21 +77,21 @@ class WriteStream:
             await self._read_more.wait()
         return bool(self._unanswered)
 
-    def _answer(self) -> replay_pb2.WriteTrajectoriesResponse:
+    def _answer(self) -> bytes:
         """Results of everything at the front that is durable by now."""
         durable_mark = self._buffer.durable_mark
-        results: list[replay_pb2.WriteResult] = []
+        results: list[WriteResult] = []
         while self._unanswered and self._unanswered[0][1] <= durable_mark:
             if results and len(results) + len(self._unanswered[0][0]) > _RESULTS_PER_ANSWER:
                 break
-            results += map(codec.result_to_proto, self._unanswered.popleft()[0])
-        return replay_pb2.WriteTrajectoriesResponse(results=results)
+            results += self._unanswered.popleft()[0]
+        return codec.answer_to_wire(results)
 
     async def _read(self) -> None:
         try:
             async for request in self._requests:
                 if self._buffer.intake.crowded():
-                    await self._buffer.intake.admit(request.ByteSize())
+                    await self._buffer.intake.admit(len(request))
                 self._unanswered.append((self._write(request), self._buffer.mark))
                 self._read_more.set()
                 while len(self._unanswered) >= _UNANSWERED_MESSAGES:
@@ -99,21 +100,23 @@ class WriteStream:
         finally:
             self._read_more.set()
 
-    def _write(self, request: replay_pb2.WriteTrajectoriesRequest) -> list[WriteResult]:
-        items = [_item(message) for message in request.items]
-        taken = [item for item in items if isinstance(item, WriteItem)]
-        written = iter(self._buffer.write(request.run, taken, request.server_id))
-        return [next(written) if isinstance(item, WriteItem) else item for item in items]
+    def _write(self, request: bytes) -> list[WriteResult]:
+        run, server_id, items = codec.write_from_wire(request)
+        read = [_item(item) for item in items]
+        taken = [item for item in read if isinstance(item, WriteItem)]
+        written = self._buffer.write(run, taken, server_id)
+        if len(taken) == len(read):
+            return written
+        answers = iter(written)
+        return [next(answers) if isinstance(item, WriteItem) else item for item in read]
 
 
-def _item(message: replay_pb2.WriteItem) -> WriteItem | WriteResult:
+def _item(item: WireItem) -> WriteItem | WriteResult:
     """An item, or its refusal. A close that makes no sense ends its trajectory: nothing better will follow it."""
     try:
-        return codec.item_from_proto(message)
+        return codec.item_from_wire(item)
     except InvalidDataError as error:
-        if message.WhichOneof("content") == "close":
+        if item.tag == CLOSE:
             failure = TrajectoryFailure(f"its close is malformed: {error.message}", retryable=False)
-            return WriteItem(message.trajectory_id, message.attempt, message.seq, failure)
-        return WriteResult(
-            message.trajectory_id, message.attempt, message.seq, WriteStatus.INVALID, message=error.message
-        )
+            return WriteItem(item.trajectory_id, item.attempt, item.seq, failure)
+        return WriteResult(item.trajectory_id, item.attempt, item.seq, WriteStatus.INVALID, message=error.message)

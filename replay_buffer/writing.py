@@ -10,7 +10,7 @@ next seq                                        appended; a close is validated f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import (
@@ -23,6 +23,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from leeway.wire import Bytes
 from replay_buffer.drafts import Drafts
 from replay_buffer.rules.completion import decide_complete
 from replay_buffer.rules.groups import Group, Location, Member, Progress
@@ -36,8 +37,7 @@ Read = Callable[[Location], Transition]
 _DROPPABLE = (GroupState.OPEN, GroupState.READY)
 
 
-@dataclass(frozen=True, slots=True)
-class WriteDecision:
+class WriteDecision(NamedTuple):
     """The answer to an item, and what it does to the run."""
 
     result: WriteResult
@@ -105,12 +105,12 @@ def _repeated(group: Group, item: WriteItem, written: Transition) -> WriteDecisi
     return WriteDecision(decision.result, (GroupsDropped((group.group_id,), DropReason.CONFLICT, message),))
 
 
-def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: Member, drafts: Drafts) -> WriteDecision:
+def _chunk(run: RunState, group: Group, item: WriteItem, chunk: Bytes, member: Member, drafts: Drafts) -> WriteDecision:
     try:
         versions = drafts.add(run.spec.run, member, chunk)
     except InvalidDataError as error:
         return _refuse(item, WriteStatus.INVALID, f"item {item.seq} of {item.trajectory_id}: {error.message}")
-    written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions)
+    written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions, item.encoded)
     for version in versions:
         if run.lineage.is_unknown(version):
             message = f"trajectory {item.trajectory_id}: tokens are labelled with {version}, which was never registered"
@@ -178,7 +178,7 @@ def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, d
         raise type(error)(f"trajectory {member.trajectory_id}: {error.message}") from error
 
 
-def _chunk_of(written: Transition) -> bytes:
+def _chunk_of(written: Transition) -> Bytes:
     assert isinstance(written, ChunkWritten)
     return written.chunk
 

@@ -157,7 +157,7 @@ def delta_ratios(versions: Sequence[WeightSnapshot]) -> tuple[list[float], float
         size_bytes = publication.deltas[0].size_bytes if publication.deltas else version.manifest.size_bytes
         ratios.append(size_bytes / version.manifest.size_bytes)
     publisher = Publisher(RUN, None, LearnerMetrics(CollectorRegistry()), None)  # type: ignore[arg-type]
-    announcement = publisher._announcement(publication).ByteSize()
+    announcement = publisher._announcement(publication, _Server()).ByteSize()
     return ratios, announcement / versions[0].manifest.size_bytes
 
 

@@ -49,16 +49,23 @@ class ConcurrencyLimit:
         self._high_water = high_water
         self._patience = patience
         self._quiet = 0
+        self._forgiven = 0
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def forgive(self) -> None:
+        """Take as many preemptions as sequences run as wanted: the engine is told to compute them again."""
+        self._forgiven = self.load.num_running
+
     def observe(self, load: EngineLoad) -> None:
         """Take the engine's newest statistics."""
         self.load = load
-        if load.num_preempted:
+        num_unwanted = max(0, load.num_preempted - self._forgiven)
+        self._forgiven = max(0, self._forgiven - load.num_preempted)
+        if num_unwanted:
             self.limit = max(1, min(self.limit, load.num_running * 9 // 10))
             self._quiet = 0
         elif load.num_waiting or load.kv_usage > self._high_water or self.num_taken < self.limit:

@@ -2,46 +2,21 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from leeway.config import ConfigProgram, Options
+from inference_server.engines.process_options import ProcessEngineOptions
 
 
-class SglangEngineOptions(Options):
+class SglangEngineOptions(ProcessEngineOptions):
     """How SGLang's server is started and decodes."""
 
-    python: ConfigProgram | None = Field(
-        default=None, description="interpreter of the environment that has SGLang; unset takes the one that runs Leeway"
-    )
-    max_concurrency: int = Field(default=64, ge=1, le=65536, description="sequences decoded at once")
-    max_queued: int = Field(default=4096, ge=0, description="requests that may wait for a slot; more are refused")
-    context_length: int | None = Field(
-        default=None, ge=2, description="longest sequence, prompt included; unset takes the model's own"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="element type to compute in")
-    chunk_tokens: int = Field(default=16, ge=1, description="sampled tokens of a sequence per streamed chunk, at least")
-    max_topk: int = Field(default=20, ge=0, le=1024, description="largest K whose log-probs can be recorded")
-    kv_on_update: Literal["keep", "recompute"] = Field(
-        default="keep",
-        description="running sequences keep keys and values of the old weights, or compute them again with the new",
-    )
     max_cached_tokens: int | None = Field(
         default=None, ge=1, description="tokens with keys and values in memory; unset takes what SGLang finds"
     )
-    tensor_parallel_size: int = Field(default=1, ge=1, description="devices that share one copy of the model")
-    staging_directory: Path = Field(
-        default=Path("/dev/shm"),  # noqa: S108 (a configured place for one file, made exclusively)
-        strict=False,
-        description="where new weights lie, whole, before they are swapped in; needs room for one copy",
-    )
     start_timeout_seconds: float = Field(
         default=1800.0, gt=0, description="longest wait for SGLang to load the model and answer"
-    )
-    command_timeout_seconds: float = Field(
-        default=300.0, gt=0, description="longest wait for SGLang to pause, to swap weights or to go on"
     )
     arguments: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=(), strict=False, description="further arguments of sglang.launch_server, as on its command line"

@@ -24,7 +24,7 @@ from replay_buffer.options import read_options
 from replay_buffer.rules.groups import Group, Member, Progress
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
-from replay_buffer.storage.index import Filter
+from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.offline import Directory, open_directory
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.segments import list_segments

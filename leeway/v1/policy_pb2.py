@@ -27,7 +27,7 @@ from leeway.v1 import common_pb2 as leeway_dot_v1_dot_common__pb2
 from leeway.v1 import inference_pb2 as leeway_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16leeway/v1/policy.proto\x12\tleeway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16leeway/v1/common.proto\x1a\x19leeway/v1/inference.proto\"\xb4\x01\n\x12WatchPolicyRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyWatcherH\x00\x12;\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32 .leeway.v1.PolicyAcknowledgementH\x00\x12+\n\x07refusal\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyRefusalH\x00\x42\t\n\x07message\"]\n\rPolicyWatcher\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12,\n\tsignature\x18\x03 \x01(\x0b\x32\x19.leeway.v1.ModelSignature\"\x99\x01\n\x15PolicyAcknowledgement\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12*\n\x07\x66\x65tched\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06paused\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\rPolicyRefusal\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xc6\x01\n\x13WatchPolicyResponse\x12\x17\n\x0fpublisher_epoch\x18\x01 \x01(\x04\x12)\n\x07version\x18\x02 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12+\n\x08manifest\x18\x03 \x01(\x0b\x32\x19.leeway.v1.WeightManifest\x12\x16\n\x0elocal_endpoint\x18\x04 \x01(\t\x12&\n\x06\x64\x65ltas\x18\x05 \x03(\x0b\x32\x16.leeway.v1.WeightDelta\"]\n\x0bWeightDelta\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\x0c\x12\x15\n\rtarget_digest\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\"{\n\x13\x46\x65tchWeightsRequest\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12\x12\n\nfirst_part\x18\x03 \x01(\r\x12\x10\n\x08\x65nd_part\x18\x04 \x01(\r\"$\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\xb4\x01\n\rPolicyService\x12P\n\x0bWatchPolicy\x12\x1d.leeway.v1.WatchPolicyRequest\x1a\x1e.leeway.v1.WatchPolicyResponse(\x01\x30\x01\x12Q\n\x0c\x46\x65tchWeights\x12\x1e.leeway.v1.FetchWeightsRequest\x1a\x1f.leeway.v1.FetchWeightsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16leeway/v1/policy.proto\x12\tleeway.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x16leeway/v1/common.proto\x1a\x19leeway/v1/inference.proto\"\xb4\x01\n\x12WatchPolicyRequest\x12)\n\x05hello\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyWatcherH\x00\x12;\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32 .leeway.v1.PolicyAcknowledgementH\x00\x12+\n\x07refusal\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyRefusalH\x00\x42\t\n\x07message\"x\n\rPolicyWatcher\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12,\n\tsignature\x18\x03 \x01(\x0b\x32\x19.leeway.v1.ModelSignature\x12\x19\n\x11\x62roadcast_library\x18\x04 \x01(\t\"\x99\x01\n\x15PolicyAcknowledgement\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12*\n\x07\x66\x65tched\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12)\n\x06paused\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"K\n\rPolicyRefusal\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xde\x01\n\x13WatchPolicyResponse\x12\x17\n\x0fpublisher_epoch\x18\x01 \x01(\x04\x12)\n\x07version\x18\x02 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12+\n\x08manifest\x18\x03 \x01(\x0b\x32\x19.leeway.v1.WeightManifest\x12\x16\n\x0elocal_endpoint\x18\x04 \x01(\t\x12&\n\x06\x64\x65ltas\x18\x05 \x03(\x0b\x32\x16.leeway.v1.WeightDelta\x12\x16\n\x0e\x62roadcast_port\x18\x06 \x01(\r\"]\n\x0bWeightDelta\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\x0c\x12\x15\n\rtarget_digest\x18\x02 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\"{\n\x13\x46\x65tchWeightsRequest\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\x0c\x12\x12\n\nfirst_part\x18\x03 \x01(\r\x12\x10\n\x08\x65nd_part\x18\x04 \x01(\r\"i\n\x14JoinBroadcastRequest\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12/\n\x07weights\x18\x02 \x01(\x0b\x32\x1e.leeway.v1.FetchWeightsRequest\x12\r\n\x05group\x18\x03 \x01(\x04\"u\n\x15JoinBroadcastResponse\x12\r\n\x05group\x18\x01 \x01(\x04\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x12\n\nworld_size\x18\x03 \x01(\r\x12+\n\x08patience\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"$\n\x14\x46\x65tchWeightsResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x32\x88\x02\n\rPolicyService\x12P\n\x0bWatchPolicy\x12\x1d.leeway.v1.WatchPolicyRequest\x1a\x1e.leeway.v1.WatchPolicyResponse(\x01\x30\x01\x12Q\n\x0c\x46\x65tchWeights\x12\x1e.leeway.v1.FetchWeightsRequest\x1a\x1f.leeway.v1.FetchWeightsResponse0\x01\x12R\n\rJoinBroadcast\x12\x1f.leeway.v1.JoinBroadcastRequest\x1a .leeway.v1.JoinBroadcastResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHPOLICYREQUEST']._serialized_start=121
   _globals['_WATCHPOLICYREQUEST']._serialized_end=301
   _globals['_POLICYWATCHER']._serialized_start=303
-  _globals['_POLICYWATCHER']._serialized_end=396
-  _globals['_POLICYACKNOWLEDGEMENT']._serialized_start=399
-  _globals['_POLICYACKNOWLEDGEMENT']._serialized_end=552
-  _globals['_POLICYREFUSAL']._serialized_start=554
-  _globals['_POLICYREFUSAL']._serialized_end=629
-  _globals['_WATCHPOLICYRESPONSE']._serialized_start=632
-  _globals['_WATCHPOLICYRESPONSE']._serialized_end=830
-  _globals['_WEIGHTDELTA']._serialized_start=832
-  _globals['_WEIGHTDELTA']._serialized_end=925
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=927
-  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1050
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1052
-  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1088
-  _globals['_POLICYSERVICE']._serialized_start=1091
-  _globals['_POLICYSERVICE']._serialized_end=1271
+  _globals['_POLICYWATCHER']._serialized_end=423
+  _globals['_POLICYACKNOWLEDGEMENT']._serialized_start=426
+  _globals['_POLICYACKNOWLEDGEMENT']._serialized_end=579
+  _globals['_POLICYREFUSAL']._serialized_start=581
+  _globals['_POLICYREFUSAL']._serialized_end=656
+  _globals['_WATCHPOLICYRESPONSE']._serialized_start=659
+  _globals['_WATCHPOLICYRESPONSE']._serialized_end=881
+  _globals['_WEIGHTDELTA']._serialized_start=883
+  _globals['_WEIGHTDELTA']._serialized_end=976
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_start=978
+  _globals['_FETCHWEIGHTSREQUEST']._serialized_end=1101
+  _globals['_JOINBROADCASTREQUEST']._serialized_start=1103
+  _globals['_JOINBROADCASTREQUEST']._serialized_end=1208
+  _globals['_JOINBROADCASTRESPONSE']._serialized_start=1210
+  _globals['_JOINBROADCASTRESPONSE']._serialized_end=1327
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_start=1329
+  _globals['_FETCHWEIGHTSRESPONSE']._serialized_end=1365
+  _globals['_POLICYSERVICE']._serialized_start=1368
+  _globals['_POLICYSERVICE']._serialized_end=1632
 # @@protoc_insertion_point(module_scope)

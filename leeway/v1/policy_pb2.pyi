@@ -68,10 +68,15 @@ class PolicyWatcher(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     SERVER_ID_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    BROADCAST_LIBRARY_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     server_id: _builtins.str
     """Name of the server, unique in the run."""
+    broadcast_library: _builtins.str
+    """The library with which it can take part in broadcasts, "gloo/" and the version of torch; empty when it cannot. Only
+    who has the learner's own takes part.
+    """
     @_builtins.property
     def signature(self) -> _common_pb2.ModelSignature:
         """What it serves; compared with the learner's."""
@@ -82,10 +87,11 @@ class PolicyWatcher(_message.Message):
         run: _builtins.str = ...,
         server_id: _builtins.str = ...,
         signature: _common_pb2.ModelSignature | None = ...,
+        broadcast_library: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["signature", b"signature"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "server_id", b"server_id", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broadcast_library", b"broadcast_library", "run", b"run", "server_id", b"server_id", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,12 +172,17 @@ class WatchPolicyResponse(_message.Message):
     MANIFEST_FIELD_NUMBER: _builtins.int
     LOCAL_ENDPOINT_FIELD_NUMBER: _builtins.int
     DELTAS_FIELD_NUMBER: _builtins.int
+    BROADCAST_PORT_FIELD_NUMBER: _builtins.int
     publisher_epoch: _builtins.int
     """Incarnation of the learner that announces. A server refuses one below the highest it has seen."""
     local_endpoint: _builtins.str
     """ZeroMQ endpoint that serves the same bytes to this host; empty when there is none. A request there is the two frames
     "leeway/2" and a serialized FetchWeightsRequest; the answer "ok", the request's second frame again and one frame for
     each part; or "gone" and that frame where FetchWeights would say NOT_FOUND.
+    """
+    broadcast_port: _builtins.int
+    """Port, at the host of this service, where the groups of broadcasts meet (a TCPStore); 0 when there are none for this
+    server.
     """
     @_builtins.property
     def version(self) -> _common_pb2.PolicyVersion:
@@ -196,10 +207,11 @@ class WatchPolicyResponse(_message.Message):
         manifest: _inference_pb2.WeightManifest | None = ...,
         local_endpoint: _builtins.str = ...,
         deltas: _abc.Iterable[Global___WeightDelta] | None = ...,
+        broadcast_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deltas", b"deltas", "local_endpoint", b"local_endpoint", "manifest", b"manifest", "publisher_epoch", b"publisher_epoch", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["broadcast_port", b"broadcast_port", "deltas", b"deltas", "local_endpoint", b"local_endpoint", "manifest", b"manifest", "publisher_epoch", b"publisher_epoch", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,6 +286,79 @@ class FetchWeightsRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchWeightsRequest: _TypeAlias = FetchWeightsRequest  # noqa: Y015
+
+@_typing.final
+class JoinBroadcastRequest(_message.Message):
+    """Asks for a seat in a broadcast."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    """The server's name, as in its `hello`."""
+    group: _builtins.int
+    """The group it is still part of; 0 for none."""
+    @_builtins.property
+    def weights(self) -> Global___FetchWeightsRequest:
+        """The parts it needs: all of the tensors, or all of the deltas. The range is not used."""
+
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+        weights: Global___FetchWeightsRequest | None = ...,
+        group: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["weights", b"weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "server_id", b"server_id", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JoinBroadcastRequest: _TypeAlias = JoinBroadcastRequest  # noqa: Y015
+
+@_typing.final
+class JoinBroadcastResponse(_message.Message):
+    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces: a part of 256
+    KiB or more alone, into pieces of at most 8 MiB; smaller ones that follow each other together, until they have 8 MiB.
+    Each piece is one broadcast of bytes.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUP_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    PATIENCE_FIELD_NUMBER: _builtins.int
+    group: _builtins.int
+    """The group: its servers meet under "GROUP/" in the store. Never reused; the one that was held when nobody else joined
+    or left.
+    """
+    rank: _builtins.int
+    """This server's place in it."""
+    world_size: _builtins.int
+    """All places, the learner's included."""
+    @_builtins.property
+    def patience(self) -> _duration_pb2.Duration:
+        """Longest time for forming the group, and for each piece: after that the group is given up."""
+
+    def __init__(
+        self,
+        *,
+        group: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        world_size: _builtins.int = ...,
+        patience: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["patience", b"patience"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "patience", b"patience", "rank", b"rank", "world_size", b"world_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JoinBroadcastResponse: _TypeAlias = JoinBroadcastResponse  # noqa: Y015
 
 @_typing.final
 class FetchWeightsResponse(_message.Message):

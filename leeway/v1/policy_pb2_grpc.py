@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class PolicyServiceStub(object):
-    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, through
+    `FetchWeights` otherwise, or to all servers at once where the run is configured so (`JoinBroadcast`). Servers pull: one that still holds the weights of a recent version fetches only the deltas
     from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
     whole again. A slow one never holds up another.
     """
@@ -48,11 +48,16 @@ class PolicyServiceStub(object):
                 request_serializer=leeway_dot_v1_dot_policy__pb2.FetchWeightsRequest.SerializeToString,
                 response_deserializer=leeway_dot_v1_dot_policy__pb2.FetchWeightsResponse.FromString,
                 _registered_method=True)
+        self.JoinBroadcast = channel.unary_unary(
+                '/leeway.v1.PolicyService/JoinBroadcast',
+                request_serializer=leeway_dot_v1_dot_policy__pb2.JoinBroadcastRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_policy__pb2.JoinBroadcastResponse.FromString,
+                _registered_method=True)
 
 
 class PolicyServiceServicer(object):
-    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, through
+    `FetchWeights` otherwise, or to all servers at once where the run is configured so (`JoinBroadcast`). Servers pull: one that still holds the weights of a recent version fetches only the deltas
     from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
     whole again. A slow one never holds up another.
     """
@@ -76,6 +81,16 @@ class PolicyServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JoinBroadcast(self, request, context):
+        """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
+        asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
+        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast. A broadcast that fails
+        fails for all that take part: they take that version another way, and the next broadcast forms a new group.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PolicyServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -89,6 +104,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     request_deserializer=leeway_dot_v1_dot_policy__pb2.FetchWeightsRequest.FromString,
                     response_serializer=leeway_dot_v1_dot_policy__pb2.FetchWeightsResponse.SerializeToString,
             ),
+            'JoinBroadcast': grpc.unary_unary_rpc_method_handler(
+                    servicer.JoinBroadcast,
+                    request_deserializer=leeway_dot_v1_dot_policy__pb2.JoinBroadcastRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_policy__pb2.JoinBroadcastResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'leeway.v1.PolicyService', rpc_method_handlers)
@@ -98,8 +118,8 @@ def add_PolicyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PolicyService(object):
-    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, through
+    `FetchWeights` otherwise, or to all servers at once where the run is configured so (`JoinBroadcast`). Servers pull: one that still holds the weights of a recent version fetches only the deltas
     from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
     whole again. A slow one never holds up another.
     """
@@ -148,6 +168,33 @@ class PolicyService(object):
             '/leeway.v1.PolicyService/FetchWeights',
             leeway_dot_v1_dot_policy__pb2.FetchWeightsRequest.SerializeToString,
             leeway_dot_v1_dot_policy__pb2.FetchWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JoinBroadcast(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.PolicyService/JoinBroadcast',
+            leeway_dot_v1_dot_policy__pb2.JoinBroadcastRequest.SerializeToString,
+            leeway_dot_v1_dot_policy__pb2.JoinBroadcastResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class PolicyServiceStub:
-    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, through
+    `FetchWeights` otherwise, or to all servers at once where the run is configured so (`JoinBroadcast`). Servers pull: one that still holds the weights of a recent version fetches only the deltas
     from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
     whole again. A slow one never holds up another.
     """
@@ -48,11 +48,17 @@ class PolicyServiceStub:
     when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
     `base_digest`: fetch the tensors. Idempotent.
     """
+    JoinBroadcast: _grpc.UnaryUnaryMultiCallable[_policy_pb2.JoinBroadcastRequest, _policy_pb2.JoinBroadcastResponse]
+    """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
+    asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
+    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast. A broadcast that fails
+    fails for all that take part: they take that version another way, and the next broadcast forms a new group.
+    """
 
 @_typing.type_check_only
 class PolicyServiceAsyncStub(PolicyServiceStub):
-    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, through
+    `FetchWeights` otherwise, or to all servers at once where the run is configured so (`JoinBroadcast`). Servers pull: one that still holds the weights of a recent version fetches only the deltas
     from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
     whole again. A slow one never holds up another.
     """
@@ -69,10 +75,16 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
     `base_digest`: fetch the tensors. Idempotent.
     """
+    JoinBroadcast: _aio.UnaryUnaryMultiCallable[_policy_pb2.JoinBroadcastRequest, _policy_pb2.JoinBroadcastResponse]  # type: ignore[assignment]
+    """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
+    asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
+    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast. A broadcast that fails
+    fails for all that take part: they take that version another way, and the next broadcast forms a new group.
+    """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, and through
-    `FetchWeights` otherwise. Servers pull: one that still holds the weights of a recent version fetches only the deltas
+    """Served by the learner. Control travels here; bytes travel over ZeroMQ when both sides share a host, through
+    `FetchWeights` otherwise, or to all servers at once where the run is configured so (`JoinBroadcast`). Servers pull: one that still holds the weights of a recent version fetches only the deltas
     from there; one that joins late, missed too many versions or finds a delta wrong fetches the newest snapshot and is
     whole again. A slow one never holds up another.
     """
@@ -98,6 +110,18 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Parts of the newest version, concatenated: its tensors in manifest order, or the deltas that lead to it. NOT_FOUND
         when `version` is no longer the newest: wait for the next announcement; or when no deltas lead to it from
         `base_digest`: fetch the tensors. Idempotent.
+        """
+
+    @_abc_1.abstractmethod
+    def JoinBroadcast(
+        self,
+        request: _policy_pb2.JoinBroadcastRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_policy_pb2.JoinBroadcastResponse, _abc.Awaitable[_policy_pb2.JoinBroadcastResponse]]:
+        """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
+        asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
+        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast. A broadcast that fails
+        fails for all that take part: they take that version another way, and the next broadcast forms a new group.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,8 +1,12 @@
-"""What can happen to a run: the records of the log, as dataclasses. Each is atomic by itself."""
+"""What can happen to a run: the records of the log. Each is atomic by itself.
+
+The two that a writer makes for every item are tuples, which are cheaper to make than frozen dataclasses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from leeway.types import (
     DrainReason,
@@ -36,19 +40,21 @@ class TicketIssued:
     task_cursor: int  # after this issue; unchanged when the task came from the requeue list
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkWritten:
+class ChunkWritten(NamedTuple):
     """A chunk of a trajectory, byte for byte."""
 
     trajectory_id: str
     attempt: int
     seq: int
-    chunk: bytes = field(repr=False)
+    chunk: bytes | memoryview
     versions: tuple[PolicyVersion, ...]  # those of its spans; read from the chunk, not stored beside it
+    encoded: bytes = b""  # the item as it came, which the log keeps; empty when it did not come from a writer
+
+    def __repr__(self) -> str:
+        return f"ChunkWritten({self.trajectory_id!r}, {self.attempt}, {self.seq}, {len(self.chunk)} bytes)"
 
 
-@dataclass(frozen=True, slots=True)
-class TrajectoryClosed:
+class TrajectoryClosed(NamedTuple):
     """A trajectory is complete and valid."""
 
     trajectory_id: str

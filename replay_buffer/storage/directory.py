@@ -6,7 +6,7 @@ append ──> log ──(a new segment begins)──> state before it ──> i
 waits      a snapshot, until the log is durable up to its place; the closing, for the task
 order      index synced, then snapshot synced, then old segments removed: a crash in between only leaves more to read
 failing    a snapshot or index that cannot be written (full disk) is skipped with a line in the service's log; the
-           log goes on, and the next segment tries again
+           log goes on, and the next segment tries again; an index that is found damaged ends the service
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +26,8 @@ from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.backup import Backup, write_backup
 from replay_buffer.storage.generation import Generation, read_generation, write_generation
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogFailedError, Take
 from replay_buffer.storage.recovery import choose_start
 from replay_buffer.storage.retention import choose_beginning, first_needed
@@ -64,6 +67,7 @@ class Storage:
         self.generation = (found or Generation(b"")).opened()
         start = choose_start(self._directory, self.generation)
         self.index = start.index
+        self.index.on_damage = self._index_damaged
         for run in start.runs():
             restore(run)
         self.index.first_segment = start.first_segment
@@ -71,6 +75,20 @@ class Storage:
         self.index.forget_before(self.log.first_segment)
         if found is None:
             write_generation(self._directory, self.generation)
+
+    def _index_damaged(self, how: str) -> LogFailedError:
+        """A record may be appended whose consequences cannot be told: nothing is acknowledged any more.
+
+        The file goes, so that the next start makes it anew instead of meeting the same damage.
+        """
+        path = self._directory / FILE
+        with suppress(OSError):
+            Index.remove(path)
+        failure = LogFailedError(
+            f"{path}: {how}; it is removed, and made anew from the log at the next start; start the replay buffer again"
+        )
+        self.log.fail(failure)
+        return failure
 
     async def back_up(self, target: Path) -> Backup:
         """Copy the durable log to a new folder.

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from leeway.errors import LeewayError, UnavailableError
+from leeway.errors import UnavailableError
 from replay_buffer.rules.groups import Location
 from replay_buffer.storage.segments import (
     HEADER,
@@ -108,7 +108,8 @@ class Log:
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: mark, tie-break, who waits
         self._tie = itertools.count()
         self._writer: _Writer | None = None
-        self.failure: LeewayError | None = None
+        self.failure: LogFailedError | None = None
+        self._failed: asyncio.Future[None] | None = None
 
     def recover(
         self,
@@ -149,8 +150,8 @@ class Log:
     def start(self) -> None:
         """Begin to take records. Called on the event loop."""
         loop = asyncio.get_running_loop()
-        self._failed: asyncio.Future[None] = loop.create_future()
-        self._writer = _Writer(self._options, self._segment, self._segment_size, loop, self._settle, self._fail)
+        self._failed = loop.create_future()
+        self._writer = _Writer(self._options, self._segment, self._segment_size, loop, self._settle, self.fail)
         self._writer.start()
 
     @property
@@ -250,6 +251,7 @@ class Log:
 
     async def wait_failed(self) -> None:
         """Return never, or raise what killed the log."""
+        assert self._failed is not None
         await asyncio.shield(self._failed)
 
     async def aclose(self) -> None:
@@ -258,6 +260,7 @@ class Log:
             if self._turn:
                 self._end_turn()
             await asyncio.to_thread(self._writer.stop)
+            assert self._failed is not None
             if self._failed.done():
                 self._failed.exception()
             else:
@@ -285,13 +288,14 @@ class Log:
                 done.set_result(None)
         self._on_durable(len(batch), size_bytes, seconds)
 
-    def _fail(self, message: str) -> None:
-        self.failure = LogFailedError(message)
+    def fail(self, failure: LogFailedError) -> None:
+        """Take and acknowledge nothing more: what follows from the log can no longer be told."""
+        self.failure = failure
         for _, _, done in self._waiting:
             if not done.done():
                 done.set_exception(self.failure)
         self._waiting.clear()
-        if not self._failed.done():
+        if self._failed is not None and not self._failed.done():
             self._failed.set_exception(self.failure)
 
 
@@ -310,7 +314,7 @@ class _Writer:
         size_bytes: int,
         loop: asyncio.AbstractEventLoop,
         settle: Callable[[list[_Queued], float], None],
-        fail: Callable[[str], None],
+        fail: Callable[[LogFailedError], None],
     ) -> None:
         self._options = options
         self._segment = segment
@@ -434,7 +438,7 @@ class _Writer:
                 raise _Stopped
 
     def _report(self, message: str) -> None:
-        self._loop.call_soon_threadsafe(self._fail, message)
+        self._loop.call_soon_threadsafe(self._fail, LogFailedError(message))
 
 
 def _blocks(batch: list[_Queued]) -> list[bytes]:

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError
+from leeway.v1 import storage_pb2
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Group, Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import RunOpened
 from replay_buffer.storage.generation import Generation, read_generation
-from replay_buffer.storage.index import FILE, Filter, Index
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.records import Record, decode
 from replay_buffer.storage.recovery import base_of, fitting_snapshot
+from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.storage.segments import Position, SegmentReader, read_segment, segment_numbers, segment_path
 from replay_buffer.storage.selection import check_kept, select
 from replay_buffer.storage.snapshots import snapshot_positions
@@ -32,6 +35,10 @@ class Fold:
         self.index = index
         self.runs: dict[str, RunState] = {}
 
+    def restore(self, snapshot: storage_pb2.Snapshot) -> None:
+        """Begin with the runs of a snapshot."""
+        self.runs = {run.spec.run: run_from_proto(run, RunIndex(self.index, run.spec.run)) for run in snapshot.runs}
+
     def take(self, record: Record, location: Location) -> RunState:
         """Fold one record in; returns its run.
 
@@ -42,7 +49,7 @@ class Fold:
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            run = self.runs[record.run] = RunState(record.transition.spec, self.index.of(record.run))
+            run = self.runs[record.run] = RunState(record.transition.spec, RunIndex(self.index, record.run))
         apply(run, record.transition, record.recorded_at_ns, location)
         return run
 
@@ -136,7 +143,7 @@ def _start(path: Path, generation: Generation, numbers: list[int]) -> tuple[Posi
             snapshot = fitting_snapshot(path, position, generation, numbers, _ignore)
             if snapshot is not None:
                 fold = Fold(index)
-                fold.runs = {run.spec.run: run_from_proto(run, index.of(run.spec.run)) for run in snapshot.runs}
+                fold.restore(snapshot)
                 index.first_segment = numbers[0]
                 return position, fold
     if index is not None:
@@ -144,7 +151,7 @@ def _start(path: Path, generation: Generation, numbers: list[int]) -> tuple[Posi
     position, snapshot = base_of(path, generation, _ignore)
     fold = Fold(Index())
     if snapshot is not None:
-        fold.runs = {run.spec.run: run_from_proto(run, fold.index.of(run.spec.run)) for run in snapshot.runs}
+        fold.restore(snapshot)
     fold.index.first_segment = numbers[0]
     return position, fold
 

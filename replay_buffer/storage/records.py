@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import assert_never
+from functools import lru_cache
+from typing import NamedTuple, assert_never
 
 from google.protobuf.message import DecodeError
 
 from leeway import codec
+from leeway.codec import varint
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import DrainReason, DropReason, PolicyVersion
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
-from leeway.wire import leading_columns, varint_at
+from leeway.wire import Bytes, leading_columns, varint_at
 from replay_buffer.rules.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -44,11 +45,7 @@ _ATTEMPT_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["attempt"].number 
 _SEQ_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["seq"].number << 3
 
 
-Bytes = bytes | memoryview
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One entry of the log."""
 
     run: str
@@ -57,35 +54,44 @@ class Record:
 
 
 def encode(record: Record) -> tuple[bytes, ...]:
-    """The payload of a log frame; the bytes of a chunk are a part by themselves, so that they are not copied."""
-    transition = record.transition
-    if isinstance(transition, ChunkWritten):
-        return _chunk_prefix(record, transition), transition.chunk
-    return (_message(record).SerializeToString(),)
+    """The payload of a log frame; what a writer sent is a part by itself, so that it is not copied."""
+    match record.transition:
+        case ChunkWritten() as written:
+            # A WriteItem with a chunk is a ChunkWritten, field by field.
+            item = written.encoded or _chunk_item(written)
+            return _prefix(record, _CHUNK_WRITTEN_TAG, len(item)), item
+        case TrajectoryClosed() as closed:
+            close = closed.close.encoded or codec.close_to_proto(closed.close).SerializeToString()
+            item = codec.item_head(closed.trajectory_id, closed.attempt, 0) + _CLOSE_TAG + varint(len(close)) + close
+            return (_prefix(record, _TRAJECTORY_CLOSED_TAG, len(item)) + item,)
+        case _:
+            return (_message(record).SerializeToString(),)
 
 
-def _chunk_prefix(record: Record, written: ChunkWritten) -> bytes:
-    """A LogRecord up to the chunk, which is its last field's last field."""
-    head = log_pb2.LogRecord(run=record.run)
-    head.recorded_at.seconds, head.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
-    inner = log_pb2.ChunkWritten(
-        trajectory_id=written.trajectory_id, attempt=written.attempt, seq=written.seq
-    ).SerializeToString()
-    inner += _CHUNK_TAG + codec.varint(len(written.chunk))
-    size_bytes = codec.varint(len(inner) + len(written.chunk))
-    return b"".join((head.SerializeToString(), _CHUNK_WRITTEN_TAG, size_bytes, inner))
+def _chunk_item(written: ChunkWritten) -> bytes:
+    head = codec.item_head(written.trajectory_id, written.attempt, written.seq)
+    return b"".join((head, _CHUNK_TAG, varint(len(written.chunk)), written.chunk))
+
+
+def _prefix(record: Record, tag: bytes, size_bytes: int) -> bytes:
+    """A LogRecord up to its transition, which is its last field."""
+    return _head(record.run, record.recorded_at_ns) + tag + varint(size_bytes)
+
+
+@lru_cache(maxsize=16)
+def _head(run: str, recorded_at_ns: int) -> bytes:
+    """Equal for all that one message brought."""
+    head = log_pb2.LogRecord(run=run)
+    head.recorded_at.seconds, head.recorded_at.nanos = divmod(recorded_at_ns, _NANOS)
+    return head.SerializeToString()
 
 
 def _message(record: Record) -> log_pb2.LogRecord:
     message = log_pb2.LogRecord(run=record.run)
     message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
     match record.transition:
-        case ChunkWritten():
-            raise AssertionError("chunks are encoded in parts")
-        case TrajectoryClosed() as closed:
-            message.trajectory_closed.trajectory_id = closed.trajectory_id
-            message.trajectory_closed.attempt = closed.attempt
-            message.trajectory_closed.close.CopyFrom(codec.close_to_proto(closed.close))
+        case ChunkWritten() | TrajectoryClosed():
+            raise AssertionError("what a writer sent is not encoded again")
         case TrajectoryFailed() as failed:
             message.trajectory_failed.trajectory_id = failed.trajectory_id
             message.trajectory_failed.attempt = failed.attempt
@@ -288,7 +294,7 @@ def _content_at(payload: bytes, transition_tag: bytes, content_tag: bytes) -> in
     return at if at + size_bytes == len(payload) else None
 
 
-def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
+def span_versions(chunk: Bytes) -> tuple[PolicyVersion, ...]:
     """The policy versions that a serialized chunk's spans name, each once.
 
     A span that names no complete version is left out here and refused when its trajectory closes.
@@ -297,4 +303,4 @@ def span_versions(chunk: bytes) -> tuple[PolicyVersion, ...]:
         InvalidDataError: the bytes are not a TrajectoryChunk.
     """
     _, end = leading_columns(chunk)  # columns name no versions, and are most of the bytes
-    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk[end:]))
+    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, bytes(chunk[end:])))

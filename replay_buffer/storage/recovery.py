@@ -18,8 +18,10 @@ from leeway.errors import CorruptDataError
 from leeway.v1 import storage_pb2
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.generation import Generation
-from replay_buffer.storage.index import FILE, Index
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import BEGINNING
+from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.storage.segments import LastRecord, Position, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import misfit, read_snapshot, snapshot_path, snapshot_positions
 from replay_buffer.storage.stored_state import run_from_proto
@@ -52,7 +54,7 @@ class Start:
         """
         if self.snapshot is None:
             return []
-        return [run_from_proto(run, self.index.of(run.spec.run)) for run in self.snapshot.runs]
+        return [run_from_proto(run, RunIndex(self.index, run.spec.run)) for run in self.snapshot.runs]
 
 
 def choose_start(directory: Path, generation: Generation) -> Start:

@@ -8,7 +8,8 @@ from heapq import merge
 from leeway.errors import NotFoundError
 from leeway.types import Purpose
 from replay_buffer.rules.state import RunState
-from replay_buffer.storage.index import Filter, RunIndex
+from replay_buffer.storage.index_file import Filter
+from replay_buffer.storage.run_index import RunIndex
 
 
 def check_kept(state: RunState, wanted: Filter) -> None:

@@ -28,13 +28,14 @@ from replay_buffer.rules.transitions import (
     Transition,
 )
 from replay_buffer.storage.generation import Generation, read_generation
-from replay_buffer.storage.index import FILE, Index
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.offline import Fold
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.recovery import base_of
 from replay_buffer.storage.segments import HEADER, Position, read_segment, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import misfit, read_snapshot, snapshot_path, snapshot_positions
-from replay_buffer.storage.stored_state import run_from_proto, run_to_proto
+from replay_buffer.storage.stored_state import run_to_proto
 
 
 @dataclass(slots=True)
@@ -88,7 +89,7 @@ class _Verification:
         try:
             fold.index.first_segment = self._numbers[0]
             if snapshot is not None:
-                fold.runs = {run.spec.run: run_from_proto(run, fold.index.of(run.spec.run)) for run in snapshot.runs}
+                fold.restore(snapshot)
             end = self._fold(base, fold)
             # A segment begins with its first record: after a full one the next may not be there yet.
             for place in (end, Position(end.segment + 1, 0)):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -14,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from leeway.rpc import check_health
 from leeway.types import TrajectoryFailure, WriteItem
+from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import segment_path
 from tests.contract.buffer_server import PLAIN, connected, write
@@ -177,3 +180,40 @@ async def test_a_damaged_log_is_named_with_its_place(tmp_path: Path, ports: tupl
     assert code == 2  # a restart would meet the same bytes
     assert len(lines) == 1
     assert lines[0].startswith(f"replay_buffer: {path}: the record at byte 0 is damaged")
+
+
+async def test_an_index_that_is_found_damaged_ends_it_and_the_next_start_is_well(
+    tmp_path: Path, ports: tuple[int, list[str]]
+) -> None:
+    port, arguments = ports
+    process = await start(tmp_path, *arguments)
+    await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
+    async with connected(f"127.0.0.1:{port}") as client:
+        await client.open_run(spec(groups_per_step=1), ROOT, [])
+        (ticket, *_), _ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
+        await write(client, filled(ticket))
+        await client.draw_batch(1, 1, WAIT_SECONDS)
+        await client.advance(1, version(1), ROOT)
+        await client.commit(1, 1)
+    process.send_signal(signal.SIGTERM)
+    assert await ended(process) == (0, [])
+    with closing(sqlite3.connect(tmp_path / "log" / FILE)) as index, index:
+        index.execute("UPDATE groups SET body = zeroblob(length(body))")
+
+    process = await start(tmp_path, *arguments)
+    await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
+    async with connected(f"127.0.0.1:{port}") as client:
+        renewing = asyncio.create_task(client.renew_leases("s0", [(ticket.group_id, 1)]))  # again and again
+        code, lines = await ended(process)
+        assert code == 1  # a restart mends it
+        assert lines == [
+            f"replay_buffer: {tmp_path}/log/index.sqlite: an entry fails its checksum; it is removed, "
+            "and made anew from the log at the next start; start the replay buffer again"
+        ]
+
+        process = await start(tmp_path, *arguments)
+        await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
+        assert await renewing == []
+        assert (await client.run_status()).consumed == 1
+    process.send_signal(signal.SIGTERM)
+    assert await ended(process) == (0, [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -168,7 +167,7 @@ async def test_an_item_that_found_no_room_is_sent_again_when_it_was_told_to() ->
 
     def judge(item: WriteItem) -> WriteResult | None:
         refused = item.seq == 2 and next(refusals, False)
-        return replace(result(item, WriteStatus.EXHAUSTED), retry_seconds=0.01) if refused else None
+        return result(item, WriteStatus.EXHAUSTED)._replace(retry_seconds=0.01) if refused else None
 
     replay.judge = judge
     async with writing(replay, WriterLimits(flush_seconds=0.0, exhausted_wait_seconds=1e6)) as (writer, refused, _):

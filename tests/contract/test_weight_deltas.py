@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from learner.publication import Publication
+from learner.publisher import _Server
 from leeway import codec
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security, cancel_and_wait, open_channel
@@ -272,7 +273,7 @@ async def test_an_announcement_names_the_chain_and_no_more_than_that() -> None:
     for step in range(6):
         await learner.publisher.publish(snapshot(step))
     assert learner.publisher._newest is not None
-    message = learner.publisher._announcement(learner.publisher._newest)
+    message = learner.publisher._announcement(learner.publisher._newest, _Server())
     deltas = [codec.delta_from_proto(delta) for delta in message.deltas]
     assert [delta.base_digest for delta in deltas] == [snapshot(step).version.digest for step in (2, 3, 4)]
     assert [delta.target_digest for delta in deltas] == [snapshot(step).version.digest for step in (3, 4, 5)]

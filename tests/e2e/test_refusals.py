@@ -51,6 +51,20 @@ def test_a_configuration_that_cannot_be_used_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+def test_broadcasts_beyond_this_host_need_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    beyond = ("network.weights=collective", "network.policy=learner.example:7402")
+    assert "network.weights: " in refused(capsys, EXAMPLE, tmp_path / "runs", *beyond)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_whose_weights_are_broadcast_comes_to_its_end(tmp_path: Path) -> None:
+    arguments = ["run", str(EXAMPLE), "--plain", "--set", f"run.directory={tmp_path}", "--set", "run.steps=12"]
+    assert main([*arguments, "--set", "network.weights=collective"]) == 0
+    logs = {file.stem: file.read_text(encoding="utf-8") for file in (tmp_path / "rehearsal" / "logs").iterdir()}
+    assert "a group of 3 for broadcasts: the learner and server-0, server-1" in logs["learner"]
+    assert not [name for name, text in logs.items() if "broadcast" in text and "fails" in text]
+
+
 def test_a_port_in_use_is_named_and_the_next_start_is_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

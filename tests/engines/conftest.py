@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engines)
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(300))
             if not asked_for:
                 item.add_marker(pytest.mark.skip(reason="run by `make test-engines`"))
 
@@ -62,9 +62,18 @@ def dense_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Eng
     yield from _serve(request.param, tiny_models.save(make_model(0, moe=False), tmp_path / "model"), tmp_path)
 
 
-def _serve(engine: str, model: Path, directory: Path) -> Iterator[EngineServer]:
+@pytest.fixture(params=[engine for engine in ENGINES if engine != "transformers"])
+def recomputing_server(
+    request: pytest.FixtureRequest, models: list[PreTrainedModel], tmp_path: Path
+) -> Iterator[EngineServer]:
+    """A server that computes running sequences again when weights change."""
+    model = tiny_models.save(models[0], tmp_path / "model")
+    yield from _serve(request.param, model, tmp_path, kv_on_update="recompute")
+
+
+def _serve(engine: str, model: Path, directory: Path, **options: Any) -> Iterator[EngineServer]:
     try:
-        with engine_server(engine, model, directory) as server:
+        with engine_server(engine, model, directory, **options) as server:
             yield server
     except EnvironmentMissingError as missing:
         pytest.skip(str(missing))

@@ -6,7 +6,9 @@ The servers outlive the tests, so each test puts the weights in force that it ne
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,7 @@ from transformers import PreTrainedModel
 
 from inference_server.engine import Engine
 from leeway.errors import InvalidDataError, PreconditionError
-from leeway.types import ColumnKind, FinishReason, Int32Array, SamplingParams, WeightSnapshot
+from leeway.types import ColumnKind, EngineInfo, FinishReason, Int32Array, SamplingParams, WeightSnapshot
 from tests.engines.conftest import CONTEXT_LENGTH, VOCAB_SIZE, make_model
 from tests.engines.engine_server import EngineServer
 from tests.engines.sampled import Completion, difference, reference, sample
@@ -36,7 +38,7 @@ def snapshot(models: list[PreTrainedModel], step: int) -> WeightSnapshot:
 
 
 def long_sampling(server: EngineServer, *, routing: bool = False) -> SamplingParams:
-    """For a sequence that is still running when a swap has been made ready: engines differ in speed."""
+    """For a sequence that is likely to run while something else happens: engines differ in speed."""
     num_tokens = {"transformers": 400, "vllm": 1700, "sglang": 150}[server.engine]
     return SamplingParams(1.0, num_tokens, (), 3, 0, routing=routing)
 
@@ -67,27 +69,22 @@ async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
     server: EngineServer, models: list[PreTrainedModel]
 ) -> None:
     """Tokens before the swap are the old weights', those after it are not; what starts afterwards is the new ones'."""
-    long = long_sampling(server, routing=True)
     async with server.connect() as engine:
         await engine.update_weights(snapshot(models, 0))
-        started = asyncio.Barrier(4)
-        running = [
-            asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(3, 300, 2)
-        ]
-        async with asyncio.timeout(120):
-            await started.wait()
-        seconds = await engine.update_weights(snapshot(models, 1))
-        assert engine.info().version is not None
-        swapped = await asyncio.gather(*running)
+        long = long_sampling(server, routing=True)
+        async with always_running(engine, prompts(3, 300, 2), long) as completions:
+            seconds = await engine.update_weights(snapshot(models, 1))
+            assert engine.info().version is not None
         fresh = [
             await sample(engine, prompt, SamplingParams(1.0, 40, (), 5, 0, routing=True))
             # Prompts long enough for their keys to have been cached, and a new one.
             for prompt in [*prompts(3, 300, 2), *prompts(1, 30, 3)]
         ]
     assert seconds > 0
+    swapped = [completion for completion in completions if set(completion.steps()) == {0, 1}]
+    assert swapped
     for completion in swapped:
         steps = np.array(completion.steps())
-        assert 0 < (steps == 1).sum() < len(steps)
         assert (np.diff(steps) >= 0).all()
         old = difference(completion, models[0])
         assert old[steps == 0].max() < EXACT
@@ -109,59 +106,52 @@ async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
 async def test_a_paused_engine_samples_nothing_and_loses_nothing(
     server: EngineServer, models: list[PreTrainedModel]
 ) -> None:
-    """Also across a swap while it is paused, which does not set it going."""
-    long = long_sampling(server)
+    """Weights that come and go during a pause sample nothing: swapping them in does not set the engine going."""
     async with server.connect() as engine:
         await engine.update_weights(snapshot(models, 2))
-        seen: list[Completion] = []
-        started = asyncio.Event()
-
-        def on_chunk(completion: Completion) -> None:
-            seen[:] = [completion]
-            started.set()
-
-        running = asyncio.create_task(sample(engine, prompts(1, 24, 4)[0], long, on_chunk))
-        async with asyncio.timeout(120):
-            await started.wait()
-        await engine.pause()
-        await engine.update_weights(snapshot(models, 3))
-        await asyncio.sleep(0.3)  # what was sampled before may still be on its way
-        before = seen[0].num_sampled
-        await asyncio.sleep(0.3)
-        assert seen[0].num_sampled == before
-        assert not running.done()
-        await engine.resume()
-        completion = await running
-    steps = np.array(completion.steps())
-    assert (steps == 2).sum() >= before
-    assert (steps == 3).any()
-    assert difference(completion, models[2])[steps == 2].max() < EXACT
+        async with (
+            always_running(engine, prompts(3, 24, 4), long_sampling(server)) as completions,
+            paused(engine),
+        ):
+            await engine.update_weights(snapshot(models, 3))
+            await asyncio.sleep(0.5)  # time for what must not happen
+            await engine.update_weights(snapshot(models, 0))
+    steps = [np.array(completion.steps()) for completion in completions]
+    assert {step for each in steps for step in each} <= {2, 0}
+    assert any(set(each) == {2, 0} for each in steps)
+    for completion, each in zip(completions, steps, strict=True):
+        old = difference(completion, models[2])[each == 2]
+        assert not len(old) or old.max() < EXACT
 
 
 async def test_a_closed_iterator_frees_its_slot(server: EngineServer, models: list[PreTrainedModel]) -> None:
     """A waiting request goes on while the other slots are still taken."""
-    long = long_sampling(server)
     async with server.connect() as engine:
         await engine.update_weights(snapshot(models, 0))
-        slots = engine.info().max_concurrency
-        started = asyncio.Barrier(slots + 1)
-        running = [
-            asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(slots, 24, 5)
-        ]
+        # The others may end before it does, on a busy machine: then this attempt says nothing.
+        assert any([await _gets_the_slot_of_a_closed_one(engine, long_sampling(server)) for _ in range(5)])
+        # Nothing is left that would take a slot for good.
+        few = SamplingParams(1.0, 4, (), 3, 0)
+        await asyncio.gather(*(sample(engine, prompt, few) for prompt in prompts(12, 8, 7)))
+
+
+async def _gets_the_slot_of_a_closed_one(engine: Engine, long: SamplingParams) -> bool:
+    slots = engine.info().max_concurrency
+    started = asyncio.Barrier(slots + 1)
+    running = [asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(slots, 24, 5)]
+    try:
         async with asyncio.timeout(120):
             await started.wait()
-        await engine.pause()
-        waiting = asyncio.create_task(sample(engine, prompts(1, 8, 6)[0], SamplingParams(1.0, 2, (), 1, 0)))
-        running[0].cancel()
-        await asyncio.wait([running[0]])
-        await engine.resume()
+        async with paused(engine):
+            waiting = asyncio.create_task(sample(engine, prompts(1, 8, 6)[0], SamplingParams(1.0, 2, (), 1, 0)))
+            running[0].cancel()
+            await asyncio.wait([running[0]])
         await waiting
-        assert not any(task.done() for task in running[1:])
-        for task in running[1:]:
+        return not any(task.done() for task in running[1:])
+    finally:
+        for task in running:
             task.cancel()
         await asyncio.wait(running)
-        # Nothing is left that would take a slot for good.
-        await asyncio.gather(*(sample(engine, prompt, replace(long, max_tokens=4)) for prompt in prompts(12, 8, 7)))
 
 
 async def test_what_would_kill_an_engine_is_refused_and_the_engine_lives(
@@ -201,8 +191,7 @@ async def test_stop_tokens_and_the_context_end_a_completion(
         assert completion.token_ids[-1] in range(2, 40)
         assert not set(completion.token_ids[:-1].tolist()) & set(range(2, 40))
     assert filled.end is not None
-    kept_free = 2 if server.engine == "sglang" else 0  # SGLang does not fill a context to its end
-    assert (filled.end.finish_reason, filled.end.num_tokens) == (FinishReason.CONTEXT, 8 - kept_free)
+    assert (filled.end.finish_reason, filled.end.num_tokens) == (FinishReason.CONTEXT, 8)
 
 
 def test_an_engines_own_metrics_are_passed_on(server: EngineServer) -> None:
@@ -215,6 +204,40 @@ def test_an_engines_own_metrics_are_passed_on(server: EngineServer) -> None:
     if server.engine == "sglang":
         for name in ("num_running_reqs", "num_queue_reqs", "token_usage", "generation_tokens_total"):
             assert f"sglang:{name}" in metrics
+
+
+async def test_running_sequences_are_computed_again_under_new_weights(
+    recomputing_server: EngineServer, models: list[PreTrainedModel]
+) -> None:
+    """What is sampled after the swap is what a learner finds that computes the sequence with the new weights."""
+    async with recomputing_server.connect() as engine:
+        await engine.update_weights(snapshot(models, 0))
+        slots = engine.info().max_concurrency
+        long = replace(long_sampling(recomputing_server, routing=True), topk=5)
+        async with always_running(engine, prompts(3, 300, 2), long) as completions:
+            await engine.update_weights(snapshot(models, 1))
+        async with always_running(engine, prompts(3, 24, 4), long) as later, paused(engine):
+            await engine.update_weights(snapshot(models, 2))
+        assert (await _info(recomputing_server)).max_concurrency == slots  # what was wanted is no lack of memory
+    for old, new, sampled in ((0, 1, completions), (1, 2, later)):
+        swapped = [completion for completion in sampled if set(completion.steps()) == {old, new}]
+        assert swapped
+        for completion in swapped:
+            before = np.array(completion.steps()) == old
+            assert difference(completion, models[old])[before].max() < EXACT
+            expected = reference(models[new], completion)
+            assert difference(completion, models[new])[~before].max() < EXACT
+            listed = completion.column(ColumnKind.TOPK_LOGPROBS)[~before]
+            assert np.abs(listed - expected.candidates[~before]).max() < EXACT
+            # The first token after the swap comes from the position before it, which was computed again.
+            first = int(before.sum()) + len(completion.prompt) - 1
+            routing, earlier = completion.column(ColumnKind.ROUTING), reference(models[old], completion).routing
+            assert expected.routing is not None
+            assert earlier is not None
+            np.testing.assert_array_equal(np.sort(routing[first + 1 :]), expected.routing[first + 1 :])
+            # SGLang forgets the routing of the first computation.
+            kept = expected.routing if recomputing_server.engine == "sglang" else earlier
+            np.testing.assert_array_equal(np.sort(routing[:first]), kept[:first])
 
 
 async def test_a_dense_model_and_the_death_of_an_engines_process(dense_server: EngineServer) -> None:
@@ -236,6 +259,47 @@ async def test_a_dense_model_and_the_death_of_an_engines_process(dense_server: E
     code = await asyncio.to_thread(dense_server.process.wait, 120)
     assert code == 1
     assert "has died" in dense_server.log.read_text(encoding="utf-8", errors="replace")
+
+
+@contextlib.asynccontextmanager
+async def paused(engine: Engine) -> AsyncGenerator[None, None]:
+    """Goes on whatever happens: other tests use the server, too."""
+    await engine.pause()
+    try:
+        yield
+    finally:
+        await engine.resume()
+
+
+@contextlib.asynccontextmanager
+async def always_running(
+    engine: Engine, prompts: Sequence[Int32Array], sampling: SamplingParams
+) -> AsyncGenerator[list[Completion], None]:
+    """Sequences run throughout the block, each followed by the next, however fast the engine; gathers them all."""
+    completions: list[Completion] = []
+    ending = asyncio.Event()
+    started = asyncio.Barrier(len(prompts) + 1)
+
+    async def run(prompt: Int32Array) -> None:
+        completions.append(await _sample_and_meet(engine, prompt, sampling, started))
+        while not ending.is_set():
+            completions.append(await sample(engine, prompt, sampling))
+
+    async with asyncio.TaskGroup() as group:
+        for prompt in prompts:
+            group.create_task(run(prompt))
+        async with asyncio.timeout(120):
+            await started.wait()
+        try:
+            yield completions
+        finally:
+            ending.set()
+
+
+async def _info(server: EngineServer) -> EngineInfo:
+    """What a server says of itself now; a connection remembers what it said first."""
+    async with server.connect() as engine:
+        return engine.info()
 
 
 async def _sample_and_meet(

@@ -114,13 +114,18 @@ class ReplayTarget:
 
     async def _call(self, method: Any, request: Any) -> None:
         handler = getattr(self.harness.service, method.name)
-        argument = _stream([request]) if method.client_streaming else request
+        argument = _stream([self._sent(request)]) if method.client_streaming else request
         answer = handler(argument, Context(0.0))
         if hasattr(answer, "__aiter__"):
             async for _ in answer:
                 pass
         else:
             await answer
+
+    def _sent(self, request: Message) -> bytes:
+        """A write as its handler gets it: bytes, which nobody has parsed."""
+        data = request.SerializeToString()
+        return self.inputs.damaged(data) if self._rng.random() < 0.3 else data
 
     def _damaged_trajectory(self) -> str:
         """Chunks that are wrong inside, sealed by a close that is right about their bytes."""

@@ -131,12 +131,13 @@ class Harness:
         return self.do(self._write(list(requests)))
 
     async def _write(self, requests: list[replay_pb2.WriteTrajectoriesRequest]) -> list[replay_pb2.WriteResult]:
-        async def stream() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
+        async def stream() -> AsyncIterator[bytes]:
             for request in requests:
-                yield request
+                yield request.SerializeToString()
 
         replies: Any = self.service.WriteTrajectories(stream(), Context())  # type: ignore[arg-type]
-        return [result async for reply in replies for result in reply.results]
+        answers = [replay_pb2.WriteTrajectoriesResponse.FromString(reply) async for reply in replies]
+        return [result for answer in answers for result in answer.results]
 
     def pass_time(self, seconds: float) -> None:
         """Move the clock on; whatever is due happens."""

@@ -474,7 +474,7 @@ class BufferMachine(RuleBasedStateMachine):
         attempt, seq = max(member.attempt + attempt_offset, 0), member.items
         before = self.written.get((f"{group_id}.{place}", member.attempt), [])
         chunks = [item.content for item in before if isinstance(item.content, bytes)]
-        content: bytes | TrajectoryClose | TrajectoryFailure = builders.chunk(
+        content: bytes | memoryview | TrajectoryClose | TrajectoryFailure = builders.chunk(
             [_version(group.server_version)], token_id=number % 60
         )
         match kind:

@@ -42,6 +42,7 @@ from replay_buffer.rules.tickets import Expired, Server, TicketOffice
 from replay_buffer.rules.transitions import Transition
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.records import Record, decode, encode
+from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.views import view_group
 from replay_buffer.writing import decide_write
 
@@ -152,7 +153,7 @@ class Machine:
         self.spec = run_spec or spec()
         self.records: list[bytes] = []
         self.drafts = Drafts()
-        self.state = RunState(self.spec, Index().of(self.spec.run))
+        self.state = RunState(self.spec, RunIndex(Index(), self.spec.run))
         opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
         assert opened is not None
         self.record(opened)
@@ -169,7 +170,7 @@ class Machine:
 
     def refolded(self) -> RunState:
         """The state as a restart would find it."""
-        state = RunState(self.spec, Index().of(self.spec.run))
+        state = RunState(self.spec, RunIndex(Index(), self.spec.run))
         for index, payload in enumerate(self.records):
             _apply(state, payload, index)
         return state

@@ -70,7 +70,7 @@ def stored(machine: Machine, ticket: Ticket) -> list[list[bytes]]:
     chunks: list[list[bytes]] = []
     for member in group.members:
         written = [machine.read(location) for location in list(member.records)[: member.chunk_count]]
-        chunks.append([record.chunk for record in written if isinstance(record, ChunkWritten)])
+        chunks.append([bytes(record.chunk) for record in written if isinstance(record, ChunkWritten)])
     return chunks
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,7 +103,7 @@ def test_a_chunk_that_is_refused_leaves_no_trace_in_the_draft() -> None:
     machine = Machine(spec(members=1))
     (ticket,) = machine.acquire(max_members=1)
     first, last = whole(ticket.members[0], 1)
-    assert machine.write(replace(first, content=b"\xff\xff"))[0].status is WriteStatus.INVALID
+    assert machine.write(first._replace(content=b"\xff\xff"))[0].status is WriteStatus.INVALID
     assert machine.write(first, room=False)[0].status is WriteStatus.EXHAUSTED
     machine.write(first, first, last)
     assert machine.states() == {GroupState.READY: 1}

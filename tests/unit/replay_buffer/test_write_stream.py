@@ -46,18 +46,18 @@ class Disk:
             await self._synced.wait_for(lambda: self.durable_mark >= mark)
 
 
-def request(*seqs: int) -> replay_pb2.WriteTrajectoriesRequest:
+def request(*seqs: int) -> bytes:
     items = [replay_pb2.WriteItem(trajectory_id="r-g1.0", attempt=1, seq=seq, chunk=b"") for seq in seqs]
-    return replay_pb2.WriteTrajectoriesRequest(run="r", server_id="s0", items=items)
+    return replay_pb2.WriteTrajectoriesRequest(run="r", server_id="s0", items=items).SerializeToString()
 
 
-async def requests(*messages: replay_pb2.WriteTrajectoriesRequest) -> AsyncIterator[Any]:
+async def requests(*messages: bytes) -> AsyncIterator[Any]:
     for message in messages:
         yield message
 
 
-def seqs(answer: replay_pb2.WriteTrajectoriesResponse) -> list[int]:
-    return [result.seq for result in answer.results]
+def seqs(answer: bytes) -> list[int]:
+    return [result.seq for result in replay_pb2.WriteTrajectoriesResponse.FromString(answer).results]
 
 
 async def test_an_answer_holds_what_is_on_disk_and_nothing_else() -> None:

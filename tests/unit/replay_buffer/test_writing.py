@@ -61,7 +61,7 @@ def test_the_same_items_again_are_acknowledged_and_change_nothing(machine: Machi
 def test_other_bytes_for_a_written_seq_drop_the_group(machine: Machine, ticket: Ticket, closed: bool) -> None:
     items = filled(ticket)
     machine.write(*(items if closed else items[:1]))
-    result = machine.write(replace(items[0], content=chunk(token_id=9)))[0]
+    result = machine.write(items[0]._replace(content=chunk(token_id=9)))[0]
     assert result.status is WriteStatus.CONFLICT
     assert drop_of(machine, ticket)[0] is DropReason.CONFLICT
     assert machine.write(items[2])[0].status is (ACKNOWLEDGED if closed else WriteStatus.ABORTED)
@@ -71,7 +71,7 @@ def test_a_conflict_leaves_a_drawn_group_as_it_was_drawn(machine: Machine) -> No
     tickets = machine.acquire(max_members=4)
     machine.fill(tickets)
     machine.draw()
-    item = replace(filled(tickets[0])[0], content=chunk(token_id=9))
+    item = filled(tickets[0])[0]._replace(content=chunk(token_id=9))
     assert machine.write(item)[0].status is WriteStatus.CONFLICT
     assert machine.states() == {GroupState.DRAWN: 2}
 
@@ -84,7 +84,7 @@ def test_a_close_with_another_reward_is_a_conflict(machine: Machine, ticket: Tic
 def test_a_gap_is_answered_with_the_next_seq(machine: Machine, ticket: Ticket) -> None:
     item = WriteItem(ticket.members[0].trajectory_id, 1, 0, chunk())
     machine.write(item)
-    result = machine.write(replace(item, seq=2))[0]
+    result = machine.write(item._replace(seq=2))[0]
     assert (result.status, result.expected_seq) == (WriteStatus.OUT_OF_RANGE, 1)
 
 
@@ -134,7 +134,7 @@ def test_a_closed_member_stays_valid_across_attempts(machine: Machine, ticket: T
 def test_nothing_follows_a_close(machine: Machine, ticket: Ticket) -> None:
     items = whole(ticket.members[0], 1)
     machine.write(*items)
-    assert machine.write(replace(items[0], seq=2))[0].status is WriteStatus.INVALID
+    assert machine.write(items[0]._replace(seq=2))[0].status is WriteStatus.INVALID
 
 
 def test_without_room_chunks_wait_and_closes_pass(machine: Machine, ticket: Ticket) -> None:
@@ -159,7 +159,7 @@ def test_a_wrong_digest_or_count_seals_nothing(machine: Machine) -> None:
     for change in ({"digest": hashlib.sha256(b"other").digest()}, {"chunk_count": 2}):
         ticket = machine.acquire(max_members=2)[0]
         first, last = whole(ticket.members[0], 1)
-        results = machine.write(first, replace(last, content=replace(close([chunk()]), **change)))
+        results = machine.write(first, last._replace(content=replace(close([chunk()]), **change)))
         assert statuses(results) == [ACKNOWLEDGED] * 2
         reason, message = drop_of(machine, ticket)
         assert reason is DropReason.INVALID
@@ -205,7 +205,7 @@ def test_more_tokens_than_the_model_has_context_for_are_refused_before_they_are_
     machine: Machine, ticket: Ticket
 ) -> None:
     first, last = whole(ticket.members[0], 1)
-    machine.write(first, replace(last, content=close([chunk()], token_count=4_000_000_000)))
+    machine.write(first, last._replace(content=close([chunk()], token_count=4_000_000_000)))
     assert drop_of(machine, ticket) == (
         DropReason.INVALID,
         f"trajectory {ticket.members[0].trajectory_id}: 4000000000 tokens exceed the model's context of 4096",

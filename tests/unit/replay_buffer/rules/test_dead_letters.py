@@ -13,6 +13,7 @@ from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import KEPT_DEAD_LETTERS, RunState
 from replay_buffer.rules.tickets import decide_expired
 from replay_buffer.storage.index import Index
+from replay_buffer.storage.run_index import RunIndex
 from tests.unit.replay_buffer.builders import Machine, snapshot, spec, version
 
 ATTEMPTS = 3
@@ -166,7 +167,7 @@ def test_many_letters_are_queued_again_in_several_records(machine: Machine, monk
 def test_what_can_no_longer_be_queued_is_not_counted_for_ever(machine: Machine) -> None:
     """The records of older letters are retired: their groups are gone from the index."""
     set_aside(machine, KEPT_DEAD_LETTERS + 3)
-    retired = RunState(machine.spec, Index().of(machine.spec.run))
+    retired = RunState(machine.spec, RunIndex(Index(), machine.spec.run))
     retired.dead_letters, retired.dead_letter_count = machine.state.dead_letters, machine.state.dead_letter_count
     assert len(list_dead_letters(retired)) == KEPT_DEAD_LETTERS
     requeued = decide_requeue_all(retired)

@@ -31,7 +31,9 @@ def test_a_diverging_server_takes_along_what_no_step_has_drawn() -> None:
     drain(machine, "odd", DrainReason.DIVERGING)
     assert whole_batch == (drawn.group_id, mixed.group_id)
     groups = machine.state.groups
-    assert {groups[group_id].state for group_id in (drawn.group_id, mixed.group_id)} == {GroupState.DRAWN}, "a drawn batch stays as it is"
+    assert {groups[group_id].state for group_id in (drawn.group_id, mixed.group_id)} == {GroupState.DRAWN}, (
+        "a drawn batch stays as it is"
+    )
     assert groups[passed_on.group_id].state is GroupState.READY, "nothing of it was written by the odd server"
     gone = [group for group in groups.values() if group.drop_reason is DropReason.DIVERGED]
     assert [group.group_id for group in gone] == [lent.group_id, ready.group_id]

@@ -10,7 +10,8 @@ from leeway.types import Evaluation, GroupState, Purpose, SamplingParams
 from leeway.v1 import replay_pb2
 from replay_buffer.rules.tickets import task_at
 from replay_buffer.rules.transitions import EvaluationCreated
-from replay_buffer.storage.index import Filter, Index
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import Filter
 from tests.unit.replay_buffer.builders import ROOT, RUN, Machine, spec
 
 

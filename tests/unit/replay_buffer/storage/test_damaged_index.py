@@ -1,4 +1,4 @@
-"""Whatever page of the index is damaged, a start makes it anew and knows what it knew."""
+"""Whatever is damaged of the index, a start makes it anew and knows what it knew; while running, the service ends."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 
 from leeway import codec
+from leeway.types import DropReason
 from leeway.v1 import replay_pb2
-from replay_buffer.storage.index import FILE
+from replay_buffer.rules.opening import decide_rollback
+from replay_buffer.storage.index_file import FILE
+from replay_buffer.storage.log import LogFailedError
 from tests.model.harness import Harness
-from tests.unit.replay_buffer.builders import ROOT, RUN, filled, spec
+from tests.unit.replay_buffer.builders import ROOT, RUN, filled, snapshot, spec, version
+from tests.unit.replay_buffer.disk_runs import opened
 
 _PAGE_BYTES = 4096
 
@@ -56,3 +60,73 @@ def _exported(directory: Path) -> list[replay_pb2.ExportGroupsResponse]:
     finally:
         harness.close()
         harness.loop.close()
+
+
+def _damage(directory: Path, statement: str) -> None:
+    with closing(sqlite3.connect(directory / FILE)) as index, index:
+        index.execute(statement)
+
+
+ENTRY = "UPDATE groups SET body = zeroblob(length(body))"
+
+
+async def _three_steps(directory: Path) -> dict[str, object]:
+    """A run of three committed steps, of which the last two can be rolled back."""
+    async with opened(directory) as running:
+        await running.open_run()
+        for step in range(3):
+            await running.step(oldest_kept_step=min(step, 1))
+        return snapshot(running.state)
+
+
+async def test_damage_that_is_met_in_the_middle_of_a_decision_ends_the_service_with_a_line_that_helps(
+    tmp_path: Path,
+) -> None:
+    before = await _three_steps(tmp_path)
+    async with opened(tmp_path) as running:
+        _damage(tmp_path, ENTRY)
+        with pytest.raises(LogFailedError, match=r"\.sqlite: an entry fails its checksum; .*; start the"):
+            await running.buffer.renew_leases(RUN, [("test-run-g1", 1)])
+        with pytest.raises(LogFailedError):
+            await running.log.wait_failed()
+        with pytest.raises(LogFailedError):  # nothing is answered any more
+            await running.buffer.status(RUN)
+        with pytest.raises(LogFailedError):
+            await running.buffer.finish_run(RUN, 1)
+        assert not (tmp_path / FILE).exists()
+    async with opened(tmp_path) as again:
+        assert snapshot(again.state) == before
+        assert await again.buffer.renew_leases(RUN, [("test-run-g1", 1)]) == []
+
+
+async def test_damage_that_is_met_while_a_record_is_applied_ends_the_service_and_the_record_counts(
+    tmp_path: Path,
+) -> None:
+    """The record of the rollback is in the log, and a part of what it does could not be done."""
+    await _three_steps(tmp_path)
+    async with opened(tmp_path) as running:
+        decided = decide_rollback(running.state, version(1))
+        assert decided is not None
+        _damage(tmp_path, ENTRY)
+        with pytest.raises(LogFailedError):
+            running.buffer._record(RUN, decided)
+        with pytest.raises(LogFailedError):
+            await running.buffer.status(RUN)
+    async with opened(tmp_path) as again:
+        assert again.state.head == version(1)
+        assert again.state.dropped[DropReason.ROLLED_BACK] == len(decided.group_ids)
+        assert {again.state.groups[group_id].drop_reason for group_id in decided.group_ids} == {DropReason.ROLLED_BACK}
+
+
+async def test_damage_that_a_start_meets_is_gone_with_the_next_one(tmp_path: Path) -> None:
+    """The file is whole, one entry is not, and a record behind the snapshot is about it."""
+    await _three_steps(tmp_path)
+    async with opened(tmp_path, cleanly=False) as running:
+        await running.buffer.rollback_run(RUN, version(1))
+        after = snapshot(running.state)
+    _damage(tmp_path, ENTRY)
+    with pytest.raises(LogFailedError, match="start the replay buffer again"):
+        async with opened(tmp_path):
+            pass
+    async with opened(tmp_path) as again:
+        assert snapshot(again.state) == after

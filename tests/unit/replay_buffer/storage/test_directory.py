@@ -15,12 +15,14 @@ from leeway.errors import CorruptDataError
 from leeway.types import GroupState, TrajectoryFailure, WriteItem, WriteStatus
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage import index as index_module
+from replay_buffer.storage.index_file import FILE
+from replay_buffer.storage.log import LogFailedError
 from replay_buffer.storage.segments import segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
 from tests.unit.replay_buffer.builders import RUN, chunk, version, whole
 from tests.unit.replay_buffer.disk_runs import described, opened
 
-INDEX = index_module.FILE
+INDEX = FILE
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +223,10 @@ async def test_an_index_that_is_behind_its_snapshot_is_made_anew(tmp_path: Path)
 
 
 class BrokenFile:
-    """An index on a disk that fails."""
+    """An index that cannot be used."""
+
+    def __init__(self, error: sqlite3.Error) -> None:
+        self._error = error
 
     def __enter__(self) -> BrokenFile:
         return self
@@ -230,7 +235,7 @@ class BrokenFile:
         pass
 
     def execute(self, *_: object) -> None:
-        raise sqlite3.DatabaseError("database disk image is malformed")
+        raise self._error
 
     executemany = execute
 
@@ -245,7 +250,7 @@ async def test_an_index_that_fails_does_not_stop_the_log(tmp_path: Path, monkeyp
         await run.step()
         index = run.buffer._storage.index
         file = index._file
-        index._file = BrokenFile()  # type: ignore[assignment]
+        index._file = BrokenFile(sqlite3.OperationalError("disk I/O error"))  # type: ignore[assignment]
         for _ in range(5):
             await run.step()
         assert run.state.consumed == 12
@@ -254,6 +259,26 @@ async def test_an_index_that_fails_does_not_stop_the_log(tmp_path: Path, monkeyp
     async with opened(tmp_path) as run:
         assert run.state.consumed == 12
         assert run.state.groups[f"{RUN}-g12"].state is GroupState.CONSUMED
+
+
+async def test_an_index_that_a_write_finds_damaged_ends_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would not get better by waiting, while everything that ends stays in memory."""
+    monkeypatch.setattr(index_module, "_WAITING", 2)
+    async with opened(tmp_path) as run:
+        await run.open_run()
+        await run.step()
+        index = run.buffer._storage.index
+        file = index._file
+        index._file = BrokenFile(sqlite3.DatabaseError("malformed"))  # type: ignore[assignment]
+        with pytest.raises(LogFailedError, match=r"index\.sqlite: malformed; .*; start the replay buffer again"):
+            await run.step()
+        consumed = run.state.consumed
+        file.close()
+    async with opened(tmp_path) as run:
+        assert run.state.consumed >= consumed
+        assert len(list(run.state.ended.groups())) == run.state.consumed
 
 
 async def test_a_snapshot_ahead_of_the_log_is_passed_over(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from leeway.errors import CorruptDataError, NotFoundError
 from leeway.types import Evaluation, GroupState, Purpose, SamplingParams, WriteItem, WriteStatus
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage import directory as storage_module
-from replay_buffer.storage.index import FILE, Filter
+from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.retention import choose_beginning
 from replay_buffer.storage.segments import Segment, remove_segments, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions

@@ -13,6 +13,7 @@ from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.opening import decide_restored, decide_rollback
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
+from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.storage.stored_state import group_from_proto, group_to_proto, run_from_proto, run_to_proto
 from tests.unit.replay_buffer.builders import RUN, Machine, chunk, spec, whole
 from tests.unit.replay_buffer.disk_runs import described
@@ -114,7 +115,7 @@ def test_the_index_forgets_what_will_be_folded_again() -> None:
     machine.step()
     machine.commit()
     index = Index()
-    ended = index.of(RUN)
+    ended = RunIndex(index, RUN)
     for group in machine.state.ended.groups():
         ended.put(group)
     consumed_at = next(iter(machine.state.ended.groups())).ended_at

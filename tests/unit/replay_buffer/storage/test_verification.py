@@ -14,7 +14,8 @@ from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import StepsCommitted
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.generation import read_generation
-from replay_buffer.storage.index import FILE, Filter, Index
+from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.offline import open_directory
 from replay_buffer.storage.records import Record, encode
 from replay_buffer.storage.segments import HEADER, frame, segment_numbers, segment_path

@@ -1,0 +1,137 @@
+"""The index as a file of SQLite: its tables and rows, and how damage of it is met.
+
+It is checked when it is opened, and every entry carries a checksum besides.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from leeway.errors import CorruptDataError
+from leeway.types import GroupState, Purpose
+from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.storage.segments import crc32c
+from replay_buffer.storage.stored_state import evaluation_to_proto, group_to_proto
+
+FILE: Final = "index.sqlite"
+_VERSION: Final = 2
+LARGEST: Final = (1 << 63) - 1
+"""SQLite's largest integer; no group has such a number or step."""
+
+_SCHEMA: Final = """
+CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
+CREATE TABLE groups (
+    run TEXT, created INTEGER, purpose INTEGER, state INTEGER, step INTEGER, place INTEGER,
+    dead_letter INTEGER, oldest_segment INTEGER, ended_segment INTEGER, ended_offset INTEGER,
+    checksum INTEGER, body BLOB,
+    PRIMARY KEY (run, created)
+) WITHOUT ROWID;
+CREATE INDEX groups_by_step ON groups (run, step, place) WHERE step > 0;
+CREATE INDEX dead_letters ON groups (run, created) WHERE dead_letter = 1;
+CREATE INDEX groups_by_segment ON groups (oldest_segment);
+CREATE INDEX groups_by_end ON groups (ended_segment, ended_offset);
+CREATE TABLE evaluations (
+    run TEXT, evaluation_id TEXT, ended_segment INTEGER, ended_offset INTEGER, checksum INTEGER, body BLOB,
+    PRIMARY KEY (run, evaluation_id)
+) WITHOUT ROWID;
+"""
+
+
+class Filter(NamedTuple):
+    """Which groups are asked for; None and 0 stand for all."""
+
+    purpose: Purpose | None = None
+    state: GroupState | None = None
+    step: int = 0
+
+    def matches(self, group: Group) -> bool:
+        """Whether a group is one of them."""
+        return (
+            (self.purpose is None or group.purpose is self.purpose)
+            and (self.state is None or group.state is self.state)
+            and (not self.step or group.step == self.step)
+        )
+
+
+def check(file: sqlite3.Connection, path: Path | None) -> None:
+    """Refuse a damaged file before anything depends on it.
+
+    Raises:
+        CorruptDataError: it is damaged; it is closed then.
+    """
+    try:
+        found: str = file.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as error:
+        found = str(error)
+    if found != "ok":
+        file.close()
+        raise CorruptDataError(damaged(path, " ".join(found.split())))
+
+
+def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection:
+    """Open the file, or make it; without a path it lives in memory.
+
+    Raises:
+        CorruptDataError: it is not an index that can be used.
+    """
+    try:
+        if path is not None and read_only:
+            # Without a write-ahead log beside it nobody writes it, and reading it must not make one.
+            how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
+            file = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, check_same_thread=False)
+        else:
+            file = sqlite3.connect(path or ":memory:", check_same_thread=False)
+    except sqlite3.Error as error:
+        raise CorruptDataError(damaged(path, str(error))) from error
+    try:
+        if file.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
+            if read_only or file.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+                raise CorruptDataError(damaged(path, "it has another version"))
+            file.executescript(f"PRAGMA journal_mode=WAL; {_SCHEMA} PRAGMA user_version={_VERSION};")
+        # Whole after a power cut, though perhaps behind. Only `sync` waits for the disk.
+        if not read_only:
+            file.executescript("PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;")
+    except sqlite3.DatabaseError as error:
+        file.close()
+        raise CorruptDataError(damaged(path, str(error))) from error
+    except CorruptDataError:
+        file.close()
+        raise
+    return file
+
+
+def row_of(run: str, group: Group) -> tuple[object, ...]:
+    """A row of `groups`."""
+    body = group_to_proto(group).SerializeToString()
+    assert group.ended_at is not None
+    oldest = group.ended_at.segment if group.oldest_segment is None else group.oldest_segment
+    numbers = (group.created, int(group.purpose), int(group.state), group.step, group.place, int(group.is_dead_letter))
+    return (run, *numbers, oldest, group.ended_at.segment, group.ended_at.offset, crc32c(body), body)
+
+
+def evaluation_row_of(run: str, state: EvaluationState, location: Location) -> tuple[object, ...]:
+    """A row of `evaluations`, for one that the record at a location ended."""
+    body = evaluation_to_proto(state).SerializeToString()
+    return (run, state.evaluation.evaluation_id, location.segment, location.offset, crc32c(body), body)
+
+
+def clauses_of(run: str, wanted: Filter) -> tuple[str, list[object]]:
+    """A condition for SQL; its parts are fixed texts, the values are bound."""
+    clauses, values = ["run = ?"], list[object]([run])
+    if wanted.purpose is not None:
+        clauses.append("purpose = ?")
+        values.append(int(wanted.purpose))
+    if wanted.state is not None:
+        clauses.append("state = ?")
+        values.append(int(wanted.state))
+    if wanted.step:
+        clauses.append("step = ? AND step > 0")
+        values.append(min(wanted.step, LARGEST))
+    return " AND ".join(clauses), values
+
+
+def damaged(path: Path | None, how: str) -> str:
+    """What to say of a damaged file that nobody holds."""
+    return f"{path}: {how}; stop the replay buffer and remove the file: it is made anew from the log"

@@ -1,0 +1,388 @@
+"""Weights broadcast to several servers at once, and what happens when one of them is not what it should be."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+
+from inference_server import collective_weights as receiving
+from inference_server.served_policy import ServedPolicy
+from inference_server.weight_receiver import WeightReceiver
+from learner.collective_weights import CollectiveWeights
+from learner.publisher import Publisher
+from leeway import arithmetic, codec
+from leeway.collective import Group, Part
+from leeway.errors import NotFoundError, PreconditionError
+from leeway.metrics import InferenceServerMetrics, LearnerMetrics
+from leeway.rpc import Security, cancel_and_wait, mapped_errors, open_channel, start_server
+from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
+from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights import tensor_entry, weights_digest
+from tests.push.engine import WeightsEngine
+
+RUN = "broadcasts"
+SIZES = (300_000, 0, 7, 5_000_000, 1000, 0)  # elements of two bytes: alone, together, in several pieces, empty
+
+
+def snapshot(step: int, base: WeightSnapshot | None = None) -> WeightSnapshot:
+    """Random weights, or a few percent of the base's elements a unit away."""
+    generator = np.random.default_rng(step)
+    words = [generator.integers(0, 1 << 16, size, np.uint16) for size in SIZES]
+    if base is not None:
+        words = [np.frombuffer(buffer, np.uint16).copy() for buffer in base.buffers]
+        for word in words:
+            word[generator.random(len(word)) < 0.02] += 1
+    buffers = [word.astype("<u2").tobytes() for word in words]
+    manifest = WeightManifest(
+        tuple(tensor_entry(f"t{i}", "bfloat16", (len(data) // 2,), data) for i, data in enumerate(buffers))
+    )
+    return WeightSnapshot(PolicyVersion(RUN, 1, step, weights_digest(manifest)), 1, manifest, buffers)
+
+
+class Learner:
+    """A publisher that broadcasts."""
+
+    def __init__(self, patience_seconds: float, gather_seconds: float) -> None:
+        self.metrics = LearnerMetrics(CollectorRegistry())
+        self.broadcasts = CollectiveWeights(
+            "127.0.0.1", self.metrics, patience_seconds=patience_seconds, gather_seconds=gather_seconds
+        )
+        self.publisher = Publisher(RUN, arithmetic.SIGNATURE, self.metrics, None, broadcasts=self.broadcasts)
+        self.address = ""
+
+    def sent(self, transport: str, kind: str = "snapshot") -> int:
+        return int(self.metrics.published_bytes.labels(transport, kind)._value.get())
+
+    @property
+    def failed(self) -> int:
+        return int(self.metrics.failed_broadcasts._value.get())
+
+    @property
+    def group(self) -> int:
+        return self.broadcasts._group[0] if self.broadcasts._group is not None else 0
+
+
+class Server:
+    """An engine with a receiver that takes part in broadcasts."""
+
+    def __init__(self, name: str, address: str, **options: Any) -> None:
+        self.engine = WeightsEngine()
+        self.policy = ServedPolicy(self.engine, RUN)
+        self.metrics = InferenceServerMetrics(CollectorRegistry())
+        fields: dict[str, Any] = {"broadcasts": True, "allow_local": False, "fetch_timeout_seconds": 20.0}
+        self.receiver = WeightReceiver(
+            policy=self.policy,
+            signature=arithmetic.SIGNATURE,
+            run=RUN,
+            server_id=name,
+            address=address,
+            security=Security(),
+            metrics=self.metrics,
+            **(fields | options),
+        )
+        self.task = asyncio.create_task(self.receiver.run())
+
+    def received(self, transport: str, kind: str = "snapshot") -> int:
+        return int(self.metrics.received_weight_bytes.labels(transport, kind)._value.get())
+
+    async def serves(self, wanted: WeightSnapshot) -> None:
+        async with asyncio.timeout(20):
+            while self.policy.version != wanted.version:
+                await self.policy.wait_for_change(self.policy.version)
+        assert [bytes(live) for live in self.engine._live] == [bytes(buffer) for buffer in wanted.buffers]
+
+    async def stop(self) -> None:
+        await cancel_and_wait(self.task)
+
+
+@asynccontextmanager
+async def learner_of(*, patience_seconds: float = 5.0, gather_seconds: float = 5.0) -> AsyncGenerator[Learner]:
+    learner = Learner(patience_seconds, gather_seconds)
+    server = await start_server(
+        "127.0.0.1:0",
+        lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(learner.publisher, s),
+        [],
+        Security(),
+    )
+    learner.address = f"127.0.0.1:{server.port}"
+    try:
+        yield learner
+    finally:
+        await server.stop(0.0)
+        await learner.broadcasts.aclose()
+
+
+@asynccontextmanager
+async def fleet(count: int = 2, **options: float) -> AsyncGenerator[tuple[Learner, list[Server]]]:
+    """A learner that has announced nothing, and servers that watch it."""
+    async with learner_of(**options) as learner:
+        servers = [Server(f"server-{index}", learner.address) for index in range(count)]
+        try:
+            await until(lambda: len(learner.publisher.servers) == count)
+            yield learner, servers
+        finally:
+            for server in servers:
+                await server.stop()
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0.002))})
+
+
+async def all_serve(servers: Sequence[Server], wanted: WeightSnapshot) -> None:
+    await asyncio.gather(*(server.serves(wanted) for server in servers))
+
+
+async def test_snapshot_and_deltas_reach_all_servers_bit_for_bit_and_are_sent_once() -> None:
+    async with fleet(2) as (learner, servers):
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        await all_serve(servers, first)
+        assert learner.sent("collective") == first.manifest.size_bytes
+        group = learner.group
+        newest = first
+        for step in (2, 3):
+            newest = snapshot(step, newest)
+            await learner.publisher.publish(newest)
+            await all_serve(servers, newest)
+            await until(lambda n=newest: all(v == n.version for v in learner.publisher.servers.values()))
+            assert learner.group == group != 0  # nobody joined or left
+        assert learner.sent("grpc") == learner.sent("grpc", "delta") == learner.failed == 0
+        sent = learner.sent("collective", "delta")
+        assert [server.received("collective", "delta") for server in servers] == [sent, sent]
+        assert 0 < sent < 0.2 * first.manifest.size_bytes
+
+
+async def test_a_late_joiner_has_a_broadcast_of_its_own_and_is_with_the_others_next_time() -> None:
+    async with fleet(2) as (learner, servers):
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        await all_serve(servers, first)
+        group = learner.group
+        servers.append(Server("server-2", learner.address))
+        await servers[2].serves(first)
+        assert servers[2].received("collective") == first.manifest.size_bytes
+        second = snapshot(2, first)
+        await learner.publisher.publish(second)
+        await all_serve(servers, second)
+        assert learner.broadcasts._group is not None
+        assert learner.broadcasts._group[1].size == 4
+        assert learner.group != group
+        third = snapshot(3)
+        await servers.pop(0).stop()
+        await until(lambda: len(learner.publisher.servers) == 2)
+        await learner.publisher.publish(third)
+        await all_serve(servers, third)
+        assert learner.broadcasts._group[1].size == 3
+        assert learner.sent("grpc") == learner.sent("grpc", "delta") == learner.failed == 0
+
+
+async def test_servers_with_and_without_a_base_have_different_broadcasts() -> None:
+    async with fleet(1) as (learner, servers):
+        servers.append(Server("server-1", learner.address, take_deltas=False))
+        await until(lambda: len(learner.publisher.servers) == 2)
+        first = snapshot(1)
+        second = snapshot(2, first)
+        for version in (first, second):
+            await learner.publisher.publish(version)
+            await all_serve(servers, version)
+        assert servers[0].received("collective", "delta") > 0
+        assert servers[1].received("collective") == 2 * first.manifest.size_bytes
+        assert learner.failed == 0
+
+
+async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Group.send
+
+    def spoilt(group: Group, parts: Sequence[Part]) -> Generator[int]:
+        wrong = bytearray(parts[3])
+        wrong[4_000_000] ^= 1
+        return send(group, [*parts[:3], bytes(wrong), *parts[4:]])
+
+    async with fleet(2) as (learner, servers):
+        first, second = snapshot(1), snapshot(2)
+        with monkeypatch.context() as broken:
+            broken.setattr(Group, "send", spoilt)
+            await learner.publisher.publish(first)
+            await all_serve(servers, first)
+        assert learner.sent("grpc") == 2 * first.manifest.size_bytes
+        fallbacks = [server.metrics.weight_fallbacks.labels("collective")._value.get() for server in servers]
+        assert fallbacks == [1, 1]
+        await learner.publisher.publish(second)
+        await all_serve(servers, second)
+        assert learner.sent("grpc") == 2 * first.manifest.size_bytes
+        assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
+
+
+async def seat_of(learner: Learner, name: str, version: WeightSnapshot) -> policy_pb2.JoinBroadcastResponse:
+    wanted = codec.weight_request_to_proto(WeightRequest(version.version))
+    async with open_channel(learner.address, Security()) as channel:
+        stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(channel)
+        with mapped_errors("JoinBroadcast"):
+            return await stub.JoinBroadcast(policy_pb2.JoinBroadcastRequest(server_id=name, weights=wanted), timeout=20)
+
+
+async def test_a_server_that_takes_a_seat_and_never_comes_costs_the_others_their_patience() -> None:
+    async with fleet(2, patience_seconds=0.5) as (learner, servers):
+        learner.publisher._expect = lambda: None
+        learner.broadcasts.expect(frozenset({"server-0", "server-1", "ghost"}))
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        seat = await seat_of(learner, "ghost", first)
+        assert seat.world_size == 4
+        await all_serve(servers, first)
+        await until(lambda: learner.failed == 1)
+        assert learner.sent("grpc") == 2 * first.manifest.size_bytes
+        learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
+        second = snapshot(2)
+        await learner.publisher.publish(second)
+        await all_serve(servers, second)
+        assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
+
+
+async def test_a_server_that_does_not_ask_is_not_waited_for() -> None:
+    async with fleet(2, gather_seconds=0.2) as (learner, servers):
+        learner.publisher._expect = lambda: None
+        learner.broadcasts.expect(frozenset({"server-0", "server-1", "silent"}))
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        await all_serve(servers, first)
+        assert [server.received("collective") for server in servers] == [first.manifest.size_bytes] * 2
+
+
+MEMBER = """
+import sys, signal
+from leeway.collective import Group, host_memory
+print("ready", flush=True)
+port, number, rank, size, piece = map(int, sys.stdin.readline().split())
+group = Group.join(("127.0.0.1", port), number, rank, size, 20.0)
+group.receive(host_memory(piece))
+print("one", flush=True)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 20.0), (signal.SIGSTOP, 3.0)])
+async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
+    how: signal.Signals, patience_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hit = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    send = Group.send
+
+    def stopping(group: Group, parts: Sequence[Part]) -> Generator[int]:
+        sizes = send(group, parts)
+        for count, size in enumerate(sizes):
+            if count == 1:
+                asyncio.run_coroutine_threadsafe(hit.wait(), loop).result(20)
+            yield size
+
+    async with fleet(2, patience_seconds=patience_seconds) as (learner, servers):
+        learner.publisher._expect = lambda: None
+        learner.broadcasts.expect(frozenset({"server-0", "server-1", "victim"}))
+        first = snapshot(1)
+        with monkeypatch.context() as patched:
+            patched.setattr(Group, "send", stopping)
+            victim = await asyncio.create_subprocess_exec(
+                sys.executable, "-W", "ignore", "-c", MEMBER,
+                stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert victim.stdin is not None
+            assert victim.stdout is not None
+            await victim.stdout.readline()
+            await learner.publisher.publish(first)
+            seat = await seat_of(learner, "victim", first)
+            group = learner.broadcasts.port, seat.group, seat.rank, seat.world_size, 600_000
+            victim.stdin.write(" ".join(map(str, group)).encode() + b"\n")
+            await victim.stdout.readline()
+            os.kill(victim.pid, how)
+            hit.set()
+            began = loop.time()
+            await all_serve(servers, first)
+            await until(lambda: learner.failed == 1)
+            assert loop.time() - began < 15  # far from the patience of one that is dead
+        assert learner.sent("grpc") > 0
+        if how is not signal.SIGKILL:
+            victim.kill()
+        await victim.wait()
+        second = snapshot(2)
+        learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
+        await learner.publisher.publish(second)
+        await all_serve(servers, second)
+        assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
+
+
+async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    send = Group.send
+
+    def failing(group: Group, parts: Sequence[Part]) -> Generator[int]:
+        sizes = send(group, parts)
+        yield next(sizes)
+        raise receiving.InvalidDataError("planted")
+
+    async with fleet(2, patience_seconds=60.0) as (learner, servers):
+        first = snapshot(1)
+        with monkeypatch.context() as broken:
+            broken.setattr(Group, "send", failing)
+            await learner.publisher.publish(first)
+            await all_serve(servers, first)
+        assert learner.sent("grpc") == 2 * first.manifest.size_bytes
+        second = snapshot(2)
+        await learner.publisher.publish(second)
+        await all_serve(servers, second)
+        assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
+
+
+async def test_who_waits_for_an_overtaken_version_is_told() -> None:
+    async with learner_of() as learner:
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        learner.broadcasts.expect(frozenset({"server-0", "another"}))
+        waiting = asyncio.create_task(seat_of(learner, "server-0", first))
+        await until(lambda: learner.broadcasts._rounds)
+        await learner.publisher.publish(snapshot(2))
+        with pytest.raises(NotFoundError, match="newer version"):
+            await waiting
+        with pytest.raises(NotFoundError, match="no longer the newest"):
+            await seat_of(learner, "server-0", first)
+
+
+async def test_a_server_that_gives_up_waiting_has_no_seat() -> None:
+    async with learner_of(patience_seconds=0.2) as learner:
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
+        leaving = asyncio.create_task(seat_of(learner, "server-0", first))
+        await until(lambda: learner.broadcasts._rounds and learner.broadcasts._rounds[0].members)
+        leaving.cancel()
+        await until(lambda: not learner.broadcasts._rounds[0].members)
+        seat = await seat_of(learner, "server-1", first)
+        assert (seat.rank, seat.world_size) == (1, 2)
+
+
+@pytest.mark.parametrize("library", ["", "gloo/1.0"])
+async def test_a_server_with_another_library_fetches(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receiving.CollectiveWeights, "library", library)
+    async with fleet(1) as (learner, servers):
+        first = snapshot(1)
+        await learner.publisher.publish(first)
+        await servers[0].serves(first)
+        assert learner.sent("grpc") == first.manifest.size_bytes
+        assert servers[0].metrics.weight_fallbacks.labels("collective")._value.get() == 0
+
+
+async def test_a_learner_that_does_not_broadcast_says_so() -> None:
+    publisher = Publisher(RUN, arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()), None)
+    with pytest.raises(PreconditionError, match="does not broadcast"):
+        await publisher.JoinBroadcast(policy_pb2.JoinBroadcastRequest(), None)  # type: ignore[arg-type]
