@@ -71,7 +71,7 @@ def _list(arguments: argparse.Namespace) -> int:
     if not servers:
         print("no servers")
         return EXIT_OK
-    table = Table("server", "state", "step", "groups", "a group takes", "why", box=None, pad_edge=False)
+    table = Table("server", "state", "step", "groups", "a group takes", box=None, pad_edge=False)
     for server in servers:
         table.add_row(
             server.server_id,
@@ -79,9 +79,12 @@ def _list(arguments: argparse.Namespace) -> int:
             "" if server.version is None else str(server.version.step),
             str(server.loans),
             f"{server.median_loan_seconds:.3g} s" if server.timed_loans else "",
-            "" if server.drained is None else server.drained.message,
         )
     Console(highlight=False, markup=False).print(table)
+    for server in servers:
+        if server.drained is not None:
+            since = f"{server.drained.drained_at:%Y-%m-%d %H:%M:%S}"
+            print(f"{server.server_id} is drained since {since} UTC: {server.drained.message}")
     return EXIT_OK
 
 
