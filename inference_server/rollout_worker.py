@@ -10,7 +10,8 @@
 
 The main loop wakes when a version comes into force, a slot becomes free, tickets arrive, or it is to stop; it asks for
 tickets as soon as a group fits beside what is open. Members wait for the engine, for their reward, and for the writer
-only while its window is full; never for an acknowledgement. Nothing is asked for before a first version is in force.
+only while its window is full; never for an acknowledgement. Nothing is asked for before a first version is in force;
+as long as none is, the buffer is asked from time to time whether the run still goes on.
 
 A waiting call for tickets is never cancelled: its reply may be on the way, and the tickets in it would be lost until
 their lease ends. When a newer version comes into force meanwhile, a second call goes out beside it.
@@ -168,8 +169,8 @@ class RolloutWorker:
             UnavailableError: the engine is gone, or the buffer answers no more.
             ExhaustedError: the reward function hangs too often.
         """
-        spec = await unless_stopped(stop, self._join())
-        if spec is None or await unless_stopped(stop, self._policy.wait_for_change(None)) is None:
+        spec = await unless_stopped(stop, self._begin())
+        if spec is None:
             return
         async with asyncio.TaskGroup() as services:
             writer = services.create_task(self._writer.run(), name="trajectory writer")
@@ -184,7 +185,21 @@ class RolloutWorker:
 
     # Joining
 
-    async def _join(self) -> RunSpec:
+    async def _begin(self) -> RunSpec | None:
+        """Join, and wait for a first version; None when the run has finished: its learner may be gone for good."""
+        spec, finished = await self._join()
+        while not finished:
+            try:
+                async with asyncio.timeout(_JOIN_WAIT_SECONDS):
+                    await self._policy.wait_for_change(None)
+                return spec
+            except TimeoutError:
+                log.info("no version of run %s has come yet; asking whether it still goes on", spec.run)
+                spec, finished = await self._ask_to_join()
+        log.info("run %s has finished; there is nothing left to do", spec.run)
+        return None
+
+    async def _join(self) -> tuple[RunSpec, bool]:
         info = self._info
         if info.logprob_mode is not LogprobMode.SAMPLED:
             raise PreconditionError(
@@ -192,15 +207,7 @@ class RolloutWorker:
                 "sampled from (temperature included): set the engine's log-prob mode"
             )
         log.info("waiting for run %s to open at %s", self._client.run, self._client.address)
-        while True:
-            try:
-                spec = await self._client.join_run(
-                    self._server_id, info.signature, self._tasks.digest, _JOIN_WAIT_SECONDS
-                )
-                break
-            except (DeadlineError, UnavailableError, ExhaustedError) as error:
-                log.info("run %s is not open yet (%s)", self._client.run, error.message)
-                await asyncio.sleep(_RETRY_SECONDS)
+        spec, finished = await self._ask_to_join()
         if spec.sampling.routing and not info.routing:
             raise PreconditionError(f"run {spec.run} records routing, which {info.engine} does not provide")
         if spec.sampling.topk > info.max_topk:
@@ -208,7 +215,17 @@ class RolloutWorker:
                 f"run {spec.run} records top-{spec.sampling.topk}; {info.engine} provides at most {info.max_topk}"
             )
         log.info("joined run %s", spec.run)
-        return spec
+        return spec, finished
+
+    async def _ask_to_join(self) -> tuple[RunSpec, bool]:
+        while True:
+            try:
+                return await self._client.join_run(
+                    self._server_id, self._info.signature, self._tasks.digest, _JOIN_WAIT_SECONDS
+                )
+            except (DeadlineError, UnavailableError, ExhaustedError) as error:
+                log.info("run %s is not open yet (%s)", self._client.run, error.message)
+                await asyncio.sleep(_RETRY_SECONDS)
 
     # Tickets
 

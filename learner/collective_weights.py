@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -175,12 +175,16 @@ class CollectiveWeights:
         self._group = number, group
         self._metrics.published_bytes.labels("collective", kind_of(ready.request)).inc(sent_bytes)
 
+    def _pieces(self, group: Group, parts: Sequence[Part]) -> Generator[int]:
+        """Send, and yield the size of each piece in bytes."""
+        return group.send(parts)
+
     def _send(self, group: Group | None, number: int, size: int, ready: _Round) -> tuple[Group, int]:
         if group is None:
             group = Group(self._rendezvous.store, number, 0, size, self._rendezvous.host, self._patience_seconds)
         sent_bytes = 0
         try:
-            with closing(group.send(ready.parts)) as pieces:
+            with closing(self._pieces(group, ready.parts)) as pieces:
                 for piece_bytes in pieces:
                     sent_bytes += piece_bytes
                     if self._closing:

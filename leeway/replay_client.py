@@ -65,8 +65,8 @@ class ReplayClient:
 
     async def join_run(
         self, server_id: str, signature: ModelSignature, dataset_digest: bytes, wait_seconds: float
-    ) -> RunSpec:
-        """Wait for the run to open and check that this server fits it.
+    ) -> tuple[RunSpec, bool]:
+        """Wait for the run to open and check that this server fits it; returns (specification, whether finished).
 
         Raises:
             PreconditionError: model, tokenizer or tasks differ from the run's.
@@ -81,7 +81,7 @@ class ReplayClient:
         )
         with mapped_errors(f"JoinRun at {self.address}"):
             reply = await self.stub.JoinRun(request, timeout=wait_seconds + _MARGIN_SECONDS)
-        return codec.spec_from_proto(reply.spec)
+        return codec.spec_from_proto(reply.spec), reply.finished
 
     async def acquire_tickets(
         self, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float

@@ -53,8 +53,10 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
 
     async def join_run(
         self, name: str, server_id: str, signature: ModelSignature, dataset_digest: bytes, wait_seconds: float
-    ) -> RunSpec:
-        """Wait until the run is open; whatever an earlier process of this name had on loan can go to others.
+    ) -> tuple[RunSpec, bool]:
+        """Wait until the run is open; returns its specification and whether it has finished.
+
+        Whatever an earlier process of this name had on loan can go to others.
 
         Raises:
             PreconditionError: the server does not fit.
@@ -74,9 +76,9 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
         if held:
             run.leases.expire(held)
             self._drop_expired(run)
-        spec = run.state.spec
+        spec, finished = run.state.spec, run.state.finished
         await self.intake.settled()
-        return spec
+        return spec, finished
 
     async def acquire_tickets(
         self, name: str, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float
@@ -92,14 +94,12 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
         run, began = self._run(name), self._now()
         deadline = began + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
-        asked_at = (version.epoch, version.step)
-        if asked_at > run.asked.get(server_id, asked_at):
+        ask, is_newer = run.asks.take(server_id, version, max_members)
+        if is_newer:
             run.work.notify()
-        run.asked[server_id] = max(asked_at, run.asked.get(server_id, asked_at))
-        run.capacities[server_id] = max(max_members, run.capacities.get(server_id, 0))
         while not run.state.finished:
             self._check_soft_mark()
-            server = Server(server_id, version, run.capacities[server_id])
+            server = Server(server_id, version, ask.capacity)
             office = TicketOffice(run.state, server, self._expired(run), self._options.lease_seconds)
             issued = office.issue(max_members)
             for ticket in issued:
@@ -108,7 +108,7 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
             if issued or not await run.work.wait(deadline):
                 break
             self._check_running()
-            if run.asked[server_id] > asked_at:
+            if ask.epoch_and_step > (version.epoch, version.step):
                 break
         finished = run.state.finished
         if issued:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
 from leeway.types import GroupState
+from replay_buffer.asks import Asks
 from replay_buffer.drafts import Drafts
 from replay_buffer.intake import Intake
 from replay_buffer.observer import ENDS, Observer, endings
@@ -27,7 +29,7 @@ from replay_buffer.rules.completion import decide_after_restart
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Group, Location
 from replay_buffer.rules.leases import Leases
-from replay_buffer.rules.opening import decide_restored
+from replay_buffer.rules.opening import decide_restored, leap_of
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import Expired, decide_expired
 from replay_buffer.rules.transitions import (
@@ -53,11 +55,9 @@ class Run:
 
     state: RunState
     leases: Leases
-    capacities: dict[str, int] = field(default_factory=dict[str, int])  # most members each server asked for at once
     work: Signal = field(default_factory=Signal)  # tickets may have become available
     results: Signal = field(default_factory=Signal)  # a group is ready or has ended
-    asked: dict[str, tuple[int, int]] = field(default_factory=dict[str, tuple[int, int]])
-    """(epoch, step) of the newest version that each server has asked for work at."""
+    asks: Asks = field(default_factory=Asks)
 
 
 class Recorder:
@@ -106,7 +106,7 @@ class Recorder:
             self._storage.begin_generation()
 
     def _record_restored(self, state: RunState) -> None:
-        restored = decide_restored(state, int(time.time()))
+        restored = decide_restored(state, leap_of(int(time.time()), secrets.randbits(20)))
         if restored is not None:
             self._record(state.spec.run, restored)
             log.warning(

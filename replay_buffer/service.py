@@ -118,14 +118,14 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     # The workers' calls
 
     async def JoinRun(self, request: replay_pb2.JoinRunRequest, context: _Context) -> replay_pb2.JoinRunResponse:
-        spec = await self._buffer.join_run(
+        spec, finished = await self._buffer.join_run(
             request.run,
             request.server_id,
             codec.signature_from_proto(request.signature),
             request.dataset_digest,
             codec.seconds_from_proto(request.wait),
         )
-        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(spec))
+        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(spec), finished=finished)
 
     async def AcquireTickets(
         self, request: replay_pb2.AcquireTicketsRequest, context: _Context

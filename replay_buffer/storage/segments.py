@@ -8,7 +8,6 @@ went. With a whole frame after it, acknowledged data would be behind the damage,
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import struct
@@ -22,7 +21,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
-from leeway.durable import make_directory, sync_directory
+from leeway.durable import hold_file, make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from replay_buffer.rules.groups import Location
 
@@ -167,17 +166,13 @@ def lock_directory(directory: Path) -> int:
     """
     try:
         make_directory(directory)
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+        return hold_file(directory / "lock")
+    except BlockingIOError as error:
         raise ConfigError(
             f"replay_buffer.directory: {directory} is in use by another replay buffer; stop that one first"
         ) from error
-    return descriptor
+    except OSError as error:
+        raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
 
 
 def verify_segment(path: Path, *, last: bool, start: int = 0) -> Iterator[tuple[int, bytes]]:

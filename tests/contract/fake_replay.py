@@ -120,7 +120,7 @@ class FakeReplay(_Servicer):
 
     async def JoinRun(self, request: replay_pb2.JoinRunRequest, context: Any) -> replay_pb2.JoinRunResponse:
         self.joined += 1
-        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(self.spec))
+        return replay_pb2.JoinRunResponse(spec=codec.spec_to_proto(self.spec), finished=self.finished)
 
     async def AcquireTickets(
         self, request: replay_pb2.AcquireTicketsRequest, context: Any

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from inference_server import rollout_worker
 from inference_server.engine import Engine
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.reward import RewardLimits, RewardRunner
@@ -193,6 +194,29 @@ async def test_nothing_is_asked_for_before_a_version_is_in_force() -> None:
         await replay.ask_arrived.wait()
         assert replay.asked[0].version.step == 3
         assert replay.asked[0].max_members == 96 + 16
+
+
+async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_comes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    replay = FakeReplay()
+    replay.finished = True
+    async with working(replay, step=None) as rig:
+        await rig.finish()
+    assert "run rehearsal has finished; there is nothing left to do" in caplog.text
+    assert not replay.asked
+
+
+async def test_a_server_that_waits_for_its_first_version_hears_that_the_run_has_finished(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rollout_worker, "_JOIN_WAIT_SECONDS", 0.01)
+    replay = FakeReplay()
+    async with working(replay, step=None) as rig:
+        await until(lambda: replay.joined > 2)  # it is asked again and again
+        await rig.finish()
+    assert not replay.asked
 
 
 async def test_a_new_version_is_told_at_once_and_no_waiting_call_is_given_up() -> None:

@@ -1,9 +1,11 @@
 """Pushes under kills, corruption, loss and disorder: no engine ever serves a mixture, and every label is right.
 
-    learner (killed and restarted, at times from an older step) ── faulty gRPC and ZeroMQ ──> receivers: processes,
-                                                                                  killed with SIGKILL and restarted
-    engines, which outlive their receivers <── UpdateWeights ─────────────────────────────────────┘
-       └── looked at all the time
+    learner: a process, killed with SIGKILL while it announces, in mid transfer, before it hears an acknowledgement or
+       │     at any moment; the next one starts from the newest checkpoint, in an epoch of its own
+       │ faulty gRPC, ZeroMQ and broadcasts
+       ▼
+    receivers: processes, killed with SIGKILL and restarted ── UpdateWeights ──> engines, which outlive them
+                                                                                    └── looked at all the time
 
 `python -m tests.push --pushes 1000`. At the end the faults stop and every engine must reach the last version.
 """
@@ -11,208 +13,227 @@
 from __future__ import annotations
 
 import asyncio
-import sys
+import contextlib
+import random
+import tempfile
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import numpy as np
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
+from leeway.ports import free_port
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
-from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.types import PolicyVersion
 from tests.push.engine import WeightsEngine
-from tests.push.faults import Faults, FaultyPublisher
+from tests.push.faults import PLACES
+from tests.push.history import RUN
+from tests.push.learner_process import learn
+from tests.push.oracle import Oracle, Outcome
+from tests.push.processes import Child, Message
+from tests.push.receiver_process import receive
 
-RUN = "push"
-SIZES = (9000, 0, 700, 25_000)
+TRANSPORTS = ("zmq", "grpc", "collective", "collective")
 SETTLE_SECONDS = 60.0
+_START_SECONDS = 60.0
+_DEATH_SECONDS = 1.0
+_PLACES = {"announce": "while it announces", "transfer": "in mid transfer", "acknowledge": "before an acknowledgement"}
 
 
-@dataclass
-class Outcome:
-    """What was seen."""
+class Learner:
+    """The learner's incarnations, one after the other."""
 
-    pushes: int = 0
-    looks: int = 0
-    kinds: Counter[str] = field(default_factory=Counter[str])
-    violations: list[str] = field(default_factory=list[str])
+    def __init__(self, oracle: Oracle, outcome: Outcome, directory: Path, seed: int, probability: float) -> None:
+        self.address = f"127.0.0.1:{free_port('127.0.0.1')}"
+        self.newest: PolicyVersion | None = None
+        self.refusals: list[str] = []
+        self.pushes = 0
+        self._oracle = oracle
+        self._outcome = outcome
+        self._start = str(directory), seed, probability
+        self._epoch = self._starts = 0
+        self._counts: Counter[str] = Counter()
+        self._heard = asyncio.Condition()
 
-
-class History:
-    """Weights that are trained a little in each step, sometimes thoroughly, sometimes not at all."""
-
-    def __init__(self, seed: int) -> None:
-        self._generator = np.random.default_rng(seed)
-        self._words = [self._generator.integers(0, 1 << 16, size, np.uint16) for size in SIZES]
-        self._steps: dict[int, list[np.ndarray]] = {0: self._words}
-        self.versions: dict[PolicyVersion, WeightSnapshot] = {}
-
-    def snapshot(self, epoch: int, step: int, publisher_epoch: int) -> WeightSnapshot:
-        """The weights of a step as this incarnation publishes them."""
-        buffers = [words.astype("<u2").tobytes() for words in self._words]
-        manifest = WeightManifest(
-            tuple(
-                tensor_entry(f"t{index}", "bfloat16", (len(words),), data)
-                for index, (words, data) in enumerate(zip(self._words, buffers, strict=True))
-            )
+    async def start(self) -> None:
+        """The next incarnation, up to its first publication."""
+        self._outcome.kinds += self._counts
+        self._counts = Counter()
+        self._epoch += 1
+        self._starts += 1
+        directory, seed, probability = self._start
+        self._child = Child(
+            learn, self.address, directory, seed, self._epoch, self._starts, probability, on_message=self._hear
         )
-        version = PolicyVersion(RUN, epoch, step, weights_digest(manifest))
-        self.versions[version] = WeightSnapshot(version, publisher_epoch, manifest, buffers)
-        return self.versions[version]
+        await self._next_version()
 
-    def train(self, step: int) -> None:
-        """Change a few percent by a unit in the last place; one time in twenty everything, or nothing."""
-        luck = self._generator.random()
-        share = 1.0 if luck < 0.05 else 0.0 if luck < 0.1 else 0.03
-        self._words = [words.copy() for words in self._words]
-        for words in self._words:
-            moved = self._generator.random(len(words)) < share
-            spread = 1 << 16 if share == 1.0 else 3
-            words[moved] += self._generator.integers(0, spread, np.count_nonzero(moved), np.uint16)
-        self._steps[step] = self._words
-        self._steps.pop(step - 20, None)
+    async def publish(self) -> None:
+        """Train a step and announce it; comes back when the learner is about to, or has died."""
+        self._child.send(do="publish")
+        await self._next_version()
 
-    def go_back(self, step: int) -> int:
-        """Be at an earlier step again, the newest of those that are kept up to `step`."""
-        step = max(kept for kept in self._steps if kept <= max(step, min(self._steps)))
-        self._words = self._steps[step]
-        return step
+    async def die(self, where: str) -> bool:
+        """Have the learner kill itself at a place of the next push; whether it has come there."""
+        self._child.send(do="die", where=where)
+        await self.publish()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._child.ended.wait(), _DEATH_SECONDS)
+        return self._child.ended.is_set()
+
+    async def kill(self) -> None:
+        """SIGKILL, wherever it is."""
+        await self._child.kill()
+
+    async def calm_down(self) -> None:
+        """Nothing goes wrong any more."""
+        self._child.send(do="calm")
+
+    async def count(self) -> None:
+        """Bring counts and refusals up to date."""
+        self._child.send(do="count")
+        self.refusals = ["unknown"]
+        await until(lambda: self.refusals != ["unknown"], 5.0)
+
+    async def end(self) -> None:
+        await self.kill()
+        self._outcome.kinds += self._counts
+
+    def _hear(self, message: Message) -> None:
+        if "version" in message:
+            epoch, step, digest = message["version"]
+            self.newest = PolicyVersion(RUN, epoch, step, bytes.fromhex(digest))
+            self._oracle.registered(self.newest, message["epoch"])
+            self.pushes += 1
+        else:
+            self._counts, self.refusals = Counter(message["counts"]), message["refusals"]
+
+    async def _next_version(self) -> None:
+        before = self.pushes
+        if not await until(lambda: self.pushes > before or self._child.ended.is_set(), _START_SECONDS):
+            raise TimeoutError("the learner says nothing")
 
 
 class Receiver:
     """A receiver process and the engine that it feeds."""
 
-    def __init__(self, name: str, extra: list[str]) -> None:
+    def __init__(self, name: str, transport: str) -> None:
         self.name = name
         self.engine = WeightsEngine()
-        self._extra = extra
+        self._transport = transport
         self._server: RunningServer | None = None
-        self._process: asyncio.subprocess.Process | None = None
 
     async def start(self, policy_address: str) -> None:
         """Serve the engine and start its first receiver."""
-        policy = ServedPolicy(self.engine, RUN)
-        services = add_inference_service(self.engine, policy)
+        services = add_inference_service(self.engine, ServedPolicy(self.engine, RUN))
         self._server = await start_server("127.0.0.1:0", services, [SERVICE_NAME], Security())
         self._policy_address = policy_address
-        await self._spawn()
+        self._spawn()
 
     async def kill(self) -> None:
         """SIGKILL, and a new process."""
-        await self._end()
-        await self._spawn()
+        await self._child.kill()
+        self._spawn()
 
     async def stop(self) -> None:
         """End both."""
-        await self._end()
+        await self._child.kill()
         assert self._server is not None
         await self._server.stop(0.0)
 
-    async def _end(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        await self._process.wait()
-
-    async def _spawn(self) -> None:
+    def _spawn(self) -> None:
         assert self._server is not None
-        backend = f"127.0.0.1:{self._server.port}"
-        arguments = ["--backend", backend, "--policy", self._policy_address, "--server-id", self.name, "--run", RUN]
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "tests.push.receiver_process", *arguments, *self._extra,
-            stderr=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
+        arguments = self.name, f"127.0.0.1:{self._server.port}", self._policy_address, self._transport
+        self._child = Child(receive, *arguments, on_message=lambda _: None)
 
 
-async def _look(receivers: list[Receiver], history: History, outcome: Outcome) -> None:
-    """Whatever is served at any moment is what its label says, and was published under it."""
-    while True:
-        for receiver in receivers:
-            label = receiver.engine.label
-            if label is None or receiver.engine.paused:
-                continue
-            outcome.looks += 1
-            if label not in history.versions:
-                outcome.violations.append(f"{receiver.name} serves {label}, which was never published")
-            if not receiver.engine.looks_right():
-                outcome.violations.append(f"{receiver.name} serves other weights than its label {label}")
-        await asyncio.sleep(0.001)
+@contextlib.asynccontextmanager
+async def looking(oracle: Oracle, receivers: Sequence[Receiver]) -> AsyncGenerator[None]:
+    """Look at every engine, all the time."""
+
+    async def look() -> None:
+        while True:
+            for receiver in receivers:
+                oracle.look(receiver.name, receiver.engine)
+            await asyncio.sleep(0.001)
+
+    task = asyncio.create_task(look())
+    try:
+        yield
+    finally:
+        await cancel_and_wait(task)
 
 
 async def chaos(
     pushes: int, seed: int, *, fault_probability: float = 0.04, tell: Callable[[str], None] = lambda _: None
 ) -> Outcome:
     """Push, kill, spoil; what was seen."""
-    faults = Faults(seed, fault_probability)
-    history, outcome = History(seed), Outcome()
-    receivers = [Receiver("server-0", []), Receiver("server-1", ["--grpc"]), Receiver("server-2", [])]
-    epoch, step = 1, 0
-    publisher = FaultyPublisher(RUN, faults)
-    address = await publisher.start("127.0.0.1:0")
-    await publisher.publish(history.snapshot(epoch, step, epoch))
-    for receiver in receivers:
-        await receiver.start(address)
-    looking = asyncio.create_task(_look(receivers, history, outcome))
-    try:
-        for push in range(pushes):
-            if push % 20 == 10 or faults.random.random() < 0.02:
-                victim = faults.random.choice(receivers)
-                await victim.kill()
-                faults.counts["receiver killed"] += 1
-            if push % 40 == 25 or faults.random.random() < 0.01:
-                _collect(publisher, outcome)
-                await publisher.die()
-                faults.counts["learner killed"] += 1
-                step, epoch = history.go_back(step - faults.random.randrange(4)), epoch + 1
-                publisher = FaultyPublisher(RUN, faults)
-                await publisher.start(address)
-                await publisher.publish(history.snapshot(epoch, step, epoch))
-            step += 1
-            history.train(step)
-            updates = sum(receiver.engine.updates for receiver in receivers)
-            await publisher.publish(history.snapshot(epoch, step, epoch))
-            outcome.pushes += 1
-            wanted = updates + faults.random.choice([0, 1, 2, 3])
-            await _until(lambda n=wanted: sum(receiver.engine.updates for receiver in receivers) >= n, 0.3)
-            if push % 100 == 99:
-                tell(f"{push + 1} pushes, {outcome.looks} looks, {len(outcome.violations)} violations")
-        faults.probability = 0.0
-        history.train(step + 1)
-        last = history.snapshot(epoch, step + 1, epoch)
-        await publisher.publish(last)
-        if not await _until(lambda: all(r.engine.label == last.version for r in receivers), SETTLE_SECONDS):
-            late = [f"{r.name} at {r.engine.label}" for r in receivers if r.engine.label != last.version]
-            outcome.violations.append(f"not at {last.version} though nothing fails any more: {', '.join(late)}")
-        await _until(lambda: not any(s.refusal for s in publisher._servers.values()), 5.0)
-        for name, server in publisher._servers.items():
-            if server.refusal:
-                outcome.violations.append(f"{name} still refuses: {server.refusal}")
-        _collect(publisher, outcome)
-    finally:
-        await cancel_and_wait(looking)
+    outcome = Outcome()
+    oracle = Oracle(outcome)
+    luck = random.Random(seed)
+    receivers = [Receiver(f"server-{index}", transport) for index, transport in enumerate(TRANSPORTS)]
+    with tempfile.TemporaryDirectory() as directory:
+        learner = Learner(oracle, outcome, Path(directory), seed, fault_probability)
+        await learner.start()
+        for receiver in receivers:
+            await receiver.start(learner.address)
+        async with looking(oracle, receivers):
+            for push in range(pushes):
+                await _push(push, learner, receivers, luck, outcome)
+                if push % 100 == 99:
+                    tell(f"{push + 1} pushes, {outcome.looks} looks, {len(outcome.violations)} violations")
+            await _settle(learner, receivers, outcome)
         for receiver in receivers:
             await receiver.stop()
-        await publisher.die()
-    outcome.kinds += faults.counts
+        await learner.end()
+    oracle.end()
     return outcome
 
 
-async def _until(condition: Callable[[], bool], seconds: float) -> bool:
+async def _push(
+    number: int, learner: Learner, receivers: Sequence[Receiver], luck: random.Random, outcome: Outcome
+) -> None:
+    """One push, perhaps with somebody's end before or in it."""
+    if number % 20 == 10 or luck.random() < 0.02:
+        await luck.choice(receivers).kill()
+        outcome.kinds["receiver killed"] += 1
+    updates = sum(receiver.engine.updates for receiver in receivers)
+    if number % 20 == 15 or luck.random() < 0.01:
+        where = [*PLACES, None][number // 20 % (len(PLACES) + 1)]
+        if where is not None and await learner.die(where):
+            outcome.kinds[f"learner killed {_PLACES[where]}"] += 1
+        else:
+            await learner.publish()
+            await asyncio.sleep(0.05 * luck.random())
+            await learner.kill()
+            outcome.kinds["learner killed at any moment"] += 1
+        await learner.start()
+    else:
+        await learner.publish()
+    outcome.pushes += 1
+    wanted = updates + luck.choice([0, 1, 2, 3, 4])
+    await until(lambda: sum(receiver.engine.updates for receiver in receivers) >= wanted, 0.3)
+
+
+async def _settle(learner: Learner, receivers: Sequence[Receiver], outcome: Outcome) -> None:
+    """Without faults every engine reaches the last version, and nobody refuses."""
+    await learner.calm_down()
+    await learner.publish()
+    if not await until(lambda: all(r.engine.label == learner.newest for r in receivers), SETTLE_SECONDS):
+        late = [f"{r.name} at {r.engine.label}" for r in receivers if r.engine.label != learner.newest]
+        outcome.violations.append(f"not at {learner.newest} though nothing fails any more: {', '.join(late)}")
+    for _ in range(50):
+        await learner.count()
+        if not learner.refusals:
+            return
+        await asyncio.sleep(0.1)
+    outcome.violations += [f"still refuses: {refusal}" for refusal in learner.refusals]
+
+
+async def until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait; whether it became true."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         if asyncio.get_running_loop().time() > deadline:
             return False
         await asyncio.sleep(0.002)
     return True
-
-
-def _collect(publisher: FaultyPublisher, outcome: Outcome) -> None:
-    """What this learner sent, by kind."""
-    for family in publisher._metrics.published_bytes.collect():
-        for sample in family.samples:
-            if sample.name.endswith("_total"):
-                key = f"KiB as {sample.labels['kind']} over {sample.labels['transport']}"
-                outcome.kinds[key] += round(sample.value / 1024)
-    outcome.kinds["acknowledgements"] += len(publisher.acknowledged)

@@ -23,6 +23,7 @@ class WeightsEngine:
         self.label: PolicyVersion | None = None
         self.paused = False
         self.updates = 0
+        self.publisher_epoch = 0  # of what is served
         self._entries: list[tuple[str, str, tuple[int, ...]]] = []
         self._live: list[bytearray] = []
         self._highest_epoch = 0
@@ -54,6 +55,7 @@ class WeightsEngine:
             live[:] = buffer
             await asyncio.sleep(0)  # a kill, a cancellation, a look may come here
         self.label = snapshot.version
+        self.publisher_epoch = snapshot.publisher_epoch
         self.updates += 1
         self.paused = False
         return 0.0

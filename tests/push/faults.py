@@ -1,34 +1,53 @@
-"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are spoilt with a given probability."""
+"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are spoilt with a given probability.
+
+It can also be told to die where it hurts: `Faults.dies_at`.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry
 
+from learner.collective_weights import CollectiveWeights
 from learner.local_weights import LocalWeights
 from learner.publication import Part, Publication
 from learner.publisher import Publisher
 from learner.streamed_weights import StreamedWeights
 from leeway import arithmetic
+from leeway.collective import Group
 from leeway.errors import UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import RunningServer, Security, start_server
-from leeway.types import PolicyVersion, WeightSnapshot
+from leeway.types import WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from tests.push.history import RUN
+
+_PIECE_BYTES = 40_000
+Place = Literal["announce", "transfer", "acknowledge"]
+PLACES: tuple[Place, ...] = ("announce", "transfer", "acknowledge")
 
 
 class Faults:
     """When, and what: reproducible from a seed."""
 
-    def __init__(self, seed: int, probability: float) -> None:
+    def __init__(self, seed: int | str, probability: float) -> None:
         self.random = random.Random(seed)
         self.probability = probability
         self.counts: Counter[str] = Counter()
+        self.dies_at: Place | None = None
+
+    def may_die(self, place: Place) -> None:
+        """SIGKILL this process if it is to die here."""
+        if self.dies_at == place:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def strikes(self, what: str) -> bool:
         """Whether something goes wrong here."""
@@ -73,6 +92,7 @@ class FaultyLocalWeights(LocalWeights):
 
     def _reply(self, request: list[bytes]) -> list[Part]:
         reply = super()._reply(request)
+        self._faults.may_die("transfer")
         if reply[0] == b"ok" and self._faults.strikes("zmq frame spoilt"):
             at = self._faults.random.randrange(1, len(reply))
             reply = [*reply[:at], self._faults.spoilt(reply[at]), *reply[at + 1 :]]
@@ -89,10 +109,14 @@ class FaultyStream(StreamedWeights):
         super().__init__(metrics)
 
     def pieces(self, request: Any) -> Iterator[bytes]:
-        pieces = [part[at : at + 5000] for part in super().pieces(request) for at in range(0, len(part), 5000)]
+        pieces = [
+            part[at : at + _PIECE_BYTES] for part in super().pieces(request) for at in range(0, len(part), _PIECE_BYTES)
+        ]
         if self._faults.strikes("grpc pieces disordered"):
             pieces = self._faults.disordered(pieces)
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
+            if number == len(pieces) // 2:
+                self._faults.may_die("transfer")
             if self._faults.strikes("grpc piece spoilt"):
                 piece = self._faults.spoilt(piece)
             if self._faults.random.random() < 0.02 and self._faults.strikes("grpc stream broken"):
@@ -100,31 +124,46 @@ class FaultyStream(StreamedWeights):
             yield piece
 
 
+class FaultyBroadcasts(CollectiveWeights):
+    """Broadcasts, at times something else, too little, or nothing for longer than the servers' patience."""
+
+    def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
+        super().__init__("127.0.0.1", metrics, patience_seconds=1.0, gather_seconds=0.1)
+        self._faults = faults
+
+    def _pieces(self, group: Group, parts: Sequence[Part]) -> Generator[int]:
+        if self._faults.strikes("broadcast spoilt"):
+            at = self._faults.random.choice([index for index, part in enumerate(parts) if len(part)])
+            wrong = bytearray(parts[at])
+            wrong[self._faults.random.randrange(len(wrong))] ^= 1 << self._faults.random.randrange(8)
+            parts = [*parts[:at], bytes(wrong), *parts[at + 1 :]]
+        for size_bytes in super()._pieces(group, parts):
+            self._faults.may_die("transfer")
+            yield size_bytes
+            if self._faults.strikes("broadcast broken"):
+                raise UnavailableError("the broadcast broke")
+            if self._faults.random.random() < 0.1 and self._faults.strikes("broadcast hangs"):
+                threading.Event().wait(1.2)
+
+
 class FaultyPublisher(Publisher):
     """Publishes, but deltas may be wrong in spite of their digests, and announcements come late, twice or not."""
 
-    def __init__(self, run: str, faults: Faults) -> None:
-        metrics = LearnerMetrics(CollectorRegistry())
-        self.zmq = FaultyLocalWeights(metrics, faults)
-        super().__init__(run, arithmetic.SIGNATURE, metrics, self.zmq, max_delta_chain=4)
-        self._streamed = FaultyStream(metrics, faults)
-        self._outlets = [self._streamed, self.zmq]
+    def __init__(self, faults: Faults) -> None:
+        self.metrics = LearnerMetrics(CollectorRegistry())
+        self.zmq = FaultyLocalWeights(self.metrics, faults)
+        broadcasts = FaultyBroadcasts(self.metrics, faults)
+        super().__init__(RUN, arithmetic.SIGNATURE, self.metrics, self.zmq, max_delta_chain=4, broadcasts=broadcasts)
+        self._streamed = FaultyStream(self.metrics, faults)
+        self._outlets = [self._streamed, self.zmq, broadcasts]
         self._faults = faults
-        self.acknowledged: list[tuple[str, PolicyVersion]] = []
-        self.server: RunningServer | None = None
+        self.acknowledged = 0
 
-    async def start(self, address: str) -> str:
-        """Serve; the address with its port."""
-        self.server = await start_server(
+    async def start(self, address: str) -> RunningServer:
+        """Serve."""
+        return await start_server(
             address, lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, server), [], Security()
         )
-        return f"127.0.0.1:{self.server.port}"
-
-    async def die(self) -> None:
-        """As a killed learner: at once, streams and all."""
-        assert self.server is not None
-        await self.server.stop(0.0)
-        await self.zmq.aclose()
 
     async def _publication(self, snapshot: WeightSnapshot) -> Publication:
         if self._newest is not None and self._faults.strikes("delta made of other weights"):
@@ -142,6 +181,7 @@ class FaultyPublisher(Publisher):
                 earlier.append(message)
                 continue
             yield message
+            self._faults.may_die("announce")
             if self._faults.strikes("announcement twice"):
                 yield message
             if earlier and self._faults.strikes("older announcement after"):
@@ -149,5 +189,6 @@ class FaultyPublisher(Publisher):
             earlier = [*earlier[-3:], message]
 
     def _acknowledged(self, server_id: str, server: Any, message: Any) -> None:
+        self._faults.may_die("acknowledge")
         super()._acknowledged(server_id, server, message)
-        self.acknowledged.append((server_id, server.version))
+        self.acknowledged += 1

@@ -1,45 +1,45 @@
-"""A weight receiver in a process of its own, for an engine behind an InferenceService: what a kill -9 ends.
-
-`python -m tests.push.receiver_process --backend HOST:PORT --policy HOST:PORT --server-id NAME [--grpc]`
-"""
+"""A weight receiver in a process of its own, for an engine behind an InferenceService: what a kill -9 ends."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import os
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from inference_server import collective_weights as _collective_weights  # imported before the fork: it takes seconds
 from inference_server.engines.remote import RemoteEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.weight_receiver import WeightReceiver
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security
+from tests.push.history import RUN
+from tests.push.processes import messages
+
+assert _collective_weights
 
 
-async def _receive(arguments: argparse.Namespace) -> None:
-    engine = await RemoteEngine.connect(arguments.backend, Security(), timeout_seconds=30.0)
+async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
+    engine = await RemoteEngine.connect(backend, Security(), timeout_seconds=30.0)
     receiver = WeightReceiver(
-        policy=ServedPolicy(engine, arguments.run),
+        policy=ServedPolicy(engine, RUN),
         signature=engine.info().signature,
-        run=arguments.run,
-        server_id=arguments.server_id,
-        address=arguments.policy,
+        run=RUN,
+        server_id=name,
+        address=policy,
         security=Security(),
-        allow_local=not arguments.grpc,
+        allow_local=transport == "zmq",
+        broadcasts=transport == "collective",
         fetch_timeout_seconds=30.0,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
+    messages(pipe, lambda _: os._exit(0))  # whoever started it is gone
     await receiver.run()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("--backend", "--policy", "--server-id", "--run"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("--grpc", action="store_true", help="not over ZeroMQ")
-    asyncio.run(_receive(parser.parse_args()))
-
-
-if __name__ == "__main__":
-    main()
+def receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
+    """Feed the engine at `backend` from the learner at `policy` until killed."""
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
+        os.dup2(nowhere.fileno(), 2)
+    asyncio.run(_receive(pipe, name, backend, policy, transport))
