@@ -18,7 +18,7 @@ their lease ends. When a newer version comes into force meanwhile, a second call
 
 The end: the run has finished, or a stop is asked for, or something failed that ends the process. In all cases open
 members are cancelled; unless the run has finished they are handed back as retryable failures, so that others take them
-at once.
+at once, and the server leaves the run. A server that is drained goes on asking, until it is readmitted or told to stop.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.tasks import Task, TaskSet
 from leeway.types import (
+    Drain,
     FinishReason,
     Int32Array,
     LogprobMode,
@@ -161,6 +162,7 @@ class RolloutWorker:
         self._turn = asyncio.Event()  # something happened that the main loop looks at
         self._finished = False
         self._fatal = False
+        self._drain: Drain | None = None  # set while this server gets no work
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until the run has finished or `stop` is set.
@@ -269,7 +271,7 @@ class RolloutWorker:
     async def _acquire(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
         started_at = time.perf_counter()
         try:
-            tickets, finished = await self._client.acquire_tickets(
+            work = await self._client.request_work(
                 self._server_id, version, max_members, self._limits.ticket_wait_seconds
             )
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
@@ -277,12 +279,26 @@ class RolloutWorker:
             told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
             await asyncio.sleep(told_seconds or _RETRY_SECONDS)
             return []
-        if finished:
+        if work.finished:
             log.info("run %s has finished", self._client.run)
             self._finished = True
-        if tickets:
+        if work.tickets:
             self._metrics.ticket_wait_seconds.observe(time.perf_counter() - started_at)
-        return tickets
+        self._hear_of_drain(work.drained)
+        return work.tickets
+
+    def _hear_of_drain(self, drain: Drain | None) -> None:
+        """Say once that this server is out of the run, and once that it is in it again."""
+        if drain == self._drain:
+            return
+        self._drain = drain
+        if drain is None:
+            log.warning("server %s is readmitted to run %s", self._server_id, self._client.run)
+        else:
+            log.warning(
+                "server %s is drained (%s) and gets no work until `leeway fleet readmit`: %s",
+                *(self._server_id, drain.reason.name.lower(), drain.message),
+            )
 
     async def _watch_version(self) -> None:
         version = self._policy.version
@@ -476,7 +492,10 @@ class RolloutWorker:
                     self._abort(loan)
 
     async def _hand_back(self) -> None:
-        """Report what is open as failed, to be lent again, and wait for the last answers; says so when it cannot."""
+        """Report what is open as failed, to be lent again, wait for the last answers, and leave.
+
+        Says so when it cannot: what it holds is lent again when its leases end.
+        """
         failure = TrajectoryFailure(f"server {self._server_id} stopped", retryable=True)
         items = [
             member.recorder.failure(failure)
@@ -489,8 +508,13 @@ class RolloutWorker:
                 if items:
                     await self._writer.write(items)
                 await self._writer.drain()
-        except (TimeoutError, LeewayError):
-            log.warning("%d writes were not acknowledged before the end", self._writer.num_unacknowledged)
+                if not self._finished:
+                    await self._client.leave_run(self._server_id)
+        except (TimeoutError, LeewayError) as error:
+            log.warning(
+                "the run is left without a word (%s); %d writes were not acknowledged",
+                *(error, self._writer.num_unacknowledged),
+            )
 
 
 def _cancel(loan: _Loan) -> None:

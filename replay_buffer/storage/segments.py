@@ -116,8 +116,8 @@ def remove_segments(directory: Path, numbers: list[int]) -> None:
 class SegmentFile(Protocol):
     """The end of the log, as the writer sees it. Tests inject failing ones."""
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Append some of `data`; returns how many bytes. Raises OSError."""
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+        """Append some of the blocks, in order; returns how many bytes. Raises OSError."""
         ...
 
     def sync(self) -> None:
@@ -142,8 +142,8 @@ class AppendFile:
         sync_directory(path.parent)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def write(self, data: bytes | memoryview) -> int:
-        return os.write(self._descriptor, data)
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+        return os.writev(self._descriptor, blocks)
 
     def sync(self) -> None:
         os.fdatasync(self._descriptor)

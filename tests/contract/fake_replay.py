@@ -99,6 +99,7 @@ class FakeReplay(_Servicer):
         self.ask_arrived = asyncio.Event()
         self.more = asyncio.Condition()
         self.renewed: list[tuple[str, int]] = []
+        self.left: list[str] = []
         self.abort_on_renewal: set[tuple[str, int]] = set()
         self.streams = 0
         self.judge: Callable[[WriteItem], WriteResult | None] = lambda _: None
@@ -192,6 +193,10 @@ class FakeReplay(_Servicer):
             if self.stop_after is not None and self.num_endings >= self.stop_after:
                 self.finished = True
         return result(item, WriteStatus.ACKNOWLEDGED)
+
+    async def LeaveRun(self, request: replay_pb2.LeaveRunRequest, context: Any) -> replay_pb2.LeaveRunResponse:
+        self.left.append(request.server_id)
+        return replay_pb2.LeaveRunResponse()
 
     async def RenewLeases(self, request: replay_pb2.RenewLeasesRequest, context: Any) -> replay_pb2.RenewLeasesResponse:
         keys = [(ticket.group_id, ticket.attempt) for ticket in request.tickets]
