@@ -15,6 +15,7 @@ from leeway.assembly import assemble_trajectory
 from leeway.errors import ExhaustedError
 from leeway.rpc import RunningServer, Security, start_server
 from leeway.types import (
+    Drain,
     Purpose,
     RunSpec,
     SamplingParams,
@@ -100,6 +101,7 @@ class FakeReplay(_Servicer):
         self.more = asyncio.Condition()
         self.renewed: list[tuple[str, int]] = []
         self.left: list[str] = []
+        self.drained: Drain | None = None  # told to every server that asks
         self.abort_on_renewal: set[tuple[str, int]] = set()
         self.streams = 0
         self.judge: Callable[[WriteItem], WriteResult | None] = lambda _: None
@@ -153,7 +155,9 @@ class FakeReplay(_Servicer):
     def _reply(self, tickets: list[Ticket]) -> replay_pb2.AcquireTicketsResponse:
         self.issued.update(member.trajectory_id for ticket in tickets for member in ticket.members)
         return replay_pb2.AcquireTicketsResponse(
-            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets], finished=self.finished
+            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets],
+            finished=self.finished,
+            drained=None if self.drained is None else codec.drain_to_proto(self.drained),
         )
 
     async def WriteTrajectories(

@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
 from leeway.tasks import TaskSet
 from leeway.types import (
+    Drain,
+    DrainReason,
     LogprobMode,
     Purpose,
     SegmentKind,
@@ -398,6 +401,38 @@ async def test_a_stop_hands_back_what_is_open() -> None:
                 failure = rig.failure(f"g{number}.{member}")
                 assert failure.retryable
                 assert "server-0 stopped" in failure.message
+
+
+async def test_a_server_that_stops_leaves_the_run_after_its_last_write() -> None:
+    replay = FakeReplay()
+    await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=4000, stop_token_ids=())))
+    async with working(replay, chunk_tokens=1, token_seconds=0.01) as rig:
+        await until(lambda: bool(replay.arrived))
+        rig.stop.set()
+        await rig.task
+        assert replay.left == ["server-0"]
+        assert replay.num_endings == 4
+    finished = FakeReplay()
+    async with working(finished) as rig:
+        await rig.finish()
+    assert finished.left == [], "a finished run needs no word"
+
+
+async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
+    replay = FakeReplay()
+    replay.drained = Drain(DrainReason.DIVERGING, "2 nats from the others", datetime(2026, 1, 1, tzinfo=UTC))
+    async with working(replay, limits=WorkerLimits(ticket_wait_seconds=0.01)) as rig:
+        await until(lambda: len(replay.asked) > 3)
+        replay.drained = None
+        await replay.add(ticket(1))
+        await rig.ended(4)
+        await rig.finish()
+    told = [record.message for record in caplog.records if record.name == "inference_server.rollout_worker"]
+    assert told == [
+        "server server-0 is drained (diverging) and gets no work until `leeway fleet readmit`: 2 nats from the others",
+        f"server server-0 is readmitted to run {RUN}",
+    ]
 
 
 async def test_tickets_that_arrive_after_the_stop_are_handed_back() -> None:
