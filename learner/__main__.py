@@ -22,6 +22,7 @@ from learner.making import make_trainer
 from learner.options import LearnerOptions
 from learner.publisher import Publisher
 from learner.receipts import ReceiptBook, deciding_options
+from learner.run_lock import held_run
 from learner.summary import summarize
 from learner.trainer import Trainer
 from leeway.config import (
@@ -82,7 +83,8 @@ class LearnerProcess:
     async def main(self, stop: asyncio.Event) -> None:
         """Be the learner, or one of its ranks."""
         if self.options.ranks == 1:
-            await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
+            with held_run(self.directory):
+                await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
             return
         from learner.distributed import DistributedTrainer, follow
         from learner.making import join_world, make_ranked_trainer
@@ -101,7 +103,8 @@ class LearnerProcess:
                 await follow(ranked, world, my_groups)
         else:
             trainer = DistributedTrainer(ranked, world)
-            await self._lead(trainer, stop)
+            with held_run(self.directory):
+                await self._lead(trainer, stop)
             trainer.stop()
         world.close()
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from learner.fleet_options import FleetOptions
 from learner.training_options import TrainingOptions
 from leeway.config import Options
 
@@ -17,6 +18,7 @@ class LearnerOptions(Options):
         default="torch", description="arithmetic rehearses a run without torch: its weights are a counter"
     )
     training: TrainingOptions = Field(default_factory=TrainingOptions)
+    fleet: FleetOptions = FleetOptions()
     num_threads: int = Field(default=1, ge=1, le=1024, description="torch threads of the trainer on a CPU")
     ranks: int = Field(
         default=1,

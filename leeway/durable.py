@@ -1,7 +1,11 @@
-"""What is needed beyond a file's own fsync: its name lasts only once its directory is synced, and so on upwards."""
+"""Files that outlast a process: names that are durable, whole replacements, and files held by one process at a time.
+
+A file's own fsync is not enough: its name lasts only once its directory is synced, and so on upwards.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -47,3 +51,19 @@ def replace_file(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     partial.replace(path)
     sync_directory(path.parent)
+
+
+def hold_file(path: Path) -> int:
+    """Hold a file for this process, made if needed; it is let go when the descriptor is closed or the process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

@@ -10,6 +10,6 @@ recorder                           the runs of a directory: what has been decide
 rules/                             pure: the state as a fold of transitions, and every decision about it
 storage/                           the log on disk, and what makes it quick to open, small in memory and short
 
-Beside it: views (a group at one moment), signals (waiting without polling), observer and metrics (watching),
-options, memory.
+Beside it: views (a group at one moment), asks (what servers have asked for), signals (waiting without polling),
+observer and metrics (watching), options, memory.
 """

@@ -22,6 +22,7 @@ no way to say otherwise.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import json
@@ -46,6 +47,7 @@ from inference_server.engines.model_files import check_context_length, manifest_
 from inference_server.engines.process_engine import ProcessEngine
 from inference_server.engines.sglang_options import SglangEngineOptions
 from inference_server.engines.sglang_process import SglangProcess, start_process
+from inference_server.engines.staged_weights import remove_abandoned
 from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
 from leeway.huggingface import model_signature
 from leeway.types import (
@@ -73,6 +75,7 @@ async def start(model_path: Path, options: SglangEngineOptions) -> ProcessEngine
     """
     signature = model_signature(model_path)
     check_context_length(options, signature)
+    await asyncio.to_thread(remove_abandoned, options.staging_directory)
     child = await start_process(model_path, options, signature)
     try:
         check = manifest_check(model_path)
@@ -240,7 +243,7 @@ def _body(request: GenerationRequest, request_id: str, label: int, max_tokens: i
             "stop_token_ids": list(sampling.stop_token_ids),
             "ignore_eos": not sampling.stop_token_ids,  # with it, SGLang ignores the request's own stop tokens too
             "no_stop_trim": True,
-            "sampling_seed": sampling.seed & 0x7FFF_FFFF,
+            "sampling_seed": sampling.seed - (sampling.seed >> 63 << 64),  # signed
         },
         "stream": True,
         "return_logprob": True,

@@ -23,6 +23,8 @@ from leeway.types import ModelSignature
 
 _PROBE_SECONDS: Final = 0.5
 _STOP_SECONDS: Final = 10.0
+# SGLang leaves the last tokens of a context unused. These are added; requests are checked against the real length.
+_UNUSED_TOKENS: Final = 8
 _HOST: Final = "127.0.0.1"
 
 
@@ -83,7 +85,7 @@ def _command_line(
         "host": _HOST,  # its administration has no other protection
         "port": port,
         "dtype": options.dtype,
-        "context-length": context_length,
+        "context-length": context_length + _UNUSED_TOKENS,
         "max-running-requests": options.max_concurrency,
         "stream-interval": options.chunk_tokens,
         "tensor-parallel-size": options.tensor_parallel_size,
@@ -101,7 +103,7 @@ def _command_line(
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     command += [f"--{flag}" for flag in flags] + list(options.arguments)
-    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1"}
+    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     return command, environment | ({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})
 
 

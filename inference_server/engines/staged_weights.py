@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import shutil
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -14,6 +17,7 @@ from leeway.errors import PreconditionError
 from leeway.types import WeightSnapshot
 
 FILE_NAME: Final = "model.safetensors"
+_PREFIX: Final = "leeway-weights-"
 _DTYPE: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 _ALIGNMENT_BYTES: Final = 8
 
@@ -30,20 +34,42 @@ def staged_weights(snapshot: WeightSnapshot, directory: Path) -> Generator[Path,
         PreconditionError: it cannot be written there.
     """
     try:
-        folder = tempfile.TemporaryDirectory(prefix="leeway-weights-", dir=directory)
+        folder, lock = _locked_folder(directory)
     except OSError as error:
         raise PreconditionError(
             f"weights cannot be staged in {directory}: {error.strerror}; set the engine's staging_directory"
         ) from error
-    with folder as name:
-        try:
-            write_safetensors(snapshot, Path(name) / FILE_NAME)
-        except OSError as error:
-            raise PreconditionError(
-                f"{snapshot.manifest.size_bytes} bytes of weights cannot be staged in {directory}: {error.strerror}; "
-                "set the engine's staging_directory to a place with room"
-            ) from error
-        yield Path(name)
+    try:
+        write_safetensors(snapshot, folder / FILE_NAME)
+        yield folder
+    except OSError as error:
+        raise PreconditionError(
+            f"{snapshot.manifest.size_bytes} bytes of weights cannot be staged in {directory}: {error.strerror}; "
+            "set the engine's staging_directory to a place with room"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_abandoned(directory: Path) -> None:
+    """Remove what servers left staged that were killed; theirs is what nobody has locked."""
+    for folder in directory.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):  # locked, another user's, or gone already
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+def _locked_folder(directory: Path) -> tuple[Path, int]:
+    """A new folder, and the open file that locks it while this process lives; it has its name once it is locked."""
+    unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=directory))
+    lock = os.open(unnamed, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return unnamed.rename(directory / unnamed.name.removeprefix(".")), lock
 
 
 def write_safetensors(snapshot: WeightSnapshot, file: Path) -> None:

@@ -50,9 +50,9 @@ from inference_server.engines.concurrency import ConcurrencyLimit, EngineLoad
 from inference_server.engines.engine_driver import Labelled, SampledEnd, finish_reason, one_line
 from inference_server.engines.model_files import check_context_length, manifest_check
 from inference_server.engines.process_engine import ProcessEngine
-from inference_server.engines.staged_weights import FILE_NAME
+from inference_server.engines.staged_weights import FILE_NAME, remove_abandoned
 from inference_server.engines.vllm_options import VllmEngineOptions
-from inference_server.engines.vllm_outputs import sampled_tokens
+from inference_server.engines.vllm_outputs import sampled_tokens, signed_seed
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError
 from leeway.huggingface import model_signature
 from leeway.types import (
@@ -77,6 +77,7 @@ async def start(model_path: Path, options: VllmEngineOptions) -> ProcessEngine:
     signature = model_signature(model_path)
     check_context_length(options, signature)
     limit = ConcurrencyLimit(options.max_concurrency, options.max_queued)
+    await asyncio.to_thread(remove_abandoned, options.staging_directory)
     llm = await asyncio.to_thread(_start_vllm, model_path, options, signature, limit)
     llm._run_output_handler()  # it was made in a thread, without an event loop to run in
     try:
@@ -180,7 +181,7 @@ class VllmDriver:
             max_tokens=max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             ignore_eos=True,  # the request says what stops it, not the model's files
-            seed=sampling.seed if sampling.seed < 1 << 63 else sampling.seed - (1 << 64),
+            seed=signed_seed(sampling.seed),
             logprobs=sampling.topk,
             flat_logprobs=True,
             detokenize=False,

@@ -1,4 +1,4 @@
-"""What vLLM streams, as columns. Needs NumPy only.
+"""What vLLM streams, as columns, and how it takes a seed. Needs NumPy only.
 
 vLLM lists for each sampled token its own log-prob, then those of the K most likely tokens. Where it has merged several
 outputs into one, because nobody had fetched the first, a sampled token that is one of the K is listed only once.
@@ -42,6 +42,12 @@ class SampledTokens:
         if self.topk_token_ids.shape[1]:
             values |= {ColumnKind.TOPK_TOKEN_IDS: self.topk_token_ids, ColumnKind.TOPK_LOGPROBS: self.topk_logprobs}
         return [Column(kind, start, start + len(self.token_ids), array) for kind, array in values.items()]
+
+
+def signed_seed(seed: int) -> int:
+    """An unsigned 64-bit seed as the signed one that vLLM takes; to it -1 means none, so that seed shares another's."""
+    signed = seed if seed < 1 << 63 else seed - (1 << 64)
+    return signed if signed != -1 else -(1 << 63)
 
 
 def sampled_tokens(token_ids: Sequence[int], listed: FlatLogprobs, topk: int) -> SampledTokens:

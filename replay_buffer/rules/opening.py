@@ -175,17 +175,26 @@ def decide_rollback(run: RunState, version: PolicyVersion) -> RunRolledBack | No
     )
 
 
-def decide_restored(run: RunState, now_seconds: int) -> RunRestored | None:
-    """Raise fences and numbers above what the original of a restored backup may have handed out; None: finished.
+def leap_of(now_seconds: int, noise: int) -> int:
+    """How far the numbers of a restored backup leap: 2^40 at least, whatever the clock says.
 
-    The time only makes numbers that nobody has: seconds since 1970 are above any count of incarnations and groups, and
-    above those of an earlier restoration of the same backup.
+    No original has handed out so many epochs or group numbers since the backup. Two restorations of one backup differ
+    by their noise, and while the clock goes on the later one leaps further.
+
+    Args:
+        now_seconds: Unix time; only a hint.
+        noise: random, below 2^20.
     """
+    return max(now_seconds, 1 << 20) << 20 | noise
+
+
+def decide_restored(run: RunState, leap: int) -> RunRestored | None:
+    """Raise fences and numbers above what the original of a restored backup may have handed out; None: finished."""
     if run.finished:
         return None
     still_open = [*run.live.values(), *run.live_evaluation.values()]
     return RunRestored(
-        epoch=max(run.epoch + 1, now_seconds),
-        created=max(run.created, now_seconds),
+        epoch=run.epoch + leap,
+        created=run.created + leap,
         group_ids=tuple(group.group_id for group in still_open if group.state is GroupState.OPEN),
     )

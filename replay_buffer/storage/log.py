@@ -23,6 +23,7 @@ import logging
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,8 @@ from replay_buffer.storage.segments import (
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SEGMENT_BYTES: Final = 1 << 32
 _LARGE_BYTES: Final = 1 << 15
+_MOST_BLOCKS: Final = 1024
+"""In one system call (IOV_MAX)."""
 BEGINNING: Final = Position(1, 0)
 
 log = logging.getLogger(__name__)
@@ -398,8 +401,7 @@ class _Writer:
             try:
                 if self._file is None or segment != self._segment:
                     self._open(segment)
-                for block in blocks:
-                    self._write_all(block)
+                self._write_all(blocks)
             except OSError as error:
                 if error.errno not in _FULL:
                     raise
@@ -417,11 +419,16 @@ class _Writer:
         if segment != self._segment:
             self._segment, self._durable_size = segment, 0
 
-    def _write_all(self, data: bytes) -> None:
+    def _write_all(self, blocks: list[bytes]) -> None:
+        """Few system calls: each lets go of the interpreter, and whoever comes back has to wait for it."""
         assert self._file is not None
-        rest = memoryview(data)
+        rest: deque[bytes | memoryview] = deque(blocks)
         while rest:
-            rest = rest[self._file.write(rest) :]
+            written = self._file.write(list(itertools.islice(rest, _MOST_BLOCKS)))
+            while rest and written >= len(rest[0]):
+                written -= len(rest.popleft())
+            if written:
+                rest[0] = memoryview(rest[0])[written:]
 
     def _wait_for_room(self, error: OSError) -> None:
         if self._file is not None:

@@ -8,7 +8,6 @@ went. With a whole frame after it, acknowledged data would be behind the damage,
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import struct
@@ -22,7 +21,7 @@ from typing import BinaryIO, Final, NamedTuple, Protocol
 
 import google_crc32c
 
-from leeway.durable import make_directory, sync_directory
+from leeway.durable import hold_file, make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from replay_buffer.rules.groups import Location
 
@@ -117,8 +116,8 @@ def remove_segments(directory: Path, numbers: list[int]) -> None:
 class SegmentFile(Protocol):
     """The end of the log, as the writer sees it. Tests inject failing ones."""
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Append some of `data`; returns how many bytes. Raises OSError."""
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+        """Append some of the blocks, in order; returns how many bytes. Raises OSError."""
         ...
 
     def sync(self) -> None:
@@ -143,8 +142,8 @@ class AppendFile:
         sync_directory(path.parent)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def write(self, data: bytes | memoryview) -> int:
-        return os.write(self._descriptor, data)
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+        return os.writev(self._descriptor, blocks)
 
     def sync(self) -> None:
         os.fdatasync(self._descriptor)
@@ -167,17 +166,13 @@ def lock_directory(directory: Path) -> int:
     """
     try:
         make_directory(directory)
-        descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
+        return hold_file(directory / "lock")
+    except BlockingIOError as error:
         raise ConfigError(
             f"replay_buffer.directory: {directory} is in use by another replay buffer; stop that one first"
         ) from error
-    return descriptor
+    except OSError as error:
+        raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
 
 
 def verify_segment(path: Path, *, last: bool, start: int = 0) -> Iterator[tuple[int, bytes]]:

@@ -79,7 +79,7 @@ async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Tic
 async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
     opened = await client.open_run(spec(total_steps=2), ROOT, [])
     assert (opened.epoch, opened.head, opened.finished) == (1, ROOT, False)
-    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == spec(total_steps=2)
+    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == (spec(total_steps=2), False)
     await fill(client, ROOT, 4)
     head = ROOT
     for step in (1, 2):
@@ -89,6 +89,7 @@ async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
         head = version(step)
     await client.commit(1, 2)
     await client.finish_run(1)
+    assert (await client.join_run("late", SIGNATURE, DATASET, 5))[1]
     tickets, finished = await client.acquire_tickets("s0", head, 8, 5)
     assert (tickets, finished) == ([], True)
     status = await client.run_status()
@@ -100,7 +101,7 @@ async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
 async def test_a_group_without_signal_never_reaches_the_learner(client: ReplayClient) -> None:
     run_spec = spec(groups_per_step=1, max_staleness=0, drop_no_signal=True)
     await client.open_run(run_spec, ROOT, [])
-    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == run_spec
+    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == (run_spec, False)
     dull = (await fill(client, ROOT, 1))[0]  # all rewards are 1
     drawing = asyncio.create_task(client.draw_batch(1, 1, WAIT_SECONDS))
     (ticket,), _ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)  # its place is free at once
@@ -150,7 +151,7 @@ async def test_join_waits_for_the_learner(client: ReplayClient) -> None:
         await client.join_run("s0", SIGNATURE, DATASET, 0.01)
     joining = asyncio.create_task(client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS))
     await client.open_run(spec(), ROOT, [])
-    assert await joining == spec()
+    assert await joining == (spec(), False)
 
 
 async def test_tickets_are_waited_for(client: ReplayClient) -> None:

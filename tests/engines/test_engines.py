@@ -191,8 +191,7 @@ async def test_stop_tokens_and_the_context_end_a_completion(
         assert completion.token_ids[-1] in range(2, 40)
         assert not set(completion.token_ids[:-1].tolist()) & set(range(2, 40))
     assert filled.end is not None
-    kept_free = 2 if server.engine == "sglang" else 0  # SGLang does not fill a context to its end
-    assert (filled.end.finish_reason, filled.end.num_tokens) == (FinishReason.CONTEXT, 8 - kept_free)
+    assert (filled.end.finish_reason, filled.end.num_tokens) == (FinishReason.CONTEXT, 8)
 
 
 def test_an_engines_own_metrics_are_passed_on(server: EngineServer) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from inference_server.engines.staged_weights import staged_weights
+from inference_server.engines.staged_weights import remove_abandoned, staged_weights
 from leeway.errors import PreconditionError
 from leeway.huggingface import tensor_bytes
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.weights import tensor_entry, weights_digest
 from tests.unit import tiny_models
+
+CHECKOUT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
@@ -42,3 +47,25 @@ def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
     snapshot = WeightSnapshot(PolicyVersion("run", 1, 0, weights_digest(manifest)), 1, manifest, [data])
     with pytest.raises(PreconditionError, match="ids is int32"), staged_weights(snapshot, tmp_path):
         pass
+
+
+def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    snapshot = tiny_models.snapshot(tiny_models.make_model(0))
+    script = (
+        "import os, pathlib, signal, sys\n"
+        "from inference_server.engines.staged_weights import staged_weights\n"
+        "from tests.unit.inference_server.fake_driver import snapshot\n"
+        "staged = staged_weights(snapshot(1), pathlib.Path(sys.argv[1]))\n"
+        "staged.__enter__()\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    other = tmp_path / "leeway-other"
+    other.mkdir()
+    with staged_weights(snapshot, tmp_path) as mine:
+        killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=CHECKOUT, check=False)
+        assert killed.returncode == -signal.SIGKILL
+        assert len(list(tmp_path.iterdir())) == 3
+        remove_abandoned(tmp_path)
+        assert set(tmp_path.iterdir()) == {mine, other}
+        assert (mine / "model.safetensors").is_file()
+    assert list(tmp_path.iterdir()) == [other]

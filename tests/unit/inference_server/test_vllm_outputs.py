@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from inference_server.engines.vllm_outputs import sampled_tokens
+from inference_server.engines.vllm_outputs import sampled_tokens, signed_seed
 from leeway.errors import UnavailableError
 from leeway.types import ColumnKind
 
@@ -68,3 +68,11 @@ def test_too_few_candidates_are_refused() -> None:
     listed.add((4, -1.0), (5, -2.0))
     with pytest.raises(UnavailableError, match="2 candidates where top-3"):
         sampled_tokens([4], listed, 3)
+
+
+def test_every_seed_reaches_vllm_as_one() -> None:
+    seeds = [0, 1, (1 << 63) - 1, 1 << 63, (1 << 63) + 1, (1 << 64) - 2, (1 << 64) - 1]
+    signed = [signed_seed(seed) for seed in seeds]
+    assert all(-(1 << 63) <= seed < 1 << 63 for seed in signed)
+    assert -1 not in signed  # which is none
+    assert len(set(signed)) == len(seeds) - 1

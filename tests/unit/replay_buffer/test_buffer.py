@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from leeway.types import DropReason, GroupState, WriteItem
+from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem
+from replay_buffer import asks
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log, LogOptions
-from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec
+from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec, version
 
 LEASE_SECONDS = 10.0
 
@@ -82,3 +84,30 @@ async def test_the_last_attempt_ends_as_a_dead_letter_although_nobody_asks(
     await buffer.join_run(RUN, "s1", SIGNATURE, DATASET, 0)
     (group,) = [view async for view in buffer.export(RUN, Filter(state=GroupState.DROPPED), 0)]
     assert group.drop_reason is DropReason.DEAD_LETTER
+
+
+async def test_what_servers_asked_for_is_bounded_however_many_names_come_and_go(
+    buffer: ReplayBuffer, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock[0] = asyncio.get_running_loop().time()
+    monkeypatch.setattr(asks, "_MOST_SERVERS", 8)
+    (ticket,), _ = await buffer.acquire_tickets(RUN, "holder", ROOT, 2, 0)
+    waiting = asyncio.create_task(buffer.acquire_tickets(RUN, "patient", ROOT, 2, 30))
+    await asyncio.sleep(0)
+    for number in range(100):
+        assert await buffer.acquire_tickets(RUN, f"passing-{number}", ROOT, 1, 0) == ([], False)
+    assert len(buffer._runs[RUN].asks) == 8
+    # One that was forgotten while it waits gets its work all the same.
+    buffer.write(RUN, [WriteItem(ticket.members[0].trajectory_id, 1, 0, TrajectoryFailure("died", retryable=False))])
+    (other,), _ = await waiting
+    assert other.group_id != ticket.group_id
+
+
+async def test_what_a_server_asked_for_is_its_most_and_its_newest(buffer: ReplayBuffer) -> None:
+    assert await buffer.acquire_tickets(RUN, "small", ROOT, 1, 0) == ([], False)
+    run = buffer._runs[RUN]
+    ask, is_newer = run.asks.take("small", ROOT, 4)
+    assert (ask.capacity, is_newer) == (4, False)
+    assert run.asks.take("small", version(1), 1) == (ask, True)
+    assert run.asks.take("small", ROOT, 1) == (ask, False)
+    assert (ask.capacity, ask.epoch_and_step) == (4, (1, 1))

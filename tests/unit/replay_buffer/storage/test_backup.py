@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from leeway.errors import FencedError, PreconditionError
 from leeway.types import DropReason, GroupState, WriteItem, WriteStatus
+from replay_buffer import recorder
 from replay_buffer.storage import backup as backup_module
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.backup import write_backup
@@ -101,6 +103,34 @@ async def test_a_restored_copy_fences_what_the_original_did_afterwards(original:
         # Nothing is lost: the tasks come again, first.
         assert [ticket.task_index for ticket in fresh][: len(tickets)] == [ticket.task_index for ticket in tickets]
         await run.step()
+
+
+async def test_restored_copies_are_above_the_original_and_apart_whatever_the_clock_says(
+    original: Path, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(original) as run:
+        await grown(run, 3)
+        created = run.state.created
+        await run.buffer.back_up(copy)
+    fences: list[tuple[int, int]] = []
+    for number, now in enumerate((0.0, 2e9, 1e9, 1e9, -1e9)):  # 1970, 2033, back again, standing still, before 1970
+        restored = original.parent / f"restored-{number}"
+        shutil.copytree(copy, restored)
+        with monkeypatch.context() as clock:
+            clock.setattr(recorder.time, "time", lambda now=now: now)
+            clock.setattr(recorder.time, "time_ns", lambda now=now: max(int(now * 1e9), 0))
+            async with opened(restored) as run:
+                fences.append((run.state.epoch, run.state.created))
+                await run.open_run(run.state.head)
+                assert run.state.epoch == fences[-1][0] + 1
+                await run.step()
+    epochs = [epoch for epoch, _ in fences]
+    # No original starts a learner or issues a group 2^39 times after its backup.
+    assert min(epochs) > 1 << 39
+    assert min(number for _, number in fences) > created + (1 << 39)
+    assert len(set(epochs)) == len(epochs)
+    assert epochs[1] == max(epochs)  # the clock as a hint: what is restored later is above
+    assert max(epochs) < 1 << 53  # exact wherever numbers are floating point
 
 
 async def test_a_checkpoint_ahead_of_the_copy_is_refused_plainly(original: Path, copy: Path) -> None:
