@@ -126,7 +126,7 @@ async def test_a_drain_outlives_the_buffer_and_the_server(tmp_path: Path) -> Non
             assert [(status.server_id, status.present, status.drained) for status in await client.servers()] == [
                 ("s0", False, drain)
             ]
-            assert await client.join_run("s0", SIGNATURE, DATASET, 5)  # it may come back, and waits
+            await client.join_run("s0", SIGNATURE, DATASET, 5)  # it may come back, and waits
             assert (await client.request_work("s0", ROOT, 2, 0.05)).drained == drain
             await client.readmit_server("s0")
             assert (await client.request_work("s0", ROOT, 2, 5)).tickets
