@@ -15,7 +15,7 @@ import os
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from pathlib import Path
 from random import Random
@@ -108,13 +108,14 @@ def install_disk(dial: Dial, rng: Random) -> None:
         _refuse_if_full(dial)
         open_(self, path)
 
-    def written(self: AppendFile, data: Any) -> int:
-        if dial.room is Room.FULL:
-            fits = rng.choice((0, rng.randrange(len(data) + 1)))
-            if not fits:
-                _refuse_if_full(dial)
-            return write(self, data[:fits])
-        return write(self, data)
+    def written(self: AppendFile, blocks: Sequence[bytes | memoryview]) -> int:
+        if dial.room is not Room.FULL:
+            return write(self, blocks)
+        data = b"".join(blocks)
+        fits = rng.choice((0, rng.randrange(len(data) + 1)))
+        if not fits:
+            _refuse_if_full(dial)
+        return write(self, [data[:fits]])
 
     def snapshot_written(directory: Path, snapshot: Any) -> int:
         _refuse_if_full(dial)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,10 +88,10 @@ def write_on_a_full_disk() -> None:
     """Nobody looks at what a write says."""
     write = AppendFile.write
 
-    def careless(self: AppendFile, data: bytes | memoryview) -> int:
+    def careless(self: AppendFile, blocks: Sequence[bytes | memoryview]) -> int:
         with suppress(OSError):
-            write(self, data)
-        return len(data)
+            write(self, blocks)
+        return sum(map(len, blocks))
 
     AppendFile.write = careless  # type: ignore[method-assign]
 
