@@ -55,7 +55,7 @@ test-engines: env ## one suite for every engine, each in its own environment, wh
 	done
 	$(BIN)/pytest tests/engines -m engines $(PYTEST_ARGS)
 
-chaos: env ## a rehearsal under fire: KILLS=200 processes killed with loss of power, a bad network; SEED=N repeats one
+chaos: env ## a rehearsal under fire: KILLS=200 processes killed with loss of power, bad network, full disk, clock jumps; SEED=N repeats one
 	$(BIN)/python -m tests.chaos --kills $(KILLS) $(if $(SEED),--seed $(SEED))
 
 fuzz: env ## INPUTS=1000000 arbitrary and mutated inputs for every RPC and the log reader; SEED=N repeats some

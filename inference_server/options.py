@@ -13,7 +13,7 @@ from inference_server.engines.transformers_options import TransformersEngineOpti
 from inference_server.engines.vllm_options import VllmEngineOptions
 from inference_server.reward import RewardLimits
 from inference_server.rollout_worker import WorkerLimits
-from inference_server.trajectory_writer import WriterLimits
+from inference_server.write_window import WriterLimits
 from leeway.config import Address, Options
 from leeway.errors import ConfigError
 

@@ -14,7 +14,8 @@ import asyncio
 import importlib.util
 import logging
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
@@ -43,6 +44,7 @@ from leeway.config import (
 from leeway.errors import ConfigError, LeewayError
 from leeway.metrics import InferenceServerMetrics, serve_metrics
 from leeway.plugins import load_function
+from leeway.ports import free_port
 from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
@@ -52,19 +54,37 @@ from leeway.weight_transports import uses_broadcasts
 log = logging.getLogger("inference_server")
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """A server that the configuration does not list: it joins a run on its way.
+
+    Args:
+        name: unique in the run.
+        address: where it listens; None takes a free port of this host.
+        metrics_port: of its metrics; 0 takes a free one.
+    """
+
+    name: str
+    address: str | None = None
+    metrics_port: int = 0
+
+
 class InferenceServerProcess:
-    """What the configuration says, for the server with one index.
+    """What the configuration says, for the server with one index, or for one that joins beside those.
 
     Args:
         document: the run's configuration.
         index: which entry of network.inference_servers and metrics.inference_servers this is.
         backend: address of a foreign InferenceService that samples, in place of the configured one.
+        joining: set for a server that the configuration does not list; the index then means nothing.
 
     Raises:
-        ConfigError: a section cannot be used, or there is no server with that index.
+        ConfigError: a section cannot be used, there is no server with that index, or a joining one takes such a name.
     """
 
-    def __init__(self, document: Document, index: int, backend: str | None = None) -> None:
+    def __init__(
+        self, document: Document, index: int, backend: str | None = None, joining: Joining | None = None
+    ) -> None:
         self.run = section(document, "run", RunOptions)
         self.model = section(document, "model", ModelOptions)
         self.task = section(document, "task", TaskOptions)
@@ -72,6 +92,16 @@ class InferenceServerProcess:
         self.network = section(document, "network", NetworkOptions)
         self.metrics = section(document, "metrics", MetricsOptions)
         self.options = section(document, "inference_server", InferenceServerOptions)
+        self.security = Security.from_files(
+            self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
+        )
+        self.broadcasts = uses_broadcasts(self.network)
+        if joining is None:
+            self._take_place(document, index, backend)
+        else:
+            self._join(document, joining, backend)
+
+    def _take_place(self, document: Document, index: int, backend: str | None) -> None:
         backends = self.options.backends
         for key, entries in (
             *([("inference_server.backends", backends)] if backends else []),
@@ -80,14 +110,23 @@ class InferenceServerProcess:
         ):
             if not 0 <= index < len(entries):
                 raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
-        self.broadcasts = uses_broadcasts(self.network)
-        self.index = index
         self.server_id = f"server-{index}"
+        self.address = self.network.inference_servers[index]
+        self.metrics_port = self.metrics.inference_servers[index]
         self.engine = self.options.engine_of(index)
         self.backend = backend or (backends[index] if backends else None)
-        self.security = Security.from_files(
-            self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
-        )
+
+    def _join(self, document: Document, joining: Joining, backend: str | None) -> None:
+        if joining.name in (f"server-{index}" for index in range(len(self.network.inference_servers))):
+            raise ConfigError(
+                f"{document.path}: {joining.name} is one of the configured servers; give --join another name, or start "
+                "that one with --index"
+            )
+        self.server_id = joining.name
+        self.address = joining.address or f"127.0.0.1:{free_port('127.0.0.1')}"
+        self.metrics_port = joining.metrics_port or free_port(self.metrics.host)
+        self.engine = self.options.engine
+        self.backend = backend
 
     async def main(self, stop: asyncio.Event) -> None:
         """Serve and feed the run until it has finished or `stop` is set."""
@@ -101,7 +140,7 @@ class InferenceServerProcess:
             metrics,
         )
         tokenizer = self._make_tokenizer()
-        serve_metrics(registry, self.metrics.host, self.metrics.inference_servers[self.index])
+        serve_metrics(registry, self.metrics.host, self.metrics_port)
         engine = await unless_stopped(stop, self._make_engine())
         if engine is None:
             return
@@ -152,9 +191,9 @@ class InferenceServerProcess:
     ) -> None:
         server = None
         if self.backend is None:
-            address = self.network.inference_servers[self.index]
-            server = await start_server(address, add_inference_service(engine, policy), [SERVICE_NAME], self.security)
-            log.info("serving %s on %s as %s", engine.info().engine, address, self.server_id)
+            add_service = add_inference_service(engine, policy)
+            server = await start_server(self.address, add_service, [SERVICE_NAME], self.security)
+            log.info("serving %s on %s as %s", engine.info().engine, self.address, self.server_id)
         try:
             async with asyncio.TaskGroup() as group:
                 services = [group.create_task(receiver.run(), name="weight receiver")]
@@ -207,6 +246,28 @@ def _require_module(name: str) -> None:
         )
 
 
+def _add_place(parser: ArgumentParser) -> None:
+    """Which server of the run this is."""
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--index", type=int, default=0, metavar="I", help="which of network.inference_servers this is")
+    place.add_argument("--join", metavar="NAME", help="a server beside those, which joins the run under this name")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="where --join listens (default: a free port of this host)"
+    )
+    parser.add_argument(
+        "--metrics-port", type=int, default=0, metavar="PORT", help="metrics of --join (default: a free port)"
+    )
+
+
+def _joining(arguments: Namespace) -> Joining | None:
+    """Raises ConfigError: an option of --join without it."""
+    if arguments.join:
+        return Joining(arguments.join, arguments.address, arguments.metrics_port)
+    if arguments.join is not None or arguments.address or arguments.metrics_port:
+        raise ConfigError("--address and --metrics-port belong to --join NAME")
+    return None
+
+
 def main(*, with_backend: bool = False) -> int:
     """Parse, check, serve; returns the exit code.
 
@@ -220,13 +281,14 @@ def main(*, with_backend: bool = False) -> int:
         else "An inference server: an engine, its service, and the rollout worker that feeds a run from it."
     )
     parser = service_parser(module, description)
-    parser.add_argument("--index", type=int, default=0, metavar="I", help="which of network.inference_servers this is")
+    _add_place(parser)
     if with_backend:
         parser.add_argument("--backend", required=True, metavar="HOST:PORT", help="the InferenceService that samples")
     arguments: Namespace = parser.parse_args()
     try:
         document = load_document(arguments.config, arguments.overrides)
-        process = InferenceServerProcess(document, arguments.index, arguments.backend if with_backend else None)
+        backend: str | None = arguments.backend if with_backend else None
+        process = InferenceServerProcess(document, arguments.index, backend, _joining(arguments))
     except LeewayError as error:
         return report_error("inference_server", error)
     if arguments.check:

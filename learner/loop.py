@@ -27,6 +27,7 @@ from typing import Any, Final, TypeVar
 
 from learner.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep, PendingCheckpoint
 from learner.errors import UnusableGroupError
+from learner.fleet_watch import FleetWatch, Verdict
 from learner.journal import Journal
 from learner.options import LearnerOptions
 from learner.policy_logprobs import write_policy_logprobs
@@ -92,6 +93,8 @@ class Learner:
         self._checkpointed_step = restored.version.step
         self._evaluating: asyncio.Task[None] | None = None
         self._saving: asyncio.Task[None] | None = None  # the checkpoint on its way
+        self._fleet: FleetWatch | None = None  # once the run is open
+        self._watching: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()  # becomes the one that `run` is given
         elapsed = max((record["elapsed_seconds"] for record in journal.records), default=0.0)
         self._clock_started = time.monotonic() - elapsed
@@ -120,6 +123,8 @@ class Learner:
         try:
             return await self._run(stop)
         finally:
+            if self._watching is not None:
+                await cancel_and_wait(self._watching)
             await self._leave_checkpoint()
 
     async def _run(self, stop: asyncio.Event) -> bool:
@@ -135,6 +140,10 @@ class Learner:
         self._branches.append((opened.epoch, self._head.step))
         self._parts.metrics.epoch.set(opened.epoch)
         log.info("epoch %d opens the run at step %d of %d", self._epoch, self._head.step, self._spec.total_steps)
+        self._fleet = FleetWatch(
+            self._parts.buffer, self._epoch, self._options.fleet, self._parts.metrics, self._record_drained
+        )
+        self._watching = asyncio.create_task(self._fleet.run(), name="fleet watch")
         await self._publish()
         await self._evaluate_if_due()
         while self._head.step < self._spec.total_steps:
@@ -190,6 +199,8 @@ class Learner:
             return False
         step_seconds = time.monotonic() - began
         staleness = token_staleness(groups, self._head.step, self._branches)
+        if self._fleet is not None:
+            self._fleet.trained(groups, result.policy_logprobs, self._head.step, self._branches)
         parent = self._head
         await self._advance(step)
         self._write_receipt(parent, groups, result)
@@ -392,6 +403,17 @@ class Learner:
                 f"the run goes on from its checkpoint of step {self._checkpointed_step}"
             )
         answer.result()
+
+    def _record_drained(self, verdict: Verdict) -> None:
+        self._record(
+            {
+                "kind": "drain",
+                "step": self._head.step,
+                "server": verdict.server_id,
+                "reason": verdict.reason.name.lower(),
+                "message": verdict.message,
+            }
+        )
 
     def _record(self, record: dict[str, Any]) -> None:
         self._journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})

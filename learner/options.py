@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from learner.fleet_options import FleetOptions
 from learner.training_options import TrainingOptions
 from leeway.config import Options
 
@@ -17,6 +18,7 @@ class LearnerOptions(Options):
         default="torch", description="arithmetic rehearses a run without torch: its weights are a counter"
     )
     training: TrainingOptions = Field(default_factory=TrainingOptions)
+    fleet: FleetOptions = FleetOptions()
     num_threads: int = Field(default=1, ge=1, le=1024, description="torch threads of the trainer on a CPU")
     ranks: int = Field(
         default=1,
@@ -38,7 +40,7 @@ class LearnerOptions(Options):
         default=10.0,
         gt=0,
         le=600,
-        description="longest silence of one server in a broadcast (network.weights = collective), per 8 MiB; then all "
+        description="longest silence of one server in a broadcast (network.weights = collective), per 16 MiB; then all "
         "of them fetch that version over gRPC",
     )
     checkpoint_every_steps: int = Field(

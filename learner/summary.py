@@ -87,6 +87,11 @@ def summarize(records: Sequence[Mapping[str, Any]], status: RunStatus, push_seco
         "groups_issued": status.issued,
         "groups_consumed": status.consumed,
         "dropped_groups": {reason.name.lower(): count for reason, count in status.dropped.items() if count},
+        "drained_servers": [
+            {key: record[key] for key in ("step", "server", "reason", "message")}
+            for record in records
+            if record["kind"] == "drain"
+        ],
         "learner_epochs": status.epoch,
     }
 

@@ -28,6 +28,8 @@ from leeway.types import (
     Column,
     ColumnKind,
     DeadLetter,
+    Drain,
+    DrainReason,
     DropReason,
     EngineInfo,
     Evaluation,
@@ -43,6 +45,7 @@ from leeway.types import (
     SamplingParams,
     Segment,
     SegmentKind,
+    ServerStatus,
     TensorEntry,
     Ticket,
     TicketMember,
@@ -723,6 +726,45 @@ def letter_from_proto(message: replay_pb2.DeadLetter) -> DeadLetter:
         message.message,
         message.attempts,
         message.server_id,
+    )
+
+
+def drain_to_proto(drain: Drain) -> replay_pb2.Drain:
+    return replay_pb2.Drain(
+        reason=int(drain.reason),  # type: ignore[arg-type]
+        message=drain.message,
+        drained_at=timestamp_to_proto(drain.drained_at),
+    )
+
+
+def drain_from_proto(message: replay_pb2.Drain) -> Drain:
+    reason = enum_from_proto(DrainReason, message.reason)
+    return Drain(reason, message.message, timestamp_from_proto(message.drained_at))
+
+
+def server_status_to_proto(status: ServerStatus) -> replay_pb2.ServerStatus:
+    return replay_pb2.ServerStatus(
+        server_id=status.server_id,
+        present=status.present,
+        drained=None if status.drained is None else drain_to_proto(status.drained),
+        version=None if status.version is None else version_to_proto(status.version),
+        loans=status.loans,
+        oldest_loan=duration_to_proto(status.oldest_loan_seconds),
+        timed_loans=status.timed_loans,
+        median_loan=duration_to_proto(status.median_loan_seconds),
+    )
+
+
+def server_status_from_proto(message: replay_pb2.ServerStatus) -> ServerStatus:
+    return ServerStatus(
+        server_id=message.server_id,
+        present=message.present,
+        drained=drain_from_proto(message.drained) if message.HasField("drained") else None,
+        version=version_from_proto(message.version) if message.HasField("version") else None,
+        loans=message.loans,
+        oldest_loan_seconds=seconds_from_proto(message.oldest_loan),
+        timed_loans=message.timed_loans,
+        median_loan_seconds=seconds_from_proto(message.median_loan),
     )
 
 

@@ -62,6 +62,18 @@ class ReplayBufferMetrics:
             ["run"],
             registry=registry,
         )
+        self.present_servers = Gauge(
+            "leeway_replay_present_servers",
+            "Servers that said something within a lease and are not drained",
+            ["run"],
+            registry=registry,
+        )
+        self.drained_servers = Gauge(
+            "leeway_replay_drained_servers",
+            "1 for each server that gets no more tickets: diverging, slow, operator",
+            ["run", "server", "reason"],
+            registry=registry,
+        )
         self.leases = Gauge(
             "leeway_replay_leases", "Groups lent out, lapsed loans included", ["run"], registry=registry
         )
@@ -224,6 +236,17 @@ class LearnerMetrics:
         )
         self.delta_ratio = Gauge(
             "leeway_learner_delta_ratio", "Newest delta's bytes over its snapshot's; 1 without one", registry=registry
+        )
+        self.server_mismatch_nats = Gauge(
+            "leeway_learner_server_mismatch_nats",
+            "Mean distance of log pi and log mu of a server's recent tokens beyond the others' at equal staleness",
+            ["server"],
+            registry=registry,
+        )
+        self.suspect_servers = Gauge(
+            "leeway_learner_suspect_servers",
+            "Servers that diverge or are slow and were not drained: nobody else is at work, or it is turned off",
+            registry=registry,
         )
         self.refusing_servers = Gauge(
             "leeway_learner_refusing_servers", "Servers that could not apply the newest weights", registry=registry

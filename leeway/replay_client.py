@@ -11,6 +11,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, TypeVar
 
 import grpc
@@ -21,6 +22,8 @@ from leeway.errors import ExhaustedError, UnavailableError
 from leeway.rpc import Security, mapped_errors, open_channel
 from leeway.types import (
     DeadLetter,
+    Drain,
+    DrainReason,
     Evaluation,
     EvaluationResult,
     GroupRecord,
@@ -31,6 +34,7 @@ from leeway.types import (
     Purpose,
     RunSpec,
     RunStatus,
+    ServerStatus,
     Ticket,
     TrajectoryGroup,
 )
@@ -44,6 +48,16 @@ _RETRY_SECONDS: Final = 2.0
 """Pause before a call is repeated that the buffer had no room for, unless it says how long."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """An answer to a server that asked for work."""
+
+    tickets: list[Ticket]
+    finished: bool  # the run; stop asking
+    drained: Drain | None  # set while this server gets nothing
+
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +101,11 @@ class ReplayClient:
         self, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float
     ) -> tuple[list[Ticket], bool]:
         """Wait for work; returns (tickets, whether the run has finished)."""
+        work = await self.request_work(server_id, version, max_members, wait_seconds)
+        return work.tickets, work.finished
+
+    async def request_work(self, server_id: str, version: PolicyVersion, max_members: int, wait_seconds: float) -> Work:
+        """Wait for work, and hear what there is to say beside it."""
         request = replay_pb2.AcquireTicketsRequest(
             run=self.run,
             server_id=server_id,
@@ -96,7 +115,16 @@ class ReplayClient:
         )
         with mapped_errors(f"AcquireTickets at {self.address}"):
             reply = await self.stub.AcquireTickets(request, timeout=wait_seconds + _MARGIN_SECONDS)
-        return [codec.ticket_from_proto(ticket) for ticket in reply.tickets], reply.finished
+        tickets = [codec.ticket_from_proto(ticket) for ticket in reply.tickets]
+        drained = codec.drain_from_proto(reply.drained) if reply.HasField("drained") else None
+        return Work(tickets, reply.finished, drained)
+
+    async def leave_run(self, server_id: str) -> None:
+        """The server goes: what it holds can be lent to others at once."""
+        with mapped_errors(f"LeaveRun at {self.address}"):
+            await self.stub.LeaveRun(
+                replay_pb2.LeaveRunRequest(run=self.run, server_id=server_id), timeout=self.patience_seconds
+            )
 
     async def renew_leases(self, server_id: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
         """Extend the leases of (group id, attempt); returns those that no longer stand."""
@@ -221,6 +249,44 @@ class ReplayClient:
         pause_seconds = error.retry_seconds or _RETRY_SECONDS
         log.warning("the replay buffer has no room (%s); calling again in %g s", error.message, pause_seconds)
         await asyncio.sleep(pause_seconds)
+
+    # For the learner and people
+
+    async def servers(self) -> list[ServerStatus]:
+        """The run's servers, by name."""
+        with mapped_errors(f"ListServers at {self.address}"):
+            reply = await self.stub.ListServers(
+                replay_pb2.ListServersRequest(run=self.run), timeout=self.patience_seconds
+            )
+        return [codec.server_status_from_proto(server) for server in reply.servers]
+
+    async def drain_server(
+        self, server_id: str, reason: DrainReason, message: str, *, epoch: int = 0, force: bool = False
+    ) -> tuple[Drain, int]:
+        """Take a server out of the run; returns the drain that stands, and how many groups this call dropped.
+
+        Raises:
+            PreconditionError: no other server is at work, and `force` is not set.
+            FencedError: `epoch` is that of an older learner.
+        """
+        request = replay_pb2.DrainServerRequest(
+            run=self.run,
+            server_id=server_id,
+            reason=int(reason),  # type: ignore[arg-type]
+            message=message,
+            epoch=epoch,
+            force=force,
+        )
+        with mapped_errors(f"DrainServer at {self.address}"):
+            reply = await self.stub.DrainServer(request, timeout=self.patience_seconds)
+        return codec.drain_from_proto(reply.drain), reply.dropped_count
+
+    async def readmit_server(self, server_id: str) -> bool:
+        """Let a drained server work again; returns whether it was drained."""
+        request = replay_pb2.ReadmitServerRequest(run=self.run, server_id=server_id)
+        with mapped_errors(f"ReadmitServer at {self.address}"):
+            reply = await self.stub.ReadmitServer(request, timeout=self.patience_seconds)
+        return reply.readmitted
 
     # For people and tools
 

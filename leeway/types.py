@@ -88,6 +88,15 @@ class DropReason(enum.IntEnum):
     UNKNOWN_VERSION = 8
     ROLLED_BACK = 9
     RUN_END = 10
+    DIVERGED = 11
+
+
+class DrainReason(enum.IntEnum):
+    """Why a server is drained."""
+
+    DIVERGING = 1
+    SLOW = 2
+    OPERATOR = 3
 
 
 class WriteStatus(enum.IntEnum):
@@ -379,6 +388,29 @@ class DeadLetter:
     message: str
     attempts: int  # tickets that its task cost, those of lost groups before it included
     server_id: str  # the last that held it
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """That a server gets no more tickets, and why."""
+
+    reason: DrainReason
+    message: str
+    drained_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """What the buffer knows of one server of a run; times are on the buffer's clock."""
+
+    server_id: str
+    present: bool  # has said something within a lease, and has not left
+    drained: Drain | None
+    version: PolicyVersion | None  # that it last asked for work at
+    loans: int  # groups that it holds
+    oldest_loan_seconds: float  # 0 without one
+    timed_loans: int  # training groups that it finished lately or still holds
+    median_loan_seconds: float  # of these, from ticket to last close; what it holds counts with its age
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,13 @@
     who waits                     for what                           who unblocks it
     JoinRun                       the run                            OpenRun
     AcquireTickets                work: admission, a lapsed loan     Advance, OpenRun, drops, failures, the lease timer,
-                                                                     the same server asking at a newer version
+                                                                     the same server asking at a newer version,
+                                                                     DrainServer, ReadmitServer
     DrawBatch, AwaitEvaluation    whole groups                       closes, drops, OpenRun, the lease timer
     every answer                  the log up to what it shows        fsync
 
-Decisions and answers are here, in `learner_calls` and in `people_calls`; `recorder` does what lies between. What is
-live is in memory; chunks stay in the log.
+Decisions and answers are here, in `learner_calls`, `fleet_calls` and `people_calls`; `recorder` does what lies between.
+What is live is in memory; chunks stay in the log.
 """
 
 from __future__ import annotations
@@ -32,10 +33,11 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.fleet_calls import FleetCalls
 from replay_buffer.intake import Cause
 from replay_buffer.learner_calls import LearnerCalls
 from replay_buffer.people_calls import PeopleCalls
-from replay_buffer.recorder import Run, open_groups
+from replay_buffer.recorder import Run
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.lifecycle import check_fit
 from replay_buffer.rules.tickets import Server, TicketOffice
@@ -46,7 +48,7 @@ _FAR_FROM_FULL_BYTES: Final = 1 << 30
 _ROOM_SECONDS: Final = 0.05
 
 
-class ReplayBuffer(LearnerCalls, PeopleCalls):
+class ReplayBuffer(LearnerCalls, FleetCalls, PeopleCalls):
     """Every run of one log directory, as its callers see it."""
 
     # The workers' calls
@@ -72,10 +74,8 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
             self._check_running()
         run = self._runs[name]
         check_fit(run.state, server_id, signature, dataset_digest)
-        held = [group.group_id for group in open_groups(run.state) if group.server_id == server_id]
-        if held:
-            run.leases.expire(held)
-            self._drop_expired(run)
+        run.fleet.seen(server_id, self._now())
+        self._take_loans_back(run, server_id)
         spec, finished = run.state.spec, run.state.finished
         await self.intake.settled()
         return spec, finished
@@ -85,7 +85,8 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
     ) -> tuple[list[Ticket], bool]:
         """Tickets, after waiting for some, and whether the run has finished.
 
-        When its server asks again at a newer version, a waiting call ends with none: it may never get any.
+        When its server asks again at a newer version, a waiting call ends with none: it may never get any. That of a
+        server that is drained meanwhile ends at once, to tell it; one that was drained before waits to be readmitted.
 
         Raises:
             PreconditionError: the version was never registered.
@@ -97,10 +98,18 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
         ask, is_newer = run.asks.take(server_id, version, max_members)
         if is_newer:
             run.work.notify()
+        run.fleet.seen(server_id, began, version)
+        was_drained = server_id in run.state.drained
         while not run.state.finished:
             self._check_soft_mark()
             server = Server(server_id, version, ask.capacity)
             office = TicketOffice(run.state, server, self._expired(run), self._options.lease_seconds)
+            if server_id in run.state.drained:
+                if not was_drained or not await run.work.wait(deadline):
+                    break
+                self._check_running()
+                continue
+            was_drained = False
             issued = office.issue(max_members)
             for ticket in issued:
                 self._record(name, ticket)
@@ -123,6 +132,7 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
             NotFoundError: no such run.
         """
         run = self._run(name)
+        run.fleet.seen(server_id, self._now())
         room = not self._log.stalled and self._has_room()
         now_ns = time.time_ns()
         results: list[WriteResult] = []
@@ -139,9 +149,12 @@ class ReplayBuffer(LearnerCalls, PeopleCalls):
         self._observer.items_written(name, server_id, items, results)
         return results
 
-    async def renew_leases(self, name: str, tickets: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+    async def renew_leases(
+        self, name: str, tickets: Sequence[tuple[str, int]], server_id: str = ""
+    ) -> list[tuple[str, int]]:
         """Extend loans of (group, attempt); returns those that no longer stand."""
         run, now = self._run(name), self._now()
+        run.fleet.seen(server_id, now)
         aborted: list[tuple[str, int]] = []
         for group_id, attempt in tickets:
             group = run.state.groups.get(group_id)

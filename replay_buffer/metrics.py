@@ -21,6 +21,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
+from replay_buffer.fleet import Fleet
 from replay_buffer.intake import Cause
 from replay_buffer.observer import Ending, Observer
 from replay_buffer.rules.leases import Leases
@@ -76,7 +77,8 @@ def observer(metrics: ReplayBufferMetrics, now: Callable[[], float] = time.monot
     for cause in Cause:
         metrics.refusals.labels(cause)
     return Observer(
-        run_opened=lambda state, leases: _watch_run(metrics, state, leases),
+        run_opened=lambda state, leases, fleet: _watch_run(metrics, state, leases, fleet),
+        drains_changed=lambda state: _show_drained(metrics, state),
         ticket_issued=ticket_issued,
         tickets_waited=lambda run, seconds: metrics.ticket_wait_seconds.labels(run).observe(seconds),
         items_written=items_written,
@@ -131,8 +133,19 @@ class _Servers:
                 counter.remove(run, server)
 
 
-def _watch_run(metrics: ReplayBufferMetrics, state: RunState, leases: Leases) -> None:
+def _show_drained(metrics: ReplayBufferMetrics, state: RunState) -> None:
     run = state.spec.run
+    metrics.drained_servers.remove_by_labels({"run": run})
+    for server_id, drain in state.drained.items():
+        metrics.drained_servers.labels(run, server_id, drain.reason.name.lower()).set(1)
+
+
+def _watch_run(metrics: ReplayBufferMetrics, state: RunState, leases: Leases, fleet: Fleet) -> None:
+    run = state.spec.run
+    _show_drained(metrics, state)
+    metrics.present_servers.labels(run).set_function(
+        lambda: len(fleet.present(time.monotonic()).difference(state.drained))
+    )
     for group_state, count in _COUNTS.items():
         metrics.groups.labels(run, group_state.name.lower()).set_function(lambda count=count: count(state.status()))
     for group_state in (GroupState.OPEN, GroupState.READY):

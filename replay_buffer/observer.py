@@ -7,11 +7,19 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from leeway.types import DropReason, Purpose, WriteItem, WriteResult
+from replay_buffer.fleet import Fleet
 from replay_buffer.rules.leases import Leases
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.transitions import GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted, Transition
+from replay_buffer.rules.transitions import (
+    GroupsDropped,
+    PolicyAdvanced,
+    RunOpened,
+    ServerDrained,
+    StepsCommitted,
+    Transition,
+)
 
-ENDS: Final = (GroupsDropped, PolicyAdvanced, RunOpened, StepsCommitted)
+ENDS: Final = (GroupsDropped, PolicyAdvanced, RunOpened, ServerDrained, StepsCommitted)
 """Transitions that `endings` has something to say about."""
 
 
@@ -26,7 +34,8 @@ class Ending(NamedTuple):
 class Observer:
     """Who is told what happened, for metrics."""
 
-    run_opened: Callable[[RunState, Leases], None] = lambda _state, _leases: None
+    run_opened: Callable[[RunState, Leases, Fleet], None] = lambda _state, _leases, _fleet: None
+    drains_changed: Callable[[RunState], None] = lambda _state: None
     ticket_issued: Callable[[str, Purpose, str, int], None] = lambda _run, _purpose, _server, _attempt: None
     tickets_waited: Callable[[str, float], None] = lambda _run, _seconds: None
     items_written: Callable[[str, str, Sequence[WriteItem], Sequence[WriteResult]], None] = (
@@ -44,6 +53,8 @@ def endings(run: RunState, transition: Transition) -> Iterator[Ending]:
             fate = reason.name.lower()
         case PolicyAdvanced(stale_group_ids=group_ids):
             fate = DropReason.STALE.name.lower()
+        case ServerDrained(group_ids=group_ids):
+            fate = DropReason.DIVERGED.name.lower()
         case StepsCommitted(step=step) | RunOpened(checkpoint=step):
             last = step if isinstance(step, int) else step.step
             steps = range(run.committed_step + 1, last + 1)

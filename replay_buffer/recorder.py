@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
-from leeway.types import GroupState
+from leeway.types import GroupState, Purpose
 from replay_buffer.asks import Asks
 from replay_buffer.drafts import Drafts
+from replay_buffer.fleet import Fleet
 from replay_buffer.intake import Intake
 from replay_buffer.observer import ENDS, Observer, endings
 from replay_buffer.options import ReplayBufferOptions
@@ -35,6 +36,8 @@ from replay_buffer.rules.tickets import Expired, decide_expired
 from replay_buffer.rules.transitions import (
     ChunkWritten,
     RunOpened,
+    ServerDrained,
+    ServerReadmitted,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
@@ -55,6 +58,7 @@ class Run:
 
     state: RunState
     leases: Leases
+    fleet: Fleet
     work: Signal = field(default_factory=Signal)  # tickets may have become available
     results: Signal = field(default_factory=Signal)  # a group is ready or has ended
     asks: Asks = field(default_factory=Asks)
@@ -95,7 +99,7 @@ class Recorder:
         for run in self._runs.values():
             for group in open_groups(run.state):
                 run.leases.renew(group.group_id, now)
-            self._observer.run_opened(run.state, run.leases)
+            self._observer.run_opened(run.state, run.leases, run.fleet)
             if self._storage.restored_from is not None:
                 self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
@@ -115,7 +119,8 @@ class Recorder:
             )
 
     def _restore(self, state: RunState) -> None:
-        self._runs[state.spec.run] = Run(state, Leases(self._options.lease_seconds))
+        lease_seconds = self._options.lease_seconds
+        self._runs[state.spec.run] = Run(state, Leases(lease_seconds), Fleet(lease_seconds))
 
     def _replay(self, payload: bytes, location: Location) -> None:
         try:
@@ -165,16 +170,23 @@ class Recorder:
                     run.results.notify()  # now that its tokens are known, the group may not be due yet
             case TicketIssued():
                 run.leases.renew(transition.ticket.group_id, self._now())
+                if transition.ticket.purpose is Purpose.TRAIN:
+                    run.fleet.lent(transition.ticket.group_id, transition.server_id, self._now())
                 self._arm_lease_timer()
                 run.results.notify()
             case TrajectoryClosed():
                 found = run.state.find(transition.trajectory_id)
                 if found is not None and found[0].state is not GroupState.OPEN:
                     run.leases.release(found[0].group_id)
+                    run.fleet.finished(found[0].group_id, self._now())
                     run.results.notify()
             case RunOpened() if is_new:
-                self._observer.run_opened(run.state, run.leases)
+                self._observer.run_opened(run.state, run.leases, run.fleet)
                 self._opened.notify()
+            case ServerDrained() | ServerReadmitted():
+                self._observer.drains_changed(run.state)
+                run.work.notify()
+                run.results.notify()
             case _:
                 run.work.notify()
                 run.results.notify()

@@ -12,6 +12,7 @@ import grpc
 
 from leeway import codec
 from leeway.errors import InvalidDataError
+from leeway.types import DrainReason
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.pieces import messages
@@ -137,15 +138,22 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
             request.max_members,
             codec.seconds_from_proto(request.wait),
         )
+        drain = self._buffer.drain_of(request.run, request.server_id)
         return replay_pb2.AcquireTicketsResponse(
-            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets], finished=finished
+            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets],
+            finished=finished,
+            drained=None if drain is None else codec.drain_to_proto(drain),
         )
+
+    async def LeaveRun(self, request: replay_pb2.LeaveRunRequest, context: _Context) -> replay_pb2.LeaveRunResponse:
+        await self._buffer.leave_run(request.run, request.server_id)
+        return replay_pb2.LeaveRunResponse()
 
     async def RenewLeases(
         self, request: replay_pb2.RenewLeasesRequest, context: _Context
     ) -> replay_pb2.RenewLeasesResponse:
         aborted = await self._buffer.renew_leases(
-            request.run, [(ticket.group_id, ticket.attempt) for ticket in request.tickets]
+            request.run, [(ticket.group_id, ticket.attempt) for ticket in request.tickets], request.server_id
         )
         return replay_pb2.RenewLeasesResponse(
             aborted=[replay_pb2.TicketReference(group_id=group_id, attempt=attempt) for group_id, attempt in aborted]
@@ -160,6 +168,34 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
                     yield answer
         finally:
             self._write_streams.discard(stream)
+
+    # For the learner and people
+
+    async def DrainServer(
+        self, request: replay_pb2.DrainServerRequest, context: _Context
+    ) -> replay_pb2.DrainServerResponse:
+        drain, dropped = await self._buffer.drain_server(
+            request.run,
+            request.server_id,
+            codec.enum_from_proto(DrainReason, request.reason),
+            request.message,
+            epoch=request.epoch,
+            force=request.force,
+        )
+        return replay_pb2.DrainServerResponse(drain=codec.drain_to_proto(drain), dropped_count=dropped)
+
+    async def ReadmitServer(
+        self, request: replay_pb2.ReadmitServerRequest, context: _Context
+    ) -> replay_pb2.ReadmitServerResponse:
+        return replay_pb2.ReadmitServerResponse(
+            readmitted=await self._buffer.readmit_server(request.run, request.server_id)
+        )
+
+    async def ListServers(
+        self, request: replay_pb2.ListServersRequest, context: _Context
+    ) -> replay_pb2.ListServersResponse:
+        servers = await self._buffer.servers(request.run)
+        return replay_pb2.ListServersResponse(servers=[codec.server_status_to_proto(server) for server in servers])
 
     # For people and tools
 

@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,9 +35,38 @@ _NARROWEST_TABLE: Final = 160
 _ANSWER_SECONDS: Final = 20.0
 
 
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """An option whose default is the kit's own."""
+
+    flag: str
+    field: str  # of KitOptions
+    metavar: str
+    text: str
+
+    def declare(self, parser: argparse.ArgumentParser) -> None:
+        """The default says of which type it is."""
+        default: int | float = getattr(KitOptions(), self.field)
+        parser.add_argument(
+            self.flag,
+            type=type(default),
+            default=default,
+            metavar=self.metavar,
+            help=f"{self.text} (default {default:g})",
+        )
+
+
+_NUMBERS: Final = (
+    _Number("--samples", "samples", "N", "samples of a test of frequencies; more are taken where they are needed"),
+    _Number("--tolerance", "tolerance", "NATS", "by how much a log-prob may differ when sampled again"),
+    _Number("--quiet-seconds", "quiet_seconds", "S", "how long nothing may come while paused"),
+    _Number("--stop-seconds", "stop_seconds", "S", "longest clean stop"),
+    _Number("--timeout", "check_seconds", "S", "deadline of each requirement"),
+)
+
+
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
     """Declare the command."""
-    defaults = KitOptions()
     parser = subparsers.add_parser(
         "conformance", help="test a server against the inference contract", description=__doc__
     )
@@ -53,41 +83,8 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
     parser.add_argument(
         "--context-length", type=int, metavar="N", help="longest sequence, if the server was started with less"
     )
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=defaults.samples,
-        metavar="N",
-        help=f"samples of a test of frequencies (default {defaults.samples}; more are taken where they are needed)",
-    )
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=defaults.tolerance,
-        metavar="NATS",
-        help=f"by how much a log-prob may differ when sampled again (default {defaults.tolerance:g})",
-    )
-    parser.add_argument(
-        "--quiet-seconds",
-        type=float,
-        default=defaults.quiet_seconds,
-        metavar="S",
-        help=f"how long nothing may come while paused (default {defaults.quiet_seconds:g})",
-    )
-    parser.add_argument(
-        "--stop-seconds",
-        type=float,
-        default=defaults.stop_seconds,
-        metavar="S",
-        help=f"longest clean stop (default {defaults.stop_seconds:g})",
-    )
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        default=defaults.check_seconds,
-        metavar="S",
-        help=f"deadline of each requirement (default {defaults.check_seconds:g})",
-    )
+    for option in _NUMBERS:
+        option.declare(parser)
     for name in ("certificate", "key", "authority"):
         parser.add_argument(f"--{name}", type=Path, metavar="PEM", help="for mutual TLS, all three")
     parser.set_defaults(handler=_conformance)

@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from leeway.commands import buffer, conformance, export, health, loss, replay_step, report, rollouts, run
+from leeway.commands import buffer, conformance, export, fleet, health, loss, replay_step, report, rollouts, run
 from leeway.errors import LeewayError
 from leeway.process import report_error
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="leeway", description="Asynchronous off-policy reinforcement learning for language models."
     )
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in (run, rollouts, buffer, replay_step, export, report, loss, conformance, health):
+    for command in (run, fleet, rollouts, buffer, replay_step, export, report, loss, conformance, health):
         command.add_parser(subparsers)
     return parser
 

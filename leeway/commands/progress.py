@@ -61,6 +61,8 @@ class _Figures:
 
     def add(self, record: Mapping[str, Any]) -> None:
         self.elapsed_seconds = record["elapsed_seconds"]
+        if record["kind"] == "drain":
+            return
         if record["kind"] == "evaluation":
             self.evaluations.append((record["step"], record["reward_mean"]))
             return
@@ -112,7 +114,9 @@ class _PlainProgress:
         record = json.loads(line)
         figures = self._figures
         figures.add(record)
-        if record["kind"] == "evaluation":
+        if record["kind"] == "drain":
+            self._console.print(_drained(record))
+        elif record["kind"] == "evaluation":
             self._console.print(
                 f"step {record['step']}: held-out reward {record['reward_mean']:.3f} over {record['draws']} draws"
             )
@@ -137,7 +141,10 @@ class _LiveProgress:
         self._draw()
 
     def on_journal_line(self, line: str) -> None:
-        self._figures.add(json.loads(line))
+        record = json.loads(line)
+        self._figures.add(record)
+        if record["kind"] == "drain":
+            self.on_event(_drained(record))
         self._draw()
 
     def on_event(self, message: str) -> None:
@@ -158,6 +165,10 @@ class _LiveProgress:
         waiting = "" if figures.step else "starting: services load the model"
         title = f"{figures.run.name}  step {figures.step}/{figures.run.steps}  {figures.elapsed_seconds:.0f} s"
         self._live.update(Panel(Group(bar, Text(waiting, style="dim"), table), title=title, title_align="left"))
+
+
+def _drained(record: Mapping[str, Any]) -> str:
+    return f"{record['server']} is drained ({record['reason']}): {record['message']}"
 
 
 def _spark(values: list[float]) -> str:

@@ -28,7 +28,7 @@ from leeway.v1 import replay_pb2 as leeway_dot_v1_dot_replay__pb2
 from leeway.v1 import trajectory_pb2 as leeway_dot_v1_dot_trajectory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13leeway/v1/log.proto\x12\tleeway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16leeway/v1/common.proto\x1a\x16leeway/v1/replay.proto\x1a\x1aleeway/v1/trajectory.proto\"\xb9\x06\n\tLogRecord\x12/\n\x0brecorded_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03run\x18\x02 \x01(\t\x12*\n\nrun_opened\x18\x03 \x01(\x0b\x32\x14.leeway.v1.RunOpenedH\x00\x12\x30\n\rticket_issued\x18\x04 \x01(\x0b\x32\x17.leeway.v1.TicketIssuedH\x00\x12\x30\n\rchunk_written\x18\x05 \x01(\x0b\x32\x17.leeway.v1.ChunkWrittenH\x00\x12\x38\n\x11trajectory_closed\x18\x06 \x01(\x0b\x32\x1b.leeway.v1.TrajectoryClosedH\x00\x12\x38\n\x11trajectory_failed\x18\x07 \x01(\x0b\x32\x1b.leeway.v1.TrajectoryFailedH\x00\x12\x30\n\rgroup_dropped\x18\x08 \x01(\x0b\x32\x17.leeway.v1.GroupDroppedH\x00\x12,\n\x0b\x62\x61tch_drawn\x18\t \x01(\x0b\x32\x15.leeway.v1.BatchDrawnH\x00\x12\x34\n\x0fpolicy_advanced\x18\n \x01(\x0b\x32\x19.leeway.v1.PolicyAdvancedH\x00\x12\x34\n\x0fsteps_committed\x18\x0b \x01(\x0b\x32\x19.leeway.v1.StepsCommittedH\x00\x12:\n\x12\x65valuation_created\x18\x0c \x01(\x0b\x32\x1c.leeway.v1.EvaluationCreatedH\x00\x12.\n\x0crun_finished\x18\r \x01(\x0b\x32\x16.leeway.v1.RunFinishedH\x00\x12\x33\n\x0frun_rolled_back\x18\x0e \x01(\x0b\x32\x18.leeway.v1.RunRolledBackH\x00\x12?\n\x15\x64\x65\x61\x64_letters_requeued\x18\x0f \x01(\x0b\x32\x1e.leeway.v1.DeadLettersRequeuedH\x00\x12.\n\x0crun_restored\x18\x10 \x01(\x0b\x32\x16.leeway.v1.RunRestoredH\x00\x42\x0c\n\ntransition\"\x7f\n\tRunOpened\x12 \n\x04spec\x18\x01 \x01(\x0b\x32\x12.leeway.v1.RunSpec\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x0bincarnation\x18\x04 \x01(\x0c\"\x84\x01\n\x0cTicketIssued\x12!\n\x06ticket\x18\x01 \x01(\x0b\x32\x11.leeway.v1.Ticket\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x0btask_cursor\x18\x04 \x01(\x04\"R\n\x0c\x43hunkWritten\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\r\n\x05\x63hunk\x18\x04 \x01(\x0c\"e\n\x10TrajectoryClosed\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1a.leeway.v1.TrajectoryClose\"i\n\x10TrajectoryFailed\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12-\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x1c.leeway.v1.TrajectoryFailure\"Y\n\x0cGroupDropped\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.leeway.v1.DropReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"<\n\nBatchDrawn\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\t\"~\n\x0ePolicyAdvanced\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12(\n\x06parent\x18\x02 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x17\n\x0fstale_group_ids\x18\x03 \x03(\t\"8\n\x0eStepsCommitted\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x18\n\x10oldest_kept_step\x18\x02 \x01(\x04\"K\n\x11\x45valuationCreated\x12\x36\n\nevaluation\x18\x01 \x01(\x0b\x32\".leeway.v1.CreateEvaluationRequest\" \n\x0bRunFinished\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\"r\n\rRunRolledBack\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\t\x12\x14\n\x0ctask_indices\x18\x04 \x03(\x04\"K\n\x13\x44\x65\x61\x64LettersRequeued\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\x12\x14\n\x0ctask_indices\x18\x02 \x03(\x04\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"@\n\x0bRunRestored\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13leeway/v1/log.proto\x12\tleeway.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16leeway/v1/common.proto\x1a\x16leeway/v1/replay.proto\x1a\x1aleeway/v1/trajectory.proto\"\xa7\x07\n\tLogRecord\x12/\n\x0brecorded_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0b\n\x03run\x18\x02 \x01(\t\x12*\n\nrun_opened\x18\x03 \x01(\x0b\x32\x14.leeway.v1.RunOpenedH\x00\x12\x30\n\rticket_issued\x18\x04 \x01(\x0b\x32\x17.leeway.v1.TicketIssuedH\x00\x12\x30\n\rchunk_written\x18\x05 \x01(\x0b\x32\x17.leeway.v1.ChunkWrittenH\x00\x12\x38\n\x11trajectory_closed\x18\x06 \x01(\x0b\x32\x1b.leeway.v1.TrajectoryClosedH\x00\x12\x38\n\x11trajectory_failed\x18\x07 \x01(\x0b\x32\x1b.leeway.v1.TrajectoryFailedH\x00\x12\x30\n\rgroup_dropped\x18\x08 \x01(\x0b\x32\x17.leeway.v1.GroupDroppedH\x00\x12,\n\x0b\x62\x61tch_drawn\x18\t \x01(\x0b\x32\x15.leeway.v1.BatchDrawnH\x00\x12\x34\n\x0fpolicy_advanced\x18\n \x01(\x0b\x32\x19.leeway.v1.PolicyAdvancedH\x00\x12\x34\n\x0fsteps_committed\x18\x0b \x01(\x0b\x32\x19.leeway.v1.StepsCommittedH\x00\x12:\n\x12\x65valuation_created\x18\x0c \x01(\x0b\x32\x1c.leeway.v1.EvaluationCreatedH\x00\x12.\n\x0crun_finished\x18\r \x01(\x0b\x32\x16.leeway.v1.RunFinishedH\x00\x12\x33\n\x0frun_rolled_back\x18\x0e \x01(\x0b\x32\x18.leeway.v1.RunRolledBackH\x00\x12?\n\x15\x64\x65\x61\x64_letters_requeued\x18\x0f \x01(\x0b\x32\x1e.leeway.v1.DeadLettersRequeuedH\x00\x12.\n\x0crun_restored\x18\x10 \x01(\x0b\x32\x16.leeway.v1.RunRestoredH\x00\x12\x32\n\x0eserver_drained\x18\x11 \x01(\x0b\x32\x18.leeway.v1.ServerDrainedH\x00\x12\x38\n\x11server_readmitted\x18\x12 \x01(\x0b\x32\x1b.leeway.v1.ServerReadmittedH\x00\x42\x0c\n\ntransition\"\x7f\n\tRunOpened\x12 \n\x04spec\x18\x01 \x01(\x0b\x32\x12.leeway.v1.RunSpec\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12,\n\ncheckpoint\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x0bincarnation\x18\x04 \x01(\x0c\"\x84\x01\n\x0cTicketIssued\x12!\n\x06ticket\x18\x01 \x01(\x0b\x32\x11.leeway.v1.Ticket\x12\x11\n\tserver_id\x18\x02 \x01(\t\x12)\n\x07version\x18\x03 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x13\n\x0btask_cursor\x18\x04 \x01(\x04\"R\n\x0c\x43hunkWritten\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\r\n\x05\x63hunk\x18\x04 \x01(\x0c\"e\n\x10TrajectoryClosed\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12)\n\x05\x63lose\x18\x03 \x01(\x0b\x32\x1a.leeway.v1.TrajectoryClose\"i\n\x10TrajectoryFailed\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12-\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x1c.leeway.v1.TrajectoryFailure\"Y\n\x0cGroupDropped\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\x12%\n\x06reason\x18\x02 \x01(\x0e\x32\x15.leeway.v1.DropReason\x12\x0f\n\x07message\x18\x03 \x01(\t\"<\n\nBatchDrawn\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\t\"~\n\x0ePolicyAdvanced\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12(\n\x06parent\x18\x02 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\x17\n\x0fstale_group_ids\x18\x03 \x03(\t\"8\n\x0eStepsCommitted\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x18\n\x10oldest_kept_step\x18\x02 \x01(\x04\"K\n\x11\x45valuationCreated\x12\x36\n\nevaluation\x18\x01 \x01(\x0b\x32\".leeway.v1.CreateEvaluationRequest\" \n\x0bRunFinished\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\"r\n\rRunRolledBack\x12)\n\x07version\x18\x01 \x01(\x0b\x32\x18.leeway.v1.PolicyVersion\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\t\x12\x14\n\x0ctask_indices\x18\x04 \x03(\x04\"K\n\x13\x44\x65\x61\x64LettersRequeued\x12\x11\n\tgroup_ids\x18\x01 \x03(\t\x12\x14\n\x0ctask_indices\x18\x02 \x03(\x04\x12\x0b\n\x03\x61ll\x18\x03 \x01(\x08\"@\n\x0bRunRestored\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x04\x12\x11\n\tgroup_ids\x18\x03 \x03(\t\"n\n\rServerDrained\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12&\n\x06reason\x18\x02 \x01(\x0e\x32\x16.leeway.v1.DrainReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x11\n\tgroup_ids\x18\x04 \x03(\t\"%\n\x10ServerReadmitted\x12\x11\n\tserver_id\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,33 +36,37 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'leeway.v1.log_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LOGRECORD']._serialized_start=144
-  _globals['_LOGRECORD']._serialized_end=969
-  _globals['_RUNOPENED']._serialized_start=971
-  _globals['_RUNOPENED']._serialized_end=1098
-  _globals['_TICKETISSUED']._serialized_start=1101
-  _globals['_TICKETISSUED']._serialized_end=1233
-  _globals['_CHUNKWRITTEN']._serialized_start=1235
-  _globals['_CHUNKWRITTEN']._serialized_end=1317
-  _globals['_TRAJECTORYCLOSED']._serialized_start=1319
-  _globals['_TRAJECTORYCLOSED']._serialized_end=1420
-  _globals['_TRAJECTORYFAILED']._serialized_start=1422
-  _globals['_TRAJECTORYFAILED']._serialized_end=1527
-  _globals['_GROUPDROPPED']._serialized_start=1529
-  _globals['_GROUPDROPPED']._serialized_end=1618
-  _globals['_BATCHDRAWN']._serialized_start=1620
-  _globals['_BATCHDRAWN']._serialized_end=1680
-  _globals['_POLICYADVANCED']._serialized_start=1682
-  _globals['_POLICYADVANCED']._serialized_end=1808
-  _globals['_STEPSCOMMITTED']._serialized_start=1810
-  _globals['_STEPSCOMMITTED']._serialized_end=1866
-  _globals['_EVALUATIONCREATED']._serialized_start=1868
-  _globals['_EVALUATIONCREATED']._serialized_end=1943
-  _globals['_RUNFINISHED']._serialized_start=1945
-  _globals['_RUNFINISHED']._serialized_end=1977
-  _globals['_RUNROLLEDBACK']._serialized_start=1979
-  _globals['_RUNROLLEDBACK']._serialized_end=2093
-  _globals['_DEADLETTERSREQUEUED']._serialized_start=2095
-  _globals['_DEADLETTERSREQUEUED']._serialized_end=2170
-  _globals['_RUNRESTORED']._serialized_start=2172
-  _globals['_RUNRESTORED']._serialized_end=2236
+  _globals['_LOGRECORD']._serialized_end=1079
+  _globals['_RUNOPENED']._serialized_start=1081
+  _globals['_RUNOPENED']._serialized_end=1208
+  _globals['_TICKETISSUED']._serialized_start=1211
+  _globals['_TICKETISSUED']._serialized_end=1343
+  _globals['_CHUNKWRITTEN']._serialized_start=1345
+  _globals['_CHUNKWRITTEN']._serialized_end=1427
+  _globals['_TRAJECTORYCLOSED']._serialized_start=1429
+  _globals['_TRAJECTORYCLOSED']._serialized_end=1530
+  _globals['_TRAJECTORYFAILED']._serialized_start=1532
+  _globals['_TRAJECTORYFAILED']._serialized_end=1637
+  _globals['_GROUPDROPPED']._serialized_start=1639
+  _globals['_GROUPDROPPED']._serialized_end=1728
+  _globals['_BATCHDRAWN']._serialized_start=1730
+  _globals['_BATCHDRAWN']._serialized_end=1790
+  _globals['_POLICYADVANCED']._serialized_start=1792
+  _globals['_POLICYADVANCED']._serialized_end=1918
+  _globals['_STEPSCOMMITTED']._serialized_start=1920
+  _globals['_STEPSCOMMITTED']._serialized_end=1976
+  _globals['_EVALUATIONCREATED']._serialized_start=1978
+  _globals['_EVALUATIONCREATED']._serialized_end=2053
+  _globals['_RUNFINISHED']._serialized_start=2055
+  _globals['_RUNFINISHED']._serialized_end=2087
+  _globals['_RUNROLLEDBACK']._serialized_start=2089
+  _globals['_RUNROLLEDBACK']._serialized_end=2203
+  _globals['_DEADLETTERSREQUEUED']._serialized_start=2205
+  _globals['_DEADLETTERSREQUEUED']._serialized_end=2280
+  _globals['_RUNRESTORED']._serialized_start=2282
+  _globals['_RUNRESTORED']._serialized_end=2346
+  _globals['_SERVERDRAINED']._serialized_start=2348
+  _globals['_SERVERDRAINED']._serialized_end=2458
+  _globals['_SERVERREADMITTED']._serialized_start=2460
+  _globals['_SERVERREADMITTED']._serialized_end=2497
 # @@protoc_insertion_point(module_scope)

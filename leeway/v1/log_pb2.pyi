@@ -46,6 +46,8 @@ class LogRecord(_message.Message):
     RUN_ROLLED_BACK_FIELD_NUMBER: _builtins.int
     DEAD_LETTERS_REQUEUED_FIELD_NUMBER: _builtins.int
     RUN_RESTORED_FIELD_NUMBER: _builtins.int
+    SERVER_DRAINED_FIELD_NUMBER: _builtins.int
+    SERVER_READMITTED_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     @_builtins.property
@@ -108,6 +110,14 @@ class LogRecord(_message.Message):
     def run_restored(self) -> Global___RunRestored:
         """The log goes on as a restored backup."""
 
+    @_builtins.property
+    def server_drained(self) -> Global___ServerDrained:
+        """A server was taken out of the run."""
+
+    @_builtins.property
+    def server_readmitted(self) -> Global___ServerReadmitted:
+        """A drained server may work again."""
+
     def __init__(
         self,
         *,
@@ -127,12 +137,14 @@ class LogRecord(_message.Message):
         run_rolled_back: Global___RunRolledBack | None = ...,
         dead_letters_requeued: Global___DeadLettersRequeued | None = ...,
         run_restored: Global___RunRestored | None = ...,
+        server_drained: Global___ServerDrained | None = ...,
+        server_readmitted: Global___ServerReadmitted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_restored", b"run_restored", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_restored", b"run_restored", "run_rolled_back", b"run_rolled_back", "server_drained", b"server_drained", "server_readmitted", b"server_readmitted", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run", b"run", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_restored", b"run_restored", "run_rolled_back", b"run_rolled_back", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_drawn", b"batch_drawn", "chunk_written", b"chunk_written", "dead_letters_requeued", b"dead_letters_requeued", "evaluation_created", b"evaluation_created", "group_dropped", b"group_dropped", "policy_advanced", b"policy_advanced", "recorded_at", b"recorded_at", "run", b"run", "run_finished", b"run_finished", "run_opened", b"run_opened", "run_restored", b"run_restored", "run_rolled_back", b"run_rolled_back", "server_drained", b"server_drained", "server_readmitted", b"server_readmitted", "steps_committed", b"steps_committed", "ticket_issued", b"ticket_issued", "trajectory_closed", b"trajectory_closed", "trajectory_failed", b"trajectory_failed", "transition", b"transition"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_transition: _TypeAlias = _typing.Literal["run_opened", "ticket_issued", "chunk_written", "trajectory_closed", "trajectory_failed", "group_dropped", "batch_drawn", "policy_advanced", "steps_committed", "evaluation_created", "run_finished", "run_rolled_back", "dead_letters_requeued", "run_restored"]  # noqa: Y015
+    _WhichOneofReturnType_transition: _TypeAlias = _typing.Literal["run_opened", "ticket_issued", "chunk_written", "trajectory_closed", "trajectory_failed", "group_dropped", "batch_drawn", "policy_advanced", "steps_committed", "evaluation_created", "run_finished", "run_rolled_back", "dead_letters_requeued", "run_restored", "server_drained", "server_readmitted"]  # noqa: Y015
     _WhichOneofArgType_transition: _TypeAlias = _typing.Literal["transition", b"transition"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_transition) -> _WhichOneofReturnType_transition | None: ...
 
@@ -594,3 +606,61 @@ class RunRestored(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunRestored: _TypeAlias = RunRestored  # noqa: Y015
+
+@_typing.final
+class ServerDrained(_message.Message):
+    """A server gets no more tickets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    GROUP_IDS_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    """The server."""
+    reason: _replay_pb2.DrainReason.ValueType
+    """Why."""
+    message: _builtins.str
+    """More on that, one line for a person."""
+    @_builtins.property
+    def group_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups that are dropped with it as diverged."""
+
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+        reason: _replay_pb2.DrainReason.ValueType = ...,
+        message: _builtins.str = ...,
+        group_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_ids", b"group_ids", "message", b"message", "reason", b"reason", "server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerDrained: _TypeAlias = ServerDrained  # noqa: Y015
+
+@_typing.final
+class ServerReadmitted(_message.Message):
+    """A drained server gets tickets again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    """The server."""
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerReadmitted: _TypeAlias = ServerReadmitted  # noqa: Y015

@@ -47,6 +47,34 @@ PURPOSE_EVAL: Purpose.ValueType  # 2
 """A measurement of one pinned version; never drawn, never counted in admission."""
 Global___Purpose: _TypeAlias = Purpose  # noqa: Y015
 
+class _DrainReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _DrainReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DrainReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    DRAIN_REASON_UNSPECIFIED: _DrainReason.ValueType  # 0
+    """Not set; refused."""
+    DRAIN_REASON_DIVERGING: _DrainReason.ValueType  # 1
+    """Its log-probs are not those of the weights that its labels name."""
+    DRAIN_REASON_SLOW: _DrainReason.ValueType  # 2
+    """It takes much longer than the others."""
+    DRAIN_REASON_OPERATOR: _DrainReason.ValueType  # 3
+    """A person said so."""
+
+class DrainReason(_DrainReason, metaclass=_DrainReasonEnumTypeWrapper):
+    """Why a server is drained."""
+
+DRAIN_REASON_UNSPECIFIED: DrainReason.ValueType  # 0
+"""Not set; refused."""
+DRAIN_REASON_DIVERGING: DrainReason.ValueType  # 1
+"""Its log-probs are not those of the weights that its labels name."""
+DRAIN_REASON_SLOW: DrainReason.ValueType  # 2
+"""It takes much longer than the others."""
+DRAIN_REASON_OPERATOR: DrainReason.ValueType  # 3
+"""A person said so."""
+Global___DrainReason: _TypeAlias = DrainReason  # noqa: Y015
+
 class _WriteStatus:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -155,6 +183,8 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     """An explicit rollback discarded it."""
     DROP_REASON_RUN_END: _DropReason.ValueType  # 10
     """The run ended."""
+    DROP_REASON_DIVERGED: _DropReason.ValueType  # 11
+    """A server that wrote some of it was drained because it diverges. The task is issued again as a new group."""
 
 class DropReason(_DropReason, metaclass=_DropReasonEnumTypeWrapper):
     """Why a group was dropped. The first durable reason stands."""
@@ -181,6 +211,8 @@ DROP_REASON_ROLLED_BACK: DropReason.ValueType  # 9
 """An explicit rollback discarded it."""
 DROP_REASON_RUN_END: DropReason.ValueType  # 10
 """The run ended."""
+DROP_REASON_DIVERGED: DropReason.ValueType  # 11
+"""A server that wrote some of it was drained because it diverges. The task is issued again as a new group."""
 Global___DropReason: _TypeAlias = DropReason  # noqa: Y015
 
 @_typing.final
@@ -481,25 +513,328 @@ class AcquireTicketsResponse(_message.Message):
 
     TICKETS_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
     finished: _builtins.bool
     """The run has finished: stop asking."""
     @_builtins.property
     def tickets(self) -> _containers.RepeatedCompositeFieldContainer[Global___Ticket]:
         """The tickets."""
 
+    @_builtins.property
+    def drained(self) -> Global___Drain:
+        """Set when the server is drained: it gets nothing until it is readmitted, and may go on asking."""
+
     def __init__(
         self,
         *,
         tickets: _abc.Iterable[Global___Ticket] | None = ...,
         finished: _builtins.bool = ...,
+        drained: Global___Drain | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finished", b"finished", "tickets", b"tickets"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "finished", b"finished", "tickets", b"tickets"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AcquireTicketsResponse: _TypeAlias = AcquireTicketsResponse  # noqa: Y015
+
+@_typing.final
+class LeaveRunRequest(_message.Message):
+    """Asks to leave."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    server_id: _builtins.str
+    """The server."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        server_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRunRequest: _TypeAlias = LeaveRunRequest  # noqa: Y015
+
+@_typing.final
+class LeaveRunResponse(_message.Message):
+    """The server has left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRunResponse: _TypeAlias = LeaveRunResponse  # noqa: Y015
+
+@_typing.final
+class Drain(_message.Message):
+    """That a server is drained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    DRAINED_AT_FIELD_NUMBER: _builtins.int
+    reason: Global___DrainReason.ValueType
+    """Why."""
+    message: _builtins.str
+    """More on that, one line for a person."""
+    @_builtins.property
+    def drained_at(self) -> _timestamp_pb2.Timestamp:
+        """Since when."""
+
+    def __init__(
+        self,
+        *,
+        reason: Global___DrainReason.ValueType = ...,
+        message: _builtins.str = ...,
+        drained_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drained_at", b"drained_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained_at", b"drained_at", "message", b"message", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Drain: _TypeAlias = Drain  # noqa: Y015
+
+@_typing.final
+class DrainServerRequest(_message.Message):
+    """Asks to drain a server."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    server_id: _builtins.str
+    """The server; one that the buffer has not heard of yet may be named, too."""
+    reason: Global___DrainReason.ValueType
+    """Why."""
+    message: _builtins.str
+    """More on that, one line for a person."""
+    epoch: _builtins.int
+    """The learner's epoch; 0 when a person asks."""
+    force: _builtins.bool
+    """Also when no other server is at work."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        server_id: _builtins.str = ...,
+        reason: Global___DrainReason.ValueType = ...,
+        message: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        force: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "force", b"force", "message", b"message", "reason", b"reason", "run", b"run", "server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainServerRequest: _TypeAlias = DrainServerRequest  # noqa: Y015
+
+@_typing.final
+class DrainServerResponse(_message.Message):
+    """The server is drained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DRAIN_FIELD_NUMBER: _builtins.int
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
+    dropped_count: _builtins.int
+    """Groups that this call dropped as diverged."""
+    @_builtins.property
+    def drain(self) -> Global___Drain:
+        """As recorded: of an earlier call when it was drained before."""
+
+    def __init__(
+        self,
+        *,
+        drain: Global___Drain | None = ...,
+        dropped_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "dropped_count", b"dropped_count"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainServerResponse: _TypeAlias = DrainServerResponse  # noqa: Y015
+
+@_typing.final
+class ReadmitServerRequest(_message.Message):
+    """Asks to let a server work again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    server_id: _builtins.str
+    """The server."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        server_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadmitServerRequest: _TypeAlias = ReadmitServerRequest  # noqa: Y015
+
+@_typing.final
+class ReadmitServerResponse(_message.Message):
+    """The server is not drained."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READMITTED_FIELD_NUMBER: _builtins.int
+    readmitted: _builtins.bool
+    """Whether this call changed that."""
+    def __init__(
+        self,
+        *,
+        readmitted: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["readmitted", b"readmitted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadmitServerResponse: _TypeAlias = ReadmitServerResponse  # noqa: Y015
+
+@_typing.final
+class ListServersRequest(_message.Message):
+    """Asks for the servers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """The run."""
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListServersRequest: _TypeAlias = ListServersRequest  # noqa: Y015
+
+@_typing.final
+class ListServersResponse(_message.Message):
+    """The servers, in the order of their names."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServerStatus]:
+        """The servers."""
+
+    def __init__(
+        self,
+        *,
+        servers: _abc.Iterable[Global___ServerStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["servers", b"servers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListServersResponse: _TypeAlias = ListServersResponse  # noqa: Y015
+
+@_typing.final
+class ServerStatus(_message.Message):
+    """What the buffer knows of one server. Times are on the buffer's clock, and forgotten when it restarts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    PRESENT_FIELD_NUMBER: _builtins.int
+    DRAINED_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    LOANS_FIELD_NUMBER: _builtins.int
+    OLDEST_LOAN_FIELD_NUMBER: _builtins.int
+    TIMED_LOANS_FIELD_NUMBER: _builtins.int
+    MEDIAN_LOAN_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    """Its name."""
+    present: _builtins.bool
+    """Whether it has said something within a lease, and has not left."""
+    loans: _builtins.int
+    """Groups that it holds on loan."""
+    timed_loans: _builtins.int
+    """Training groups that it finished lately, a few dozen at most, or still holds."""
+    @_builtins.property
+    def drained(self) -> Global___Drain:
+        """Set while it is drained."""
+
+    @_builtins.property
+    def version(self) -> _common_pb2.PolicyVersion:
+        """The version that it last asked for work at; unset when it has not."""
+
+    @_builtins.property
+    def oldest_loan(self) -> _duration_pb2.Duration:
+        """How long the oldest of them has been out; zero without one."""
+
+    @_builtins.property
+    def median_loan(self) -> _duration_pb2.Duration:
+        """The median of how long these took from ticket to last close; what it holds counts with its age, so it is at least this."""
+
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+        present: _builtins.bool = ...,
+        drained: Global___Drain | None = ...,
+        version: _common_pb2.PolicyVersion | None = ...,
+        loans: _builtins.int = ...,
+        oldest_loan: _duration_pb2.Duration | None = ...,
+        timed_loans: _builtins.int = ...,
+        median_loan: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "loans", b"loans", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "present", b"present", "server_id", b"server_id", "timed_loans", b"timed_loans", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerStatus: _TypeAlias = ServerStatus  # noqa: Y015
 
 @_typing.final
 class Ticket(_message.Message):

@@ -98,6 +98,26 @@ class ReplayServiceStub(object):
                 request_serializer=leeway_dot_v1_dot_replay__pb2.AwaitEvaluationRequest.SerializeToString,
                 response_deserializer=leeway_dot_v1_dot_replay__pb2.AwaitEvaluationResponse.FromString,
                 _registered_method=True)
+        self.LeaveRun = channel.unary_unary(
+                '/leeway.v1.ReplayService/LeaveRun',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.LeaveRunRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.LeaveRunResponse.FromString,
+                _registered_method=True)
+        self.DrainServer = channel.unary_unary(
+                '/leeway.v1.ReplayService/DrainServer',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.DrainServerRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.DrainServerResponse.FromString,
+                _registered_method=True)
+        self.ReadmitServer = channel.unary_unary(
+                '/leeway.v1.ReplayService/ReadmitServer',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.ReadmitServerRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.ReadmitServerResponse.FromString,
+                _registered_method=True)
+        self.ListServers = channel.unary_unary(
+                '/leeway.v1.ReplayService/ListServers',
+                request_serializer=leeway_dot_v1_dot_replay__pb2.ListServersRequest.SerializeToString,
+                response_deserializer=leeway_dot_v1_dot_replay__pb2.ListServersResponse.FromString,
+                _registered_method=True)
         self.FinishRun = channel.unary_unary(
                 '/leeway.v1.ReplayService/FinishRun',
                 request_serializer=leeway_dot_v1_dot_replay__pb2.FinishRunRequest.SerializeToString,
@@ -240,6 +260,38 @@ class ReplayServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LeaveRun(self, request, context):
+        """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
+        without a word loses its loans when their leases end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainServer(self, request, context):
+        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+        a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+        wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+        epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadmitServer(self, request, context):
+        """Lets a drained server work again, from its next AcquireTickets on. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListServers(self, request, context):
+        """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FinishRun(self, request, context):
         """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
         epoch.
@@ -355,6 +407,26 @@ def add_ReplayServiceServicer_to_server(servicer, server):
                     servicer.AwaitEvaluation,
                     request_deserializer=leeway_dot_v1_dot_replay__pb2.AwaitEvaluationRequest.FromString,
                     response_serializer=leeway_dot_v1_dot_replay__pb2.AwaitEvaluationResponse.SerializeToString,
+            ),
+            'LeaveRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.LeaveRun,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.LeaveRunRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.LeaveRunResponse.SerializeToString,
+            ),
+            'DrainServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainServer,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.DrainServerRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.DrainServerResponse.SerializeToString,
+            ),
+            'ReadmitServer': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadmitServer,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.ReadmitServerRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.ReadmitServerResponse.SerializeToString,
+            ),
+            'ListServers': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListServers,
+                    request_deserializer=leeway_dot_v1_dot_replay__pb2.ListServersRequest.FromString,
+                    response_serializer=leeway_dot_v1_dot_replay__pb2.ListServersResponse.SerializeToString,
             ),
             'FinishRun': grpc.unary_unary_rpc_method_handler(
                     servicer.FinishRun,
@@ -698,6 +770,114 @@ class ReplayService(object):
             '/leeway.v1.ReplayService/AwaitEvaluation',
             leeway_dot_v1_dot_replay__pb2.AwaitEvaluationRequest.SerializeToString,
             leeway_dot_v1_dot_replay__pb2.AwaitEvaluationResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LeaveRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/LeaveRun',
+            leeway_dot_v1_dot_replay__pb2.LeaveRunRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.LeaveRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/DrainServer',
+            leeway_dot_v1_dot_replay__pb2.DrainServerRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.DrainServerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadmitServer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/ReadmitServer',
+            leeway_dot_v1_dot_replay__pb2.ReadmitServerRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.ReadmitServerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListServers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/leeway.v1.ReplayService/ListServers',
+            leeway_dot_v1_dot_replay__pb2.ListServersRequest.SerializeToString,
+            leeway_dot_v1_dot_replay__pb2.ListServersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,6 +89,20 @@ class ReplayServiceStub:
     """Asks for an evaluation of one version: `task_count` x `members` tickets pinned to it. Idempotent per evaluation id."""
     AwaitEvaluation: _grpc.UnaryUnaryMultiCallable[_replay_pb2.AwaitEvaluationRequest, _replay_pb2.AwaitEvaluationResponse]
     """Waits up to `wait` for an evaluation's results. Idempotent."""
+    LeaveRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.LeaveRunRequest, _replay_pb2.LeaveRunResponse]
+    """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
+    without a word loses its loans when their leases end.
+    """
+    DrainServer: _grpc.UnaryUnaryMultiCallable[_replay_pb2.DrainServerRequest, _replay_pb2.DrainServerResponse]
+    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+    a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+    wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+    epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+    """
+    ReadmitServer: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ReadmitServerRequest, _replay_pb2.ReadmitServerResponse]
+    """Lets a drained server work again, from its next AcquireTickets on. Idempotent."""
+    ListServers: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ListServersRequest, _replay_pb2.ListServersResponse]
+    """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
     FinishRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.FinishRunRequest, _replay_pb2.FinishRunResponse]
     """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
     epoch.
@@ -179,6 +193,20 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     """Asks for an evaluation of one version: `task_count` x `members` tickets pinned to it. Idempotent per evaluation id."""
     AwaitEvaluation: _aio.UnaryUnaryMultiCallable[_replay_pb2.AwaitEvaluationRequest, _replay_pb2.AwaitEvaluationResponse]  # type: ignore[assignment]
     """Waits up to `wait` for an evaluation's results. Idempotent."""
+    LeaveRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.LeaveRunRequest, _replay_pb2.LeaveRunResponse]  # type: ignore[assignment]
+    """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
+    without a word loses its loans when their leases end.
+    """
+    DrainServer: _aio.UnaryUnaryMultiCallable[_replay_pb2.DrainServerRequest, _replay_pb2.DrainServerResponse]  # type: ignore[assignment]
+    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+    a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+    wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+    epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+    """
+    ReadmitServer: _aio.UnaryUnaryMultiCallable[_replay_pb2.ReadmitServerRequest, _replay_pb2.ReadmitServerResponse]  # type: ignore[assignment]
+    """Lets a drained server work again, from its next AcquireTickets on. Idempotent."""
+    ListServers: _aio.UnaryUnaryMultiCallable[_replay_pb2.ListServersRequest, _replay_pb2.ListServersResponse]  # type: ignore[assignment]
+    """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
     FinishRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.FinishRunRequest, _replay_pb2.FinishRunResponse]  # type: ignore[assignment]
     """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
     epoch.
@@ -332,6 +360,44 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.AwaitEvaluationResponse, _abc.Awaitable[_replay_pb2.AwaitEvaluationResponse]]:
         """Waits up to `wait` for an evaluation's results. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def LeaveRun(
+        self,
+        request: _replay_pb2.LeaveRunRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.LeaveRunResponse, _abc.Awaitable[_replay_pb2.LeaveRunResponse]]:
+        """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
+        without a word loses its loans when their leases end.
+        """
+
+    @_abc_1.abstractmethod
+    def DrainServer(
+        self,
+        request: _replay_pb2.DrainServerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.DrainServerResponse, _abc.Awaitable[_replay_pb2.DrainServerResponse]]:
+        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
+        a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
+        wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
+        epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadmitServer(
+        self,
+        request: _replay_pb2.ReadmitServerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.ReadmitServerResponse, _abc.Awaitable[_replay_pb2.ReadmitServerResponse]]:
+        """Lets a drained server work again, from its next AcquireTickets on. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ListServers(
+        self,
+        request: _replay_pb2.ListServersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_replay_pb2.ListServersResponse, _abc.Awaitable[_replay_pb2.ListServersResponse]]:
+        """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
 
     @_abc_1.abstractmethod
     def FinishRun(

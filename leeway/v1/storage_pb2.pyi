@@ -184,6 +184,7 @@ class RunSnapshot(_message.Message):
     RESTORED_AT_FIELD_NUMBER: _builtins.int
     INCARNATIONS_FIELD_NUMBER: _builtins.int
     DEAD_LETTER_COUNT_FIELD_NUMBER: _builtins.int
+    DRAINED_SERVERS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     head: _builtins.int
@@ -254,6 +255,10 @@ class RunSnapshot(_message.Message):
     def incarnations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incarnation]:
         """Learners that have opened the run and named themselves."""
 
+    @_builtins.property
+    def drained_servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainedServer]:
+        """Servers that are drained, in the order in which they were."""
+
     def __init__(
         self,
         *,
@@ -279,14 +284,43 @@ class RunSnapshot(_message.Message):
         restored_at: _common_pb2.PolicyVersion | None = ...,
         incarnations: _abc.Iterable[Global___Incarnation] | None = ...,
         dead_letter_count: _builtins.int = ...,
+        drained_servers: _abc.Iterable[Global___DrainedServer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letter_count", b"dead_letter_count", "dead_letters", b"dead_letters", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letter_count", b"dead_letter_count", "dead_letters", b"dead_letters", "drained_servers", b"drained_servers", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunSnapshot: _TypeAlias = RunSnapshot  # noqa: Y015
+
+@_typing.final
+class DrainedServer(_message.Message):
+    """A server that gets no tickets."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_ID_FIELD_NUMBER: _builtins.int
+    DRAIN_FIELD_NUMBER: _builtins.int
+    server_id: _builtins.str
+    """Its name."""
+    @_builtins.property
+    def drain(self) -> _replay_pb2.Drain:
+        """Why, and since when."""
+
+    def __init__(
+        self,
+        *,
+        server_id: _builtins.str = ...,
+        drain: _replay_pb2.Drain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drain", b"drain", "server_id", b"server_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainedServer: _TypeAlias = DrainedServer  # noqa: Y015
 
 @_typing.final
 class Incarnation(_message.Message):

@@ -7,9 +7,10 @@ never looks at a clock.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import assert_never
+from datetime import UTC, datetime
+from typing import Final, assert_never
 
-from leeway.types import DropReason, GroupState, PolicyVersion, Purpose, Rollback
+from leeway.types import Drain, DropReason, GroupState, PolicyVersion, Purpose, Rollback
 from replay_buffer.rules.groups import Batch, EvaluationState, Group, Location, Member, Progress
 from replay_buffer.rules.state import KEPT_DEAD_LETTERS, KEPT_EVALUATIONS, REQUEUED, RunState
 from replay_buffer.rules.transitions import (
@@ -23,12 +24,17 @@ from replay_buffer.rules.transitions import (
     RunOpened,
     RunRestored,
     RunRolledBack,
+    ServerDrained,
+    ServerReadmitted,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
     TrajectoryFailed,
     Transition,
 )
+
+_BLAMELESS: Final = (DropReason.ROLLED_BACK, DropReason.DIVERGED)
+"""Drops that say nothing about the group's task: its attempts are not counted."""
 
 
 def apply(run: RunState, transition: Transition, recorded_at_ns: int, location: Location) -> None:
@@ -82,6 +88,13 @@ def apply(run: RunState, transition: Transition, recorded_at_ns: int, location: 
             _drop(run, transition.group_ids, DropReason.ROLLED_BACK, message, location)
         case DeadLettersRequeued():
             _requeue(run, transition)
+        case ServerDrained():
+            at = datetime.fromtimestamp(recorded_at_ns // 1_000_000_000, UTC)
+            run.drained[transition.server_id] = Drain(transition.reason, transition.message, at)
+            message = f"server {transition.server_id!r} was drained: {transition.message}"
+            _drop(run, transition.group_ids, DropReason.DIVERGED, message, location)
+        case ServerReadmitted():
+            run.drained.pop(transition.server_id, None)
         case _:
             assert_never(transition)
 
@@ -198,7 +211,7 @@ def _requeue(run: RunState, requeued: DeadLettersRequeued) -> None:
 
 def _count_lost(run: RunState, group: Group, reason: DropReason) -> None:
     """Remember in vain attempts beyond their group, so that a task that kills its servers cannot come for ever."""
-    if group.state is not GroupState.OPEN or reason is DropReason.ROLLED_BACK:
+    if group.state is not GroupState.OPEN or reason in _BLAMELESS:
         return
     still_tried = group.at_work and reason is DropReason.STALE
     if lost := group.attempt - still_tried:

@@ -20,6 +20,7 @@ from typing import Final
 
 from leeway.types import (
     DeadLetter,
+    Drain,
     DropReason,
     EvaluationResult,
     GroupState,
@@ -32,7 +33,7 @@ from leeway.types import (
 from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Groups
 from replay_buffer.rules.lineage import Lineage
 
-REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK})
+REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK, DropReason.DIVERGED})
 """A group dropped for one of these gives its task back."""
 
 KEPT_EVALUATIONS: Final = 4
@@ -64,6 +65,7 @@ class RunState:
         self.lost_attempts: Counter[int] = Counter()  # by task that is due or live: what earlier groups of it cost
         self.dead_letters: dict[str, DeadLetter] = {}  # by group, oldest first; the newest of them
         self.dead_letter_count = 0
+        self.drained: dict[str, Drain] = {}  # servers that get no tickets, in the order in which they were drained
         self.rollback: Rollback | None = None  # the newest explicit one
         self.restored_at: PolicyVersion | None = None  # the head when the log was last restored from a backup
         self.created = 0  # groups of both purposes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from leeway.types import (
+    DrainReason,
     DropReason,
     Evaluation,
     PolicyVersion,
@@ -151,6 +152,23 @@ class RunRestored:
     group_ids: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class ServerDrained:
+    """A server gets no more tickets; what a diverging one wrote of these groups is dropped with them."""
+
+    server_id: str
+    reason: DrainReason
+    message: str
+    group_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerReadmitted:
+    """A drained server gets tickets again."""
+
+    server_id: str
+
+
 Transition = (
     RunOpened
     | TicketIssued
@@ -166,4 +184,6 @@ Transition = (
     | RunRolledBack
     | DeadLettersRequeued
     | RunRestored
+    | ServerDrained
+    | ServerReadmitted
 )

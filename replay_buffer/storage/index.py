@@ -24,6 +24,7 @@ from leeway.types import GroupState, Purpose
 from leeway.v1 import storage_pb2
 from replay_buffer.rules.groups import EvaluationState, Group, Location
 from replay_buffer.storage.index_file import (
+    DAMAGE,
     LARGEST,
     Filter,
     check,
@@ -166,7 +167,7 @@ class Index:
                     self._file.execute("INSERT INTO complete VALUES (?, ?, ?)", (complete[0], *complete[1]))
         except sqlite3.OperationalError as error:  # the disk is full: what waits stays in memory
             raise OSError(f"{self._path}: {error}") from error
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             raise self._damage(str(error)) from error
         self._groups.clear()
         self._evaluations.clear()
@@ -296,7 +297,7 @@ class Index:
     def _reading(self) -> Generator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             raise self._damage(str(error)) from error
 
     def _damage(self, how: str) -> LeewayError:

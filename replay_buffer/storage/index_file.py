@@ -20,6 +20,9 @@ _VERSION: Final = 2
 LARGEST: Final = (1 << 63) - 1
 """SQLite's largest integer; no group has such a number or step."""
 
+DAMAGE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What a damaged file raises; the second, where a message quotes a name that is no text any more."""
+
 _SCHEMA: Final = """
 CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
 CREATE TABLE groups (
@@ -63,7 +66,7 @@ def check(file: sqlite3.Connection, path: Path | None) -> None:
     """
     try:
         found: str = file.execute("PRAGMA quick_check(1)").fetchone()[0]
-    except sqlite3.DatabaseError as error:
+    except DAMAGE as error:
         found = str(error)
     if found != "ok":
         file.close()
@@ -93,7 +96,7 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
         # Whole after a power cut, though perhaps behind. Only `sync` waits for the disk.
         if not read_only:
             file.executescript("PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;")
-    except sqlite3.DatabaseError as error:
+    except DAMAGE as error:
         file.close()
         raise CorruptDataError(damaged(path, str(error))) from error
     except CorruptDataError:

@@ -16,39 +16,29 @@ Locations are fixed when a record is appended, so it can be referred to, and rea
 from __future__ import annotations
 
 import asyncio
-import errno
 import heapq
 import itertools
 import logging
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from leeway.errors import UnavailableError
 from replay_buffer.rules.groups import Location
+from replay_buffer.storage.log_writer import LogFailedError, LogOptions, LogWriter, Queued
+from replay_buffer.storage.segment_reader import SegmentReader
+from replay_buffer.storage.segment_scan import verify_segment
 from replay_buffer.storage.segments import (
     HEADER,
-    AppendFile,
     LastRecord,
-    OpenFile,
     Position,
-    SegmentFile,
-    SegmentReader,
     crc32c,
     frame_header,
     lock_directory,
     segment_numbers,
     segment_path,
-    verify_segment,
 )
 
-_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _MAX_SEGMENT_BYTES: Final = 1 << 32
-_LARGE_BYTES: Final = 1 << 15
 BEGINNING: Final = Position(1, 0)
 
 log = logging.getLogger(__name__)
@@ -57,24 +47,8 @@ Durable = Callable[[int, int, float], None]
 """Told of each fsync: records and bytes made durable, seconds that the fsync took."""
 
 
-@dataclass(frozen=True, slots=True)
-class LogOptions:
-    """Where and how the log is kept."""
-
-    directory: Path
-    segment_bytes: int = 64 << 20  # a segment that has reached this size is followed by a new one
-    retry_seconds: float = 1.0  # between attempts to write to a full disk
-    commit_seconds: float = 0.005  # from one fsync to the next, unless commit_bytes wait; the first one is never late
-    commit_bytes: int = 1 << 20
-    open_file: OpenFile = field(default=AppendFile, repr=False)
-
-
 Take = Callable[[bytes, Location], None]
 """Gets a record's payload and place."""
-
-
-class LogFailedError(UnavailableError):
-    """The log can take nothing more in this process."""
 
 
 class Log:
@@ -103,11 +77,11 @@ class Log:
         self.appended_bytes = 0  # by this process
         self.pending_bytes = 0
         self._appended = self._synced = 0  # records
-        self._turn: list[_Queued] = []
+        self._turn: list[Queued] = []
         self._unsynced: dict[tuple[int, int], tuple[bytes, ...]] = {}
         self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap: mark, tie-break, who waits
         self._tie = itertools.count()
-        self._writer: _Writer | None = None
+        self._writer: LogWriter | None = None
         self.failure: LogFailedError | None = None
         self._failed: asyncio.Future[None] | None = None
 
@@ -151,7 +125,7 @@ class Log:
         """Begin to take records. Called on the event loop."""
         loop = asyncio.get_running_loop()
         self._failed = loop.create_future()
-        self._writer = _Writer(self._options, self._segment, self._segment_size, loop, self._settle, self.fail)
+        self._writer = LogWriter(self._options, self._segment, self._segment_size, loop, self._settle, self.fail)
         self._writer.start()
 
     @property
@@ -184,7 +158,7 @@ class Log:
         self._unsynced[location.segment, location.offset] = parts
         if not self._turn:
             asyncio.get_running_loop().call_soon(self._end_turn)
-        self._turn.append(_Queued(location, (header, *parts)))
+        self._turn.append(Queued(location, (header, *parts)))
         return location
 
     @property
@@ -273,7 +247,7 @@ class Log:
         if self._writer is not None and turn:
             self._writer.put(turn, sum(queued.location.size_bytes for queued in turn))
 
-    def _settle(self, batch: list[_Queued], seconds: float) -> None:
+    def _settle(self, batch: list[Queued], seconds: float) -> None:
         size_bytes = 0
         for queued in batch:
             del self._unsynced[queued.location.segment, queued.location.offset]
@@ -297,166 +271,3 @@ class Log:
         self._waiting.clear()
         if self._failed is not None and not self._failed.done():
             self._failed.set_exception(self.failure)
-
-
-class _Queued(NamedTuple):
-    location: Location
-    parts: tuple[bytes, ...]  # the whole frame
-
-
-class _Writer:
-    """The thread that owns the end of the log."""
-
-    def __init__(
-        self,
-        options: LogOptions,
-        segment: int,
-        size_bytes: int,
-        loop: asyncio.AbstractEventLoop,
-        settle: Callable[[list[_Queued], float], None],
-        fail: Callable[[LogFailedError], None],
-    ) -> None:
-        self._options = options
-        self._segment = segment
-        self._durable_size = size_bytes  # of the current segment
-        self._file: SegmentFile | None = None
-        self._loop = loop
-        self._settle = settle
-        self._fail = fail
-        self._queue: list[_Queued] = []
-        self._queued_bytes = 0
-        self._synced_at = 0.0  # when the latest fsync began
-        self._stopping = False
-        self._changed = threading.Condition()
-        self.stalled = False
-        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def put(self, records: list[_Queued], size_bytes: int) -> None:
-        with self._changed:
-            was_empty = not self._queue
-            self._queue += records
-            self._queued_bytes += size_bytes
-            if was_empty or self._queued_bytes >= self._options.commit_bytes:
-                self._changed.notify()
-
-    def stop(self) -> None:
-        """Write what is queued, unless the disk is full, and end."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while batch := self._take():
-                self._write(batch)
-        except OSError as error:
-            path = segment_path(self._options.directory, self._segment)
-            self._report(
-                f"{path}: {error.strerror or error}; what is on disk is unknown, so nothing more is acknowledged: "
-                "check the disk, then restart to verify the log"
-            )
-        except _Stopped:
-            self._report(f"{self._options.directory}: stopped while the disk was full")
-        finally:
-            if self._file is not None:
-                self._file.close()
-
-    def _take(self) -> list[_Queued]:
-        """Everything that is queued; empty at the end."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._stopping)
-            if (early := self._synced_at + self._options.commit_seconds - time.monotonic()) > 0:
-                self._changed.wait_for(self._commits_at_once, early)
-            batch, self._queue, self._queued_bytes = self._queue, [], 0
-            return batch
-
-    def _commits_at_once(self) -> bool:
-        return self._stopping or self._queued_bytes >= self._options.commit_bytes
-
-    def _write(self, batch: list[_Queued]) -> None:
-        """Write a batch segment by segment; a segment is durable before the next one exists."""
-        begin = 0
-        while begin < len(batch):
-            segment = batch[begin].location.segment
-            end = begin
-            while end < len(batch) and batch[end].location.segment == segment:
-                end += 1
-            part = batch[begin:end]
-            self._append(segment, _blocks(part))
-            self._synced_at = began = time.monotonic()
-            assert self._file is not None
-            self._file.sync()
-            self._loop.call_soon_threadsafe(self._settle, part, time.monotonic() - began)
-            begin = end
-
-    def _append(self, segment: int, blocks: list[bytes]) -> None:
-        while True:
-            try:
-                if self._file is None or segment != self._segment:
-                    self._open(segment)
-                for block in blocks:
-                    self._write_all(block)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                self._wait_for_room(error)
-            else:
-                self.stalled = False
-                self._durable_size += sum(map(len, blocks))
-                return
-
-    def _open(self, segment: int) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-        self._file = self._options.open_file(segment_path(self._options.directory, segment))
-        if segment != self._segment:
-            self._segment, self._durable_size = segment, 0
-
-    def _write_all(self, data: bytes) -> None:
-        assert self._file is not None
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._file.write(rest) :]
-
-    def _wait_for_room(self, error: OSError) -> None:
-        if self._file is not None:
-            self._file.truncate(self._durable_size)
-        if not self.stalled:
-            self.stalled = True
-            log.error(
-                "%s: %s; nothing is acknowledged until there is room: free some space",
-                self._options.directory,
-                error.strerror,
-            )
-        with self._changed:
-            if self._changed.wait_for(lambda: self._stopping, timeout=self._options.retry_seconds):
-                raise _Stopped
-
-    def _report(self, message: str) -> None:
-        self._loop.call_soon_threadsafe(self._fail, LogFailedError(message))
-
-
-def _blocks(batch: list[_Queued]) -> list[bytes]:
-    """The bytes of a batch for few writes: what is small is joined, what is large is not copied."""
-    blocks: list[bytes] = []
-    small: list[bytes] = []
-    for part in itertools.chain.from_iterable(queued.parts for queued in batch):
-        if len(part) < _LARGE_BYTES:
-            small.append(part)
-            continue
-        if small:
-            blocks.append(b"".join(small))
-            small.clear()
-        blocks.append(part)
-    if small:
-        blocks.append(b"".join(small))
-    return blocks
-
-
-class _Stopped(Exception):
-    """The writer was asked to stop while it waited for room."""

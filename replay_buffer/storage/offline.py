@@ -22,7 +22,9 @@ from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.records import Record, decode
 from replay_buffer.storage.recovery import base_of, fitting_snapshot
 from replay_buffer.storage.run_index import RunIndex
-from replay_buffer.storage.segments import Position, SegmentReader, read_segment, segment_numbers, segment_path
+from replay_buffer.storage.segment_reader import SegmentReader
+from replay_buffer.storage.segment_scan import read_segment
+from replay_buffer.storage.segments import Position, segment_numbers, segment_path
 from replay_buffer.storage.selection import check_kept, select
 from replay_buffer.storage.snapshots import snapshot_positions
 from replay_buffer.storage.stored_state import run_from_proto

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from leeway import codec
 from leeway.codec import varint
 from leeway.errors import CorruptDataError, InvalidDataError
-from leeway.types import DropReason, PolicyVersion
+from leeway.types import DrainReason, DropReason, PolicyVersion
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
 from leeway.wire import Bytes, leading_columns, varint_at
 from replay_buffer.rules.transitions import (
@@ -24,6 +24,8 @@ from replay_buffer.rules.transitions import (
     RunOpened,
     RunRestored,
     RunRolledBack,
+    ServerDrained,
+    ServerReadmitted,
     StepsCommitted,
     TicketIssued,
     TrajectoryClosed,
@@ -138,6 +140,13 @@ def _message(record: Record) -> log_pb2.LogRecord:
             message.run_restored.epoch = restored.epoch
             message.run_restored.created = restored.created
             message.run_restored.group_ids.extend(restored.group_ids)
+        case ServerDrained() as drained:
+            message.server_drained.server_id = drained.server_id
+            message.server_drained.reason = int(drained.reason)  # type: ignore[assignment]
+            message.server_drained.message = drained.message
+            message.server_drained.group_ids.extend(drained.group_ids)
+        case ServerReadmitted() as readmitted:
+            message.server_readmitted.server_id = readmitted.server_id
         case _:
             assert_never(record.transition)
     return message
@@ -221,6 +230,16 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
         case "run_restored":
             restored = message.run_restored
             return RunRestored(restored.epoch, restored.created, tuple(restored.group_ids))
+        case "server_drained":
+            drained = message.server_drained
+            return ServerDrained(
+                drained.server_id,
+                codec.enum_from_proto(DrainReason, drained.reason),
+                drained.message,
+                tuple(drained.group_ids),
+            )
+        case "server_readmitted":
+            return ServerReadmitted(message.server_readmitted.server_id)
         case _:
             raise InvalidDataError("the record holds no known transition")
 

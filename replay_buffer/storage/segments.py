@@ -1,4 +1,4 @@
-"""Segments of the log as files: frames, verification at open, torn tails.
+"""Segments of the log as files: frames, names, the end that is written.
 
     frame = uint32 length, uint32 CRC-32C of the payload, payload       both integers little-endian, length >= 1
 
@@ -9,35 +9,19 @@ went. With a whole frame after it, acknowledged data would be behind the damage,
 from __future__ import annotations
 
 import os
-import re
 import struct
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from mmap import ACCESS_READ, mmap
+from mmap import mmap
 from pathlib import Path
-from threading import Lock
-from typing import BinaryIO, Final, NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import google_crc32c
 
 from leeway.durable import hold_file, make_directory, sync_directory
-from leeway.errors import ConfigError, CorruptDataError, NotFoundError
-from replay_buffer.rules.groups import Location
+from leeway.errors import ConfigError, CorruptDataError
 
 HEADER: Final = struct.Struct("<II")
-_MAX_OPEN_FILES: Final = 64
-_ZEROS: Final = bytes(1 << 16)
-_SEARCHED_BYTE_BY_BYTE: Final = 1 << 14
-"""Bytes behind a damaged frame at each of which another one is looked for. Beyond, records are known by how they begin,
-or the search through a large torn record would take minutes: almost any four bytes are a length."""
-_RECORD_BEGINS: Final = re.compile(rb"\x0a[\x02-\x10]\x08", re.DOTALL)
-"""LogRecord.recorded_at, its first field: tag, length, tag of the seconds."""
-_LARGE_BYTES: Final = 1 << 17
-"""The most that is read at once, unless a single record is larger."""
-_GAP_BYTES: Final = 1 << 12
-"""Between two records: reading over it costs less than reading twice."""
-
 crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]
 _extended: Callable[[int, bytes], int] = google_crc32c.extend  # type: ignore[assignment]
 
@@ -67,6 +51,18 @@ def frame_header(parts: Sequence[bytes]) -> bytes:
     for part in parts:
         checksum = _extended(checksum, part)
     return HEADER.pack(sum(map(len, parts)), checksum)
+
+
+def frame_at(data: bytes | mmap, at: int) -> bytes | None:
+    """The payload of the frame that begins at a byte; None when there is no whole one."""
+    if at + HEADER.size > len(data):
+        return None
+    length, checksum = HEADER.unpack_from(data, at)
+    end = at + HEADER.size + length
+    if length == 0 or end > len(data):
+        return None
+    payload = data[at + HEADER.size : end]
+    return payload if crc32c(payload) == checksum else None
 
 
 def segment_path(directory: Path, segment: int) -> Path:
@@ -116,8 +112,8 @@ def remove_segments(directory: Path, numbers: list[int]) -> None:
 class SegmentFile(Protocol):
     """The end of the log, as the writer sees it. Tests inject failing ones."""
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Append some of `data`; returns how many bytes. Raises OSError."""
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+        """Append some of the blocks, in order; returns how many bytes. Raises OSError."""
         ...
 
     def sync(self) -> None:
@@ -142,8 +138,8 @@ class AppendFile:
         sync_directory(path.parent)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
-    def write(self, data: bytes | memoryview) -> int:
-        return os.write(self._descriptor, data)
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+        return os.writev(self._descriptor, blocks)
 
     def sync(self) -> None:
         os.fdatasync(self._descriptor)
@@ -173,220 +169,3 @@ def lock_directory(directory: Path) -> int:
         ) from error
     except OSError as error:
         raise ConfigError(f"replay_buffer.directory: cannot use {directory}: {error.strerror}") from error
-
-
-def verify_segment(path: Path, *, last: bool, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """Every (offset of payload, payload) of a segment from byte `start` on. A torn tail of the last one is cut off.
-
-    Raises:
-        CorruptDataError: naming file and offset of a frame that is damaged with data behind it.
-    """
-    _forget_cached(path)
-    torn_at = yield from read_segment(path, last=last, start=start)
-    if torn_at is not None:
-        _cut(path, torn_at)
-
-
-def read_segment(path: Path, *, last: bool, start: int = 0) -> Generator[tuple[int, bytes], None, int | None]:
-    """Every (offset of payload, payload) of a segment; one record is in memory at a time. Changes nothing.
-
-    Returns:
-        Where the torn tail of the last segment begins; None when it has none.
-
-    Raises:
-        CorruptDataError: naming file and offset of a frame that is damaged with data behind it.
-    """
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(start)
-        at = start
-        while at < size:
-            payload = _next_frame(file, size - at)
-            if payload is None:
-                if not last or _a_frame_follows(path, at):
-                    raise CorruptDataError(
-                        f"{path}: the record at byte {at} is damaged and data follows it; "
-                        "restore the file from a copy, or start the run anew with an empty directory"
-                    )
-                return at
-            yield at + HEADER.size, payload
-            at += HEADER.size + len(payload)
-    return None
-
-
-def _forget_cached(path: Path) -> None:
-    """Let a file be read past the page cache, which after a failed fsync holds what the disk does not."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        os.fdatasync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(descriptor)
-
-
-def _next_frame(file: BinaryIO, left: int) -> bytes | None:
-    """The payload of the frame that begins here and ends within `left` bytes; None when there is no whole one."""
-    header = file.read(HEADER.size)
-    if len(header) < HEADER.size:
-        return None
-    length, checksum = HEADER.unpack(header)
-    if length == 0 or HEADER.size + length > left:
-        return None
-    payload = file.read(length)
-    return payload if len(payload) == length and crc32c(payload) == checksum else None
-
-
-def _frame_at(data: bytes | mmap, at: int) -> bytes | None:
-    if at + HEADER.size > len(data):
-        return None
-    length, checksum = HEADER.unpack_from(data, at)
-    end = at + HEADER.size + length
-    if length == 0 or end > len(data):
-        return None
-    payload = data[at + HEADER.size : end]
-    return payload if crc32c(payload) == checksum else None
-
-
-def _a_frame_follows(path: Path, damaged_at: int) -> bool:
-    """Whether a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
-    with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-        end = len(data)
-        while end - len(_ZEROS) > damaged_at and data[end - len(_ZEROS) : end] == _ZEROS:
-            end -= len(_ZEROS)  # a file may have grown before its bytes arrived
-        end = damaged_at + len(data[damaged_at:end].rstrip(b"\0")) if end - damaged_at <= len(_ZEROS) else end
-        every = range(damaged_at + 1, min(end, damaged_at + _SEARCHED_BYTE_BY_BYTE))
-        if any(_frame_at(data, at) is not None for at in every):
-            return True
-        begin = damaged_at + HEADER.size
-        while (match := _RECORD_BEGINS.search(data, begin, end)) is not None:
-            begin = match.start() + 1
-            del match  # it holds the map open
-            if _frame_at(data, begin - 1 - HEADER.size) is not None:
-                return True
-        return False
-
-
-def record_checksum(path: Path, offset: int) -> int | None:
-    """CRC-32C of the record that begins at a byte of a segment; None when there is no whole one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            payload = _next_frame(file, os.fstat(file.fileno()).st_size - offset)
-    except OSError:
-        return None
-    return None if payload is None else crc32c(payload)
-
-
-def _cut(path: Path, size_bytes: int) -> None:
-    file = AppendFile(path)
-    try:
-        file.truncate(size_bytes)
-        file.sync()
-    finally:
-        file.close()
-
-
-def _runs(locations: Sequence[Location]) -> Iterator[list[Location]]:
-    """Locations in the order of the log, those together that one read should bring."""
-    together: list[Location] = []
-    end = size_bytes = 0
-    for location in sorted(set(locations)):
-        gap = location.offset - HEADER.size - end
-        size_bytes += gap + HEADER.size + location.size_bytes
-        if together and (location.segment != together[0].segment or gap > _GAP_BYTES or size_bytes > _LARGE_BYTES):
-            yield together
-            together = []
-        if not together:
-            size_bytes = HEADER.size + location.size_bytes
-        together.append(location)
-        end = location.offset + location.size_bytes
-    if together:
-        yield together
-
-
-class SegmentReader:
-    """Reads single records; checks each. Safe from any thread."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
-        self._lock = Lock()
-
-    def read(self, location: Location) -> bytes:
-        """The payload at a location.
-
-        Raises:
-            NotFoundError: the segment has been retired.
-            CorruptDataError: the bytes fail their checksum.
-        """
-        begin = location.offset - HEADER.size
-        return self._payload(self._bytes(location.segment, begin, HEADER.size + location.size_bytes), begin, location)
-
-    def read_many(self, locations: Sequence[Location]) -> list[bytes]:
-        """The payloads at several locations; what lies close together is read at once.
-
-        Raises:
-            NotFoundError: a segment has been retired.
-            CorruptDataError: the bytes of one fail their checksum.
-        """
-        payloads: dict[Location, bytes] = {}
-        for together in _runs(locations):
-            first, last = together[0], together[-1]
-            if len(together) == 1 and first.size_bytes >= _LARGE_BYTES:
-                payloads[first] = self._large(first)
-                continue
-            begin = first.offset - HEADER.size
-            data = self._bytes(first.segment, begin, last.offset + last.size_bytes - begin)
-            for location in together:
-                payloads[location] = self._payload(data, begin, location)
-        return [payloads[location] for location in locations]
-
-    def _large(self, location: Location) -> bytes:
-        """A record whose payload is not worth copying out of its frame."""
-        header = self._bytes(location.segment, location.offset - HEADER.size, HEADER.size)
-        payload = self._bytes(location.segment, location.offset, location.size_bytes)
-        if header != frame_header((payload,)):
-            raise self._damaged(location)
-        return payload
-
-    def _payload(self, data: bytes, begin: int, location: Location) -> bytes:
-        """One record of bytes that were read from an offset on."""
-        payload = _frame_at(data, location.offset - HEADER.size - begin)
-        if payload is None or len(payload) != location.size_bytes:
-            raise self._damaged(location)
-        return payload
-
-    def _damaged(self, location: Location) -> CorruptDataError:
-        path = segment_path(self._directory, location.segment)
-        return CorruptDataError(f"{path}: the record at byte {location.offset - HEADER.size} is damaged on disk")
-
-    def _bytes(self, segment: int, begin: int, size_bytes: int) -> bytes:
-        path = segment_path(self._directory, segment)
-        with self._lock:
-            try:
-                return os.pread(self._descriptor(path, segment), size_bytes, begin)
-            except FileNotFoundError as error:
-                raise NotFoundError(f"{path} has been retired; what it held is gone") from error
-            except OSError as error:
-                raise CorruptDataError(f"{path}: cannot read byte {begin}: {error.strerror}") from error
-
-    def _descriptor(self, path: Path, segment: int) -> int:
-        if segment in self._descriptors:
-            self._descriptors.move_to_end(segment)
-        else:
-            self._descriptors[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            if len(self._descriptors) > _MAX_OPEN_FILES:
-                os.close(self._descriptors.popitem(last=False)[1])
-        return self._descriptors[segment]
-
-    def close_before(self, segment: int) -> None:
-        """Let go of older segments, so that deleting them frees their space."""
-        with self._lock:
-            for number in [number for number in self._descriptors if number < segment]:
-                os.close(self._descriptors.pop(number))
-
-    def close(self) -> None:
-        """Close every file."""
-        with self._lock:
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])

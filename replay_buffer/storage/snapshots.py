@@ -20,7 +20,8 @@ from leeway.durable import sync_directory
 from leeway.errors import CorruptDataError
 from leeway.v1 import storage_pb2
 from replay_buffer.storage.generation import Generation
-from replay_buffer.storage.segments import HEADER, Position, crc32c, frame, record_checksum, segment_path
+from replay_buffer.storage.segment_scan import record_checksum
+from replay_buffer.storage.segments import HEADER, Position, crc32c, frame, segment_path
 
 _PREFIX: Final = "snapshot-"
 _PARTIAL: Final = ".partial"

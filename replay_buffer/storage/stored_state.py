@@ -143,6 +143,10 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
             storage_pb2.Incarnation(incarnation=incarnation, epoch=epoch)
             for incarnation, epoch in state.incarnations.items()
         ],
+        drained_servers=[
+            storage_pb2.DrainedServer(server_id=server_id, drain=codec.drain_to_proto(drain))
+            for server_id, drain in state.drained.items()
+        ],
     )
     _lineage_to_proto(state.lineage, message)
     return message
@@ -181,6 +185,7 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
     state.rollback = codec.rollback_from_proto(message.rollback) if message.HasField("rollback") else None
     state.restored_at = codec.version_from_proto(message.restored_at) if message.HasField("restored_at") else None
     state.incarnations = {entry.incarnation: entry.epoch for entry in message.incarnations}
+    state.drained = {entry.server_id: codec.drain_from_proto(entry.drain) for entry in message.drained_servers}
     return state
 
 

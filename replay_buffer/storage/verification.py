@@ -33,7 +33,8 @@ from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.offline import Fold
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.recovery import base_of
-from replay_buffer.storage.segments import HEADER, Position, read_segment, segment_numbers, segment_path
+from replay_buffer.storage.segment_scan import read_segment
+from replay_buffer.storage.segments import HEADER, Position, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import misfit, read_snapshot, snapshot_path, snapshot_positions
 from replay_buffer.storage.stored_state import run_to_proto
 

@@ -9,7 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.chaos.conductor import Plan, conduct
+from tests.chaos.conductor import conduct
+from tests.chaos.plan import RETENTIONS, Plan
 from tests.chaos.planted import BUGS
 
 
@@ -26,7 +27,11 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         bug = BUGS.get(arguments.plant)
-        plan = Plan(seed, arguments.kills, directory, rollbacks=0.08) if bug is None else bug.planted(seed, directory)
+        plan = (
+            Plan(seed, arguments.kills, directory, rollbacks=0.08, hardships=0.5, retentions=RETENTIONS)
+            if bug is None
+            else bug.planted(seed, directory)
+        )
         tally = conduct(plan, lambda line: print(line, flush=True))
     print("\n".join(tally.lines()), flush=True)
     return 1 if tally.violations else 0

@@ -167,6 +167,24 @@ class Blind(Oracle):
         return [f"{number}: {line}" for number, check in checks.items() for line in check()]
 
 
+def wrongly_retired(record: Record, groups: Sequence[GroupRecord], kept: Sequence[GroupRecord]) -> Iterator[str]:
+    """What a buffer with retention exports beside what its whole log says: too little, or something else."""
+    exported = {group.group_id: group for group in kept}
+    oldest_kept_step = max((call.request.oldest_kept_step for call in record.of("Commit")), default=0)
+    for group in groups:
+        there = exported.pop(group.group_id, None)
+        if there is not None:
+            if (there.state, _content(there.trajectories)) != (group.state, _content(group.trajectories)):
+                yield f"group {group.group_id} is exported otherwise than its log says"
+        elif group.state not in (GroupState.CONSUMED, GroupState.DROPPED):
+            yield f"group {group.group_id} is retired, though it is {group.state.name}"
+        elif group.state is GroupState.CONSUMED and group.purpose is Purpose.TRAIN and group.step > oldest_kept_step:
+            kept_step = f"a checkpoint of step {oldest_kept_step} is kept"
+            yield f"group {group.group_id} of step {group.step} is retired, but {kept_step}"
+    for group_id in exported:
+        yield f"group {group_id} is exported, and its log does not know it"
+
+
 def _content(trajectories: Sequence[TrajectoryRecord]) -> list[object]:
     return [(each.trajectory_id, each.attempt, each.server_id, each.close, each.chunks) for each in trajectories]
 

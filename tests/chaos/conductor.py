@@ -3,10 +3,13 @@
     conductor ── forks ──> replay buffer, learner, two servers, oracle (with the proxies between them)
         ▲  │ strikes: kill -9 and loss of power, of one process or of all; SIGSTOP, SIGCONT
         │  └── a crash point is armed in the oracle ── hit, or its deadline ──> strike ──> go ──> the next one
+        │  turns dials: wall clocks jump, the buffer's disk fills up and gets space back
         └── ends of processes, the oracle's lines, deadlines: one selector, no thread
 
 A process that dies is started again at once. When a run has taken its strikes the faults end, and it must finish: each
 step has a deadline (invariant 12), and no process may refuse to start.
+
+Runs share one buffer, except those with retention: what a finished run keeps would pin the log for the next ones.
 """
 
 from __future__ import annotations
@@ -19,9 +22,8 @@ import selectors
 import signal
 import socket
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -31,13 +33,13 @@ from leeway.commands.configuration import RunConfiguration, read_configuration, 
 from leeway.config import load_document
 from leeway.process import EXIT_OK, EXIT_REFUSED
 from tests.chaos import programs
-from tests.chaos.disk import Losses
+from tests.chaos.archive import install_archive
+from tests.chaos.dial import Dial, Room, install_clock, install_disk
 from tests.chaos.fleet import Child, Program, lose_power
 from tests.chaos.oracle_process import Scene, run_oracle
-from tests.chaos.weather import TEMPERATE, Climate
+from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan, Tally
 from tests.e2e.rehearsal import EXAMPLE
 
-BUFFER, LEARNER, SERVERS = "replay-buffer", "learner", ("server-0", "server-1")
 ORACLE: Final = "oracle"
 _STRIKE_SECONDS: Final = 3.0
 """A crash point that is not reached within this time is struck all the same."""
@@ -46,79 +48,6 @@ _RUN_SECONDS: Final = 600.0
 """One run, whatever happens."""
 _MAX_DEATHS: Final = 25
 """Times that processes may end by themselves without a step before that counts as going round in circles."""
-
-EVENTS: Final = (
-    ("any", 60),
-    ("write.sent", 40),
-    ("write.answered", 40),
-    ("AcquireTickets.begun", 6),
-    ("AcquireTickets.ended", 6),
-    ("DrawBatch.begun", 3),
-    ("DrawBatch.ended", 3),
-    ("Advance.begun", 3),
-    ("Advance.ended", 3),
-    ("Commit.begun", 1),
-    ("Commit.ended", 1),
-    ("OpenRun.begun", 1),
-    ("OpenRun.ended", 1),
-    ("JoinRun.ended", 1),
-    ("CreateEvaluation.ended", 1),
-    ("WatchPolicy.ended", 4),
-    ("FetchWeights.begun", 4),
-)
-"""Crash points, and how many of their kind may pass first at most."""
-
-
-VICTIMS: Final = ((BUFFER, 3.0), (LEARNER, 2.0), (SERVERS[0], 2.0), (SERVERS[1], 2.0), ("all", 0.5))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What happens to a suite."""
-
-    seed: int
-    kills: int
-    directory: Path
-    victims: tuple[tuple[str, float], ...] = VICTIMS
-    """Who is struck, and how likely."""
-    events: tuple[tuple[str, int], ...] = EVENTS
-    stops: float = 0.2  # share of strikes that only stop a process for a while
-    rollbacks: float = 0.0  # share of strikes with which a person returns the run to an older checkpoint
-    kills_per_run: int = 20
-    steps: int = 30
-    step_seconds: float = 45.0  # when faults have ended, each step comes within this time
-    overrides: tuple[str, ...] = ()
-    climate: Climate = TEMPERATE
-    plant: Callable[[str], Callable[[], None] | None] = lambda _: None
-    """What a process does first, by name: the planted bugs."""
-
-
-@dataclass
-class Tally:
-    """What happened, over all runs."""
-
-    runs: int = 0
-    kills: Counter[str] = field(default_factory=Counter[str])
-    faults: Counter[str] = field(default_factory=Counter[str])
-    checked: Counter[str] = field(default_factory=Counter[str])
-    losses: Losses = field(default_factory=Losses)
-    violations: list[str] = field(default_factory=list[str])
-
-    def lines(self) -> list[str]:
-        """For people; the last line has the counts."""
-        by_number = Counter(int(line.partition(":")[0]) for line in self.violations)
-        kills = ", ".join(f"{name} {count}" for name, count in sorted(self.kills.items()))
-        faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))
-        checked = ", ".join(f"{name} {count}" for name, count in sorted(self.checked.items()))
-        losses = self.losses
-        return [
-            *self.violations,
-            f"runs {self.runs}; checked: {checked}",
-            f"disk: {losses.discarded_bytes} bytes discarded, {losses.torn_files} files torn, "
-            f"{losses.lost_names} names lost, {losses.undone_removals} removals undone",
-            f"kills {self.kills.total()} ({kills}); faults: {faults}; "
-            f"violations: {' '.join(f'{number}:{by_number[number]}' for number in range(1, 13))}",
-        ]
 
 
 def conduct(plan: Plan, say: Callable[[str], None]) -> Tally:
@@ -145,8 +74,13 @@ class _Run:
         self._rng = Random(f"{plan.seed}/{number}")
         self._base = plan.directory.resolve()
         self._run_directory = self._base / "runs" / self.name
-        for directory in (self._run_directory, self._base / "buffer", self._base / "logs", self._base / "ledgers"):
+        self._retention = self._rng.choice(plan.retentions)
+        self._buffer_disk = self._base / (f"buffer-{number}" if self._retention else "buffer")
+        self._archive = self._base / "archive" / str(number) if self._retention else None
+        folders = (self._run_directory, self._buffer_disk, self._base / "logs", self._base / "ledgers")
+        for directory in (*folders, self._base / "dials", *([self._archive] if self._archive else [])):
             directory.mkdir(parents=True, exist_ok=True)
+        self._dials = {name: Dial(self._base / "dials" / f"{self.name}-{name}") for name in (BUFFER, LEARNER, *SERVERS)}
         self._lifeline = os.pipe()
         self._selector = selectors.DefaultSelector()
         self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
@@ -165,7 +99,7 @@ class _Run:
         self._verdict: dict[str, Any] | None = None
         self._over = False
         configuration = self._configure()
-        self.described = _described(configuration)
+        self.described = _described(configuration, self._retention)
         self._real = configuration.network
         ours, theirs = socket.socketpair()
         self._oracle, self._unread = ours, b""
@@ -174,10 +108,11 @@ class _Run:
             run=self.name,
             run_directory=self._run_directory,
             learner_ledger=self._base / "ledgers" / LEARNER,
-            log_directory=self._base / "buffer" / "replay",
+            log_directory=self._buffer_disk / "replay",
+            archive=self._archive,
             replay_buffer=self._real.replay_buffer,
             policy=self._real.policy,
-            earlier_run=earlier,
+            earlier_run="" if self._retention else earlier,
             climate=plan.climate,
         )
         self._selector.register(ours, selectors.EVENT_READ)
@@ -203,11 +138,14 @@ class _Run:
             "evaluation.tasks=2",
             "evaluation.members=1",
             "network.weights=grpc",
-            f"replay_buffer.directory={self._base / 'buffer' / 'replay'}",
+            f"replay_buffer.directory={self._buffer_disk / 'replay'}",
             "replay_buffer.segment_bytes=1048576",
             "replay_buffer.lease_seconds=1.5",
-            "replay_buffer.soft_free_bytes=0",
-            "replay_buffer.hard_free_bytes=0",
+            "replay_buffer.soft_free_bytes=1",
+            "replay_buffer.hard_free_bytes=1",
+            "replay_buffer.disk_retry_seconds=0.1",
+            "replay_buffer.retry_seconds=0.2",
+            *self._retention,
             "inference_server.prefetch=0",
             "inference_server.ticket_wait_seconds=0.5",
             "inference_server.answer_timeout_seconds=5",
@@ -346,8 +284,8 @@ class _Run:
                 programs.run_replay_buffer,
                 (*common, f"--set=network.replay_buffer={self._real.replay_buffer}"),
                 self._log_path(BUFFER),
-                disk=self._base / "buffer",
-                ledger=ledgers / BUFFER,
+                disk=self._buffer_disk,
+                ledger=ledgers / self._buffer_disk.name,
             ),
             Program(
                 LEARNER,
@@ -362,9 +300,20 @@ class _Run:
                 for index, name in enumerate(SERVERS)
             ),
         ):
-            self._programs[program.name] = replace(program, before=self._plan.plant(program.name))
+            self._programs[program.name] = replace(program, before=partial(self._before, program.name))
             self._start(program.name)
         self._next_strike()
+
+    def _before(self, name: str) -> None:
+        """In the process: what it does before it is itself."""
+        install_clock(self._dials[name])
+        if name == BUFFER:
+            install_disk(self._dials[name], Random(f"{self._plan.seed}/{self.name}/{os.getpid()}"))
+            if self._archive is not None:
+                install_archive(self._archive)
+        plant = self._plan.plant(name)
+        if plant is not None:
+            plant()
 
     # Strikes
 
@@ -396,6 +345,8 @@ class _Run:
         if self._rng.random() < self._plan.rollbacks:
             self._tally.faults["returned to a checkpoint"] += 1
             self._tell(rollback=True)
+        if self._rng.random() < self._plan.hardships:
+            self._hardship()
         self._tell(go=True)
         self._strike_number += 1
         self._at(self._rng.random() * 0.6, self._next_strike)
@@ -412,6 +363,18 @@ class _Run:
         for name in victims:  # when all of them are dead
             self._tally.losses.add(lose_power(self._programs[name], self._rng))
             self._at(self._rng.random() * 0.3, partial(self._start, name))
+
+    def _hardship(self) -> None:
+        rng = self._rng
+        if rng.random() < 0.5:
+            self._tally.faults["clocks jumped"] += 1
+            offset_seconds = rng.choice((1.0, 1000.0)) * rng.uniform(-7200.0, 7200.0)
+            self._dials[rng.choice(sorted(self._dials))].set_clock(offset_seconds)
+            return
+        room = rng.choice((Room.SCARCE, Room.FULL))
+        self._tally.faults[f"disk {room.name.lower()}"] += 1
+        self._dials[BUFFER].set_room(room)
+        self._at(rng.uniform(0.2, 2.5), partial(self._dials[BUFFER].set_room, Room.PLENTY))
 
     def _stop(self, victims: Sequence[str]) -> None:
         for name in victims:
@@ -430,6 +393,7 @@ class _Run:
 
     def _end_faults(self) -> None:
         self._calm = True
+        self._dials[BUFFER].set_room(Room.PLENTY)
         self._tell(calm=True)
         self._expect_progress()
 
@@ -465,6 +429,7 @@ class _Run:
     def _last_restart(self) -> None:
         """What is judged is what a loss of power leaves."""
         self._kills_left = 0
+        self._dials[BUFFER].set_room(Room.PLENTY)
         child = self._children.get(BUFFER)
         if child is not None:
             child.signal(signal.SIGKILL)
@@ -494,9 +459,10 @@ class _Run:
             os.close(descriptor)
 
 
-def _described(configuration: RunConfiguration) -> str:
+def _described(configuration: RunConfiguration, retention: Sequence[str]) -> str:
     run = configuration.run
     return (
         f"{run.steps} steps of {run.groups_per_step} x {run.members}, bound {run.max_staleness}, "
         f"a checkpoint every {configuration.learner.checkpoint_every_steps}"
+        f"{'' if not retention else f', {retention[0].partition(chr(46))[2]}'}"
     )

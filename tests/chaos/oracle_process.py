@@ -23,17 +23,22 @@ from typing import Any, Final
 
 import grpc
 
+from leeway.errors import UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security
+from leeway.types import GroupRecord, RunStatus
 from leeway.v1 import common_pb2, replay_pb2, replay_pb2_grpc
-from tests.chaos.account import Account, Blind
+from tests.chaos.account import Account, Blind, wrongly_retired
+from tests.chaos.archive import gather
 from tests.chaos.checkpoints import missing_checkpoint
 from tests.chaos.weather import TEMPERATE, BadWeather, Climate, CrashPoint
+from tests.contract.buffer_server import connected, serving
 from tests.e2e.oracle import Evidence
 from tests.e2e.recording_proxy import Call, Record, Write, recording_proxy
 from tests.model.law import Broken, audit, read_log
 
 _PROBE_SECONDS: Final = 2.0
+_EXPORTS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class Scene:
     log_directory: Path
     replay_buffer: str  # where it really listens
     policy: str
+    archive: Path | None = None  # holds what was removed from the log; None without retention
     earlier_run: str = ""  # one that has finished on the same buffer
     climate: Climate = TEMPERATE
 
@@ -185,18 +191,34 @@ class _Watch:
 
     async def _judge(self, *, finished: bool) -> None:
         scene = self._scene
-        client = ReplayClient(scene.replay_buffer, scene.run, Security())
+        log_directory = scene.log_directory
+        groups, status = await self._export()
+        if scene.archive is not None:
+            log_directory = gather(scene.archive, scene.log_directory, scene.archive.with_name(f"{scene.run}-whole"))
+            async with serving(log_directory) as address, connected(address, scene.run) as whole:
+                kept, groups = groups, [group async for group in whole.export_groups()]
+            self._seen += [f"11: {line}" for line in wrongly_retired(self._record, groups, kept)]
+            self._counts["retired"] += len(groups) - len(kept)
+        evidence = Evidence(self._record, groups, status, scene.run_directory)
         try:
-            groups = [group async for group in client.export_groups()]
-            evidence = Evidence(self._record, groups, await client.run_status(), scene.run_directory)
-        finally:
-            await client.aclose()
-        try:
-            law = audit(read_log(scene.log_directory), scene.run)
+            law = audit(read_log(log_directory), scene.run)
             self._counts["records"] += law.num_records if law is not None else 0
         except Broken as broken:
             self._seen.append(f"{broken} (by the log)")
         self._conclude(Account(evidence, finished=finished).violations())
+
+    async def _export(self) -> tuple[list[GroupRecord], RunStatus]:
+        """What the buffer says; one that finds its index damaged ends, and is started again."""
+        client = ReplayClient(self._scene.replay_buffer, self._scene.run, Security())
+        try:
+            for _ in range(_EXPORTS):
+                with suppress(UnavailableError):
+                    return [group async for group in client.export_groups()], await client.run_status()
+                self._counts["exported again"] += 1
+                await asyncio.sleep(_PROBE_SECONDS)
+            raise UnavailableError("the buffer ended each time it was exported")
+        finally:
+            await client.aclose()
 
     def _conclude(self, violations: list[str]) -> None:
         self._tell(

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import learner.loop
 import replay_buffer.buffer
+import replay_buffer.storage.directory
 from learner.checkpoint import PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
 from replay_buffer.rules.admission import Admission
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.segments import AppendFile
-from tests.chaos.conductor import BUFFER, LEARNER, SERVERS, Plan
+from tests.chaos.plan import BUFFER, LEARNER, RETENTIONS, SERVERS, Plan
 from tests.chaos.weather import TEMPERATE
 
 
@@ -82,6 +84,29 @@ def staleness_by_subtraction() -> None:
     _everywhere("deadline_of", deadline_of)
 
 
+def write_on_a_full_disk() -> None:
+    """Nobody looks at what a write says."""
+    write = AppendFile.write
+
+    def careless(self: AppendFile, blocks: Sequence[bytes | memoryview]) -> int:
+        with suppress(OSError):
+            write(self, blocks)
+        return sum(map(len, blocks))
+
+    AppendFile.write = careless  # type: ignore[method-assign]
+
+
+def retire_what_is_kept() -> None:
+    """What has ended is of no use to anyone."""
+
+    def newest_live(states: Iterable[RunState], index: Any, newest: int) -> int:
+        del index
+        groups = [group for state in states for group in state.groups.unended.values()]
+        return min([newest, *(group.oldest_segment or newest for group in groups)])
+
+    replay_buffer.storage.directory.first_needed = newest_live
+
+
 def _everywhere(name: str, value: object) -> None:
     """Replace a function in every module of the buffer that knows it."""
     for module_name, module in list(sys.modules.items()):
@@ -112,6 +137,7 @@ _SHORT = Plan(seed=0, kills=8, directory=Path(), kills_per_run=8, steps=14, stop
 _HAUNTED = replace(TEMPERATE, ghost=0.6, longest_ghost_seconds=2.0)
 _ADVANCES = (("Advance.ended", 3), ("DrawBatch.ended", 3))
 _REWINDING = ("learner.checkpoint_every_steps=4", "run.max_staleness=1", "evaluation.every_steps=0")
+_KEEPING = ("learner.keep_checkpoints=100", "learner.checkpoint_every_steps=4")
 
 BUGS = {
     "acknowledge-before-fsync": Bug(
@@ -151,6 +177,20 @@ BUGS = {
         BUFFER,
         (12,),
         replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
+    ),
+    "write-on-a-full-disk": Bug(
+        write_on_a_full_disk,
+        BUFFER,
+        (1, 12),
+        replace(
+            _SHORT, victims=((BUFFER, 1.0), (SERVERS[0], 2.0)), events=(("write.sent", 20),), hardships=1.0, steps=30
+        ),
+    ),
+    "retire-what-is-kept": Bug(
+        retire_what_is_kept,
+        BUFFER,
+        (11, 12),
+        replace(_SHORT, victims=((BUFFER, 1.0),), kills=2, steps=30, retentions=(RETENTIONS[1],), overrides=_KEEPING),
     ),
     "staleness-by-subtraction": Bug(
         staleness_by_subtraction,

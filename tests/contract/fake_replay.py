@@ -15,6 +15,7 @@ from leeway.assembly import assemble_trajectory
 from leeway.errors import ExhaustedError
 from leeway.rpc import RunningServer, Security, start_server
 from leeway.types import (
+    Drain,
     Purpose,
     RunSpec,
     SamplingParams,
@@ -99,6 +100,8 @@ class FakeReplay(_Servicer):
         self.ask_arrived = asyncio.Event()
         self.more = asyncio.Condition()
         self.renewed: list[tuple[str, int]] = []
+        self.left: list[str] = []
+        self.drained: Drain | None = None  # told to every server that asks
         self.abort_on_renewal: set[tuple[str, int]] = set()
         self.streams = 0
         self.judge: Callable[[WriteItem], WriteResult | None] = lambda _: None
@@ -152,7 +155,9 @@ class FakeReplay(_Servicer):
     def _reply(self, tickets: list[Ticket]) -> replay_pb2.AcquireTicketsResponse:
         self.issued.update(member.trajectory_id for ticket in tickets for member in ticket.members)
         return replay_pb2.AcquireTicketsResponse(
-            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets], finished=self.finished
+            tickets=[codec.ticket_to_proto(ticket) for ticket in tickets],
+            finished=self.finished,
+            drained=None if self.drained is None else codec.drain_to_proto(self.drained),
         )
 
     async def WriteTrajectories(
@@ -192,6 +197,10 @@ class FakeReplay(_Servicer):
             if self.stop_after is not None and self.num_endings >= self.stop_after:
                 self.finished = True
         return result(item, WriteStatus.ACKNOWLEDGED)
+
+    async def LeaveRun(self, request: replay_pb2.LeaveRunRequest, context: Any) -> replay_pb2.LeaveRunResponse:
+        self.left.append(request.server_id)
+        return replay_pb2.LeaveRunResponse()
 
     async def RenewLeases(self, request: replay_pb2.RenewLeasesRequest, context: Any) -> replay_pb2.RenewLeasesResponse:
         keys = [(ticket.group_id, ticket.attempt) for ticket in request.tickets]

@@ -7,19 +7,20 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server import rollout_worker
+from inference_server import joining
 from inference_server.engine import Engine
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.reward import RewardLimits, RewardRunner
 from inference_server.rollout_worker import RolloutWorker, WorkerLimits
 from inference_server.served_policy import ServedPolicy
-from inference_server.trajectory_writer import WriterLimits
+from inference_server.write_window import WriterLimits
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
 from leeway.errors import ExhaustedError, PreconditionError, UnavailableError
@@ -28,6 +29,8 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
 from leeway.tasks import TaskSet
 from leeway.types import (
+    Drain,
+    DrainReason,
     LogprobMode,
     Purpose,
     SegmentKind,
@@ -211,7 +214,7 @@ async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_
 async def test_a_server_that_waits_for_its_first_version_hears_that_the_run_has_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rollout_worker, "_JOIN_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(joining, "_JOIN_WAIT_SECONDS", 0.01)
     replay = FakeReplay()
     async with working(replay, step=None) as rig:
         await until(lambda: replay.joined > 2)  # it is asked again and again
@@ -400,6 +403,38 @@ async def test_a_stop_hands_back_what_is_open() -> None:
                 assert "server-0 stopped" in failure.message
 
 
+async def test_a_server_that_stops_leaves_the_run_after_its_last_write() -> None:
+    replay = FakeReplay()
+    await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=4000, stop_token_ids=())))
+    async with working(replay, chunk_tokens=1, token_seconds=0.01) as rig:
+        await until(lambda: bool(replay.arrived))
+        rig.stop.set()
+        await rig.task
+        assert replay.left == ["server-0"]
+        assert replay.num_endings == 4
+    finished = FakeReplay()
+    async with working(finished) as rig:
+        await rig.finish()
+    assert finished.left == [], "a finished run needs no word"
+
+
+async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING")
+    replay = FakeReplay()
+    replay.drained = Drain(DrainReason.DIVERGING, "2 nats from the others", datetime(2026, 1, 1, tzinfo=UTC))
+    async with working(replay, limits=WorkerLimits(ticket_wait_seconds=0.01)) as rig:
+        await until(lambda: len(replay.asked) > 3)
+        replay.drained = None
+        await replay.add(ticket(1))
+        await rig.ended(4)
+        await rig.finish()
+    told = [record.message for record in caplog.records if record.name == "inference_server.rollout_worker"]
+    assert told == [
+        "server server-0 is drained (diverging) and gets no work until `leeway fleet readmit`: 2 nats from the others",
+        f"server server-0 is readmitted to run {RUN}",
+    ]
+
+
 async def test_tickets_that_arrive_after_the_stop_are_handed_back() -> None:
     replay = FakeReplay()
     async with working(replay, limits=WorkerLimits(ticket_wait_seconds=10.0)) as rig:
@@ -430,8 +465,7 @@ async def test_leases_are_renewed_while_a_reward_takes_long_and_aborted_ones_giv
     async with working(replay, reward=lambda _t, _c: release.wait(30)) as rig:
         await until(lambda: {("g1", 1), ("g2", 1)} <= set(replay.renewed))
         replay.abort_on_renewal = {("g1", 1)}
-        await until(lambda: ("g1", 1) not in rig.worker._loans)
-        assert ("g2", 1) in rig.worker._loans
+        await until(lambda: [loan.ticket.group_id for loan in rig.worker._loans] == ["g2"])
         release.set()
         await rig.ended(4)
         assert replay.written["g1.0", 1].close is None

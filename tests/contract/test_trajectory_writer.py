@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from inference_server.trajectory_writer import MAX_ITEM_BYTES, TrajectoryWriter, WriterLimits
+from inference_server.trajectory_writer import TrajectoryWriter
+from inference_server.write_window import MAX_ITEM_BYTES, WriterLimits
 from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait

@@ -13,7 +13,7 @@ from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngi
 from inference_server.reward import RewardLimits, RewardRunner
 from inference_server.rollout_worker import RolloutWorker, WorkerLimits
 from inference_server.served_policy import ServedPolicy
-from inference_server.trajectory_writer import WriterLimits
+from inference_server.write_window import WriterLimits
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
 from leeway.metrics import InferenceServerMetrics

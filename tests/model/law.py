@@ -30,7 +30,7 @@ OPEN, READY, DRAWN, CONSUMED, DROPPED = (
 )
 TRAIN, EVAL = replay_pb2.PURPOSE_TRAIN, replay_pb2.PURPOSE_EVAL
 TOO_OLD: Final = {replay_pb2.DROP_REASON_STALE, replay_pb2.DROP_REASON_LEASE_LOST}
-REQUEUES: Final = {*TOO_OLD, replay_pb2.DROP_REASON_ROLLED_BACK}
+REQUEUES: Final = {*TOO_OLD, replay_pb2.DROP_REASON_ROLLED_BACK, replay_pb2.DROP_REASON_DIVERGED}
 SET_ASIDE: Final = {
     replay_pb2.DROP_REASON_DEAD_LETTER,
     replay_pb2.DROP_REASON_FAILED,
@@ -67,6 +67,7 @@ class Member:
     items: int = 0
     end: End = End.OPEN
     versions: set[Version] = field(default_factory=set[Version])
+    server: str = ""
 
 
 @dataclass(slots=True)
@@ -112,6 +113,7 @@ class Law:
         self.discarded: set[Version] = set()
         self.must_open_at: Version | None = None
         self.num_records = 0
+        self.drained: set[str] = set()
 
     # The words of the protocol
 
@@ -238,6 +240,9 @@ class Law:
     def _take_ticket_issued(self, issued: log_pb2.TicketIssued) -> None:
         ticket, version = issued.ticket, name(issued.version)
         _must(not self.finished, 9, f"{ticket.group_id} is lent after the end")
+        _must(
+            issued.server_id not in self.drained, 9, f"{ticket.group_id} goes to {issued.server_id}, which is drained"
+        )
         _must(version in self.parents, 9, f"{ticket.group_id} is lent at {version}, which was never registered")
         group = self.groups.get(ticket.group_id)
         if group is None:
@@ -246,7 +251,7 @@ class Law:
             self._reissue(ticket, version, group)
         group.attempt, group.server_version = ticket.attempt, version
         for lent in ticket.members:
-            group.members[lent.member] = Member(ticket.attempt)
+            group.members[lent.member] = Member(ticket.attempt, server=issued.server_id)
 
     def _new_group(self, ticket: replay_pb2.Ticket, version: Version) -> Group:
         group_id, spec = ticket.group_id, self.spec
@@ -411,6 +416,24 @@ class Law:
         left = [group_id for group_id, group in self.groups.items() if not group.ended]
         _must(not left, 3, f"the run ends with {left} live")
         self.finished = True
+
+    def _take_server_drained(self, drained: log_pb2.ServerDrained) -> None:
+        server = drained.server_id
+        _must(server not in self.drained and not self.finished, 3, f"{server} is drained again, or after the end")
+        self.drained.add(server)
+        touched = {
+            group_id
+            for group_id, group in self.groups.items()
+            if group.purpose == TRAIN and group.state in (OPEN, READY) and server in {m.server for m in group.members}
+        }
+        gone = touched if drained.reason == replay_pb2.DRAIN_REASON_DIVERGING else set[str]()
+        _must(set(drained.group_ids) == gone, 3, f"{server} is drained with {drained.group_ids}; it has part in {gone}")
+        for group_id in drained.group_ids:
+            self._drop(self.groups[group_id], replay_pb2.DROP_REASON_DIVERGED, group_id)
+
+    def _take_server_readmitted(self, readmitted: log_pb2.ServerReadmitted) -> None:
+        _must(readmitted.server_id in self.drained, 3, f"{readmitted.server_id} is readmitted, but was not drained")
+        self.drained.discard(readmitted.server_id)
 
     def _drop(self, group: Group, reason: int, group_id: str) -> None:
         group.state, group.reason = DROPPED, reason

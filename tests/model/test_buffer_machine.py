@@ -285,6 +285,58 @@ class BufferMachine(RuleBasedStateMachine):
         assert self.call("RequeueDeadLetters", request).requeued_count == 1
         assert group_id not in law.dead_letters
 
+    @rule(
+        server=st.sampled_from(SERVERS),
+        reason=st.sampled_from(replay_pb2.DrainReason.values()[1:]),
+        number=pick,
+        behind=st.sampled_from([None, 0, 0, 1]),
+    )
+    def drain(self, server: str, reason: int, number: int, behind: int | None) -> None:
+        """The learner or a person takes a server out."""
+        law = self.law
+        if number % 6:
+            return
+        request = replay_pb2.DrainServerRequest(
+            run=RUN,
+            server_id=server,
+            reason=reason,  # type: ignore[arg-type]
+            message="not like the others",
+            epoch=0 if behind is None else law.epoch - behind,
+            force=bool(number // 6 % 2),
+        )
+        if behind and request.epoch:
+            self.refused(FencedError, "DrainServer", request)
+            return
+        fit = not law.finished and (behind is None or law.must_open_at is None or not request.epoch)
+        before = set(law.drained)
+        try:
+            reply = self.call("DrainServer", request)
+        except PreconditionError:
+            # Who is at work is the clock's business; a force only fails where nothing can be decided.
+            assert law.drained == before
+            assert not (request.force and fit)
+            return
+        assert law.drained == before | {server}
+        assert reply.drain.message == "not like the others"
+        assert (server in before) <= (self.call("DrainServer", request).dropped_count == 0)
+        listed = self.call("ListServers", replay_pb2.ListServersRequest(run=RUN)).servers
+        assert {entry.server_id for entry in listed if entry.HasField("drained")} == law.drained
+
+    @rule(server=st.sampled_from(SERVERS))
+    def readmit(self, server: str) -> None:
+        law = self.law
+        request = replay_pb2.ReadmitServerRequest(run=RUN, server_id=server)
+        if law.finished:
+            self.refused(PreconditionError, "ReadmitServer", request)
+            return
+        drained = server in law.drained
+        assert self.call("ReadmitServer", request).readmitted == drained
+        assert server not in law.drained
+
+    @rule(server=st.sampled_from(SERVERS))
+    def leave(self, server: str) -> None:
+        self.call("LeaveRun", replay_pb2.LeaveRunRequest(run=RUN, server_id=server))
+
     @precondition(lambda self: self.law.committed == self.law.step >= 2 and self.law.must_open_at is None)
     @rule(sure=st.integers(0, 3))
     def finish(self, sure: int) -> None:
@@ -309,7 +361,12 @@ class BufferMachine(RuleBasedStateMachine):
             self.refused(PreconditionError, "AcquireTickets", request)
             return
         before = {key: group.attempt for key, group in law.groups.items()}
-        tickets = list(self.call("AcquireTickets", request).tickets)
+        reply = self.call("AcquireTickets", request)
+        tickets = list(reply.tickets)
+        assert reply.HasField("drained") == (server in law.drained)
+        if server in law.drained:
+            assert not tickets
+            return
         assert sum(len(ticket.members) for ticket in tickets) <= room
         lent = {key: group.attempt for key, group in law.groups.items() if group.attempt != before.get(key)}
         assert lent == {ticket.group_id: ticket.attempt for ticket in tickets}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from inference_server.options import InferenceServerOptions
-from inference_server.server import InferenceServerProcess, main
+from inference_server.server import InferenceServerProcess, Joining, main
 from leeway.config import load_document, section
 from leeway.errors import ConfigError
 
@@ -88,10 +88,24 @@ def test_a_backend_samples_where_one_is_named(config: Path) -> None:
         InferenceServerProcess(load_document(config, [one]), 1)
 
 
+def test_a_server_may_join_beside_the_configured_ones(config: Path) -> None:
+    joined = InferenceServerProcess(load_document(config), 0, "127.0.0.1:9", Joining("spare"))
+    assert (joined.server_id, joined.backend) == ("spare", "127.0.0.1:9")
+    assert joined.address.startswith("127.0.0.1:")
+    assert joined.metrics_port
+    placed = InferenceServerProcess(load_document(config), 0, None, Joining("spare", "127.0.0.1:7", 8))
+    assert (placed.address, placed.metrics_port) == ("127.0.0.1:7", 8)
+    with pytest.raises(ConfigError, match="server-1 is one of the configured servers"):
+        InferenceServerProcess(load_document(config), 0, None, Joining("server-1"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (["--check"], 0, ""),
+        (["--join", "spare", "--check"], 0, ""),
+        (["--join", "", "--check"], 2, "belong to --join NAME"),
+        (["--metrics-port", "9", "--check"], 2, "belong to --join NAME"),
         (["--index", "5", "--check"], 2, "none for --index 5"),
         (["--set", "inference_server.nonsense=1"], 2, "unknown key"),
         ([], 2, "tasks.jsonl: cannot read tasks"),

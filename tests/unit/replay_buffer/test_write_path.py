@@ -18,7 +18,8 @@ from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.records import Record, decode, encode, stored_chunk, stored_close
-from replay_buffer.storage.segments import SegmentReader, frame, segment_path
+from replay_buffer.storage.segment_reader import SegmentReader
+from replay_buffer.storage.segments import frame, segment_path
 from replay_buffer.views import view_group
 from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, close, spec, whole
 

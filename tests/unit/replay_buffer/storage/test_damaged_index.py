@@ -53,6 +53,14 @@ def test_a_damaged_page_is_never_met_by_a_write(directory: Path, tmp_path: Path)
         assert _exported(copy) == exported
 
 
+def test_names_that_are_no_text_any_more_are_damage(directory: Path) -> None:
+    exported = _exported(directory)
+    data = (directory / FILE).read_bytes()
+    assert b"CREATE TABLE groups (" in data
+    (directory / FILE).write_bytes(data.replace(b"CREATE TABLE groups (", b"CREATE TABLE groups \xcc"))
+    assert _exported(directory) == exported
+
+
 def _exported(directory: Path) -> list[replay_pb2.ExportGroupsResponse]:
     harness = Harness(directory)
     try:

@@ -306,7 +306,8 @@ async def test_a_snapshot_of_another_log_with_the_same_name_is_passed_over(tmp_p
     data = bytearray(path.read_bytes())
     last = data.rindex(b"test-run")
     assert last > len(data) - 200
-    from replay_buffer.storage.segments import HEADER, crc32c, verify_segment
+    from replay_buffer.storage.segment_scan import verify_segment
+    from replay_buffer.storage.segments import HEADER, crc32c
 
     offset, payload = list(verify_segment(path, last=False))[-1]
     changed = payload.replace(b"test-run", b"test-run", 1)

@@ -8,7 +8,7 @@ import logging
 import os
 import struct
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -190,7 +190,7 @@ class _File:
         self._disk, self._path, self._file = disk, path, AppendFile(path)
         disk.durable_bytes.setdefault(path, path.stat().st_size)
 
-    def write(self, data: bytes | memoryview) -> int:
+    def write(self, blocks: Sequence[bytes | memoryview]) -> int:
         disk = self._disk
         if disk.write_error is not None:
             raise OSError(disk.write_error, os.strerror(disk.write_error))
@@ -198,9 +198,9 @@ class _File:
             if not disk.room:
                 disk.refused.release()
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            data = data[: disk.room]
-            disk.room -= len(data)
-        return self._file.write(data)
+            blocks = [b"".join(blocks)[: disk.room]]
+            disk.room -= len(blocks[0])
+        return self._file.write(blocks)
 
     def sync(self) -> None:
         self._disk.sync_begun.set()
@@ -335,3 +335,21 @@ async def test_a_stop_on_a_full_disk_ends(tmp_path: Path) -> None:
 def test_the_frame_is_what_the_contract_says() -> None:
     # CRC-32C of "123456789" is the check value of the Castagnoli polynomial.
     assert frame(b"123456789") == struct.pack("<II", 9, 0xE3069283) + b"123456789"
+
+
+async def test_many_blocks_and_short_writes_keep_every_byte(tmp_path: Path) -> None:
+    """More blocks than one system call takes, on a disk that takes a little at a time."""
+    payloads = [bytes([number % 251]) * (40_000 if number % 2 else 3) for number in range(2100)]
+
+    class Short(AppendFile):
+        def write(self, blocks: Sequence[bytes | memoryview]) -> int:
+            assert len(blocks) <= 1024
+            return super().write([memoryview(b"".join(blocks))[:700_001]])
+
+    log = Log(LogOptions(tmp_path, open_file=Short))
+    log.start()
+    for payload in payloads:
+        log.append(payload)
+    await log.durable()
+    await log.aclose()
+    assert segment_path(tmp_path, 1).read_bytes() == b"".join(map(frame, payloads))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from leeway.types import Evaluation, SamplingParams, TrajectoryFailure, WriteItem
+from leeway.types import DrainReason, Evaluation, SamplingParams, TrajectoryFailure, WriteItem
 from leeway.v1.storage_pb2 import RunSnapshot
+from replay_buffer.rules.drain import decide_drain
 from replay_buffer.rules.evaluation import decide_evaluation
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Batch, Group, Location
@@ -46,6 +47,9 @@ def rich_state() -> RunState:
     state.batches |= {7: Batch(7, ("a", "b"), sealed=True), 8: Batch(8, ("c", "d"))}
     state.lost_attempts[3] = 2
     state.incarnations[b"learner"] = 4
+    machine.record(
+        decide_drain(state, "s9", DrainReason.DIVERGING, "odd", epoch=state.epoch, others_at_work={"s0"}, force=False)
+    )
     state.requeued.extend([4, 1])
     state.finished = True
     return state

@@ -1,0 +1,183 @@
+"""What a writer has sent and not got answered, and what it has still to send: one order, bounded.
+
+add ──> unsent ──> take_batch ──> in flight ──> take_answer ──> acknowledged: forgotten
+           ▲                                        ├── refused: forgotten and reported
+           │                                        └── exhausted, out of range: again
+           └── take_back (the stream broke) ────────────── send_again_when_complete
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from leeway.errors import InvalidDataError
+from leeway.rpc import MAX_MESSAGE_BYTES
+from leeway.types import WriteItem, WriteResult, WriteStatus
+
+_OVERHEAD_BYTES: Final = 256
+"""What an item takes beside its chunk; counted for closes and failures too."""
+MAX_ITEM_BYTES: Final = MAX_MESSAGE_BYTES - (1 << 16)
+
+
+@dataclass(frozen=True, slots=True)
+class WriterLimits:
+    """Bounds of the writer.
+
+    Args:
+        max_items: writes without an answer; `write` waits beyond it.
+        max_bytes: their bytes.
+        batch_bytes: a message is sent as soon as it has this much.
+        batch_items: or this many items.
+        flush_seconds: or this long after its first item.
+        answer_timeout_seconds: without an answer for so long the stream counts as broken.
+        patience_seconds: without any answer for so long, over all streams, the writer gives up.
+        exhausted_wait_seconds: how long to wait when the buffer has no room and does not say for how long.
+    """
+
+    max_items: int = 4096
+    max_bytes: int = 64 << 20
+    batch_bytes: int = 1 << 20
+    batch_items: int = 256
+    flush_seconds: float = 0.005
+    answer_timeout_seconds: float = 60.0
+    patience_seconds: float = 600.0
+    exhausted_wait_seconds: float = 2.0
+
+
+class WriteWindow:
+    """See the module's docstring.
+
+    Args:
+        limits: its bounds, and those of a batch.
+        on_refused: takes the answer to each item that will not be accepted, however often it is sent.
+    """
+
+    def __init__(self, limits: WriterLimits, on_refused: Callable[[WriteResult], None]) -> None:
+        self._limits = limits
+        self._on_refused = on_refused
+        self._unsent: deque[WriteItem] = deque()
+        self._in_flight: deque[WriteItem] = deque()
+        self._again: list[tuple[WriteItem, WriteResult]] = []  # answered, but to be sent once more
+        self._bytes = 0
+        self._unsent_bytes = 0
+        self.sendable = asyncio.Event()  # something is unsent, and nothing has to go before it
+        self.batch_full = asyncio.Event()
+
+    def __len__(self) -> int:
+        """Items without a final answer."""
+        return len(self._unsent) + len(self._in_flight) + len(self._again)
+
+    def add(self, items: Sequence[WriteItem]) -> None:
+        """Queue items, in order."""
+        self._unsent.extend(items)
+        size_bytes = sum(map(size_bytes_of, items))
+        self._bytes += size_bytes
+        self._unsent_bytes += size_bytes
+        self._show_unsent()
+
+    def take_batch(self) -> list[WriteItem]:
+        """The next unsent items, at most one message of them; they are in flight from now on."""
+        batch: list[WriteItem] = []
+        batch_bytes = 0
+        while self._unsent and len(batch) < self._limits.batch_items:
+            size_bytes = size_bytes_of(self._unsent[0])
+            if batch and batch_bytes + size_bytes > self._limits.batch_bytes:
+                break
+            batch.append(self._unsent.popleft())
+            batch_bytes += size_bytes
+        self._in_flight.extend(batch)
+        self._unsent_bytes -= batch_bytes
+        self._show_unsent()
+        return batch
+
+    def take_answer(self, result: WriteResult) -> None:
+        """One answer; they come in the order of the items.
+
+        Raises:
+            InvalidDataError: the answer is not that of the next item.
+        """
+        item = self._in_flight[0] if self._in_flight else None
+        if item is None or (item.trajectory_id, item.attempt, item.seq) != (
+            result.trajectory_id,
+            result.attempt,
+            result.seq,
+        ):
+            raise InvalidDataError(f"the answer to {result.trajectory_id} seq {result.seq} is out of order")
+        self._in_flight.popleft()
+        match result.status:
+            case WriteStatus.ACKNOWLEDGED:
+                self._bytes -= size_bytes_of(item)
+            case WriteStatus.EXHAUSTED | WriteStatus.OUT_OF_RANGE:
+                self._again.append((item, result))
+                self.sendable.clear()
+            case _:
+                self._refuse(item, result)
+
+    def _refuse(self, item: WriteItem, result: WriteResult) -> None:
+        self._bytes -= size_bytes_of(item)
+        self._on_refused(result)
+
+    def send_again_when_complete(self) -> float | None:
+        """Once nothing is in flight, put back what has to be sent again, in its order and before everything unsent.
+
+        Returns:
+            The longest wait that the buffer asked for, 0 when it named none; None when it had room for everything.
+        """
+        if not self._again or self._in_flight:
+            return None
+        again, self._again = self._again, []
+        coming: set[tuple[str, int, int]] = set()
+        items: list[WriteItem] = []
+        for item, result in again:
+            missing = (item.trajectory_id, item.attempt, result.expected_seq)
+            if result.status is WriteStatus.OUT_OF_RANGE and missing not in coming:
+                # What the buffer misses was acknowledged or refused before: it cannot be sent again.
+                self._refuse(item, result)
+                continue
+            coming.add((item.trajectory_id, item.attempt, item.seq))
+            items.append(item)
+        self._put_back(items)
+        exhausted = [result.retry_seconds or 0.0 for _, result in again if result.status is WriteStatus.EXHAUSTED]
+        return max(exhausted, default=None)
+
+    def take_back(self) -> None:
+        """The stream broke: whatever has no final answer is unsent again, in its order."""
+        items = [item for item, _ in self._again]
+        items.extend(self._in_flight)
+        self._again = []
+        self._in_flight.clear()
+        self._put_back(items)
+
+    def _put_back(self, items: Sequence[WriteItem]) -> None:
+        self._unsent.extendleft(reversed(items))
+        self._unsent_bytes += sum(size_bytes_of(item) for item in items)
+        self._show_unsent()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the next item has to wait."""
+        return len(self) > 0 and (len(self) >= self._limits.max_items or self._bytes >= self._limits.max_bytes)
+
+    def _show_unsent(self) -> None:
+        limits = self._limits
+        _set(self.sendable, bool(self._unsent) and not self._again)
+        _set(
+            self.batch_full,
+            len(self._unsent) >= limits.batch_items or self._unsent_bytes >= limits.batch_bytes,
+        )
+
+
+def size_bytes_of(item: WriteItem) -> int:
+    """What an item counts."""
+    return _OVERHEAD_BYTES + (len(item.content) if isinstance(item.content, bytes) else 0)
+
+
+def _set(event: asyncio.Event, value: bool) -> None:
+    if value:
+        event.set()
+    else:
+        event.clear()

@@ -1,0 +1,141 @@
+"""Servers come and go during a run, and one of them lies about its weights: it is named and taken out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from leeway.commands.main import main
+from leeway.ports import free_port
+from leeway.types import DropReason, GroupState, Purpose
+from tests.e2e.oracle import Oracle
+from tests.e2e.recording_proxy import Call, Write
+from tests.e2e.rehearsal import rehearse
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+STEPS = 80
+JOIN_AT_STEP = 4
+ENOUGH_CLOSES = 6
+"""Trajectories of a server after which it may go."""
+
+
+class HonestOnly(Oracle):
+    """Tokens of the lying server need not be what their labels say; everything else holds for it, too."""
+
+    legal_drops: ClassVar = {
+        Purpose.TRAIN: Oracle.legal_drops[Purpose.TRAIN] | {DropReason.DIVERGED},
+        Purpose.EVAL: Oracle.legal_drops[Purpose.EVAL],
+    }
+
+    def true(self) -> Iterator[str]:
+        lies = {name for name, (_, record) in self.trajectories.items() if record.server_id == "odd"}
+        return (line for line in super().true() if line.partition(":")[0] not in lies or "was to start from" in line)
+
+
+class Visitors:
+    """Servers that the configuration does not list, each a process of its own.
+
+    late     joins and stays
+    leaver   joins, works, and gets SIGTERM
+    mortal   joins, works, and gets SIGKILL
+    odd      joins through a backend that serves stale weights under new labels
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.config = directory / "rehearsal" / "config.toml"
+        self.logs = directory
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self.starting: list[asyncio.Task[None]] = []
+        self.closed: Counter[str] = Counter()
+        self.gone: set[str] = set()
+
+    def on_event(self, event: str, subject: Call | Write) -> None:
+        if event == "Advance.ended" and isinstance(subject, Call) and not self.starting:
+            if subject.request.version.step >= JOIN_AT_STEP:
+                self.starting = [asyncio.create_task(self._start())]
+        elif event == "write.answered" and isinstance(subject, Write):
+            self.closed[subject.server_id] += subject.item.WhichOneof("content") == "close"
+            for name, number in (("leaver", signal.SIGTERM), ("mortal", signal.SIGKILL)):
+                if self.closed[name] >= ENOUGH_CLOSES and name not in self.gone:
+                    self.gone.add(name)
+                    self.processes[name].send_signal(number)
+
+    async def _start(self) -> None:
+        for name in ("late", "leaver", "mortal"):
+            await self._run(name, "inference_server", "--config", str(self.config), "--join", name)
+        address = f"127.0.0.1:{free_port('127.0.0.1')}"
+        await self._run("backend", "tests.e2e.stale_backend", "--address", address, "--run", "rehearsal")
+        arguments = ("--config", str(self.config), "--join", "odd", "--backend", address)
+        await self._run("odd", "inference_server.worker", *arguments)
+
+    async def _run(self, name: str, *argv: str) -> None:
+        with (self.logs / f"{name}.log").open("wb") as log_file:
+            self.processes[name] = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", *argv, stdin=asyncio.subprocess.DEVNULL, stdout=log_file, stderr=log_file
+            )
+
+    async def ended(self) -> dict[str, int]:
+        """Exit codes; the backend is stopped, the others have to end by themselves."""
+        self.processes["backend"].terminate()
+        try:
+            async with asyncio.timeout(20):
+                return {name: await process.wait() for name, process in self.processes.items()}
+        finally:
+            for process in self.processes.values():
+                if process.returncode is None:
+                    process.kill()
+
+
+async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    visitors = Visitors(tmp_path)
+    overrides = (
+        f"run.steps={STEPS}",
+        "inference_server.arithmetic.token_seconds=0.02",
+        "replay_buffer.lease_seconds=3",
+        "learner.fleet.min_tokens=200",
+    )
+    try:
+        outcome, _, _, evidence = await rehearse(tmp_path, "nobody", [], overrides, [visitors.on_event])
+    finally:
+        codes = await visitors.ended() if visitors.processes else {}
+    assert outcome.error == ""
+    assert codes == {"late": 0, "leaver": 0, "mortal": -signal.SIGKILL, "backend": 0, "odd": 0}
+    assert HonestOnly(evidence).violations() == []
+
+    trained = Counter(
+        trajectory.server_id
+        for group in evidence.groups
+        if group.state is GroupState.CONSUMED and group.purpose is Purpose.TRAIN
+        for trajectory in group.trajectories
+    )
+    assert {"server-0", "server-1", "late", "leaver", "mortal"} <= trained.keys()
+
+    # It is named, in the summary, by the command and to itself; and it got nothing more.
+    summary = json.loads((evidence.run_directory / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["steps"] == STEPS
+    (drained,) = summary["drained_servers"]
+    assert (drained["server"], drained["reason"]) == ("odd", "diverging")
+    assert "nats per token further from the learner's" in drained["message"]
+    drains = evidence.record.of("DrainServer")
+    assert [(call.request.server_id, call.request.epoch) for call in drains] == [("odd", 1)]
+    after = [call for call in evidence.record.of("AcquireTickets") if call.begun > (drains[0].ended or 0)]
+    assert any(call.request.server_id == "odd" and call.reply.HasField("drained") for call in after)
+    assert not any(call.request.server_id == "odd" and call.reply.tickets for call in after)
+    assert "server odd is drained (diverging)" in (tmp_path / "odd.log").read_text()
+    assert await asyncio.to_thread(main, ["fleet", "ls", str(evidence.run_directory)]) == 0
+    assert "drained (diverging), gone" in capsys.readouterr().out
+
+    # Who leaves says so, after its last write; what it held was lent to others.
+    (left,) = [call for call in evidence.record.of("LeaveRun") if call.request.server_id == "leaver"]
+    writes = [write for write in evidence.record.writes if write.server_id == "leaver"]
+    assert all(write.sent < left.begun for write in writes)
