@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from leeway.errors import LeewayError
 from leeway.huggingface import model_signature
-from leeway.rpc import cancel_and_wait
 from leeway.types import ColumnKind, PolicyVersion, SamplingParams, VersionSpan, WeightSnapshot
 from tests.engines.conftest import ENGINES, VOCAB_SIZE, make_model
 from tests.engines.engine_server import (
@@ -138,34 +137,30 @@ async def test_no_server_ever_serves_a_mixture_and_every_label_is_right(engine: 
     await publisher.publish(history.publish())
     try:
         with started_server(engine, python, settings, tmp_path) as server:
-            sampling = asyncio.create_task(_sample_for_ever(server, account, 1))
-            for _ in range(KILLED_AT):
-                await _push(publisher, history, server, account)
-            history.train()
-            await publisher.publish(history.publish())
-            if recomputed:
-                await _until_staged(staging)
-            await _kill(server)
-            await cancel_and_wait(sampling)
-            _raise_assertion(sampling)
+            async with _sequences(server, account, 1):
+                for _ in range(KILLED_AT):
+                    await _push(publisher, history, server, account)
+                history.train()
+                await publisher.publish(history.publish())
+                if recomputed:
+                    await _until_staged(staging)
+                await _kill(server)
         with started_server(engine, python, settings, tmp_path) as server:
-            sampling = asyncio.create_task(_sample_for_ever(server, account, 2))
-            for _ in range(PUSHES - KILLED_AT - 1):
-                await _push(publisher, history, server, account)
-            faults.probability = 0.0
-            history.train()
-            last = history.publish()
-            await publisher.publish(last)
-            await _until(server, lambda version: version == last.version, 60.0)
+            async with _sequences(server, account, 2):
+                for _ in range(PUSHES - KILLED_AT - 1):
+                    await _push(publisher, history, server, account)
+                faults.probability = 0.0
+                history.train()
+                last = history.publish()
+                await publisher.publish(last)
+                await _until(server, lambda version: version == last.version, 60.0)
             account.assert_told_apart(await _served(server, account))
-            await cancel_and_wait(sampling)
-            _raise_assertion(sampling)
     finally:
         await learner.stop(0.0)
         await publisher.aclose()
     assert list(staging.iterdir()) == []
     assert sum(faults.counts.values()) >= 3, faults.counts
-    assert account.num_tokens > 500
+    assert account.num_tokens > 200
     assert account.num_swapped
     assert len(account.versions) > PUSHES // 2
     sent = {
@@ -196,25 +191,29 @@ async def _served(server: EngineServer, account: Account) -> Completion:
     return completion
 
 
-async def _sample_for_ever(server: EngineServer, account: Account, seed: int) -> None:
-    """Sequences that swaps come upon, until the server is gone."""
+@contextlib.asynccontextmanager
+async def _sequences(server: EngineServer, account: Account, seed: int) -> AsyncGenerator[None, None]:
+    """Sequences run throughout the block, for swaps to come upon, or until the server is gone; each is checked."""
     generator = random.Random(seed)
-    async with server.connect() as engine:
-        while True:
-            prompt = np.array([generator.randrange(2, VOCAB_SIZE) for _ in range(16)], np.int32)
-            try:
-                completion = await sample(engine, prompt, SamplingParams(1.0, 150, (), generator.randrange(99), 20))
-            except LeewayError:
-                if server.process.poll() is not None:
-                    return
-                await asyncio.sleep(0.1)  # it has no weights yet
-                continue
-            account.check(completion)
+    ending = asyncio.Event()
+    num_tokens = {"transformers": 150, "vllm": 400, "sglang": 40}[server.engine]
 
+    async def run() -> None:
+        async with server.connect() as engine:
+            while not ending.is_set():
+                prompt = np.array([generator.randrange(2, VOCAB_SIZE) for _ in range(16)], np.int32)
+                try:
+                    sampling = SamplingParams(1.0, num_tokens, (), generator.randrange(99), 20)
+                    account.check(await sample(engine, prompt, sampling))
+                except LeewayError:
+                    if server.process.poll() is not None:
+                        return
+                    await asyncio.sleep(0.1)  # it has no weights yet
 
-def _raise_assertion(sampling: asyncio.Task[None]) -> None:
-    if not sampling.cancelled() and (error := sampling.exception()) is not None:
-        raise error
+    async with asyncio.TaskGroup() as group:
+        group.create_task(run())
+        yield
+        ending.set()
 
 
 async def _kill(server: EngineServer) -> None:
