@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from learner.checkpoint import Branch
 from learner.fleet_options import FleetOptions
 from learner.server_mismatch import MismatchWindow, Standing, samples_of
-from leeway.errors import DeadlineError, ExhaustedError, FencedError, PreconditionError, UnavailableError
+from leeway.errors import DeadlineError, ExhaustedError, LeewayError, PreconditionError, UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.replay_client import ReplayClient
 from leeway.types import DrainReason, Float32Array, ServerStatus, TrajectoryGroup
@@ -98,8 +98,8 @@ class FleetWatch:
                 await self.check()
             except (UnavailableError, DeadlineError, ExhaustedError) as error:
                 log.info("the servers are not looked at: %s", error.message)
-            except (FencedError, PreconditionError) as error:
-                log.info("the servers are no longer looked at: %s", error.message)
+            except LeewayError as error:  # fenced, or a buffer that does not know the call
+                log.warning("the servers are no longer looked at: %s", error.message)
                 return
 
     async def check(self) -> None:

@@ -46,11 +46,12 @@ async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayC
 
 async def test_a_drained_server_is_told_at_once_and_gets_nothing_until_it_is_readmitted(client: ReplayClient) -> None:
     await client.acquire_tickets("s1", ROOT, 100, 5)  # nothing is left
-    waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, WAIT_SECONDS))
+    waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, 600))
     while not (await server(client, "s0")).version:
         await asyncio.wait({waiting}, timeout=0.01)
     drain, dropped = await client.drain_server("s0", DrainReason.OPERATOR, "maintenance")
-    told = await waiting
+    async with asyncio.timeout(WAIT_SECONDS):
+        told = await waiting
     assert told.drained == drain
     assert (told.tickets, told.finished, dropped) == ([], False, 0)
     assert (drain.reason, drain.message) == (DrainReason.OPERATOR, "maintenance")
@@ -59,9 +60,10 @@ async def test_a_drained_server_is_told_at_once_and_gets_nothing_until_it_is_rea
     assert (await server(client, "s0")).drained == drain
     again, _ = await client.drain_server("s0", DrainReason.DIVERGING, "another reason")
     assert again == drain
-    waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, WAIT_SECONDS))
+    waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, 600))
     assert await client.readmit_server("s0")
-    work = await waiting
+    async with asyncio.timeout(WAIT_SECONDS):
+        work = await waiting
     assert work.drained is None
     assert len(work.tickets) == 1
     assert not await client.readmit_server("s0")
