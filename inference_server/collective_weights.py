@@ -2,7 +2,8 @@
 
     JoinBroadcast ──> seat ──> group: the one held, or a new one ──> pieces ──> parts, checked while the next come
 
-The bytes land in one piece of host memory, of which the parts are views. A group that broke is dropped; the learner
+The bytes land in one piece of host memory, of which the parts are views; it is used again when no engine and no held
+snapshot refers to them any more. A group that broke is dropped; the learner
 forms another one for the next version.
 """
 
@@ -14,8 +15,9 @@ from collections.abc import AsyncGenerator, Sequence
 
 from inference_server.weight_transport import Announcement, Part
 from leeway import codec
-from leeway.collective import LIBRARY, Group, host_memory, pieces
+from leeway.collective import LIBRARY, Group, pieces
 from leeway.errors import InvalidDataError
+from leeway.host_memory import HostMemory
 from leeway.rpc import mapped_errors
 from leeway.types import PolicyVersion, WeightRequest
 from leeway.v1 import policy_pb2, policy_pb2_grpc
@@ -50,6 +52,7 @@ class CollectiveWeights:
         self._timeout_seconds = timeout_seconds
         self._group: tuple[int, Group] | None = None  # with its number
         self._spoilt: PolicyVersion | None = None
+        self._memory = HostMemory()
 
     def reaches(self, announcement: Announcement) -> bool:
         return announcement.broadcast_port > 0 and announcement.version != self._spoilt
@@ -67,11 +70,11 @@ class CollectiveWeights:
             group = await asyncio.to_thread(
                 Group.join, address, seat.group, seat.rank, seat.world_size, patience_seconds
             )
-        memory = host_memory(sum(sizes))
+        memory = self._memory.take(sum(sizes))
         first = at = 0
         whole = False
         try:
-            for start, end in pieces(sizes):
+            for start, end in pieces(len(memory)):
                 await asyncio.to_thread(group.receive, memory[start:end])
                 parts: list[Part] = []
                 while first < len(sizes) and at + sizes[first] <= end:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from inference_server.weight_transport import Announcement, Part, WeightTransport
+from inference_server.weight_transport import Announcement, Part, WeightTransport, batches
 from leeway.deltas import apply_deltas
 from leeway.errors import CorruptDataError, DeadlineError, InvalidDataError, NotFoundError, UnavailableError
 from leeway.metrics import InferenceServerMetrics
@@ -151,7 +151,9 @@ class WeightFetcher:
                 async for batch in source:
                     expected = wanted[len(parts) : len(parts) + len(batch)]
                     parts += batch
-                    checks.append(asyncio.create_task(asyncio.to_thread(_fault, expected, batch)))
+                    for first, end in batches([len(part) for part in batch]):
+                        check = asyncio.to_thread(_fault, expected[first:end], batch[first:end])
+                        checks.append(asyncio.create_task(check))
             faults = [fault for fault in await asyncio.gather(*checks) if fault]
         finally:
             for check in checks:

@@ -14,9 +14,10 @@ configuration asks for broadcasts: it needs torch.
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from ctypes import c_uint8
 from datetime import timedelta
+from itertools import cycle
 from typing import Any, Final
 
 import numpy as np
@@ -25,9 +26,8 @@ import torch.distributed as dist
 
 from leeway.errors import UnavailableError
 
-PIECE_BYTES: Final = 8 << 20
-ALONE_BYTES: Final = 256 << 10
-"""A part of this size has pieces of its own, sent without a copy; smaller ones share."""
+PIECE_BYTES: Final = 16 << 20
+"""Bytes of one broadcast: enough that what each costs by itself does not count."""
 
 LIBRARY: Final = "gloo/" + torch.__version__.partition("+")[0]
 """Both ends of a group must have the same."""
@@ -87,6 +87,7 @@ class Group:
 
     def __init__(self, store: Store, number: int, rank: int, size: int, host: str, patience_seconds: float) -> None:
         self.size = size
+        self._pieces: list[memoryview] = []
         self._patience = timedelta(seconds=patience_seconds)
         try:
             options = _gloo._Options()
@@ -118,13 +119,13 @@ class Group:
         Raises:
             UnavailableError: a member is gone or silent; the group is of no more use.
         """
-        ends = list(_ends(parts))
-        waiting: list[tuple[_Work, Part]] = []
-        for start, end in pieces([len(part) for part in parts]):
-            data = _between(parts, ends, start, end)  # kept as long as its bytes are on their way
-            waiting.append((self._begin(_tensor_over(data)), data))
+        waiting: deque[tuple[_Work, memoryview]] = deque()
+        for (start, end), memory in zip(pieces(sum(map(len, parts))), cycle(self._memory())):
             if len(waiting) == _PIECES_ON_THEIR_WAY:
-                self._finish(waiting.pop(0)[0])
+                self._finish(waiting.popleft()[0])
+            piece = memory[: end - start]
+            _gather(parts, start, piece)
+            waiting.append((self._begin(_tensor_over(piece)), piece))
             yield end - start
         for work, _ in waiting:
             self._finish(work)
@@ -136,6 +137,12 @@ class Group:
             UnavailableError: the sender or another member is gone or silent; the group is of no more use.
         """
         self._finish(self._begin(_tensor_over(memory)))
+
+    def _memory(self) -> list[memoryview]:
+        """Where pieces are put together: used again and again."""
+        if not self._pieces:
+            self._pieces = [memoryview(bytearray(PIECE_BYTES)) for _ in range(_PIECES_ON_THEIR_WAY)]
+        return self._pieces
 
     def close(self) -> None:
         """Close its connections, which the other members notice at once; a piece on its way is waited for."""
@@ -159,27 +166,9 @@ class Group:
             raise UnavailableError(f"the broadcast broke: {_one_line(error)}") from error
 
 
-def pieces(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+def pieces(size_bytes: int) -> Iterator[tuple[int, int]]:
     """Byte ranges [start, end) of the parts' concatenation that travel as one, as policy.proto says."""
-    start = at = 0  # [start, at): small parts that wait for company
-    for size in sizes:
-        if size >= ALONE_BYTES:
-            if at > start:
-                yield start, at
-            for offset in range(0, size, PIECE_BYTES):
-                yield at + offset, at + min(offset + PIECE_BYTES, size)
-            start = at + size
-        at += size
-        if at - start >= PIECE_BYTES:
-            yield start, at
-            start = at
-    if at > start:
-        yield start, at
-
-
-def host_memory(size_bytes: int) -> memoryview:
-    """Writable bytes, uninitialized."""
-    return memoryview(np.empty(size_bytes, np.uint8).data)
+    return ((start, min(start + PIECE_BYTES, size_bytes)) for start in range(0, size_bytes, PIECE_BYTES))
 
 
 def local_host(towards: tuple[str, int]) -> str:
@@ -189,27 +178,22 @@ def local_host(towards: tuple[str, int]) -> str:
         return str(probe.getsockname()[0])
 
 
-def _ends(parts: Sequence[Part]) -> Iterator[int]:
-    at = 0
+def _gather(parts: Sequence[Part], start: int, memory: memoryview) -> None:
+    """Fill memory with the bytes from `start` on of the parts' concatenation."""
+    at = filled = 0
     for part in parts:
+        skipped = max(start - at, 0)
+        taken = min(len(part) - skipped, len(memory) - filled)
+        if taken > 0:
+            source = np.frombuffer(part, np.uint8)[skipped : skipped + taken]
+            np.copyto(np.frombuffer(memory, np.uint8)[filled : filled + taken], source)  # without the GIL
+            filled += taken
         at += len(part)
-        yield at
 
 
-def _between(parts: Sequence[Part], ends: Sequence[int], start: int, end: int) -> Part:
-    """Bytes [start, end) of the parts' concatenation; a copy only where several parts are in it."""
-    first = int(np.searchsorted(ends, start, side="right"))
-    offset = start - (ends[first] - len(parts[first]))
-    if end <= ends[first]:
-        return memoryview(parts[first])[offset : offset + end - start]
-    last = int(np.searchsorted(ends, end, side="left"))
-    return b"".join(parts[first : last + 1])  # small parts are never cut
-
-
-def _tensor_over(data: Part) -> torch.Tensor:
-    """The bytes as a tensor; torch warns of memory that is read-only, as all is that is sent: hence by its address."""
-    array = np.frombuffer(data, np.uint8)
-    return torch.frombuffer((c_uint8 * len(data)).from_address(array.ctypes.data), dtype=torch.uint8)
+def _tensor_over(data: memoryview) -> torch.Tensor:
+    """The bytes as a tensor."""
+    return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _one_line(error: BaseException) -> str:

@@ -5,10 +5,14 @@
 1. Bytes. The shipped sortmix8 model (mixture of experts, 541k parameters) is trained for some steps at 5e-4, then goes
    on at 1e-6 and at 1e-5: groups sampled by the transformers engine, dppo-binary-tv, AdamW. Each version's delta and
    announcement over its snapshot. The same for a larger dense model from random weights.
-2. Time on one host, with the larger model: a full push over ZeroMQ, from `publish` to the acknowledgement, every digest
-   checked, beside a gloo broadcast of the same bytes in turn (see broadcast.py); and delta pushes into a transformers
-   engine that goes on sampling: how long it stands still, as a part of the whole update, encoding included.
-3. Time over a link of 100 Mbit/s (a proxy), gRPC: full pushes beside delta pushes of the same versions.
+2. Time on one host, with the larger model: a full push over ZeroMQ and one as a broadcast, from `publish` to the
+   acknowledgement, every digest checked, beside a bare gloo broadcast of the same bytes in turn (see broadcast.py); and
+   delta pushes into a transformers engine that goes on sampling: how long it stands still, as a part of the whole
+   update, encoding included. Beside the seconds that pass stand those of CPU, of both processes together: where other
+   work shares the machine, only these mean something. SHA-256 is most of the difference to the bare broadcast, and
+   runs beside the transfer only where a core is free.
+3. Time over a link of 100 Mbit/s (a proxy), gRPC: full pushes beside delta pushes of the same versions, with the larger
+   model and one of a fifth of its size.
 """
 
 from __future__ import annotations
@@ -17,21 +21,24 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from prometheus_client import CollectorRegistry
 
 from benchmarks.weight_push.broadcast import Broadcast
 from benchmarks.weight_push.training import EXAMPLE, RUN, any_reward, larger_model, real_steps, sorted_reward
+from learner.collective_weights import CollectiveWeights
 from learner.local_weights import LocalWeights
 from learner.publication import Publication
 from learner.publisher import Publisher, _Server
@@ -46,6 +53,8 @@ ROOT = Path(__file__).parents[2]
 RATES = (1e-6, 1e-5)
 MEGABITS = 100.0
 ACKNOWLEDGED_SECONDS = 120.0
+Transport = Literal["zmq", "grpc", "collective"]
+FULL_TRANSPORTS: tuple[Transport, ...] = ("zmq", "collective")
 
 
 @dataclass(frozen=True)
@@ -73,16 +82,19 @@ class Push:
     seconds: float  # publish to acknowledgement, encoding included
     paused_seconds: float
     sent_bytes: int
+    cpu_seconds: float  # of the learner's process and the server's
 
 
 class TimedPublisher(Publisher):
     """Says when its one server has acknowledged."""
 
-    def __init__(self, model: Path, *, local: bool, max_delta_chain: int) -> None:
+    def __init__(self, model: Path, transport: Transport, max_delta_chain: int) -> None:
         metrics = LearnerMetrics(CollectorRegistry())
-        self._zmq = LocalWeights(metrics) if local else None
-        super().__init__(RUN, model_signature(model), metrics, self._zmq, max_delta_chain)
+        self._zmq = LocalWeights(metrics) if transport == "zmq" else None
+        self._collective = CollectiveWeights("127.0.0.1", metrics) if transport == "collective" else None
+        super().__init__(RUN, model_signature(model), metrics, self._zmq, max_delta_chain, self._collective)
         self._acknowledgements: asyncio.Queue[tuple[float, policy_pb2.PolicyAcknowledgement]] = asyncio.Queue()
+        self.server_process = 0
 
     def _acknowledged(self, server_id: str, server: _Server, message: policy_pb2.PolicyAcknowledgement) -> None:
         super()._acknowledged(server_id, server, message)
@@ -90,30 +102,41 @@ class TimedPublisher(Publisher):
 
     async def push(self, snapshot: WeightSnapshot) -> Push:
         """Publish and wait for the acknowledgement."""
-        sent = self._sent_bytes()
+        sent, cpu_began = self._sent_bytes(), self._cpu_seconds()
         began = time.perf_counter()
         await self.publish(snapshot)
         async with asyncio.timeout(ACKNOWLEDGED_SECONDS):
             ended, message = await self._acknowledgements.get()
         paused = message.paused.ToTimedelta().total_seconds()
-        return Push(ended - began, paused, self._sent_bytes() - sent)
+        cpu_seconds = self._cpu_seconds() - cpu_began
+        return Push(ended - began, paused, self._sent_bytes() - sent, cpu_seconds)
+
+    def _cpu_seconds(self) -> float:
+        return time.process_time() + process_cpu_seconds(self.server_process)
 
     def _sent_bytes(self) -> int:
         samples = [sample for family in self._metrics.published_bytes.collect() for sample in family.samples]
         return int(sum(sample.value for sample in samples if sample.name.endswith("_total")))
 
     async def aclose(self) -> None:
-        """Release ZeroMQ."""
-        if self._zmq is not None:
-            await self._zmq.aclose()
+        """Release what it sends with."""
+        for outlet in (self._zmq, self._collective):
+            if outlet is not None:
+                await outlet.aclose()
 
 
 @asynccontextmanager
 async def one_server(
-    model: Path, first: WeightSnapshot, *, max_delta_chain: int, megabits: float = 0.0, samples: bool = False
-) -> AsyncIterator[TimedPublisher]:
+    model: Path,
+    first: WeightSnapshot,
+    *,
+    max_delta_chain: int,
+    transport: Transport = "zmq",
+    megabits: float = 0.0,
+    samples: bool = False,
+) -> AsyncGenerator[TimedPublisher]:
     """A publisher and one receiver in a process of its own, which has acknowledged the first version."""
-    publisher = TimedPublisher(model, local=not megabits, max_delta_chain=max_delta_chain)
+    publisher = TimedPublisher(model, transport, max_delta_chain)
     server = await start_server(
         "127.0.0.1:0", lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(publisher, s), [], Security()
     )
@@ -123,9 +146,10 @@ async def one_server(
             command = ["benchmarks.weight_push.link", "--to", str(port), "--megabits", str(megabits)]
             processes.append(spawn(*command, stdout=subprocess.PIPE))
             port = int(await asyncio.to_thread(processes[0].stdout.readline))
-        flags = ["--grpc"] * bool(megabits) + ["--samples"] * samples
+        flags = ["--transport", transport, *["--samples"] * samples]
         command = ["benchmarks.weight_push.receiver", "--policy", f"127.0.0.1:{port}", "--model", str(model), *flags]
         processes.append(spawn(*command))
+        publisher.server_process = processes[-1].pid
         await publisher.push(first)
         yield publisher
     finally:
@@ -163,26 +187,38 @@ def delta_ratios(versions: Sequence[WeightSnapshot]) -> tuple[list[float], float
 
 async def on_one_host(model: Path, versions: Sequence[WeightSnapshot], rounds: int) -> dict[str, list[float]]:
     """Full pushes and broadcasts in turn; then delta pushes into an engine at work."""
-    names = ("full", "broadcast by tensor", "broadcast at once", "delta", "paused", "paused part")
-    figures: dict[str, list[float]] = {name: [] for name in names}
+    figures: dict[str, list[float]] = defaultdict(list)
     sizes = [entry.size_bytes for entry in versions[0].manifest.tensors]
     port = free_port("127.0.0.1")
     arguments = ["--rank", "1", "--port", str(port), "--rounds", str(rounds + 1), "--sizes", *map(str, sizes)]
     peer = spawn("benchmarks.weight_push.broadcast", *arguments)
     broadcast = await asyncio.to_thread(Broadcast, 0, port, sizes)
     await asyncio.to_thread(broadcast.rounds)
-    async with one_server(model, versions[0], max_delta_chain=0) as publisher:
+    async with AsyncExitStack() as stack:
+        publishers = {
+            transport: await stack.enter_async_context(
+                one_server(model, versions[0], max_delta_chain=0, transport=transport)
+            )
+            for transport in FULL_TRANSPORTS
+        }
         for version in relabelled(versions, rounds):
+            cpu_began = time.process_time() + process_cpu_seconds(peer.pid)
             by_tensor, at_once = await asyncio.to_thread(broadcast.rounds)
-            figures["broadcast by tensor"].append(by_tensor)
-            figures["broadcast at once"].append(at_once)
-            figures["full"].append((await publisher.push(version)).seconds)
+            cpu_seconds = time.process_time() + process_cpu_seconds(peer.pid) - cpu_began
+            figures["gloo by tensor"].append(by_tensor)
+            figures["gloo at once"].append(at_once)
+            figures["gloo by tensor and at once, CPU"].append(cpu_seconds)
+            for transport, publisher in publishers.items():
+                push = await publisher.push(version)
+                figures[f"full, {transport}"].append(push.seconds)
+                figures[f"full, {transport}, CPU"].append(push.cpu_seconds)
     broadcast.close()
     peer.wait(timeout=60)
     async with one_server(model, versions[0], max_delta_chain=8, samples=True) as publisher:
         for version in versions[1:]:
             push = await publisher.push(version)
             figures["delta"].append(push.seconds)
+            figures["delta, CPU, sampling included"].append(push.cpu_seconds)
             figures["paused"].append(push.paused_seconds)
             figures["paused part"].append(push.paused_seconds / push.seconds)
     return figures
@@ -191,13 +227,19 @@ async def on_one_host(model: Path, versions: Sequence[WeightSnapshot], rounds: i
 async def over_a_link(model: Path, versions: Sequence[WeightSnapshot], rounds: int) -> dict[str, list[float]]:
     """Full and delta pushes of the same versions over a slow link."""
     figures: dict[str, list[float]] = {"full": [], "delta": []}
-    async with one_server(model, versions[0], max_delta_chain=0, megabits=MEGABITS) as publisher:
+    async with one_server(model, versions[0], max_delta_chain=0, transport="grpc", megabits=MEGABITS) as publisher:
         for version in versions[1 : 1 + rounds]:
             figures["full"].append((await publisher.push(version)).seconds)
-    async with one_server(model, versions[0], max_delta_chain=8, megabits=MEGABITS) as publisher:
+    async with one_server(model, versions[0], max_delta_chain=8, transport="grpc", megabits=MEGABITS) as publisher:
         for version in versions[1:]:
             figures["delta"].append((await publisher.push(version)).seconds)
     return figures
+
+
+def process_cpu_seconds(process_id: int) -> float:
+    """User and system time of another process so far."""
+    fields = Path(f"/proc/{process_id}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def spread(values: Sequence[float], layout: str = ".4f") -> str:
@@ -233,15 +275,23 @@ async def measure(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[P
     results["host"] = host
     for name, values in host.items():
         print(f"one host, {name}: {spread(values)}{'' if 'part' in name else ' s'}", flush=True)
-    ratios = [full / other for full, other in zip(host["full"], host["broadcast by tensor"], strict=True)]
-    promises.append(Promise("full push over a gloo broadcast by tensor", statistics.median(ratios), 1.5))
+    for transport in FULL_TRANSPORTS:
+        ratios = [full / other for full, other in zip(host[f"full, {transport}"], host["gloo by tensor"], strict=True)]
+        promises.append(
+            Promise(f"full push ({transport}) over a gloo broadcast by tensor", statistics.median(ratios), 1.5)
+        )
     promises.append(Promise("of a delta push generation is paused", statistics.median(host["paused part"]), 0.1))
-    link = await over_a_link(model, larger[1e-6], 2)
-    results["link"] = link
-    for name, seconds in link.items():
-        print(f"{MEGABITS:g} Mbit/s, {name}: {spread(seconds)} s", flush=True)
-    faster = statistics.median(link["full"]) / statistics.median(link["delta"])
-    promises.append(Promise(f"full over delta push at {MEGABITS:g} Mbit/s, lr 1e-06", faster, 10.0, at_least=True))
+    small = larger_model(arguments.output / "small", arguments.small_hidden, arguments.small_layers)
+    smaller = await real_steps(small, RATES[:1], groups=2, members=4, first_steps=0, steps=6, reward=any_reward)
+    for folder, versions in ((small, smaller[1e-6]), (model, larger[1e-6])):
+        link = await over_a_link(folder, versions, 2)
+        size = f"{versions[0].manifest.size_bytes / 1e6:.0f} MB"
+        results[f"link {size}"] = link
+        for name, seconds in link.items():
+            print(f"{MEGABITS:g} Mbit/s, {size}, {name}: {spread(seconds)} s", flush=True)
+        faster = statistics.median(link["full"]) / statistics.median(link["delta"])
+        what = f"full over delta push at {MEGABITS:g} Mbit/s, {size}, lr 1e-06"
+        promises.append(Promise(what, faster, 10.0, at_least=True))
     return results, promises
 
 
@@ -254,6 +304,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9, help="full pushes and broadcasts")
     parser.add_argument("--hidden", type=int, default=640, help="width of the larger model")
     parser.add_argument("--layers", type=int, default=8, help="depth of the larger model")
+    parser.add_argument("--small-hidden", type=int, default=256, help="width of the smaller dense model")
+    parser.add_argument("--small-layers", type=int, default=9, help="depth of the smaller dense model")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of the trainer")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)

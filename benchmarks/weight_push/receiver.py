@@ -1,6 +1,6 @@
 """An inference server's side of a push, in a process of its own.
 
-`python -m benchmarks.weight_push.receiver --policy HOST:PORT --model DIR [--samples] [--grpc]`
+`python -m benchmarks.weight_push.receiver --policy HOST:PORT --model DIR [--samples] [--transport zmq|grpc|collective]`
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ async def receive(arguments: argparse.Namespace) -> None:
         server_id="server-0",
         address=arguments.policy,
         security=Security(),
-        allow_local=not arguments.grpc,
+        allow_local=arguments.transport == "zmq",
+        broadcasts=arguments.transport == "collective",
         fetch_timeout_seconds=300.0,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--policy", required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", action="store_true", help="with the transformers engine, which samples meanwhile")
-    parser.add_argument("--grpc", action="store_true", help="not over ZeroMQ")
+    parser.add_argument("--transport", choices=["zmq", "grpc", "collective"], default="zmq")
     asyncio.run(receive(parser.parse_args()))
 
 

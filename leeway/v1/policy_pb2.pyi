@@ -321,9 +321,8 @@ Global___JoinBroadcastRequest: _TypeAlias = JoinBroadcastRequest  # noqa: Y015
 
 @_typing.final
 class JoinBroadcastResponse(_message.Message):
-    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces: a part of 256
-    KiB or more alone, into pieces of at most 8 MiB; smaller ones that follow each other together, until they have 8 MiB.
-    Each piece is one broadcast of bytes.
+    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 16 MiB, the
+    last one shorter; each piece is one broadcast of bytes.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

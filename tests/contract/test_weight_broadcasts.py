@@ -19,7 +19,7 @@ from inference_server.served_policy import ServedPolicy
 from inference_server.weight_receiver import WeightReceiver
 from learner.collective_weights import CollectiveWeights
 from learner.publisher import Publisher
-from leeway import arithmetic, codec
+from leeway import arithmetic, codec, collective
 from leeway.collective import Group, Part
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.metrics import InferenceServerMetrics, LearnerMetrics
@@ -30,7 +30,13 @@ from leeway.weights import tensor_entry, weights_digest
 from tests.push.engine import WeightsEngine
 
 RUN = "broadcasts"
-SIZES = (300_000, 0, 7, 5_000_000, 1000, 0)  # elements of two bytes: alone, together, in several pieces, empty
+SIZES = (300_000, 0, 7, 2_000_000, 1000, 0)  # elements of two bytes: in one piece, in several, empty
+PIECE_BYTES = 500_000
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collective, "PIECE_BYTES", PIECE_BYTES)
 
 
 def snapshot(step: int, base: WeightSnapshot | None = None) -> WeightSnapshot:
@@ -207,7 +213,7 @@ async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monk
 
     def spoilt(group: Group, parts: Sequence[Part]) -> Generator[int]:
         wrong = bytearray(parts[3])
-        wrong[4_000_000] ^= 1
+        wrong[3_000_000] ^= 1
         return send(group, [*parts[:3], bytes(wrong), *parts[4:]])
 
     async with fleet(2) as (learner, servers):
@@ -263,11 +269,11 @@ async def test_a_server_that_does_not_ask_is_not_waited_for() -> None:
 
 MEMBER = """
 import sys, signal
-from leeway.collective import Group, host_memory
+from leeway.collective import Group
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
 group = Group.join(("127.0.0.1", port), number, rank, size, 20.0)
-group.receive(host_memory(piece))
+group.receive(memoryview(bytearray(piece)))
 print("one", flush=True)
 signal.pause()
 """
@@ -303,7 +309,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
             await victim.stdout.readline()
             await learner.publisher.publish(first)
             seat = await seat_of(learner, "victim", first)
-            group = learner.broadcasts.port, seat.group, seat.rank, seat.world_size, 600_000
+            group = learner.broadcasts.port, seat.group, seat.rank, seat.world_size, PIECE_BYTES
             victim.stdin.write(" ".join(map(str, group)).encode() + b"\n")
             await victim.stdout.readline()
             os.kill(victim.pid, how)
@@ -342,6 +348,22 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
         await learner.publisher.publish(second)
         await all_serve(servers, second)
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
+
+
+async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thought_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def impossible(_group: Group, _parts: Sequence[Part]) -> Generator[int]:
+        raise ZeroDivisionError
+        yield
+
+    async with fleet(2, patience_seconds=60.0) as (learner, servers):
+        monkeypatch.setattr(Group, "send", impossible)
+        for version in (snapshot(1), snapshot(2)):
+            await learner.publisher.publish(version)
+            await all_serve(servers, version)
+        assert "ZeroDivisionError" in caplog.text
+        assert learner.sent("grpc") == 2 * 2 * snapshot(1).manifest.size_bytes
 
 
 async def test_who_waits_for_an_overtaken_version_is_told() -> None:

@@ -13,6 +13,7 @@ from leeway.weights import tensor_entry, weights_digest
 
 RUN = "push"
 SIZES = (9000, 0, 700, 140_000)  # elements of two bytes
+PIECE_BYTES = 100_000  # of a broadcast
 _CHECKPOINT = "checkpoint.json"
 
 

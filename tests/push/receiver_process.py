@@ -12,9 +12,10 @@ from inference_server import collective_weights as _collective_weights  # import
 from inference_server.engines.remote import RemoteEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.weight_receiver import WeightReceiver
+from leeway import collective
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security
-from tests.push.history import RUN
+from tests.push.history import PIECE_BYTES, RUN
 from tests.push.processes import messages
 
 assert _collective_weights
@@ -42,4 +43,5 @@ def receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> 
     """Feed the engine at `backend` from the learner at `policy` until killed."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
+    collective.PIECE_BYTES = PIECE_BYTES  # type: ignore[misc]
     asyncio.run(_receive(pipe, name, backend, policy, transport))

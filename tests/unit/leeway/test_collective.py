@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.collective import ALONE_BYTES, PIECE_BYTES, _between, _ends, pieces
+from leeway.collective import PIECE_BYTES, Group, Rendezvous, _gather, pieces
 from leeway.config import NetworkOptions
-from leeway.errors import ConfigError
+from leeway.errors import ConfigError, UnavailableError
 from leeway.weight_transports import uses_broadcasts, uses_zeromq
 
-SIZES = st.lists(
-    st.one_of(
-        st.integers(0, 3),
-        st.integers(0, ALONE_BYTES - 1),
-        st.sampled_from([ALONE_BYTES, ALONE_BYTES + 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES]),
-    ),
-    max_size=40,
-)
 
-
-@given(SIZES)
-def test_pieces_follow_each_other_and_are_all(sizes: list[int]) -> None:
-    ranges = list(pieces(sizes))
+@given(st.integers(0, 5 * PIECE_BYTES))
+def test_pieces_follow_each_other_and_are_all(size_bytes: int) -> None:
+    ranges = list(pieces(size_bytes))
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges)][: len(ranges)]
-    assert all(start < end <= start + PIECE_BYTES + ALONE_BYTES for start, end in ranges)
-    assert (ranges[-1][1] if ranges else 0) == sum(sizes)
+    assert all(start < end <= start + PIECE_BYTES for start, end in ranges)
+    assert (ranges[-1][1] if ranges else 0) == size_bytes
 
 
-@given(SIZES)
-def test_a_part_of_some_size_shares_no_piece(sizes: list[int]) -> None:
-    ends = list(_ends([bytes(size) for size in sizes]))
-    large = {end - size for size, end in zip(sizes, ends, strict=True) if size >= ALONE_BYTES}
-    large |= {end for size, end in zip(sizes, ends, strict=True) if size >= ALONE_BYTES}
-    for start, end in pieces(sizes):
-        assert not any(start < edge < end for edge in large)
-
-
-def test_a_piece_holds_the_bytes_of_its_range() -> None:
-    sizes = [0, 5, 0, ALONE_BYTES + 3, 7, 0, 9, PIECE_BYTES + 11, 1, 0]
-    parts = [bytes([1 + index]) * size for index, size in enumerate(sizes)]
-    whole, ends = b"".join(parts), list(_ends(parts))
-    for start, end in pieces(sizes):
-        assert bytes(_between(parts, ends, start, end)) == whole[start:end]
-
-
-def test_small_parts_travel_together() -> None:
-    assert list(pieces([1000] * 100)) == [(0, 100_000)]
-    assert len(list(pieces([200_000] * 100))) == 3
+@given(st.lists(st.binary(max_size=9), max_size=12), st.data())
+def test_a_piece_holds_the_bytes_of_its_range(parts: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(parts)
+    start = data.draw(st.integers(0, len(whole)))
+    end = data.draw(st.integers(start, len(whole)))
+    memory = memoryview(bytearray(end - start))
+    _gather(parts, start, memory)
+    assert bytes(memory) == whole[start:end]
 
 
 def options(**values: object) -> NetworkOptions:
@@ -85,3 +65,15 @@ def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_zeromq_is_for_one_host(weights: str, policy: str, zeromq: bool) -> None:
     assert uses_zeromq(options(weights=weights, policy=policy)) == zeromq
+
+
+async def test_a_member_that_takes_nothing_is_noticed_by_the_end() -> None:
+    meeting = Rendezvous("127.0.0.1")
+    address = meeting.host, meeting.port
+    sender, member = await asyncio.gather(
+        asyncio.to_thread(Group, meeting.store, 7, 0, 2, meeting.host, 1.0),
+        asyncio.to_thread(Group.join, address, 7, 1, 2, 1.0),
+    )
+    with pytest.raises(UnavailableError, match="broke"):
+        await asyncio.to_thread(lambda: list(sender.send([b"one piece"])))
+    member.close()
