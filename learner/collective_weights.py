@@ -85,6 +85,7 @@ class CollectiveWeights:
         self._group: tuple[int, Group] | None = None  # with its number
         self._closing = False
         self._task = asyncio.create_task(self._broadcast_forever(), name="broadcasts")
+        self._task.add_done_callback(self._ended)
 
     def offer(self, publication: Publication) -> None:
         self._publication = publication
@@ -96,6 +97,8 @@ class CollectiveWeights:
         self._changed.set()
 
     async def join(self, server_id: str, request: WeightRequest, group: int) -> Seat:
+        if self._task.done():
+            raise UnavailableError("this learner broadcasts no more; fetch the weights")
         if self._publication is None:
             raise NotFoundError("nothing is published yet; wait for the first announcement")
         whole = replace(request, first_part=0, end_part=0)
@@ -118,8 +121,13 @@ class CollectiveWeights:
         """Stop broadcasting; a piece on its way ends within its patience."""
         self._closing = True
         await cancel_and_wait(self._task)
-        self._refuse_waiting(UnavailableError("the learner stops"))
         self._group = None
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """However the task ended, nobody waits for it."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("broadcasts have ended, servers fetch over gRPC from now on: %r", error)
+        self._refuse_waiting(UnavailableError("this learner broadcasts no more; fetch the weights"))
 
     def _refuse_waiting(self, error: LeewayError) -> None:
         for waiting in self._rounds:

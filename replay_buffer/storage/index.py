@@ -87,7 +87,7 @@ class Index:
 
     def complete_to(self, generation: bytes) -> Position | None:
         """The place of the log up to which it is complete; None when it belongs to another log."""
-        with self._reading():
+        with self._meeting_damage():
             row = self._file.execute("SELECT generation, segment, offset FROM complete").fetchone()
         return Position(row[1], row[2]) if row is not None and row[0] == generation else None
 
@@ -112,7 +112,7 @@ class Index:
         """Forget what ended at `position` or later: it will be folded again."""
         self._groups.clear()
         self._evaluations.clear()
-        with self._file:
+        with self._meeting_damage(), self._file:
             for table in ("groups", "evaluations"):
                 self._file.execute(f"DELETE FROM {table} WHERE (ended_segment, ended_offset) >= (?, ?)", position)  # noqa: S608
 
@@ -120,17 +120,18 @@ class Index:
         """Forget what has records in older segments: they are retired."""
         self.first_segment = segment
         self._write()
-        with self._file:
+        with self._meeting_damage(), self._file:
             self._file.execute("DELETE FROM groups WHERE oldest_segment < ?", (segment,))
             self._file.execute("DELETE FROM evaluations WHERE ended_segment < ?", (segment,))
 
     def oldest_replayable(self, run: str, after_step: int) -> int | None:
         """The oldest segment that holds something of what the run trained on after a step; None when none does."""
         self._write()
-        row = self._file.execute(
-            "SELECT min(oldest_segment) FROM groups WHERE run = ? AND state = ? AND purpose = ? AND step > ?",
-            (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), min(after_step, LARGEST)),
-        ).fetchone()
+        with self._meeting_damage():
+            row = self._file.execute(
+                "SELECT min(oldest_segment) FROM groups WHERE run = ? AND state = ? AND purpose = ? AND step > ?",
+                (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), min(after_step, LARGEST)),
+            ).fetchone()
         return row[0]
 
     # Writing
@@ -179,7 +180,7 @@ class Index:
         waiting = self._groups.get((run, created))
         if waiting is not None:
             return waiting
-        with self._reading():
+        with self._meeting_damage():
             row = self._file.execute(
                 "SELECT checksum, body FROM groups WHERE run = ? AND created = ?", (run, min(created, LARGEST))
             ).fetchone()
@@ -190,7 +191,7 @@ class Index:
         waiting = self._evaluations.get((run, evaluation_id))
         if waiting is not None:
             return waiting[0]
-        with self._reading():
+        with self._meeting_damage():
             row = self._file.execute(
                 "SELECT checksum, body FROM evaluations WHERE run = ? AND evaluation_id = ?", (run, evaluation_id)
             ).fetchone()
@@ -206,7 +207,7 @@ class Index:
         waiting = [
             group for (owner, _), group in self._groups.items() if (owner, group.step) == (run, step) and group.step
         ]
-        with self._reading():
+        with self._meeting_damage():
             rows = self._file.execute(
                 "SELECT created, checksum, body FROM groups WHERE run = ? AND step = ? AND step > 0 AND state = ?",
                 (run, min(step, LARGEST), int(GroupState.CONSUMED)),
@@ -225,14 +226,14 @@ class Index:
         clauses, values = clauses_of(run, wanted)
         if newest:
             query = f"SELECT created FROM groups WHERE {clauses} ORDER BY created DESC LIMIT ?"  # noqa: S608
-            with self._reading():
+            with self._meeting_damage():
                 found = [number for (number,) in self._file.execute(query, (*values, newest))]
             yield from sorted({*found, *extra})[-newest:]
             return
         query = f"SELECT created FROM groups WHERE {clauses} AND created > ? ORDER BY created LIMIT {_PAGE}"  # noqa: S608
         after = 0
         while True:
-            with self._reading():
+            with self._meeting_damage():
                 page = [number for (number,) in self._file.execute(query, (*values, after))]
             if not page:
                 break
@@ -245,7 +246,7 @@ class Index:
         with suppress(OSError):
             self._write()
         waiting = {number: group for (owner, number), group in self._groups.items() if owner == run}
-        with self._reading():
+        with self._meeting_damage():
             rows = self._file.execute(
                 "SELECT created, checksum, body FROM groups WHERE run = ? AND dead_letter = 1 "
                 "ORDER BY created DESC LIMIT ?",
@@ -258,11 +259,12 @@ class Index:
     def first_whole_step(self, run: str, groups_per_step: int) -> int | None:
         """The oldest committed step of which no group has been retired."""
         self._write()
-        row = self._file.execute(
-            "SELECT step FROM groups WHERE run = ? AND state = ? AND step > 0 "
-            "GROUP BY step HAVING count(*) >= ? ORDER BY step LIMIT 1",
-            (run, int(GroupState.CONSUMED), groups_per_step),
-        ).fetchone()
+        with self._meeting_damage():
+            row = self._file.execute(
+                "SELECT step FROM groups WHERE run = ? AND state = ? AND step > 0 "
+                "GROUP BY step HAVING count(*) >= ? ORDER BY step LIMIT 1",
+                (run, int(GroupState.CONSUMED), groups_per_step),
+            ).fetchone()
         return None if row is None else row[0]
 
     def entries(self, before: Position) -> Iterator[tuple[str, str, bytes]]:
@@ -277,7 +279,7 @@ class Index:
                 f"SELECT run, {key}, checksum, body FROM {name} "  # noqa: S608 (fixed names)
                 f"WHERE (ended_segment, ended_offset) < (?, ?) ORDER BY run, {key}"
             )
-            with self._reading():
+            with self._meeting_damage():
                 for run, number, checksum, body in self._file.execute(query, before):
                     yield run, f"{name} {number}", self._checked((checksum, body))
 
@@ -294,7 +296,7 @@ class Index:
         return body
 
     @contextmanager
-    def _reading(self) -> Generator[None]:
+    def _meeting_damage(self) -> Generator[None]:
         try:
             yield
         except DAMAGE as error:

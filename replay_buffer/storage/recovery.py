@@ -69,9 +69,14 @@ def choose_start(directory: Path, generation: Generation) -> Start:
         if complete_to is None or position > complete_to:
             continue
         snapshot = fitting_snapshot(directory, position, generation, numbers, log.warning)
-        if snapshot is not None:
+        if snapshot is None:
+            continue
+        try:
             index.forget_from(position)
-            return Start(position, snapshot, index, numbers[0] if numbers else position.segment)
+        except CorruptDataError as error:
+            log.warning("%s", error.message)
+            break
+        return Start(position, snapshot, index, numbers[0] if numbers else position.segment)
     index.close()
     Index.remove(directory / FILE)
     position, snapshot = base_of(directory, generation, log.warning)

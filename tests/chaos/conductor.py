@@ -29,8 +29,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
-from leeway.config import load_document
 from leeway.process import EXIT_OK, EXIT_REFUSED
 from tests.chaos import programs
 from tests.chaos.archive import install_archive
@@ -38,7 +36,7 @@ from tests.chaos.dial import Dial, Room, install_clock, install_disk
 from tests.chaos.fleet import Child, Program, lose_power
 from tests.chaos.oracle_process import Scene, run_oracle
 from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan, Tally
-from tests.e2e.rehearsal import EXAMPLE
+from tests.chaos.scenery import configure, described
 
 ORACLE: Final = "oracle"
 _STRIKE_SECONDS: Final = 3.0
@@ -98,8 +96,8 @@ class _Run:
         self._given_up = False
         self._verdict: dict[str, Any] | None = None
         self._over = False
-        configuration = self._configure()
-        self.described = _described(configuration, self._retention)
+        configuration = configure(plan, self._base, self.name, self._buffer_disk, self._retention, self._rng)
+        self.described = described(configuration, self._retention)
         self._real = configuration.network
         ours, theirs = socket.socketpair()
         self._oracle, self._unread = ours, b""
@@ -118,47 +116,6 @@ class _Run:
         self._selector.register(ours, selectors.EVENT_READ)
         self._configuration = configuration
         self._programs[ORACLE] = Program(ORACLE, partial(run_oracle, scene, theirs), (), self._log_path(ORACLE))
-
-    def _configure(self) -> RunConfiguration:
-        rng, plan = self._rng, self._plan
-        staleness = rng.choice((0, 1, 2, 2))
-        overrides = (
-            f"run.name={self.name}",
-            f"run.directory={self._base / 'runs'}",
-            f"run.steps={plan.steps}",
-            f"run.seed={rng.randrange(1000)}",
-            f"run.groups_per_step={rng.choice((2, 3))}",
-            f"run.members={rng.choice((1, 2))}",
-            f"run.max_staleness={staleness}",
-            "run.max_attempts=20",
-            "task.train_count=64",
-            "task.heldout_count=4",
-            "sampling.max_tokens=16",
-            f"evaluation.every_steps={rng.choice((0, 5))}",
-            "evaluation.tasks=2",
-            "evaluation.members=1",
-            "network.weights=grpc",
-            f"replay_buffer.directory={self._buffer_disk / 'replay'}",
-            "replay_buffer.segment_bytes=1048576",
-            "replay_buffer.lease_seconds=1.5",
-            "replay_buffer.soft_free_bytes=1",
-            "replay_buffer.hard_free_bytes=1",
-            "replay_buffer.disk_retry_seconds=0.1",
-            "replay_buffer.retry_seconds=0.2",
-            *self._retention,
-            "inference_server.prefetch=0",
-            "inference_server.ticket_wait_seconds=0.5",
-            "inference_server.answer_timeout_seconds=5",
-            "inference_server.arithmetic.max_concurrency=4",
-            "inference_server.arithmetic.token_seconds=0.004",
-            f"inference_server.arithmetic.chunk_tokens={rng.choice((2, 4))}",
-            f"learner.checkpoint_every_steps={rng.choice((2, 3, 4))}",
-            "learner.evaluation_timeout_seconds=20",
-            "learner.draw_timeout_seconds=60",
-            "learner.record_policy_logprobs=false",
-            *plan.overrides,
-        )
-        return with_free_ports(read_configuration(load_document(EXAMPLE, overrides)))
 
     def _log_path(self, name: str) -> Path:
         return self._base / "logs" / f"{self.name}-{name}.log"
@@ -457,12 +414,3 @@ class _Run:
         self._oracle.close()
         for descriptor in self._lifeline:
             os.close(descriptor)
-
-
-def _described(configuration: RunConfiguration, retention: Sequence[str]) -> str:
-    run = configuration.run
-    return (
-        f"{run.steps} steps of {run.groups_per_step} x {run.members}, bound {run.max_staleness}, "
-        f"a checkpoint every {configuration.learner.checkpoint_every_steps}"
-        f"{'' if not retention else f', {retention[0].partition(chr(46))[2]}'}"
-    )

@@ -143,7 +143,7 @@ BUGS = {
     "acknowledge-before-fsync": Bug(
         acknowledge_before_fsync,
         BUFFER,
-        (1,),
+        (1, 6, 7, 12),  # items, attempts or epochs are forgotten, or the log is refused
         replace(_SHORT, victims=((BUFFER, 1.0),), events=(("write.answered", 30),)),
     ),
     "commit-before-checkpoint": Bug(

@@ -350,6 +350,22 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
 
 
+async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thought_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def impossible(_group: Group, _parts: Sequence[Part]) -> Generator[int]:
+        raise ZeroDivisionError
+        yield
+
+    async with fleet(2, patience_seconds=60.0) as (learner, servers):
+        monkeypatch.setattr(Group, "send", impossible)
+        for version in (snapshot(1), snapshot(2)):
+            await learner.publisher.publish(version)
+            await all_serve(servers, version)
+        assert "ZeroDivisionError" in caplog.text
+        assert learner.sent("grpc") == 2 * 2 * snapshot(1).manifest.size_bytes
+
+
 async def test_who_waits_for_an_overtaken_version_is_told() -> None:
     async with learner_of() as learner:
         first = snapshot(1)

@@ -42,6 +42,7 @@ from leeway.types import (
     RunStatus,
     Trajectory,
     TrajectoryRecord,
+    VersionSpan,
 )
 from leeway.v1 import replay_pb2
 from tests.e2e.recording_proxy import Call, Record, Write
@@ -377,7 +378,7 @@ class _VersionTree:
 
 
 def _first_difference(
-    trajectory: Trajectory, version: PolicyVersion, logprobs: np.ndarray, span: codec.VersionSpan
+    trajectory: Trajectory, version: PolicyVersion, logprobs: np.ndarray, span: VersionSpan
 ) -> tuple[int | None, float]:
     """The first token of a span whose log-prob is not the law's at `version`, and what the law says of it."""
     weights, token_ids = ArithmeticWeights.of(version), trajectory.token_ids.tolist()

@@ -6,14 +6,16 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import replay_buffer.storage.index
 from leeway import codec
 from leeway.types import DropReason
 from leeway.v1 import replay_pb2
 from replay_buffer.rules.opening import decide_rollback
-from replay_buffer.storage.index_file import FILE
+from replay_buffer.storage.index_file import FILE, connect
 from replay_buffer.storage.log import LogFailedError
 from tests.model.harness import Harness
 from tests.unit.replay_buffer.builders import ROOT, RUN, filled, snapshot, spec, version
@@ -59,6 +61,30 @@ def test_names_that_are_no_text_any_more_are_damage(directory: Path) -> None:
     assert b"CREATE TABLE groups (" in data
     (directory / FILE).write_bytes(data.replace(b"CREATE TABLE groups (", b"CREATE TABLE groups \xcc"))
     assert _exported(directory) == exported
+
+
+def test_damage_that_only_a_deletion_meets_is_met_by_the_start(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    exported = _exported(directory)  # and a snapshot to start from
+    damaged: list[Path | None] = []
+
+    class Malformed(sqlite3.Connection):
+        def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+            if sql.startswith("DELETE FROM groups WHERE (ended_segment"):
+                raise sqlite3.DatabaseError("database disk image is malformed")
+            return super().execute(sql, parameters)
+
+    def connect_once(path: Path | None, **how: Any) -> sqlite3.Connection:
+        if damaged:
+            return connect(path, **how)
+        damaged.append(path)
+        assert path is not None
+        return sqlite3.connect(path, check_same_thread=False, factory=Malformed)
+
+    monkeypatch.setattr(replay_buffer.storage.index, "connect", connect_once)
+    assert _exported(directory) == exported
+    assert "the index is made anew" in caplog.text or "malformed" in caplog.text
 
 
 def _exported(directory: Path) -> list[replay_pb2.ExportGroupsResponse]:
