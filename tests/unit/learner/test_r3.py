@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.model import PolicyModel, Scores
-from learner.packing import MicroBatch, pack
-from learner.r3 import RoutingReplay, check_routing, find_routers
+from learner.training.model import PolicyModel, Scores
+from learner.training.packing import MicroBatch, pack
+from learner.training.r3 import RoutingReplay, check_routing, find_routers
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
 from leeway.moe import ROUTERS
 from leeway.types import Array, Trajectory
