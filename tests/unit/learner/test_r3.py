@@ -44,7 +44,7 @@ every_law = pytest.mark.parametrize(
 
 
 def expected_gates(family: str, logits: Tensor, experts: Tensor, *, renormalise: bool) -> Tensor:
-    """The families' laws, written another way than in learner.r3."""
+    """The families' laws, written another way than in learner.training.r3."""
     chosen = logits.gather(-1, experts)
     if family == "deepseek_v3":
         sigmoid = 1 / (1 + (-chosen).exp())
