@@ -51,7 +51,7 @@ test: env lint ## lint, then every test but those of the engines with environmen
 # An environment that cannot be made is reported as skipped, with the reason, by the tests that need it.
 test-engines: env ## one suite for every engine, each in its own environment, which is made first
 	@for engine in $(ENGINES); do \
-		$(BIN)/python deploy/engines/build $$engine || echo "the environment of $$engine could not be made; its tests are skipped" >&2; \
+		timeout 1200 $(BIN)/python deploy/engines/build $$engine || echo "the environment of $$engine could not be made; its tests are skipped" >&2; \
 	done
 	$(BIN)/pytest tests/engines -m engines $(PYTEST_ARGS)
 

@@ -56,12 +56,6 @@ def server(
     yield from _serve(request.param, tiny_models.save(models[0], directory / "model"), directory)
 
 
-@pytest.fixture(params=ENGINES)
-def dense_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineServer]:
-    """A server of its own, with `make_model(0, moe=False)`, for a test that may kill it."""
-    yield from _serve(request.param, tiny_models.save(make_model(0, moe=False), tmp_path / "model"), tmp_path)
-
-
 @pytest.fixture(params=[engine for engine in ENGINES if engine != "transformers"])
 def recomputing_server(
     request: pytest.FixtureRequest, models: list[PreTrainedModel], tmp_path: Path

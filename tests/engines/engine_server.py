@@ -15,9 +15,10 @@ from urllib.request import urlopen
 import tomli_w
 
 from inference_server.engines.remote import RemoteEngine
-from leeway.errors import DeadlineError
+from leeway.errors import UnavailableError
 from leeway.ports import free_port
 from leeway.rpc import Security
+from leeway.types import EngineInfo
 
 CHECKOUT = Path(__file__).parents[2]
 RUN = "run"  # the run of tests.unit.tiny_models.snapshot
@@ -75,12 +76,16 @@ class EngineServer:
 
     async def _connected(self) -> RemoteEngine:
         async with asyncio.timeout(START_SECONDS):
-            while True:
-                try:
-                    return await RemoteEngine.connect(self.address, _INSECURE)
-                except DeadlineError:
-                    if self.process.poll() is not None:
-                        raise
+            while self.process.poll() is None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(5.0):
+                        return await RemoteEngine.connect(self.address, _INSECURE)
+        raise UnavailableError(f"the server has ended with code {self.process.returncode}; see {self.log}")
+
+    async def info(self) -> EngineInfo:
+        """What the server says of itself now; a connection remembers what it heard last."""
+        async with self.connect() as engine:
+            return engine.info()
 
     def metrics(self) -> dict[str, float]:
         return shown_metrics(self.metrics_port)
@@ -135,13 +140,21 @@ def engine_server(engine: str, model: Path, directory: Path, **options: Any) -> 
         EnvironmentMissingError: the engine's environment has not been built.
     """
     python = options.pop("python", None) or interpreter(engine)
+    with started_server(engine, python, configuration(engine, model, directory, **options), directory) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def started_server(
+    engine: str, python: str, settings: dict[str, Any], directory: Path
+) -> Generator[EngineServer, None, None]:
+    """Start a server with an interpreter and a configuration, which may have been started with before."""
     directory.mkdir(parents=True, exist_ok=True)
-    settings = configuration(engine, model, directory, **options)
     (directory / "tasks.jsonl").write_text('{"prompt": "t2 t3"}\n', encoding="utf-8")
     path = directory / "server.toml"
     path.write_text(tomli_w.dumps(settings), encoding="utf-8")
     log = directory / "server.log"
-    with log.open("wb") as log_file:
+    with log.open("ab") as log_file:
         # Ends with this process, however that ends: its stdin does.
         process = subprocess.Popen(
             [python, "-m", "inference_server", "--config", str(path), "--supervised"],

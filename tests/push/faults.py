@@ -26,7 +26,7 @@ from leeway.collective import Group
 from leeway.errors import UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import RunningServer, Security, start_server
-from leeway.types import WeightSnapshot
+from leeway.types import ModelSignature, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from tests.push.history import RUN
 
@@ -149,11 +149,11 @@ class FaultyBroadcasts(CollectiveWeights):
 class FaultyPublisher(Publisher):
     """Publishes, but deltas may be wrong in spite of their digests, and announcements come late, twice or not."""
 
-    def __init__(self, faults: Faults) -> None:
+    def __init__(self, faults: Faults, run: str = RUN, signature: ModelSignature = arithmetic.SIGNATURE) -> None:
         self.metrics = LearnerMetrics(CollectorRegistry())
         self.zmq = FaultyLocalWeights(self.metrics, faults)
-        broadcasts = FaultyBroadcasts(self.metrics, faults)
-        super().__init__(RUN, arithmetic.SIGNATURE, self.metrics, self.zmq, max_delta_chain=4, broadcasts=broadcasts)
+        self.broadcasts = broadcasts = FaultyBroadcasts(self.metrics, faults)
+        super().__init__(run, signature, self.metrics, self.zmq, max_delta_chain=4, broadcasts=broadcasts)
         self._streamed = FaultyStream(self.metrics, faults)
         self._outlets = [self._streamed, self.zmq, broadcasts]
         self._faults = faults
@@ -164,6 +164,11 @@ class FaultyPublisher(Publisher):
         return await start_server(
             address, lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self, server), [], Security()
         )
+
+    async def aclose(self) -> None:
+        """Let go of what it sends with."""
+        await self.zmq.aclose()
+        await self.broadcasts.aclose()
 
     async def _publication(self, snapshot: WeightSnapshot) -> Publication:
         if self._newest is not None and self._faults.strikes("delta made of other weights"):

@@ -1,0 +1,1 @@
+"""Leeway's inference server beside the engine that it serves."""

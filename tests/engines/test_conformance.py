@@ -1,0 +1,33 @@
+"""Leeway's own servers keep the contract that they ask of others, whatever engine they have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedModel
+
+from leeway.conformance import kit
+from leeway.conformance.client import BackendClient
+from leeway.conformance.requirement import Status
+from leeway.conformance.session import KitOptions, Session
+from leeway.conformance.weights import checkpoint_weights
+from leeway.rpc import Security
+from tests.engines.engine_server import RUN, EngineServer
+from tests.unit import tiny_models
+
+OPTIONS = KitOptions(run=RUN, samples=128, long_tokens=128, quiet_seconds=0.2, call_seconds=240, check_seconds=240)
+STOPPING = {"STOP-1", "STOP-2"}
+
+
+@pytest.mark.timeout(600)
+async def test_every_requirement_is_met(server: EngineServer, models: list[PreTrainedModel], tmp_path: Path) -> None:
+    weights = checkpoint_weights(tiny_models.save(models[0], tmp_path / "model"))
+    await server.info()  # it has started
+    client = BackendClient(server.address, Security(), OPTIONS.call_seconds)
+    try:
+        results = [result async for result in kit.run(Session(client, OPTIONS, weights, Security()))]
+    finally:
+        await client.aclose()
+    assert {result.requirement.id: result.detail for result in results if result.status is Status.FAILED} == {}
+    assert {result.requirement.id for result in results if result.status is not Status.PASSED} == STOPPING
