@@ -23,11 +23,11 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learner import step_batch
-from learner.model import PolicyModel
-from learner.packing import plan_micro_batches
-from learner.torch_trainer import TorchTrainer
-from learner.training_options import TrainingOptions
+from learner.training import step_batch
+from learner.training.model import PolicyModel
+from learner.training.options import TrainingOptions
+from learner.training.packing import plan_micro_batches
+from learner.training.torch_trainer import TorchTrainer
 from leeway.types import FinishReason, ModelSignature, Trajectory, TrajectoryGroup
 
 VOCABULARY, CONTEXT, PROMPT, MEMBERS = 4096, 1024, 8, 8

@@ -28,7 +28,7 @@ from inference_server.rollout_worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
 from inference_server.text import HuggingFaceTokenizer, Tokenizer
-from inference_server.weight_receiver import WeightReceiver
+from inference_server.weights.receiver import WeightReceiver
 from leeway.arithmetic import ArithmeticTokenizer
 from leeway.config import (
     Document,

@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
-from learner.checkpoint import Branch, Checkpoint, CheckpointStore
-from learner.journal import Journal
-from learner.local_weights import LocalWeights
 from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.loss_options import check_recorded_topk
 from learner.making import make_trainer
 from learner.options import LearnerOptions
-from learner.publisher import Publisher
-from learner.receipts import ReceiptBook, deciding_options
-from learner.run_lock import held_run
-from learner.summary import summarize
+from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
+from learner.records.journal import Journal
+from learner.records.receipts import ReceiptBook, deciding_options
+from learner.records.run_lock import held_run
+from learner.records.summary import summarize
 from learner.trainer import Trainer
+from learner.training.loss_options import check_recorded_topk
+from learner.weights.local import LocalWeights
+from learner.weights.publisher import Publisher
 from leeway.config import (
     Document,
     EvaluationOptions,
@@ -50,7 +50,7 @@ from leeway.weight_transports import uses_broadcasts, uses_zeromq
 from leeway.weights import weights_digest
 
 if TYPE_CHECKING:
-    from learner.collective_weights import CollectiveWeights
+    from learner.weights.collective import CollectiveWeights
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class LearnerProcess:
             with held_run(self.directory):
                 await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
             return
-        from learner.distributed import DistributedTrainer, follow
         from learner.making import join_world, make_ranked_trainer
+        from learner.training.distributed import DistributedTrainer, follow
 
         world = join_world(self.options)
         ranked = make_ranked_trainer(self.options, self.model, self.sampling, world)
@@ -228,7 +228,7 @@ class LearnerProcess:
     def _make_broadcasts(self, metrics: LearnerMetrics) -> CollectiveWeights | None:
         if not self.broadcasts:
             return None
-        from learner.collective_weights import CollectiveWeights  # imports torch
+        from learner.weights.collective import CollectiveWeights  # imports torch
 
         host = self.network.policy.rpartition(":")[0]
         return CollectiveWeights(host, metrics, patience_seconds=self.options.broadcast_patience_seconds)

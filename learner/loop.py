@@ -25,17 +25,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from learner.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep, PendingCheckpoint
 from learner.errors import UnusableGroupError
-from learner.fleet_watch import FleetWatch, Verdict
-from learner.journal import Journal
+from learner.fleet.watch import FleetWatch, Verdict
 from learner.options import LearnerOptions
-from learner.policy_logprobs import write_policy_logprobs
-from learner.publisher import Publisher
-from learner.receipts import ReceiptBook, make_receipt
+from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore, LedgerStep, PendingCheckpoint
+from learner.records.journal import Journal
+from learner.records.policy_logprobs import write_policy_logprobs
+from learner.records.receipts import ReceiptBook, make_receipt
+from learner.records.summary import merge_intervals
 from learner.staleness import token_staleness
-from learner.summary import merge_intervals
 from learner.trainer import FinishSave, StepResult, Trainer
+from learner.weights.publisher import Publisher
 from leeway.config import EvaluationOptions
 from leeway.errors import DeadlineError, LeewayError
 from leeway.metrics import STALENESS_BUCKETS, LearnerMetrics

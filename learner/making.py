@@ -10,8 +10,8 @@ from leeway.config import ModelOptions, SamplingOptions
 from leeway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from learner.torch_trainer import TorchTrainer
-    from learner.world import TorchWorld
+    from learner.training.torch_trainer import TorchTrainer
+    from learner.training.world import TorchWorld
 
 _IDLE_MARGIN_SECONDS: Final = 600.0
 """Added to the longest waits of rank 0: opening the run, publishing, evaluations."""
@@ -29,8 +29,8 @@ def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: Samplin
         return ArithmeticTrainer()
     import torch
 
-    from learner.torch_trainer import TorchTrainer
-    from learner.world import World, compute_device
+    from learner.training.torch_trainer import TorchTrainer
+    from learner.training.world import World, compute_device
 
     torch.set_num_threads(options.num_threads)
     world = World(compute_device(options.training.device))
@@ -45,7 +45,7 @@ def join_world(options: LearnerOptions) -> TorchWorld:
     """
     import torch.distributed as dist
 
-    from learner.world import TorchWorld, compute_device
+    from learner.training.world import TorchWorld, compute_device
 
     start = f"torchrun --nproc-per-node {options.ranks} -m learner ..."
     if not dist.is_torchelastic_launched():
@@ -65,7 +65,7 @@ def make_ranked_trainer(
     """One rank's trainer, at the run's first weights."""
     import torch
 
-    from learner.torch_trainer import TorchTrainer
+    from learner.training.torch_trainer import TorchTrainer
 
     torch.set_num_threads(options.num_threads)
     return TorchTrainer.from_directory(model.directory, sampling, options.training, world)

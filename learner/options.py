@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from learner.fleet_options import FleetOptions
-from learner.training_options import TrainingOptions
+from learner.fleet.options import FleetOptions
+from learner.training.options import TrainingOptions
 from leeway.config import Options
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.checkpoint import Branch
+from learner.records.checkpoint import Branch
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from learner.checkpoint import Branch
+from learner.records.checkpoint import Branch
 from leeway.types import Float32Array, ModelSignature, TrajectoryGroup, WeightManifest
 
 

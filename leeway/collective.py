@@ -7,7 +7,7 @@ Every wait has a deadline: a peer that is silent for `patience_seconds` ends the
 Bytes only, never objects: nothing is pickled. Nothing here is encrypted or authenticated either; receivers check every
 digest against what came over the contract's own connection.
 
-Only `learner.collective_weights` and `inference_server.collective_weights` import this module, and only when the
+Only `learner.weights.collective` and `inference_server.weights.collective` import this module, and only when the
 configuration asks for broadcasts: it needs torch.
 """
 

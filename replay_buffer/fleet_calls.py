@@ -1,6 +1,6 @@
 """A run's servers: who is there, who leaves, who is taken out and let in again.
 
-who measures    the buffer how long loans take; the learner how far log-probs are from its own (learner/fleet_watch.py)
+who measures    the buffer how long loans take; the learner how far log-probs are from its own (learner/fleet/watch.py)
 who decides     the learner, after a step or in its own time, or a person (`leeway fleet`)
 who acts        the buffer: no tickets, loans taken back, groups dropped, all in one durable record
 who is told     the server, by the answer to its request for work, which a drain ends at once

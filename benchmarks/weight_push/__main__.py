@@ -38,10 +38,10 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.weight_push.broadcast import Broadcast
 from benchmarks.weight_push.training import EXAMPLE, RUN, any_reward, larger_model, real_steps, sorted_reward
-from learner.collective_weights import CollectiveWeights
-from learner.local_weights import LocalWeights
-from learner.publication import Publication
-from learner.publisher import Publisher, _Server
+from learner.weights.collective import CollectiveWeights
+from learner.weights.local import LocalWeights
+from learner.weights.publication import Publication
+from learner.weights.publisher import Publisher, _Server
 from leeway.huggingface import model_signature
 from leeway.metrics import LearnerMetrics
 from leeway.ports import free_port

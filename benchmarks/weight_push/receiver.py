@@ -20,7 +20,7 @@ from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from inference_server.served_policy import ServedPolicy
-from inference_server.weight_receiver import WeightReceiver
+from inference_server.weights.receiver import WeightReceiver
 from leeway.huggingface import model_signature
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security

@@ -20,8 +20,8 @@ from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from inference_server.recorder import TrajectoryRecorder
 from inference_server.text import HuggingFaceTokenizer
-from learner.torch_trainer import TorchTrainer
-from learner.training_options import TrainingOptions
+from learner.training.options import TrainingOptions
+from learner.training.torch_trainer import TorchTrainer
 from leeway.assembly import assemble_trajectory
 from leeway.config import SamplingOptions
 from leeway.types import (

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from learner.checkpoint import CheckpointStore
 from learner.options import LearnerOptions
+from learner.records.checkpoint import CheckpointStore
 from leeway.commands import buffer_files
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import load_run_document

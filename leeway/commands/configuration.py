@@ -6,8 +6,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from inference_server.options import EngineName, InferenceServerOptions
-from learner.loss_options import check_recorded_topk
 from learner.options import LearnerOptions
+from learner.training.loss_options import check_recorded_topk
 from leeway.config import (
     Document,
     EvaluationOptions,

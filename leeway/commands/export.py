@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from learner.checkpoint import CheckpointStore
 from learner.options import LearnerOptions
+from learner.records.checkpoint import CheckpointStore
 from leeway.commands.run_folder import load_run_document
 from leeway.config import ModelOptions, RunOptions, SamplingOptions, section
 from leeway.errors import NotFoundError, PreconditionError
@@ -37,7 +37,7 @@ def _export(arguments: argparse.Namespace) -> int:
     output: Path = arguments.output or arguments.run / "export" / f"step-{checkpoint.version.step}"
     if output.exists():
         raise PreconditionError(f"{output} exists; remove it or choose another --output")
-    from learner.torch_trainer import TorchTrainer  # torch takes seconds to import
+    from learner.training.torch_trainer import TorchTrainer  # torch takes seconds to import
 
     trainer = TorchTrainer.from_directory(
         model.directory, section(document, "sampling", SamplingOptions), options.training

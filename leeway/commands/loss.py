@@ -24,7 +24,7 @@ from leeway.errors import ConfigError, InvalidDataError, NotFoundError
 from leeway.process import EXIT_OK
 
 if TYPE_CHECKING:
-    from learner.loss_explanation import Explanation
+    from learner.training.loss_explanation import Explanation
 
 _NARROWEST_TABLE: Final = 140
 
@@ -89,7 +89,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 def _loss(arguments: argparse.Namespace) -> int:
     where = "stdin" if arguments.file == Path("-") else str(arguments.file)
     content = _with_options(_parse(_read(arguments.file), where), arguments.algorithm, arguments.overrides, where)
-    from learner.loss_explanation import explain_loss, read_loss_input  # torch takes seconds to import
+    from learner.training.loss_explanation import explain_loss, read_loss_input  # torch takes seconds to import
 
     given = read_loss_input(content, where)
     try:

@@ -39,7 +39,7 @@ async def _replay(document: Document, step: int) -> int:
     ranks = section(document, "learner", LearnerOptions).ranks
     async with open_replay(document) as client:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *launcher(ranks), "learner.replay_process"),
+            *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),
             *("--config", str(document.path), "--step", str(step), "--supervised"),
             *("--set", f"network.replay_buffer={client.address}"),
             stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that we are gone

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from learner.journal import read_journal
+from learner.records.journal import read_journal
 from leeway.errors import NotFoundError
 from leeway.process import EXIT_OK
 

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from inference_server.options import InferenceServerOptions
-from learner.policy_logprobs import read_policy_logprobs
+from learner.records.policy_logprobs import read_policy_logprobs
 from leeway.assembly import assemble_trajectory
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import load_run_document

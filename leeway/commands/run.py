@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from learner.checkpoint import CheckpointStore
-from learner.journal import read_journal
+from learner.records.checkpoint import CheckpointStore
+from learner.records.journal import read_journal
 from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.commands.progress import open_progress
 from leeway.commands.report import write_report

@@ -16,7 +16,7 @@ from typing import Any
 import learner.loop
 import replay_buffer.buffer
 import replay_buffer.storage.directory
-from learner.checkpoint import PendingCheckpoint
+from learner.records.checkpoint import PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
 from replay_buffer.rules.admission import Admission

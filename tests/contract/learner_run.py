@@ -14,14 +14,14 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from learner.checkpoint import CheckpointStore
-from learner.journal import Journal
 from learner.loop import Learner, Parts
 from learner.options import LearnerOptions
-from learner.publisher import Publisher
-from learner.receipts import Options, ReceiptBook, deciding_options, read_receipts
-from learner.replay import Difference, find_start, replay
+from learner.records.checkpoint import CheckpointStore
+from learner.records.journal import Journal
+from learner.records.receipts import Options, ReceiptBook, deciding_options, read_receipts
+from learner.records.replay import Difference, find_start, replay
 from learner.trainer import Trainer
+from learner.weights.publisher import Publisher
 from leeway import codec
 from leeway.config import EvaluationOptions
 from leeway.metrics import LearnerMetrics

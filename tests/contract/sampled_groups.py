@@ -10,7 +10,7 @@ import numpy as np
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.recorder import TrajectoryRecorder
-from learner.torch_trainer import TorchTrainer
+from learner.training.torch_trainer import TorchTrainer
 from leeway.assembly import assemble_trajectory
 from leeway.types import (
     Float32Array,

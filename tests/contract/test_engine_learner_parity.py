@@ -17,8 +17,8 @@ from examples.sortmix8.task import tasks
 from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from inference_server.text import HuggingFaceTokenizer, prompt_token_ids
-from learner.torch_trainer import TorchTrainer
-from learner.training_options import TrainingOptions
+from learner.training.options import TrainingOptions
+from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions
 from leeway.types import SamplingParams, TrajectoryGroup
 from tests.contract.sampled_groups import largest_difference, sample_group, snapshot

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.checkpoint import CheckpointStore
-from learner.journal import read_journal
-from learner.receipts import read_receipts
+from learner.records.checkpoint import CheckpointStore
+from learner.records.journal import read_journal
+from learner.records.receipts import read_receipts
 from tests.contract.buffer_server import serving, serving_buffer
 from tests.contract.learner_run import STEPS, CrashError, LearnerRun
 

@@ -15,8 +15,8 @@ from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers_engine import TransformersEngine
 from inference_server.engines.transformers_options import TransformersEngineOptions
 from learner.errors import UnusableGroupError
-from learner.torch_trainer import TorchTrainer
-from learner.training_options import TrainingOptions
+from learner.training.options import TrainingOptions
+from learner.training.torch_trainer import TorchTrainer
 from leeway.assembly import join_chunks
 from leeway.config import SamplingOptions
 from leeway.errors import InvalidDataError

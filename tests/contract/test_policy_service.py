@@ -10,8 +10,8 @@ import zmq
 import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
-from learner.local_weights import PROTOCOL, LocalWeights
-from learner.publisher import Publisher
+from learner.weights.local import PROTOCOL, LocalWeights
+from learner.weights.publisher import Publisher
 from leeway import codec
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics

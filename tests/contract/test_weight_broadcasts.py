@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server import collective_weights as receiving
 from inference_server.served_policy import ServedPolicy
-from inference_server.weight_receiver import WeightReceiver
-from learner.collective_weights import CollectiveWeights
-from learner.publisher import Publisher
+from inference_server.weights import collective as receiving
+from inference_server.weights.receiver import WeightReceiver
+from learner.weights.collective import CollectiveWeights
+from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec, collective
 from leeway.collective import Group, Part
 from leeway.errors import NotFoundError, PreconditionError

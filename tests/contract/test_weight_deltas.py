@@ -14,8 +14,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
-from learner.publication import Publication
-from learner.publisher import _Server
+from learner.weights.publication import Publication
+from learner.weights.publisher import _Server
 from leeway import codec
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security, cancel_and_wait, open_channel
@@ -217,7 +217,7 @@ async def test_deltas_spoilt_on_their_way_are_repaired(metrics: InferenceServerM
 async def test_announcements_out_of_order_never_lead_back(
     metrics: InferenceServerMetrics, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "inference_server.weight_receiver")
+    caplog.set_level("INFO", "inference_server.weights.receiver")
     engine = BytesEngine()
     async with pair(engine=engine, metrics=metrics) as (learner, server, _):
         await learner.publisher.publish(snapshot(2))
@@ -254,7 +254,7 @@ async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_noth
 async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(
     metrics: InferenceServerMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_server.weight_receiver._LAST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("inference_server.weights.receiver._LAST_BACKOFF_SECONDS", 0.01)
     async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, _):
         good = snapshot(0)
         await learner.publisher.publish(replace(good, buffers=[b"\0" * 80_000, *good.buffers[1:]]))

@@ -15,11 +15,11 @@ import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
-from inference_server.ipc_weights import IpcWeights
 from inference_server.served_policy import ServedPolicy
-from inference_server.weight_receiver import WeightReceiver
-from learner.local_weights import LocalWeights
-from learner.publisher import Publisher
+from inference_server.weights.ipc import IpcWeights
+from inference_server.weights.receiver import WeightReceiver
+from learner.weights.local import LocalWeights
+from learner.weights.publisher import Publisher
 from leeway import arithmetic
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.metrics import InferenceServerMetrics, LearnerMetrics

@@ -13,10 +13,10 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from learner.errors import UnusableGroupError
-from learner.model import PolicyModel
-from learner.torch_trainer import TorchTrainer
-from learner.training_options import TrainingOptions
-from learner.world import TorchWorld, World
+from learner.training.model import PolicyModel
+from learner.training.options import TrainingOptions
+from learner.training.torch_trainer import TorchTrainer
+from learner.training.world import TorchWorld, World
 from leeway.types import TrajectoryGroup
 from tests.unit.learner.helpers import DENSE, MOE, dense_model, groups, moe_model
 

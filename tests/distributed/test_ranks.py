@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from learner.world import World
+from learner.training.world import World
 from leeway.ports import free_port
 from tests.distributed.ranks import CASES, STEPS, make, published, train
 

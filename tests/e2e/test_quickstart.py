@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from learner.journal import read_journal
+from learner.records.journal import read_journal
 from leeway.huggingface import published_tensors, tensor_bytes
 from leeway.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
 from leeway.types import WeightManifest

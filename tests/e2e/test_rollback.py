@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.checkpoint import CheckpointStore
-from learner.journal import read_journal
+from learner.records.checkpoint import CheckpointStore
+from learner.records.journal import read_journal
 from tests.e2e.rehearsal import SMALL
 from tests.e2e.test_stop_and_resume import EXAMPLE, leeway
 

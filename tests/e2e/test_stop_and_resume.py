@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.journal import read_journal
+from learner.records.journal import read_journal
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.journal import read_journal
+from learner.records.journal import read_journal
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 

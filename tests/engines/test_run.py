@@ -17,7 +17,7 @@ from urllib.error import URLError
 import pytest
 import tomli_w
 
-from learner.journal import read_journal
+from learner.records.journal import read_journal
 from leeway.assembly import assemble_trajectory
 from leeway.commands.replay_access import open_replay
 from leeway.config import load_document

@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import InferenceServicer
-from learner.publisher import Publisher
+from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec
 from leeway.errors import LeewayError
 from leeway.metrics import LearnerMetrics

@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry
 
-from learner.collective_weights import CollectiveWeights
-from learner.local_weights import LocalWeights
-from learner.publication import Part, Publication
-from learner.publisher import Publisher
-from learner.streamed_weights import StreamedWeights
+from learner.weights.collective import CollectiveWeights
+from learner.weights.local import LocalWeights
+from learner.weights.publication import Part, Publication
+from learner.weights.publisher import Publisher
+from learner.weights.streamed import StreamedWeights
 from leeway import arithmetic
 from leeway.collective import Group
 from leeway.errors import UnavailableError

@@ -8,10 +8,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from inference_server import collective_weights as _collective_weights  # imported before the fork: it takes seconds
 from inference_server.engines.remote import RemoteEngine
 from inference_server.served_policy import ServedPolicy
-from inference_server.weight_receiver import WeightReceiver
+from inference_server.weights import collective as _collective_weights  # imported before the fork: it takes seconds
+from inference_server.weights.receiver import WeightReceiver
 from leeway import collective
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security

@@ -7,8 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.weight_fetcher import WeightFetcher
-from inference_server.weight_transport import BATCH_BYTES, Announcement, Part
+from inference_server.weights.fetcher import WeightFetcher
+from inference_server.weights.transport import BATCH_BYTES, Announcement, Part
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest

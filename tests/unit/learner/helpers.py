@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from learner.model import PolicyModel
-from learner.torch_trainer import TorchTrainer
-from learner.training_options import TrainingOptions
+from learner.training.model import PolicyModel
+from learner.training.options import TrainingOptions
+from learner.training.torch_trainer import TorchTrainer
 from leeway.huggingface import torch_dtype
 from leeway.types import (
     Array,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.advantages import STD_EPSILON, group_advantages
 from learner.losses.aggregation import Aggregation, sequence_weights
+from learner.training.advantages import STD_EPSILON, group_advantages
 from leeway.errors import ConfigError
 
 LENGTHS = np.array([3, 2, 4, 1], dtype=np.int64)

@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
-from learner.fleet_options import FleetOptions
-from learner.fleet_watch import FleetWatch, Verdict
-from learner.server_mismatch import Sample
+from learner.fleet.mismatch import Sample
+from learner.fleet.options import FleetOptions
+from learner.fleet.watch import FleetWatch, Verdict
 from leeway.errors import FencedError, LeewayError, PreconditionError, UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait

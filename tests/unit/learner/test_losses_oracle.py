@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.advantages import group_advantages
 from learner.losses import ALGORITHMS, INFINITY, LossParameters, Penalties, find_algorithm
 from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import merge_statistics
@@ -24,6 +23,7 @@ from learner.losses.form import (
     token_losses,
     token_values,
 )
+from learner.training.advantages import group_advantages
 from tests.unit.learner import oracle
 from tests.unit.learner.oracle import Numbers, Token
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.model import PolicyModel, Scores
-from learner.packing import pack
+from learner.training.model import PolicyModel, Scores
+from learner.training.packing import pack
 from leeway.errors import ConfigError
 from leeway.types import Trajectory
 from tests.unit.learner.helpers import dense_model, moe_model, trajectory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.publication import Publication
+from learner.weights.publication import Publication
 from leeway.deltas import apply_deltas
 from leeway.errors import InvalidDataError, NotFoundError
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from learner.run_lock import FILE, held_run
+from learner.records.run_lock import FILE, held_run
 from leeway.errors import ConfigError, UnavailableError
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "rehearsal.toml"
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from learner.run_lock import held_run
+from learner.records.run_lock import held_run
 
 with held_run(Path(sys.argv[1])):
     print("held", flush=True)

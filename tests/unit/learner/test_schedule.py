@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from learner.schedule import Schedule, scheduled_learning_rate
-from learner.training_options import TrainingOptions
+from learner.training.options import TrainingOptions
+from learner.training.schedule import Schedule, scheduled_learning_rate
 from tests.unit.learner.helpers import dense_model, groups, trainer
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from learner.fleet_options import FleetOptions
-from learner.fleet_watch import verdicts
-from learner.server_mismatch import MAX_NATS, MismatchWindow, Sample, Standing, samples_of, standings
+from learner.fleet.mismatch import MAX_NATS, MismatchWindow, Sample, Standing, samples_of, standings
+from learner.fleet.options import FleetOptions
+from learner.fleet.watch import verdicts
 from leeway.types import (
     Drain,
     DrainReason,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from learner.losses.form import Candidates, TokenTerms, TokenValues
-from learner.statistics import candidate_statistics, token_statistics
+from learner.training.statistics import candidate_statistics, token_statistics
 
 
 def values(mu: list[float], pi: list[float], advantages: list[float]) -> TokenValues:

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner.records.summary import merge_intervals, overlap_seconds
 from learner.staleness import lineage_step, token_staleness
-from learner.summary import merge_intervals, overlap_seconds
 from leeway.types import FinishReason, PolicyVersion, Segment, SegmentKind, Trajectory, TrajectoryGroup, VersionSpan
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

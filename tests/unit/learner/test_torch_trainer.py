@@ -18,16 +18,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from learner import model as learner_model
-from learner import training_state
 from learner.errors import UnusableGroupError
-from learner.head.fused import fused_head
 from learner.losses import ALGORITHMS
-from learner.model import PolicyModel
-from learner.packing import pack
-from learner.torch_trainer import TorchTrainer
 from learner.trainer import Trainer
-from learner.training_options import TrainingOptions
+from learner.training import model as learner_model
+from learner.training import state as training_state
+from learner.training.head.fused import fused_head
+from learner.training.model import PolicyModel
+from learner.training.options import TrainingOptions
+from learner.training.packing import pack
+from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, CorruptDataError, LeewayError, PreconditionError
 from leeway.types import Trajectory, TrajectoryGroup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.world import World, compute_device
+from learner.training.world import World, compute_device
 from leeway.errors import ConfigError
 
 

@@ -1,0 +1,1 @@
+"""Weights on their way in: announced, fetched, staged, verified, applied."""

@@ -1,0 +1,1 @@
+"""Which servers diverge or are slow, and what is done about it."""

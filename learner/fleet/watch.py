@@ -1,0 +1,187 @@
+"""Takes servers out of the run that diverge or are slow, and names them.
+
+    a step is trained ──> its tokens' mismatch, by server ─────┐
+                                                               ├──> verdicts ──> DrainServer ──> the buffer acts and
+    check_seconds pass ──> how long loans take, by the buffer ─┘                                 tells the server
+
+    who measures    `server_mismatch`, and the buffer     who decides    this module, or a person (`leeway fleet`)
+    waits for       a step, or its own clock              unblocks       nobody; training never waits for it
+
+What it can do is only what the buffer allows: the last server at work stays, and is a suspect in log and metrics. A
+server that was drained is judged afresh once it is readmitted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from learner.fleet.mismatch import MismatchWindow, Standing, samples_of
+from learner.fleet.options import FleetOptions
+from learner.records.checkpoint import Branch
+from leeway.errors import DeadlineError, ExhaustedError, LeewayError, PreconditionError, UnavailableError
+from leeway.metrics import LearnerMetrics
+from leeway.replay_client import ReplayClient
+from leeway.types import DrainReason, Float32Array, ServerStatus, TrajectoryGroup
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A server that is to be taken out."""
+
+    server_id: str
+    reason: DrainReason
+    message: str
+
+
+class FleetWatch:
+    """One incarnation of the learner, watching the servers of its run.
+
+    Args:
+        buffer: acts.
+        epoch: of this incarnation.
+        options: what counts as diverging and slow.
+        metrics: shows mismatch and suspects.
+        on_drained: is told of each server that was taken out.
+    """
+
+    def __init__(
+        self,
+        buffer: ReplayClient,
+        epoch: int,
+        options: FleetOptions,
+        metrics: LearnerMetrics,
+        on_drained: Callable[[Verdict], None],
+    ) -> None:
+        self._buffer = buffer
+        self._epoch = epoch
+        self._options = options
+        self._metrics = metrics
+        self._on_drained = on_drained
+        self._window = MismatchWindow(options.window_steps)
+        self._trained = asyncio.Event()
+        self._named: set[tuple[str, DrainReason]] = set()  # suspects that the log has named
+        self._shown: set[str] = set()  # servers with a metric
+
+    def trained(
+        self,
+        groups: Sequence[TrajectoryGroup],
+        policy_logprobs: Mapping[str, Float32Array],
+        head_step: int,
+        branches: Sequence[Branch],
+    ) -> None:
+        """A step was trained on these groups, from the policy of `head_step`."""
+        self._window.add(
+            sample
+            for group in groups
+            for trajectory in group.trajectories
+            if trajectory.trajectory_id in policy_logprobs
+            for sample in samples_of(trajectory, policy_logprobs[trajectory.trajectory_id], head_step, branches)
+        )
+        self._trained.set()
+
+    async def run(self) -> None:
+        """Look at the servers after each step, and from time to time; for as long as this task lives."""
+        while True:
+            try:
+                async with asyncio.timeout(self._options.check_seconds):
+                    await self._trained.wait()
+            except TimeoutError:
+                pass  # the time has come
+            self._trained.clear()
+            try:
+                await self.check()
+            except (UnavailableError, DeadlineError, ExhaustedError) as error:
+                log.info("the servers are not looked at: %s", error.message)
+            except LeewayError as error:  # fenced, or a buffer that does not know the call
+                log.warning("the servers are no longer looked at: %s", error.message)
+                return
+
+    async def check(self) -> None:
+        """Look once, and take out whoever is to be taken out."""
+        servers = await self._buffer.servers()
+        self._window.forget(server.server_id for server in servers if server.drained is not None)
+        standings = self._window.standings(self._options.min_tokens)
+        self._show(standings)
+        suspects = 0
+        for verdict in verdicts(standings, servers, self._options):
+            suspects += not await self._drained(verdict)
+        self._metrics.suspect_servers.set(suspects)
+
+    async def _drained(self, verdict: Verdict) -> bool:
+        """Whether the buffer took the server out."""
+        if not self._options.drain:
+            self._name(verdict, "learner.fleet.drain is off")
+            return False
+        try:
+            await self._buffer.drain_server(verdict.server_id, verdict.reason, verdict.message, epoch=self._epoch)
+        except PreconditionError as error:
+            self._name(verdict, error.message)
+            return False
+        log.warning("server %s is drained: %s", verdict.server_id, verdict.message)
+        self._window.forget([verdict.server_id])
+        self._named = {named for named in self._named if named[0] != verdict.server_id}
+        self._on_drained(verdict)
+        return True
+
+    def _name(self, verdict: Verdict, why_not: str) -> None:
+        if (verdict.server_id, verdict.reason) not in self._named:
+            self._named.add((verdict.server_id, verdict.reason))
+            log.warning("server %s is not drained although it should be: %s", verdict.server_id, why_not)
+
+    def _show(self, standings: Mapping[str, Standing]) -> None:
+        gauge = self._metrics.server_mismatch_nats
+        for server_id in self._shown - standings.keys():
+            gauge.remove(server_id)
+        for server_id, standing in standings.items():
+            gauge.labels(server_id).set(standing.excess_nats)
+        self._shown = set(standings)
+
+
+def verdicts(
+    standings: Mapping[str, Standing], servers: Sequence[ServerStatus], options: FleetOptions
+) -> list[Verdict]:
+    """Who is to be taken out now; the worst first."""
+    at_work = {server.server_id: server for server in servers if server.drained is None}
+    diverging = [
+        (standing, server_id)
+        for server_id, standing in standings.items()
+        if server_id in at_work and standing.surely_nats > options.max_excess_nats
+    ]
+    diverging.sort(key=lambda entry: -entry[0].excess_nats)
+    found = [
+        Verdict(
+            server_id,
+            DrainReason.DIVERGING,
+            f"its log-probs are {standing.excess_nats:.3g} nats per token further from the learner's than those of the "
+            f"others at equal staleness, over {standing.num_tokens} tokens (learner.fleet.max_excess_nats is "
+            f"{options.max_excess_nats:g})",
+        )
+        for standing, server_id in diverging
+    ]
+    named = {verdict.server_id for verdict in found}
+    return found + [verdict for verdict in _slow(list(at_work.values()), options) if verdict.server_id not in named]
+
+
+def _slow(servers: Sequence[ServerStatus], options: FleetOptions) -> list[Verdict]:
+    if options.slow_ratio is None:
+        return []
+    timed = [server for server in servers if server.present and server.timed_loans >= options.min_loans]
+    found: list[Verdict] = []
+    for server in timed:
+        others = [other.median_loan_seconds for other in timed if other is not server]
+        if not others:
+            continue
+        usual = statistics.median_low(others)
+        if server.median_loan_seconds > max(options.slow_ratio * usual, options.slow_seconds):
+            message = (
+                f"its groups take {server.median_loan_seconds:.3g} s, those of the others {usual:.3g} s "
+                f"(medians; learner.fleet.slow_ratio is {options.slow_ratio:g})"
+            )
+            found.append(Verdict(server.server_id, DrainReason.SLOW, message))
+    return found

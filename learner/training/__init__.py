@@ -1,0 +1,1 @@
+"""One optimizer step: from the groups of a batch to new weights."""

@@ -1,0 +1,153 @@
+"""The configured loss of a trainer: what it needs of a micro-batch, what it measures first, what it makes of tokens.
+
+    micro-batches ── score without gradient ──> measured ──> statistics of the step      (batch-aware losses only)
+    micro-batch ── score ──> token_batch ──> losses, terms ──> observed ──> running mismatch, for later steps
+
+Shape legend: T trained tokens of a micro-batch, N sequences of the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from learner.losses import LossParameters
+from learner.losses.batch_statistics import (
+    BatchStatistics,
+    Reduce,
+    merge_statistics,
+    reduce_statistics,
+    single_process,
+)
+from learner.losses.form import (
+    Candidates,
+    TokenBatch,
+    TokenTerms,
+    TokenValues,
+    load_algorithm,
+    load_measure,
+    token_losses,
+    token_values,
+)
+from learner.training.head import TokenScores
+from learner.training.mismatch import RunningMismatch
+from learner.training.options import TrainingOptions
+from learner.training.packing import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class OlderLogprobs:
+    """What earlier policies say of a micro-batch's targets; None where the loss does not ask, or means the learner."""
+
+    proximal: Tensor | None = None  # [T]
+    reference: Tensor | None = None  # [T]
+
+
+class PolicyLoss:
+    """One algorithm with its numbers, and the mismatch measured so far."""
+
+    def __init__(self, options: TrainingOptions, reduce: Reduce = single_process) -> None:
+        """Load the algorithm; `reduce` combines what ranks measure."""
+        algorithm = options.loss_algorithm
+        self.topk = options.topk_needed
+        self.penalties = options.penalties
+        self.needs_proximal = algorithm.needs_proximal
+        self.mismatch = RunningMismatch()
+        self._decide = load_algorithm(algorithm)
+        self._measure = load_measure(algorithm)
+        self._numbers = options.loss_parameters
+        self._memory_steps = options.mismatch_memory_steps
+        self._reduce = reduce
+
+    @property
+    def batch_aware(self) -> bool:
+        """Whether the step has to be measured before its losses are known."""
+        return self._measure is not None
+
+    def token_batch(
+        self,
+        micro_batch: MicroBatch,
+        scores: TokenScores,
+        advantages: Tensor,
+        older: OlderLogprobs,
+        statistics: BatchStatistics | None = None,
+        *,
+        places: slice = slice(None),
+        first_sequence: int = 0,
+    ) -> TokenBatch:
+        """Put together what the loss sees of the micro-batch's targets at `places`.
+
+        Args:
+            micro_batch: T targets.
+            scores: of the targets at `places` alone.
+            advantages: [T].
+            older: [T] each.
+            statistics: of the whole step, for a batch-aware loss.
+            places: which targets.
+            first_sequence: the place of this rank's first trajectory among those of all ranks.
+        """
+        device, staleness = scores.logprobs.device, micro_batch.staleness
+        sequences = torch.from_numpy(micro_batch.target_sequences[places]).to(device) + first_sequence
+        proximal = None if older.proximal is None else older.proximal[places]
+        if proximal is None and self.needs_proximal:
+            proximal = scores.logprobs.detach()
+        return TokenBatch(
+            policy_logprobs=scores.logprobs,
+            behavior_logprobs=torch.from_numpy(micro_batch.behavior_logprobs[places]).to(device),
+            advantages=advantages[places],
+            loss_mask=torch.ones_like(sequences, dtype=torch.bool),
+            sequence_ids=sequences,
+            candidates=_candidates(micro_batch, scores, places),
+            staleness=None if staleness is None else torch.from_numpy(staleness[places]).to(device),
+            proximal_logprobs=proximal,
+            reference_logprobs=None if older.reference is None else older.reference[places],
+            entropies=scores.entropies,
+            statistics=statistics,
+        )
+
+    def measured(self, parts: Iterable[TokenBatch], num_sequences: int) -> BatchStatistics | None:
+        """Statistics of the whole step from all of its micro-batches; None for a token-local loss."""
+        if self._measure is None:
+            return None
+        measured = [self._measure(token_values(part), self._parameters, num_sequences) for part in parts]
+        return reduce_statistics(merge_statistics(measured), self._reduce)
+
+    def losses(self, tokens: TokenBatch) -> tuple[Tensor, TokenTerms]:
+        """[T] losses before aggregation, and the terms behind them."""
+        return token_losses(tokens, self._decide, self._parameters, self.penalties)
+
+    def observed(self, parts: Sequence[tuple[TokenValues, TokenTerms]]) -> Mapping[str, float]:
+        """Learn the mismatch from a step that was taken; returns what there is to report of it.
+
+        A loss around pi_old has no divergence from the engine to learn it from.
+        """
+        if self.needs_proximal:
+            return {}
+        totals = torch.zeros(2, dtype=torch.float64)
+        for values, terms in parts:
+            if terms.divergence is not None and values.staleness is not None:
+                fresh = terms.divergence[values.staleness == 0].double()
+                fresh = fresh[torch.isfinite(fresh)]
+                totals += torch.tensor([float(fresh.sum()), float(fresh.numel())], dtype=torch.float64)
+        total, tokens = (float(number) for number in self._reduce(totals, "sum"))
+        self.mismatch = self.mismatch.after(total, tokens, self._memory_steps)
+        return {"mismatch": self.mismatch.mean} if self.mismatch.tokens else {}
+
+    @property
+    def _parameters(self) -> LossParameters:
+        return replace(self._numbers, mismatch=self.mismatch.mean)
+
+
+def _candidates(micro_batch: MicroBatch, scores: TokenScores, places: slice) -> Candidates | None:
+    if micro_batch.topk_token_ids is None or micro_batch.topk_behavior_logprobs is None or scores.topk_logprobs is None:
+        return None
+    sampled = micro_batch.topk_token_ids[places] == micro_batch.target_token_ids[places, None]
+    device = scores.topk_logprobs.device
+    return Candidates(
+        torch.from_numpy(micro_batch.topk_behavior_logprobs[places]).to(device),
+        scores.topk_logprobs,
+        torch.from_numpy(~sampled).to(device),
+    )

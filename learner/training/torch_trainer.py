@@ -1,0 +1,371 @@
+"""Trains a Hugging Face causal language model with PyTorch, one optimizer step per call.
+
+    groups ── check ──> StepBatch ── plan, pack ──> micro-batch ── score ──> token losses ── backward ──┐ accumulated
+              advantages, weights, staleness             │                       ▲                      ▼
+                   older policies' log-probs, step statistics ───────────────────┘                  gradient
+    statistics <────────────────────────── AdamW <────────────────── finite? <─────────────────────────┘
+
+Losses are weighted by the whole step's counts, so micro-batches add up to the batch. Trajectories whose advantage is
+zero have a gradient of zero, unless the loss has penalties or routers are balanced: they are scored for the statistics
+and skip the backward pass. Nothing moves until every loss and the gradient are known to be finite. Weights, gradients
+and moments are float32; matrix products too, unless `compute_dtype` says bfloat16.
+
+Shape legend: N trajectories of a step, T their trained tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Sequence
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from learner.errors import UnusableGroupError
+from learner.losses.batch_statistics import BatchStatistics
+from learner.losses.form import TokenBatch, token_values
+from learner.records.checkpoint import Branch
+from learner.trainer import FinishSave, StepResult
+from learner.training import state as training_state
+from learner.training.checks import check_candidates, check_group, check_trajectory
+from learner.training.head import TokenScores
+from learner.training.loss_options import check_recorded_topk
+from learner.training.mismatch import RunningMismatch
+from learner.training.model import PolicyModel
+from learner.training.older_policies import OlderPolicy
+from learner.training.optimizer import Optimizer
+from learner.training.options import TrainingOptions
+from learner.training.policy_loss import PolicyLoss
+from learner.training.r3 import check_routing
+from learner.training.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
+from learner.training.state import TrainerScalars
+from learner.training.step_batch import StepBatch, step_batch
+from learner.training.step_parts import Part, Partition
+from learner.training.world import TorchWorld, World, local_part
+from leeway.config import SamplingOptions
+from leeway.errors import ConfigError, PreconditionError
+from leeway.huggingface import (
+    load_model,
+    load_tokenizer,
+    model_signature,
+    published_parts,
+    save_model,
+    tensor_bytes,
+    tensor_dtype_name,
+    torch_dtype,
+)
+from leeway.types import ModelSignature, TensorEntry, Trajectory, TrajectoryGroup, WeightManifest
+from leeway.weights import tensor_entry
+
+
+class TorchTrainer:
+    """One policy and its AdamW; implements `learner.trainer.Trainer`.
+
+    Nothing here is random: there is no dropout, and a step takes its groups in the order given.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyModel,
+        signature: ModelSignature,
+        options: TrainingOptions,
+        stop_token_ids: tuple[int, ...] = (),
+        world: World | None = None,
+    ) -> None:
+        """Train `policy`, which `signature` describes and whose weights are the run's first ones.
+
+        `from_directory` makes both. In a `world` of several ranks each trains on its own groups of a step; together
+        they take the step that one process would take on all of them.
+        """
+        self.signature = signature
+        self.stop_token_ids = stop_token_ids
+        self._policy = policy
+        self._options = options
+        self._world = world or World()
+        if isinstance(self._world, TorchWorld):
+            policy.shard(self._world.mesh())
+        self._optimizer = Optimizer(policy.model, options)
+        self._loss = PolicyLoss(options, self._world.reduce)
+        reference = OlderPolicy(policy.weights()) if options.penalties.reference_kl else None
+        keeps_proximal = self._loss.needs_proximal and options.proximal_every_steps > 1
+        self._proximal = OlderPolicy(policy.weights()) if keeps_proximal else None
+        self._replays_routing = _replays_routing(signature, options)
+        self._partition = Partition(
+            policy, options, self._world, self._replays_routing, self._loss.topk, self._proximal, reference
+        )
+
+    @classmethod
+    def from_directory(
+        cls, path: Path, sampling: SamplingOptions, options: TrainingOptions, world: World | None = None
+    ) -> TorchTrainer:
+        """Start from a Hugging Face model directory with its tokenizer.
+
+        Raises:
+            ConfigError: the directory is not a whole model, or one that cannot be trained with these options.
+        """
+        check_recorded_topk(options, sampling)
+        signature = model_signature(path)
+        if _replays_routing(signature, options) and not sampling.routing:
+            raise ConfigError(
+                "learner.training.routing_replay needs recorded routing: set sampling.routing = true, "
+                "or learner.training.routing_replay = false"
+            )
+        end_of_sequence = cast("int | None", load_tokenizer(path).eos_token_id)
+        world = world or World()
+        model = load_model(path, torch.float32)
+        if not isinstance(world, TorchWorld):
+            cast("torch.nn.Module", model).to(world.device)  # sharding moves its part alone
+        policy = PolicyModel(
+            model,
+            routing_replay=_replays_routing(signature, options),
+            gradient_checkpointing=options.gradient_checkpointing,
+            head=options.head,
+            compute_dtype=torch_dtype(options.compute_dtype),
+            lora=options.lora,
+            load_balancing=options.load_balancing > 0,
+        )
+        return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,), world)
+
+    def published(self) -> tuple[WeightManifest, list[bytes]]:
+        published: list[tuple[TensorEntry, bytes]] = []
+        for name, tensor in self._policy.merged_weights():  # one at a time: not the whole model beside its shards
+            if self._world.rank:
+                continue
+            for published_name, part in published_parts(self._policy.model, name, tensor, self._options.publish_dtype):
+                data = tensor_bytes(part)
+                published.append((tensor_entry(published_name, tensor_dtype_name(part), tuple(part.shape), data), data))
+        published.sort(key=lambda item: item[0].name.encode())
+        return WeightManifest(tuple(entry for entry, _ in published)), [data for _, data in published]
+
+    def train_step(self, step: int, groups: Sequence[TrajectoryGroup], branches: Sequence[Branch] = ()) -> StepResult:
+        self.check(step, groups)
+        batch = step_batch(groups, step - 1, branches, self._options, self._world)
+        learning_rate = self._optimizer.learning_rate
+        if self._proximal is not None and self._optimizer.num_steps % self._options.proximal_every_steps == 0:
+            self._proximal.refresh()
+        parts = self._partition.parts(batch, self._has_gradient(batch))
+        statistics = self._measured(batch, parts)
+        self._optimizer.zero_gradients()
+        scored = [part for part in (self._accumulate(batch, part, statistics) for part in parts) if part is not None]
+        self._require_finite(batch, scored)
+        gradient_norm = self._optimizer.gradient_norm()
+        if not torch.isfinite(gradient_norm):
+            raise self._explain_gradient(batch, statistics)
+        self._optimizer.step(gradient_norm)
+        return StepResult(
+            statistics={
+                "loss": self._sum(sum(float(part.loss) for part in scored)),
+                "grad_norm": float(gradient_norm),
+                "learning_rate": learning_rate,
+                **batch.statistics,
+                **scored_statistics(scored, self._world),
+                **self._loss.observed([(part.values, part.terms) for part in scored]),
+                **self._router_statistics(scored),
+            },
+            policy_logprobs=policy_logprobs(batch, scored, self._world),
+        )
+
+    def begin_save(self, directory: Path) -> FinishSave:
+        kinds = {"weights": self._policy.weights(), "optimizer": self._optimizer.state()}
+        if self._proximal is not None:
+            kinds["proximal"] = self._proximal.weights
+        waits = [
+            training_state.begin_save_tensors(directory / kind, tensors, self._world.save_group(kind))
+            for kind, tensors in kinds.items()
+        ]
+        if not self._world.rank:
+            training_state.save_scalars(directory, self._scalars())
+
+        def finish() -> None:
+            for wait in waits:
+                wait()
+
+        return finish
+
+    def save(self, directory: Path) -> None:
+        self.begin_save(directory)()
+
+    def load(self, directory: Path) -> None:
+        """Become what `save` wrote there.
+
+        Raises:
+            CorruptDataError: the files cannot be read.
+            PreconditionError: they belong to another model.
+        """
+        scalars = training_state.load_scalars(directory)
+        if scalars.model_digest != self.signature.model_digest.hex():
+            raise PreconditionError(f"{directory} is a checkpoint of another model; check model.path")
+        training_state.load_tensors(directory / "weights", self._policy.weights())
+        training_state.load_tensors(directory / "optimizer", self._optimizer.state())
+        self._optimizer.resume(scalars.num_steps)
+        self._loss.mismatch = RunningMismatch(scalars.mismatch_total, scalars.mismatch_tokens)
+        if self._proximal is not None and (directory / "proximal").is_dir():
+            training_state.load_tensors(directory / "proximal", self._proximal.weights)
+        elif self._proximal is not None:  # the checkpoint is of an algorithm without pi_old
+            self._proximal.refresh()
+
+    def export(self, tokenizer_directory: Path, directory: Path) -> None:
+        """Write the weights, as published, as a directory that `from_pretrained` loads."""
+        tensors = dict(self._policy.merged_weights())
+        save_model(self._policy.model, tokenizer_directory, directory, self._options.publish_dtype, tensors)
+
+    def _scalars(self) -> TrainerScalars:
+        mismatch = self._loss.mismatch
+        return TrainerScalars(
+            training_state.FORMAT,
+            self.signature.model_digest.hex(),
+            self._optimizer.num_steps,
+            mismatch.total,
+            mismatch.tokens,
+        )
+
+    def check(self, step: int, groups: Sequence[TrajectoryGroup]) -> None:
+        """Refuse groups that cannot be trained on.
+
+        Raises:
+            UnusableGroupError: names the group and the trajectory.
+        """
+        if not groups:
+            raise PreconditionError(f"step {step} has no groups to train on")
+        for group in groups:
+            check_group(group, self._check)
+
+    def _check(self, trajectory: Trajectory) -> None:
+        check_trajectory(trajectory, self.signature, self._policy.longest_trajectory)
+        if self._replays_routing:
+            check_routing(trajectory, self.signature)
+        if self._loss.topk:
+            check_candidates(trajectory, self.signature, self._loss.topk)
+
+    def _has_gradient(self, batch: StepBatch) -> NDArray[np.bool_]:
+        """[N] whether a trajectory can have one: penalties and balancing act on tokens without advantage too."""
+        everywhere = self._loss.penalties.active or self._options.load_balancing > 0
+        return batch.advantages.astype(bool) | everywhere
+
+    @torch.no_grad()
+    def _measured(self, batch: StepBatch, parts: Sequence[Part]) -> BatchStatistics | None:
+        """The pass without gradient that a batch-aware loss needs first."""
+        if not self._loss.batch_aware:
+            return None
+        device = self._policy.device
+
+        def scored() -> Generator[TokenBatch]:
+            for part in parts:
+                with self._policy.scored(part.micro_batch) as scores:
+                    if not part.is_filler:
+                        advantages = part.per_token(batch.advantages, device)
+                        yield self._loss.token_batch(
+                            part.micro_batch, scores, advantages, part.older, first_sequence=batch.first
+                        )
+
+        return self._loss.measured(scored(), batch.num_sequences)
+
+    def _accumulate(self, batch: StepBatch, part: Part, statistics: BatchStatistics | None) -> ScoredTokens | None:
+        """Score one micro-batch and add its gradient; a filler adds nothing."""
+        device = self._policy.device
+        sequences = torch.from_numpy(part.micro_batch.target_sequences).to(device)
+        advantages = part.per_token(batch.advantages, device)
+        weights = part.per_token(batch.weights, device)
+
+        def tokens_at(places: slice, scores: TokenScores) -> TokenBatch:
+            return self._loss.token_batch(
+                part.micro_batch,
+                scores,
+                advantages,
+                part.older,
+                statistics,
+                places=places,
+                first_sequence=batch.first,
+            )
+
+        def summed_loss(places: slice, scores: TokenScores) -> Tensor:
+            if part.is_filler:
+                return (scores.logprobs * 0.0).sum()
+            losses, _ = self._loss.losses(tokens_at(places, scores))
+            return (losses * weights[places]).sum()
+
+        with (
+            torch.set_grad_enabled(part.with_gradient),
+            self._policy.scored(part.micro_batch, summed_loss if part.with_gradient else None) as scores,
+        ):
+            further, load_balancing = None, 0.0
+            if scores.load_balancing is not None and not part.is_filler:
+                mean = scores.load_balancing.sum() / batch.num_sequences
+                further, load_balancing = self._options.load_balancing * mean, float(mean.detach())
+            if part.with_gradient:
+                scores.backward(further)
+        if part.is_filler:
+            return None
+        tokens = tokens_at(slice(None), scores.detached())
+        losses, terms = self._loss.losses(tokens)
+        unusable = ~torch.isfinite(losses)
+        loss = (losses * weights).sum()
+        return ScoredTokens(
+            loss if further is None else loss + further.detach(),
+            sequences,
+            token_values(tokens),
+            terms,
+            scores.entropies,
+            int(sequences[unusable][0]) if unusable.any() else None,
+            load_balancing,
+        )
+
+    def _router_statistics(self, scored: Sequence[ScoredTokens]) -> dict[str, float]:
+        if self._options.load_balancing == 0:
+            return {}
+        return {"load_balancing_loss": self._sum(sum(part.load_balancing for part in scored))}
+
+    def _require_finite(self, batch: StepBatch, scored: Sequence[ScoredTokens]) -> None:
+        """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""
+        culprit = next((part.culprit for part in scored if part.culprit is not None), None)
+        if culprit is not None:
+            self._require_finite_weights()
+        blame = None if culprit is None else batch.blame(culprit, "has a loss that is not finite; nothing was changed")
+        if (error := self._agreed(blame)) is not None:
+            self._optimizer.zero_gradients()
+            raise error
+
+    def _agreed(self, error: UnusableGroupError | None) -> UnusableGroupError | None:
+        """The first rank's error that has one, on every rank."""
+        mine = "" if error is None else json.dumps([error.group_id, error.message])
+        texts = [text for text in self._world.gather_text(mine) if text]
+        return UnusableGroupError(*json.loads(texts[0])) if texts else None
+
+    def _sum(self, value: float) -> float:
+        return float(self._world.reduce(torch.tensor(value, dtype=torch.float64), "sum"))
+
+    def _explain_gradient(self, batch: StepBatch, statistics: BatchStatistics | None) -> UnusableGroupError:
+        """Find who makes the gradient not finite: each trajectory alone, the worst is named."""
+        self._require_finite_weights()
+        worst, worst_norm = 0, -1.0
+        has_gradient = self._has_gradient(batch)
+        for index in np.flatnonzero(np.concatenate(self._world.gather(has_gradient))).tolist():
+            self._optimizer.zero_gradients()
+            alone = np.arange(len(batch.trajectories)) == index - batch.first
+            for part in self._partition.parts(batch, has_gradient, alone):
+                self._accumulate(batch, part, statistics)
+            norm = float(self._optimizer.gradient_norm())
+            norm = norm if math.isfinite(norm) else math.inf
+            if norm > worst_norm:
+                worst, worst_norm = index, norm
+        self._optimizer.zero_gradients()
+        mine = 0 <= worst - batch.first < len(batch.trajectories)
+        message = "makes the gradient not finite; nothing was changed"
+        error = self._agreed(batch.blame(worst - batch.first, message) if mine else None)
+        assert error is not None
+        return error
+
+    def _require_finite_weights(self) -> None:
+        for name, tensor in self._policy.weights().items():
+            if not torch.isfinite(local_part(tensor)).all():
+                raise PreconditionError(f"the learner's weight {name} is not finite; resume from a checkpoint")
+
+
+def _replays_routing(signature: ModelSignature, options: TrainingOptions) -> bool:
+    """A dense model has no routing to replay."""
+    return options.routing_replay and signature.moe_layers > 0

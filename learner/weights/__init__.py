@@ -1,0 +1,1 @@
+"""Weights on their way out: what is published, announced, and by which way it travels."""
