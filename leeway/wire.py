@@ -1,8 +1,9 @@
-"""Places in serialized messages, found without copying what lies there: the items of a write, the columns of a chunk.
+"""Places in serialized messages, found without a parser: the items of a write, the columns of a chunk.
 
-Protobuf copies every bytes field twice before anybody can look at it. Chunks are most of a write, and columns most of a
-chunk; every encoder writes both field by field in order, so their places are read off here. Whatever is encoded in
-another way (which the wire format allows) is left to protobuf.
+Protobuf copies every bytes field twice before anybody can look at it; here an item is copied once, as the log keeps it,
+and its columns not at all. Chunks are most of a write, and columns most of a chunk; every encoder writes both field by
+field in order, so their places are read off here. Whatever is encoded in another way (which the wire format allows) is
+left to protobuf.
 
     WriteTrajectoriesRequest   0x0a length run  0x12 length server_id  0x1a length WriteItem ...
     WriteItem         0x0a length trajectory_id  0x10 attempt  0x18 seq  0x22 chunk, 0x2a close or 0x32 failure

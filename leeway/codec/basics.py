@@ -13,19 +13,11 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from leeway.errors import InvalidDataError
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
-
-
 _FIRST_SECOND: Final = -62_135_596_800
 """The year 1."""
-
-
 _LAST_SECOND: Final = 253_402_300_799
 """The end of the year 9999."""
-
-
 EnumT = TypeVar("EnumT", bound=enum.IntEnum)
-
-
 MessageT = TypeVar("MessageT", bound=Message)
 
 

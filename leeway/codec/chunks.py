@@ -25,8 +25,6 @@ from leeway.v1 import common_pb2, trajectory_pb2
 from leeway.wire import Bytes, WireColumn
 
 _SEGMENT_KINDS: Final = frozenset(int(kind) for kind in SegmentKind)
-
-
 _PACKED_ROUTING: Final = int(common_pb2.COLUMN_ENCODING_PACKED_ROUTING)
 
 

@@ -45,8 +45,6 @@ _MOST: Final = {
     "max_attempts": 1 << 31,
 }
 """Largest numbers of a run. What a caller makes the buffer hold at once is a product of the first two."""
-
-
 _MOST_TASKS: Final = 1 << 32
 """Of an evaluation."""
 

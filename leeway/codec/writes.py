@@ -9,6 +9,7 @@ from typing import Final
 from leeway.codec.basics import (
     duration_to_proto,
     enum_from_proto,
+    field_tag,
     parse,
     seconds_from_proto,
     timestamp_from_proto,
@@ -18,12 +19,10 @@ from leeway.codec.basics import (
 from leeway.errors import InvalidDataError
 from leeway.types import FinishReason, TrajectoryClose, TrajectoryFailure, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2, trajectory_pb2
-from leeway.wire import CHUNK, CLOSE, FAILURE, Bytes, WireItem, WireWrite, read_write
+from leeway.wire import CHUNK, CLOSE, FAILURE, WireItem, WireWrite, read_write
 
-_RESULTS: Final = b"\x0a"  # of WriteTrajectoriesResponse
-
-
-_STATUS: Final = 0x20  # of WriteResult
+_RESULTS: Final = field_tag(replay_pb2.WriteTrajectoriesResponse, "results")
+_STATUS: Final = replay_pb2.WriteResult.STATUS_FIELD_NUMBER << 3
 
 
 def close_to_proto(close: TrajectoryClose) -> trajectory_pb2.TrajectoryClose:
@@ -38,7 +37,7 @@ def close_to_proto(close: TrajectoryClose) -> trajectory_pb2.TrajectoryClose:
     )
 
 
-def close_from_proto(message: trajectory_pb2.TrajectoryClose, encoded: Bytes = b"") -> TrajectoryClose:
+def close_from_proto(message: trajectory_pb2.TrajectoryClose, encoded: bytes = b"") -> TrajectoryClose:
     if not math.isfinite(message.reward):
         raise InvalidDataError(f"the reward must be finite, but is {message.reward}")
     return TrajectoryClose(
@@ -49,7 +48,7 @@ def close_from_proto(message: trajectory_pb2.TrajectoryClose, encoded: Bytes = b
         reward=message.reward,
         generation_started_at=timestamp_from_proto(message.generation_started_at),
         generation_finished_at=timestamp_from_proto(message.generation_finished_at),
-        encoded=bytes(encoded),
+        encoded=encoded,
     )
 
 
@@ -107,8 +106,9 @@ def item_from_wire(item: WireItem) -> WriteItem:
     if tag == CHUNK:
         return WriteItem(trajectory_id, attempt, seq, data, encoded)
     if tag == CLOSE:
-        close = parse(trajectory_pb2.TrajectoryClose, bytes(data))
-        return WriteItem(trajectory_id, attempt, seq, close_from_proto(close, data))
+        sealed = bytes(data)
+        close = close_from_proto(parse(trajectory_pb2.TrajectoryClose, sealed), sealed)
+        return WriteItem(trajectory_id, attempt, seq, close)
     if tag == FAILURE:
         failure = parse(trajectory_pb2.TrajectoryFailure, bytes(data))
         return WriteItem(trajectory_id, attempt, seq, failure_from_proto(failure))
