@@ -332,7 +332,7 @@ def test_what_is_measured_is_reduced_over_ranks() -> None:
 
     chosen = options(algorithm="trm")
     taught, alone = trainer(dense_model(), chosen), trainer(dense_model(), chosen)
-    taught._loss = PolicyLoss(chosen, twice)
+    taught._loss = taught._gradient._loss = PolicyLoss(chosen, twice)
     assert taught.train_step(1, recorded_groups()).statistics == alone.train_step(1, recorded_groups()).statistics
     assert seen == ["max", "sum"]
 
