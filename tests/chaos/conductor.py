@@ -9,7 +9,7 @@
 A process that dies is started again at once. When a run has taken its strikes the faults end, and it must finish: each
 step has a deadline (invariant 12), and no process may refuse to start.
 
-Runs share one buffer, except those with retention: what a finished run keeps would pin the log for the next ones.
+Runs share one buffer, except those with retention: what they retire is archived, and judged, run by run.
 """
 
 from __future__ import annotations
