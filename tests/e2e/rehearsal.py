@@ -27,7 +27,7 @@ from leeway.commands.supervisor import Outcome, Service, Supervisor
 from leeway.config import load_document
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from tests.e2e.oracle import Evidence
-from tests.e2e.recording_proxy import Call, Record, Write, recording_proxy
+from tests.e2e.recording_proxy import Call, Record, Weather, Write, recording_proxy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
 STEPS = 40
@@ -154,10 +154,12 @@ async def rehearse(
     overrides: Sequence[str] = (),
     listeners: Sequence[Callable[[str, Call | Write], None]] = (),
     backends: Sequence[str] = (),
+    weather: Weather | None = None,
 ) -> tuple[Outcome, KillPlan, list[str], Evidence]:
     """Run under fire; returns how it ended, the plan, the supervisor's events, and the evidence.
 
-    With addresses of `backends` the servers are workers that feed the run from them.
+    With addresses of `backends` the servers are workers that feed the run from them. `weather` is that between all of
+    them and the buffer.
     """
     document = load_document(EXAMPLE, [*SMALL, f"run.directory={directory}", *overrides])
     configuration = with_free_ports(read_configuration(document))
@@ -166,7 +168,7 @@ async def rehearse(
     run_directory.mkdir()
     config = run_directory / "config.toml"
     record, plan, events = Record(), KillPlan(victim, deque(points)), list[str]()
-    async with recording_proxy(network.replay_buffer, record) as address:
+    async with recording_proxy(network.replay_buffer, record, weather or Weather()) as address:
         ghosts = Ghosts(address, record)
         record.listeners += [plan.on_event, ghosts.on_event, *listeners]
         replace(configuration, network=network.model_copy(update={"replay_buffer": address})).write(config)
