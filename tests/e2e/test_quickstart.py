@@ -15,9 +15,10 @@ import pytest
 from learner.records.journal import read_journal
 from leeway.huggingface import published_tensors, tensor_bytes
 from leeway.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
+from leeway.ports import free_port
 from leeway.types import WeightManifest
 from leeway.weights import tensor_entry, weights_digest
-from tests.e2e.prometheus import free_port, running_prometheus, wait_until
+from tests.e2e.prometheus import running_prometheus, wait_until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
 
@@ -46,7 +47,7 @@ def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("quickstart")
-    ports = [free_port() for _ in range(4)]
+    ports = [free_port("127.0.0.1") for _ in range(4)]
     overrides = [
         f"run.directory={folder}",
         f"run.steps={STEPS}",
