@@ -18,12 +18,13 @@ from leeway.ports import free_port
 from leeway.rpc import Security
 from leeway.types import ColumnKind, GroupState, Purpose
 from tests.contract.test_inference_service import Completion, request, snapshot
+from tests.deadlines import WAIT_SECONDS
 from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
 from tests.e2e.oracle import Evidence, violations
 from tests.e2e.recording_proxy import Call, Write
 from tests.e2e.rehearsal import EXAMPLE, STEPS, rehearse
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 def backends_option(*backends: Backend) -> str:
@@ -115,7 +116,7 @@ async def test_a_worker_that_waits_for_its_backend_stops_when_asked() -> None:
     worker = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
     assert worker.stderr is not None
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_SECONDS):
             while b"waiting for the backend" not in await worker.stderr.readline():
                 pass
             worker.terminate()

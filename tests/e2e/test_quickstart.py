@@ -18,9 +18,10 @@ from leeway.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferM
 from leeway.ports import free_port
 from leeway.types import WeightManifest
 from leeway.weights import tensor_entry, weights_digest
+from tests.deadlines import RUN_SECONDS
 from tests.e2e.prometheus import running_prometheus, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -41,7 +42,7 @@ class FinishedRun:
 
 def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "leeway.commands.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +71,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
             wait_until(
                 lambda: bool(prometheus.query("leeway_learner_step >= 5")) and len(prometheus.query("up == 1")) == 4,
                 "Prometheus sees the learner train, and all four services",
-                seconds=120,
+                seconds=RUN_SECONDS,
             )
             metric_names = prometheus.metric_names()
-            stdout, stderr = process.communicate(timeout=200)
+            stdout, stderr = process.communicate(timeout=RUN_SECONDS)
     finally:
         process.kill()
         process.wait()

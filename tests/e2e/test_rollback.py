@@ -14,7 +14,7 @@ from learner.records.journal import read_journal
 from tests.e2e.rehearsal import SMALL
 from tests.e2e.test_stop_and_resume import EXAMPLE, leeway
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 60
 BACK_TO = 5

@@ -17,7 +17,7 @@ import pytest
 from learner.records.journal import read_journal
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STOP_SECONDS = 10
 STEPS = 15

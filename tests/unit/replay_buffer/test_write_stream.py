@@ -12,6 +12,7 @@ from leeway.errors import UnavailableError
 from leeway.types import WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2
 from replay_buffer.write_stream import WriteStream
+from tests.deadlines import WAIT_SECONDS
 
 
 class Intake:
@@ -68,12 +69,12 @@ async def test_an_answer_holds_what_is_on_disk_and_nothing_else() -> None:
     assert disk.mark == 5, "an fsync keeps nothing from being read"
     assert not first.done()
     await disk.sync(2)
-    assert seqs(await asyncio.wait_for(first, 5)) == [0, 1]
+    assert seqs(await asyncio.wait_for(first, WAIT_SECONDS)) == [0, 1]
     second = asyncio.ensure_future(anext(answers))
     await asyncio.wait([second], timeout=0.01)
     assert not second.done()
     await disk.sync(5)
-    assert seqs(await asyncio.wait_for(second, 5)) == [2, 3, 4], "one fsync, one answer"
+    assert seqs(await asyncio.wait_for(second, WAIT_SECONDS)) == [2, 3, 4], "one fsync, one answer"
     with pytest.raises(StopAsyncIteration):
         await anext(answers)
 
@@ -91,7 +92,7 @@ async def test_what_was_read_before_a_stop_is_answered() -> None:
     await asyncio.wait([first], timeout=0.01)
     stream.stop()
     await disk.sync(1)
-    assert seqs(await asyncio.wait_for(first, 5)) == [0]
+    assert seqs(await asyncio.wait_for(first, WAIT_SECONDS)) == [0]
     with pytest.raises(UnavailableError, match="is stopping"):
         await anext(answers)
 
@@ -103,6 +104,6 @@ async def test_a_stream_is_not_read_while_too_much_is_unanswered() -> None:
     await asyncio.wait([first], timeout=0.05)
     assert disk.mark == 256
     await disk.sync(1000)
-    answered = seqs(await asyncio.wait_for(first, 5))
+    answered = seqs(await asyncio.wait_for(first, WAIT_SECONDS))
     answered += [seq async for answer in answers for seq in seqs(answer)]
     assert answered == list(range(1000))
