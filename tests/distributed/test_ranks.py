@@ -20,6 +20,8 @@ from leeway.ports import free_port
 from tests.deadlines import RUN_SECONDS
 from tests.distributed.ranks import CASES, RESUMED, STEPS, make, published, train
 
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
+
 RANKS = Path(__file__).parent / "ranks.py"
 ROOT = RANKS.parents[2]
 
@@ -88,13 +90,11 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Together:
     return Together(folder, expected)
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_one_process(two_ranks: Together, case: str) -> None:
     assert_close(outcome(two_ranks.folder, case), alone(case))
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", ["dense", "dense-proximal", "dense-lora", "moe"])
 def test_what_two_ranks_saved_one_process_continues(two_ranks: Together, case: str) -> None:
     saved = two_ranks.folder / f"{case}-saved"
@@ -106,13 +106,11 @@ def test_what_two_ranks_saved_one_process_continues(two_ranks: Together, case: s
     assert_close((statistics, published(trainer)), outcome(two_ranks.folder, case))
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("case", RESUMED)
 def test_what_one_process_saved_two_ranks_continue(two_ranks: Together, case: str) -> None:
     assert_close(outcome(two_ranks.folder, f"{case}-resumed"), two_ranks.expected[case])
 
 
-@pytest.mark.timeout(600)
 def test_ranks_agree_on_what_cannot_be_trained_on(two_ranks: Together) -> None:
     found = outcome(two_ranks.folder, "refuse")
     first, second = found[0].pop("messages")
