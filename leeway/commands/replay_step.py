@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from learner.options import LearnerOptions
+from learner.records.checkpoint import CheckpointStore
+from learner.records.receipts import read_receipts
+from learner.records.replay import find_start
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import load_run_document
 from leeway.commands.torchrun import launcher
 from leeway.config import Document, section
+from leeway.errors import LeewayError
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 
 
@@ -32,11 +36,19 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 
 def _replay_step(arguments: argparse.Namespace) -> int:
-    return asyncio.run(_replay(load_run_document(arguments.run), arguments.step))
+    document = load_run_document(arguments.run)
+    options = section(document, "learner", LearnerOptions)
+    directory = document.path.parent
+    try:  # what cannot be computed again is refused before any process starts
+        store = CheckpointStore(directory / "checkpoints", keep=options.keep_checkpoints)
+        find_start(store, read_receipts(directory), arguments.step)
+    except LeewayError as error:
+        print(f"leeway: {error.message}", file=sys.stderr)
+        return EXIT_REFUSED
+    return asyncio.run(_replay(document, options.ranks, arguments.step))
 
 
-async def _replay(document: Document, step: int) -> int:
-    ranks = section(document, "learner", LearnerOptions).ranks
+async def _replay(document: Document, ranks: int, step: int) -> int:
     async with open_replay(document) as client:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),
