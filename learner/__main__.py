@@ -144,15 +144,15 @@ class LearnerProcess:
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Parts(trainer, buffer, publisher, checkpoints, metrics, receipts, self.directory),
+            Parts(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory),
             spec,
             self.options,
             self.evaluation,
-            journal,
             restored,
+            stop,
         )
         try:
-            finished = await learner.run(stop)
+            finished = await learner.run()
             if not learner.opened and not finished:
                 log.info("stopped before the run was open")
                 return

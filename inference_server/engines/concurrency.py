@@ -57,8 +57,11 @@ class ConcurrencyLimit:
         return len(self._waiting)
 
     def forgive(self) -> None:
-        """Take as many preemptions as sequences run as wanted: the engine is told to compute them again."""
-        self._forgiven = self.load.num_running
+        """Take a preemption of each sequence as wanted: the engine is told to compute them again.
+
+        Of what has a slot, since what the engine said last of how many run may be old.
+        """
+        self._forgiven = self.num_taken
 
     def observe(self, load: EngineLoad) -> None:
         """Take the engine's newest statistics."""

@@ -44,7 +44,6 @@ class FleetWatch:
 
     Args:
         buffer: acts.
-        epoch: of this incarnation.
         options: what counts as diverging and slow.
         metrics: shows mismatch and suspects.
         on_drained: is told of each server that was taken out.
@@ -53,13 +52,11 @@ class FleetWatch:
     def __init__(
         self,
         buffer: ReplayClient,
-        epoch: int,
         options: FleetOptions,
         metrics: LearnerMetrics,
         on_drained: Callable[[Verdict], None],
     ) -> None:
         self._buffer = buffer
-        self._epoch = epoch
         self._options = options
         self._metrics = metrics
         self._on_drained = on_drained
@@ -85,7 +82,7 @@ class FleetWatch:
         )
         self._trained.set()
 
-    async def run(self) -> None:
+    async def run(self, epoch: int) -> None:
         """Look at the servers after each step, and from time to time; for as long as this task lives."""
         while True:
             try:
@@ -95,14 +92,14 @@ class FleetWatch:
                 pass  # the time has come
             self._trained.clear()
             try:
-                await self.check()
+                await self.check(epoch)
             except (UnavailableError, DeadlineError, ExhaustedError) as error:
                 log.info("the servers are not looked at: %s", error.message)
             except LeewayError as error:  # fenced, or a buffer that does not know the call
                 log.warning("the servers are no longer looked at: %s", error.message)
                 return
 
-    async def check(self) -> None:
+    async def check(self, epoch: int) -> None:
         """Look once, and take out whoever is to be taken out."""
         servers = await self._buffer.servers()
         self._window.forget(server.server_id for server in servers if server.drained is not None)
@@ -110,16 +107,16 @@ class FleetWatch:
         self._show(standings)
         suspects = 0
         for verdict in verdicts(standings, servers, self._options):
-            suspects += not await self._drained(verdict)
+            suspects += not await self._drained(verdict, epoch)
         self._metrics.suspect_servers.set(suspects)
 
-    async def _drained(self, verdict: Verdict) -> bool:
+    async def _drained(self, verdict: Verdict, epoch: int) -> bool:
         """Whether the buffer took the server out."""
         if not self._options.drain:
             self._name(verdict, "learner.fleet.drain is off")
             return False
         try:
-            await self._buffer.drain_server(verdict.server_id, verdict.reason, verdict.message, epoch=self._epoch)
+            await self._buffer.drain_server(verdict.server_id, verdict.reason, verdict.message, epoch=epoch)
         except PreconditionError as error:
             self._name(verdict, error.message)
             return False

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import learner.loop
 import replay_buffer.buffer
 import replay_buffer.storage.directory
+from learner.loop.checkpointing import Checkpointing
 from learner.records.checkpoint import PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
@@ -35,15 +35,15 @@ def commit_before_checkpoint() -> None:
     """The buffer is told of a checkpoint that is still to be written."""
 
     async def commit(
-        self: learner.loop.Learner, pending: PendingCheckpoint, finish_save: FinishSave, began: float
+        self: Checkpointing, epoch: int, pending: PendingCheckpoint, finish_save: FinishSave, began: float
     ) -> None:
         step = pending.version.step
-        await self._answered(self._parts.buffer.commit(self._epoch, step))
+        await self._answers.wait_for(self._parts.buffer.commit(epoch, step))
         self._ledger = [entry for entry in self._ledger if entry[0] > step]
         finish_save()
         await asyncio.to_thread(self._parts.checkpoints.finish, pending)
 
-    learner.loop.Learner._commit = commit  # type: ignore[method-assign]
+    Checkpointing._commit = commit  # type: ignore[method-assign]
 
 
 def no_attempt_check() -> None:

@@ -164,20 +164,21 @@ class LearnerRun:
                     client,
                     Publisher(RUN, trainer.signature, metrics, None),
                     self.store,
-                    metrics,
+                    journal,
                     receipts,
+                    metrics,
                     self.directory,
                 ),
                 spec,
                 self.options,
                 EvaluationOptions(tasks=0),
-                journal,
                 restored,
+                stop,
             )
             filling = asyncio.create_task(self.fill()) if restored.version.step == 0 else None
             try:
                 async with asyncio.timeout(WAIT_SECONDS):
-                    return await learner.run(stop)
+                    return await learner.run()
             finally:
                 if filling is not None:
                     await filling

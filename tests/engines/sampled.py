@@ -15,6 +15,8 @@ from inference_server.engine import Engine, GenerationEnd, GenerationRequest
 from inference_server.requests import Closing
 from leeway.types import Array, Column, ColumnKind, Int32Array, SamplingParams, VersionSpan
 
+PATIENCE_SECONDS = 600.0  # far beyond what anything takes on a busy machine
+
 
 @dataclass
 class Completion:
@@ -60,7 +62,10 @@ async def sample(
     on_chunk: Callable[[Completion], object] = lambda completion: None,
 ) -> Completion:
     completion = Completion(prompt, sampling)
-    async with asyncio.timeout(300), Closing(engine.generate(GenerationRequest("test", prompt, sampling))) as events:
+    async with (
+        asyncio.timeout(PATIENCE_SECONDS),
+        Closing(engine.generate(GenerationRequest("test", prompt, sampling))) as events,
+    ):
         async for event in events:
             assert completion.end is None
             if isinstance(event, GenerationEnd):

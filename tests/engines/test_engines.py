@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,34 +16,25 @@ from transformers import PreTrainedModel
 
 from inference_server.engine import Engine
 from leeway.errors import InvalidDataError, PreconditionError
-from leeway.types import ColumnKind, FinishReason, Int32Array, SamplingParams, WeightSnapshot
+from leeway.types import ColumnKind, FinishReason, SamplingParams, WeightSnapshot
 from tests.engines.conftest import CONTEXT_LENGTH, VOCAB_SIZE
 from tests.engines.engine_server import EngineServer
-from tests.engines.sampled import Completion, difference, reference, sample
+from tests.engines.in_flight import all_started, always_running, attempted, long_sampling, paused, prompts, swapped
+from tests.engines.sampled import PATIENCE_SECONDS, Completion, difference, reference, sample
 from tests.unit import tiny_models
 
 EXACT = 1e-4
+ENOUGH = 8  # tokens, for other weights to show in one of them
 
 
-def prompts(count: int, length: int, seed: int) -> list[Int32Array]:
-    generator = np.random.default_rng(seed)
-    return [generator.integers(2, VOCAB_SIZE, length, dtype=np.int32) for _ in range(count)]
+def snapshot(engine: Engine, models: list[PreTrainedModel], step: int, *, ahead: int = 1) -> WeightSnapshot:
+    """Weights of a learner that takes over from whoever pushed before, or of the one after it."""
+    return tiny_models.snapshot(models[step], step, epoch=_next_epoch(engine, ahead))
 
 
-def snapshot(engine: Engine, models: list[PreTrainedModel], step: int) -> WeightSnapshot:
-    """Weights of a learner that takes over from whoever pushed before."""
-    return tiny_models.snapshot(models[step], step, epoch=_next_epoch(engine))
-
-
-def _next_epoch(engine: Engine) -> int:
+def _next_epoch(engine: Engine, ahead: int = 1) -> int:
     version = engine.info().version
-    return 1 if version is None else version.epoch + 100
-
-
-def long_sampling(server: EngineServer, *, routing: bool = False) -> SamplingParams:
-    """For a sequence that is likely to run while something else happens: engines differ in speed."""
-    num_tokens = {"transformers": 400, "vllm": 1700, "sglang": 150}[server.engine]
-    return SamplingParams(1.0, num_tokens, (), 3, 0, routing=routing)
+    return 1 if version is None else version.epoch + 100 * ahead
 
 
 async def test_logprobs_candidates_and_routing_are_those_of_transformers(
@@ -74,30 +64,32 @@ async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
 ) -> None:
     """Tokens before the swap are the old weights', those after it are not; what starts afterwards is the new ones'."""
     async with server.connect() as engine:
-        await engine.update_weights(snapshot(engine, models, 0))
-        long = long_sampling(server, routing=True)
-        async with always_running(engine, prompts(3, 300, 2), long) as completions:
-            seconds = await engine.update_weights(snapshot(engine, models, 1))
-            assert engine.info().version is not None
+
+        async def swap_in_flight() -> list[Completion]:
+            await engine.update_weights(snapshot(engine, models, 0))
+            update = snapshot(engine, models, 1)
+            async with always_running(engine, 300, long_sampling(server, routing=True)) as completions:
+                assert await engine.update_weights(update) > 0
+            return swapped(completions, 0, 1, num_new=ENOUGH)
+
+        met = await attempted(swap_in_flight, "a swap with a sequence in flight")
+        assert engine.info().version is not None
         fresh = [
             await sample(engine, prompt, SamplingParams(1.0, 40, (), 5, 0, routing=True))
             # Prompts long enough for their keys to have been cached, and a new one.
             for prompt in [*prompts(3, 300, 2), *prompts(1, 30, 3)]
         ]
-    assert seconds > 0
-    swapped = [completion for completion in completions if set(completion.steps()) == {0, 1}]
-    assert swapped
-    for completion in swapped:
+    for completion in met:
         steps = np.array(completion.steps())
         assert (np.diff(steps) >= 0).all()
         old = difference(completion, models[0])
         assert old[steps == 0].max() < EXACT
-        assert old[steps == 1].max() > 1e-2
         # Keys and values are kept: a token's routing is that of its only forward.
         first = int((steps == 1).argmax()) + len(completion.prompt) - 1
         routing, expected = completion.column(ColumnKind.ROUTING), reference(models[0], completion).routing
         assert expected is not None
         np.testing.assert_array_equal(np.sort(routing[:first]), expected[:first])
+        assert old[steps == 1].max() > 1e-2
         assert (np.sort(routing[first:]) != expected[first:]).any()
     for completion in fresh:
         assert set(completion.steps()) == {1}
@@ -112,50 +104,49 @@ async def test_a_paused_engine_samples_nothing_and_loses_nothing(
 ) -> None:
     """Weights that come and go during a pause sample nothing: swapping them in does not set the engine going."""
     async with server.connect() as engine:
-        await engine.update_weights(snapshot(engine, models, 2))
-        async with (
-            always_running(engine, prompts(3, 24, 4), long_sampling(server)) as completions,
-            paused(engine),
-        ):
-            await engine.update_weights(snapshot(engine, models, 3))
-            await asyncio.sleep(0.5)  # time for what must not happen
-            await engine.update_weights(snapshot(engine, models, 0))
-    steps = [np.array(completion.steps()) for completion in completions]
-    assert {step for each in steps for step in each} <= {2, 0}
-    assert any(set(each) == {2, 0} for each in steps)
-    for completion, each in zip(completions, steps, strict=True):
-        old = difference(completion, models[2])[each == 2]
-        assert not len(old) or old.max() < EXACT
+
+        async def swap_twice_in_a_pause() -> list[Completion]:
+            await engine.update_weights(snapshot(engine, models, 2))
+            updates = [snapshot(engine, models, 3), snapshot(engine, models, 0, ahead=2)]
+            async with always_running(engine, 24, long_sampling(server)) as completions, paused(engine):
+                await engine.update_weights(updates[0])
+                await asyncio.sleep(0.5)  # time for what must not happen
+                await engine.update_weights(updates[1])
+            for completion in completions:
+                steps = np.array(completion.steps())
+                assert set(steps) <= {2, 0}
+                old = difference(completion, models[2])[steps == 2]
+                assert not len(old) or old.max() < EXACT
+            return swapped(completions, 2, 0)
+
+        await attempted(swap_twice_in_a_pause, "a pause with a sequence in flight")
 
 
 async def test_a_closed_iterator_frees_its_slot(server: EngineServer, models: list[PreTrainedModel]) -> None:
     """A waiting request goes on while the other slots are still taken."""
     async with server.connect() as engine:
         await engine.update_weights(snapshot(engine, models, 0))
-        # The others may end before it does, on a busy machine: then this attempt says nothing.
-        assert any([await _gets_the_slot_of_a_closed_one(engine, long_sampling(server)) for _ in range(5)])
+        long = long_sampling(server)
+
+        async def the_slot_of_a_closed_one() -> bool:
+            """Whether a request got it while the others ran."""
+            running = await all_started(engine, prompts(engine.info().max_concurrency, 24, 5), long)
+            try:
+                async with paused(engine):
+                    waiting = asyncio.create_task(sample(engine, prompts(1, 8, 6)[0], SamplingParams(1.0, 2, (), 1, 0)))
+                    running[0].cancel()
+                    await asyncio.wait([running[0]])
+                await waiting
+                return not any(task.done() for task in running[1:])
+            finally:
+                for task in running:
+                    task.cancel()
+                await asyncio.wait(running)
+
+        await attempted(the_slot_of_a_closed_one, "a request that is served while the other slots are taken")
         # Nothing is left that would take a slot for good.
         few = SamplingParams(1.0, 4, (), 3, 0)
         await asyncio.gather(*(sample(engine, prompt, few) for prompt in prompts(12, 8, 7)))
-
-
-async def _gets_the_slot_of_a_closed_one(engine: Engine, long: SamplingParams) -> bool:
-    slots = engine.info().max_concurrency
-    started = asyncio.Barrier(slots + 1)
-    running = [asyncio.create_task(_sample_and_meet(engine, prompt, long, started)) for prompt in prompts(slots, 24, 5)]
-    try:
-        async with asyncio.timeout(120):
-            await started.wait()
-        async with paused(engine):
-            waiting = asyncio.create_task(sample(engine, prompts(1, 8, 6)[0], SamplingParams(1.0, 2, (), 1, 0)))
-            running[0].cancel()
-            await asyncio.wait([running[0]])
-        await waiting
-        return not any(task.done() for task in running[1:])
-    finally:
-        for task in running:
-            task.cancel()
-        await asyncio.wait(running)
 
 
 async def test_what_would_kill_an_engine_is_refused_and_the_engine_lives(
@@ -198,7 +189,12 @@ async def test_stop_tokens_and_the_context_end_a_completion(
     assert (filled.end.finish_reason, filled.end.num_tokens) == (FinishReason.CONTEXT, 8)
 
 
-def test_an_engines_own_metrics_are_passed_on(server: EngineServer) -> None:
+async def test_an_engines_own_metrics_are_passed_on(server: EngineServer, models: list[PreTrainedModel]) -> None:
+    async with server.connect() as engine:
+        await engine.update_weights(snapshot(engine, models, 0))
+        # An engine counts a step after it has handed out its tokens, but before the next one.
+        for prompt in prompts(3, 8, 11):
+            await sample(engine, prompt, SamplingParams(1.0, 64, (), 1, 0))
     metrics = server.metrics()
     assert "leeway_inference_tokens_total" in metrics
     if server.engine == "vllm":
@@ -218,19 +214,26 @@ async def test_running_sequences_are_computed_again_under_new_weights(
     The server is of no use afterwards: its engine's process is killed at the end.
     """
     async with recomputing_server.connect() as engine:
-        await engine.update_weights(snapshot(engine, models, 0))
         slots = engine.info().max_concurrency
         long = replace(long_sampling(recomputing_server, routing=True), topk=5)
-        async with always_running(engine, prompts(3, 300, 2), long) as completions:
-            await engine.update_weights(snapshot(engine, models, 1))
-        async with always_running(engine, prompts(3, 24, 4), long) as later, paused(engine):
-            await engine.update_weights(snapshot(engine, models, 2))
+
+        async def swap_in_flight(old: int, new: int, length: int, *, in_pause: bool) -> list[Completion]:
+            await engine.update_weights(snapshot(engine, models, old))
+            update = snapshot(engine, models, new)
+            async with always_running(engine, length, long) as completions, contextlib.AsyncExitStack() as stack:
+                if in_pause:
+                    await stack.enter_async_context(paused(engine))
+                await engine.update_weights(update)
+            return swapped(completions, old, new)
+
+        at_once = await attempted(lambda: swap_in_flight(0, 1, 300, in_pause=False), "a swap with a sequence in flight")
+        in_pause = await attempted(
+            lambda: swap_in_flight(1, 2, 24, in_pause=True), "a swap in a pause with a sequence in flight"
+        )
         assert (await recomputing_server.info()).max_concurrency == slots  # what was wanted is no lack of memory
     await asyncio.to_thread(_assert_ends_with_its_engine, recomputing_server)
-    for old, new, sampled in ((0, 1, completions), (1, 2, later)):
-        swapped = [completion for completion in sampled if set(completion.steps()) == {old, new}]
-        assert swapped
-        for completion in swapped:
+    for old, new, met in ((0, 1, at_once), (1, 2, in_pause)):
+        for completion in met:
             before = np.array(completion.steps()) == old
             assert difference(completion, models[old])[before].max() < EXACT
             expected = reference(models[new], completion)
@@ -255,53 +258,5 @@ def _assert_ends_with_its_engine(server: EngineServer) -> None:
     assert cores
     for core in cores:
         core.kill()
-    assert server.process.wait(120) == 1
+    assert server.process.wait(PATIENCE_SECONDS) == 1
     assert "has died" in server.log.read_text(encoding="utf-8", errors="replace")
-
-
-@contextlib.asynccontextmanager
-async def paused(engine: Engine) -> AsyncGenerator[None, None]:
-    """Goes on whatever happens: other tests use the server, too."""
-    await engine.pause()
-    try:
-        yield
-    finally:
-        await engine.resume()
-
-
-@contextlib.asynccontextmanager
-async def always_running(
-    engine: Engine, prompts: Sequence[Int32Array], sampling: SamplingParams
-) -> AsyncGenerator[list[Completion], None]:
-    """Sequences run throughout the block, each followed by the next, however fast the engine; gathers them all."""
-    completions: list[Completion] = []
-    ending = asyncio.Event()
-    started = asyncio.Barrier(len(prompts) + 1)
-
-    async def run(prompt: Int32Array) -> None:
-        completions.append(await _sample_and_meet(engine, prompt, sampling, started))
-        while not ending.is_set():
-            completions.append(await sample(engine, prompt, sampling))
-
-    async with asyncio.TaskGroup() as group:
-        for prompt in prompts:
-            group.create_task(run(prompt))
-        async with asyncio.timeout(120):
-            await started.wait()
-        try:
-            yield completions
-        finally:
-            ending.set()
-
-
-async def _sample_and_meet(
-    engine: Engine, prompt: Int32Array, sampling: SamplingParams, started: asyncio.Barrier
-) -> Completion:
-    """Sample, and meet the others after the first chunk."""
-    waiting: list[asyncio.Task[int]] = []
-
-    def on_chunk(completion: Completion) -> None:
-        if not waiting:
-            waiting.append(asyncio.create_task(started.wait()))
-
-    return await sample(engine, prompt, sampling, on_chunk)

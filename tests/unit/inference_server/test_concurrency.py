@@ -87,3 +87,19 @@ async def test_a_raised_limit_lets_who_waits_go_on() -> None:
     assert held == [0, 1]
     release.set()
     await asyncio.gather(*tasks)
+
+
+async def test_sequences_that_a_swap_computes_again_are_no_lack_of_memory() -> None:
+    """Each that has a slot may be, though the engine has not said yet that it runs."""
+    limit, release = ConcurrencyLimit(4, 0), asyncio.Event()
+    tasks = [asyncio.create_task(hold(limit, [], number, release)) for number in range(3)]
+    await settle()
+    limit.observe(EngineLoad(num_running=1, num_waiting=0, kv_usage=0.1))
+    limit.forgive()
+    limit.observe(EngineLoad(num_running=3, num_waiting=0, kv_usage=0.1, num_preempted=2))
+    limit.observe(EngineLoad(num_running=3, num_waiting=0, kv_usage=0.1, num_preempted=1))
+    assert limit.limit == 4
+    limit.observe(EngineLoad(num_running=3, num_waiting=0, kv_usage=1.0, num_preempted=1))
+    assert limit.limit == 2
+    release.set()
+    await asyncio.gather(*tasks)

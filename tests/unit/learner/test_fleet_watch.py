@@ -46,7 +46,7 @@ def make(buffer: Buffer, **options: Any) -> tuple[FleetWatch, CollectorRegistry,
     registry, told = CollectorRegistry(), list[Verdict]()
     values: dict[str, Any] = {"min_tokens": 10, "check_seconds": 3600.0, **options}
     settings = FleetOptions(**values)
-    watch = FleetWatch(cast("Any", buffer), 7, settings, LearnerMetrics(registry), told.append)
+    watch = FleetWatch(cast("Any", buffer), settings, LearnerMetrics(registry), told.append)
     return watch, registry, told
 
 
@@ -64,13 +64,13 @@ async def test_a_diverging_server_is_drained_once_and_judged_afresh() -> None:
     buffer = Buffer("odd", "s0")
     watch, registry, told = make(buffer)
     odd(watch)
-    await watch.check()
+    await watch.check(7)
     assert list(buffer.drains) == ["odd"]
     assert [verdict.server_id for verdict in told] == ["odd"]
     assert registry.get_sample_value("leeway_learner_server_mismatch_nats", {"server": "odd"}) == pytest.approx(2.045)
     assert registry.get_sample_value("leeway_learner_suspect_servers") == 0
     buffer.drains.clear()  # readmitted
-    await watch.check()
+    await watch.check(7)
     assert not buffer.drains
     assert registry.get_sample_value("leeway_learner_server_mismatch_nats", {"server": "odd"}) is None
 
@@ -82,14 +82,14 @@ async def test_whom_it_may_not_drain_it_names_once(allowed: bool, caplog: pytest
     watch, registry, told = make(buffer, drain=allowed)
     odd(watch)
     for _ in range(2):
-        await watch.check()
+        await watch.check(7)
     lines = [record.message for record in caplog.records if record.levelname == "WARNING"]
     why = "server 'odd' is the only one at work" if allowed else "learner.fleet.drain is off"
     assert lines == [f"server odd is not drained although it should be: {why}"]
     assert registry.get_sample_value("leeway_learner_suspect_servers") == 1
     assert not told
     buffer.refusal = None
-    await watch.check()
+    await watch.check(7)
     assert list(buffer.drains) == (["odd"] if allowed else [])
 
 
@@ -97,7 +97,7 @@ async def test_it_looks_after_each_step_and_outlives_a_buffer_that_is_away() -> 
     buffer = Buffer("odd", "s0")
     buffer.failure = UnavailableError("restarting")
     watch, _, told = make(buffer)
-    task = asyncio.create_task(watch.run())
+    task = asyncio.create_task(watch.run(7))
     watch.trained([], {}, 0, [])
     await buffer.looks.get()
     buffer.failure = None
@@ -112,7 +112,7 @@ async def test_it_looks_after_each_step_and_outlives_a_buffer_that_is_away() -> 
 async def test_it_looks_in_its_own_time_too_and_ends_with_its_learner() -> None:
     buffer = Buffer("s0")
     watch, _, _ = make(buffer, check_seconds=0.01)
-    task = asyncio.create_task(watch.run())
+    task = asyncio.create_task(watch.run(7))
     for _ in range(2):
         await buffer.looks.get()
     buffer.failure = FencedError("another learner has taken over")

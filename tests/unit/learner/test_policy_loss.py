@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -438,16 +439,18 @@ async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Pa
             raise UnusableGroupError("group-0", "is a test")
 
     class Buffer:
+        address = "localhost:1"
+
         async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
             seen.append(group_id)
 
     head = PolicyVersion("run", 2, 6, b"")
     journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
     metrics = LearnerMetrics(CollectorRegistry())
-    parts: Any = SimpleNamespace(trainer=Refusing(), buffer=Buffer(), metrics=metrics)
+    parts: Any = SimpleNamespace(trainer=Refusing(), buffer=Buffer(), metrics=metrics, journal=journal)
     nothing: Any = None
     restored = Checkpoint(tmp_path, head, (), ((1, 0), (2, 4)))
-    learner = Learner(parts, nothing, LearnerOptions(), nothing, journal, restored)
+    learner = Learner(parts, nothing, LearnerOptions(), nothing, restored, asyncio.Event())
     assert await learner._train(recorded_groups()) is False
     journal.close()
     assert seen == [(7, ((1, 0), (2, 4))), "group-0"]

@@ -1,0 +1,125 @@
+"""What is said of each step, evaluation and drained server: journal, receipts and metrics."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from learner.fleet.watch import Verdict
+from learner.loop.parts import Parts
+from learner.records.checkpoint import Branch
+from learner.records.policy_logprobs import write_policy_logprobs
+from learner.records.receipts import make_receipt
+from learner.records.summary import merge_intervals
+from learner.trainer import StepResult
+from leeway.metrics import STALENESS_BUCKETS
+from leeway.types import EvaluationResult, PolicyVersion, TrajectoryGroup, WeightManifest
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """One optimizer step that was taken."""
+
+    groups: Sequence[TrajectoryGroup]
+    result: StepResult
+    staleness: Counter[int]  # tokens in the loss, by optimizer steps
+    batch_wait_seconds: float
+    started_at: float  # Unix seconds
+    step_seconds: float
+
+
+class Reports:
+    """Writes down what one incarnation of the learner does."""
+
+    def __init__(self, parts: Parts, *, policy_logprobs: bool) -> None:
+        self._parts = parts
+        self._policy_logprobs = policy_logprobs
+        earlier_seconds = max((record["elapsed_seconds"] for record in parts.journal.records), default=0.0)
+        self._clock_started = time.monotonic() - earlier_seconds
+
+    def stepped(
+        self,
+        parent: PolicyVersion,
+        head: PolicyVersion,
+        branches: Sequence[Branch],
+        manifest: WeightManifest,
+        trained: Trained,
+    ) -> None:
+        """A step led from `parent` to `head`, whose weights `manifest` names."""
+        receipts, statistics = self._parts.receipts, trained.result.statistics
+        receipts.append(make_receipt(receipts.options, branches, parent, head, trained.groups, statistics, manifest))
+        if self._policy_logprobs:
+            write_policy_logprobs(self._parts.run_directory, head.step, trained.result.policy_logprobs)
+        self._record(
+            {
+                "kind": "step",
+                "step": head.step,
+                "version": str(head),
+                **statistics,
+                "staleness_histogram": {str(key): count for key, count in sorted(trained.staleness.items())},
+                "batch_wait_seconds": trained.batch_wait_seconds,
+                "step_seconds": trained.step_seconds,
+                "training_interval": [trained.started_at, trained.started_at + trained.step_seconds],
+                "generation_intervals": _generation_intervals(trained.groups),
+            }
+        )
+        self._observe(head.step, trained)
+
+    def _observe(self, step: int, trained: Trained) -> None:
+        metrics = self._parts.metrics
+        metrics.step.set(step)
+        metrics.step_seconds.observe(trained.step_seconds)
+        metrics.batch_wait_seconds.observe(trained.batch_wait_seconds)
+        for name, value in trained.result.statistics.items():
+            metrics.statistic.labels(name).set(value)
+        for steps, num_tokens in trained.staleness.items():
+            bucket = max(bound for bound in STALENESS_BUCKETS if bound <= steps)
+            metrics.trained_tokens.labels(str(bucket)).inc(num_tokens)
+
+    def evaluated(self, version: PolicyVersion, result: EvaluationResult) -> None:
+        """An evaluation is complete."""
+        mean = sum(result.rewards) / len(result.rewards)
+        self._parts.metrics.heldout_reward.set(mean)
+        self._record(
+            {
+                "kind": "evaluation",
+                "step": version.step,
+                "version": str(version),
+                "reward_mean": mean,
+                "draws": len(result.rewards),
+                "failed": result.failed,
+            }
+        )
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the version of `step` was measured, by this incarnation or an earlier one."""
+        return any(record["kind"] == "evaluation" and record["step"] == step for record in self._parts.journal.records)
+
+    def drained(self, step: int, verdict: Verdict) -> None:
+        """A server was taken out of the run while `step` was the head."""
+        self._record(
+            {
+                "kind": "drain",
+                "step": step,
+                "server": verdict.server_id,
+                "reason": verdict.reason.name.lower(),
+                "message": verdict.message,
+            }
+        )
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self._parts.journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
+
+
+def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:
+    """When the batch's tokens were sampled, by the engines' clocks: disjoint [start, end) in Unix seconds."""
+    return merge_intervals(
+        [
+            (trajectory.generation_started_at.timestamp(), trajectory.generation_finished_at.timestamp())
+            for group in groups
+            for trajectory in group.trajectories
+        ]
+    )

@@ -1,0 +1,40 @@
+"""The servers of a run."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from datetime import datetime
+
+from leeway.types.policy import PolicyVersion
+
+
+class DrainReason(enum.IntEnum):
+    """Why a server is drained."""
+
+    DIVERGING = 1
+    SLOW = 2
+    OPERATOR = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """That a server gets no more tickets, and why."""
+
+    reason: DrainReason
+    message: str
+    drained_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatus:
+    """What the buffer knows of one server of a run; times are on the buffer's clock."""
+
+    server_id: str
+    present: bool  # has said something within a lease, and has not left
+    drained: Drain | None
+    version: PolicyVersion | None  # that it last asked for work at
+    loans: int  # groups that it holds
+    oldest_loan_seconds: float  # 0 without one
+    timed_loans: int  # training groups that it finished lately or still holds
+    median_loan_seconds: float  # of these, from ticket to last close; what it holds counts with its age
