@@ -39,9 +39,9 @@ from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan, Tally
 from tests.chaos.scenery import configure, described
 
 ORACLE: Final = "oracle"
-_STRIKE_SECONDS: Final = 3.0
-"""A crash point that is not reached within this time is struck all the same."""
-_JUDGE_SECONDS: Final = 90.0
+_START_SECONDS: Final = 120.0
+_STOP_SECONDS: Final = 120.0
+_JUDGE_SECONDS: Final = 180.0
 _RUN_SECONDS: Final = 600.0
 """One run, whatever happens."""
 _MAX_DEATHS: Final = 25
@@ -126,7 +126,7 @@ class _Run:
         """From the first process to the verdict."""
         ends_at = time.monotonic() + _RUN_SECONDS
         self._start(ORACLE)
-        self._at(10.0, partial(self._give_up, "the oracle did not start"))
+        self._at(_START_SECONDS, partial(self._give_up, "the oracle did not start"))
         while not self._over:
             if time.monotonic() > ends_at:
                 self._tally.violations.append(f"12: no end within {_RUN_SECONDS:g} s: {self._blockers()} ({self.name})")
@@ -286,7 +286,7 @@ class _Run:
         self._strike_number += 1
         self._struck = partial(self._stop if stop else self._kill, victims)
         self._tell(arm={"event": event, "count": rng.randint(1, most)})
-        self._at(_STRIKE_SECONDS, partial(self._strike_late, self._strike_number))
+        self._at(self._plan.strike_seconds, partial(self._strike_late, self._strike_number))
 
     def _strike_late(self, number: int) -> None:
         if number == self._strike_number:
@@ -375,7 +375,7 @@ class _Run:
             child.signal(signal.SIGCONT)
             if name in SERVERS:
                 child.signal(signal.SIGTERM)  # one that has just joined waits for a learner, and there will be none
-        self._at(15.0, self._servers_must_have_ended)
+        self._at(_STOP_SECONDS, self._servers_must_have_ended)
         if not any(server in self._children for server in SERVERS):
             self._last_restart()
 

@@ -20,7 +20,7 @@ from leeway.ports import free_port
 from tests.deadlines import RUN_SECONDS
 from tests.distributed.ranks import CASES, RESUMED, STEPS, make, published, train
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.timeout(600)
 
 RANKS = Path(__file__).parent / "ranks.py"
 ROOT = RANKS.parents[2]

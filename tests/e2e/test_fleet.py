@@ -100,7 +100,7 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     visitors = Visitors(tmp_path)
     overrides = (
         f"run.steps={STEPS}",
-        "inference_server.arithmetic.token_seconds=0.02",
+        "inference_server.arithmetic.token_seconds=0.03",  # a run that outlasts the start of seven processes
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
     )

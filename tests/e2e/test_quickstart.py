@@ -21,7 +21,7 @@ from leeway.weights import tensor_entry, weights_digest
 from tests.deadlines import RUN_SECONDS
 from tests.e2e.prometheus import running_prometheus, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("quickstart")]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
