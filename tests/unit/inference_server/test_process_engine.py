@@ -193,7 +193,8 @@ async def test_a_swap_that_fails_is_the_engines_death(tmp_path: Path, broken: st
 
 @pytest.mark.parametrize("stuck", ["pause", "load", "resume"])
 async def test_a_command_without_an_answer_is_the_engines_death(tmp_path: Path, stuck: str) -> None:
-    engine, driver = await ready(tmp_path, timeout=0.05)
+    engine, driver = await ready(tmp_path)
+    engine._command_timeout_seconds = 0.05
     watch = begin(engine.watch())
     running = begin(collect(engine, request()))
     await settle()
