@@ -426,6 +426,21 @@ async def test_a_server_that_stops_leaves_the_run_after_its_last_write() -> None
     assert finished.left == [], "a finished run needs no word"
 
 
+async def test_a_stop_that_nobody_answers_says_what_becomes_of_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    replay = FakeReplay()
+    replay.break_stream = lambda _stream, _item: "exhausted"
+    await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=4000, stop_token_ids=())))
+    limits = WorkerLimits(ticket_wait_seconds=0.5, drain_seconds=0.1)
+    async with working(replay, limits=limits, chunk_tokens=1, token_seconds=0.01) as rig:
+        await until(lambda: replay.streams > 2)
+        rig.stop.set()
+        await rig.task
+    (said,) = [record.getMessage() for record in caplog.records if "without a word" in record.getMessage()]
+    assert said.startswith("the run is left without a word (no answer within 0.1 s); ")
+    assert said.endswith("what it holds is lent again when the leases end")
+    assert replay.left == []
+
+
 async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING")
     replay = FakeReplay()
