@@ -18,7 +18,7 @@ from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngi
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, InferenceServicer
 from leeway.commands.main import main
-from leeway.conformance import kit
+from leeway.conformance import kit, limits
 from leeway.conformance.client import BackendClient
 from leeway.conformance.report import exit_code, junit
 from leeway.conformance.requirement import Requirement, Result, Status
@@ -39,6 +39,19 @@ SEEN_IN_QUIET = {"PAUSE-1", "PAUSE-2", "LIMIT-2"}
 """Who breaks these is seen by what comes, or meets what, while nothing should come: it needs time for that."""
 BACKEND = f"{shlex.quote(sys.executable)} -m tests.contract.arithmetic_backend --address {{address}}"
 STOPPING = {"STOP-1", "STOP-2"}
+
+
+@pytest.fixture(autouse=True)
+def patience(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is not called a server that keeps its slots; who does keep them is found in the kit's own time."""
+    if "LIMIT-3" not in request.node.name:
+        patient(monkeypatch)
+
+
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer requests are cancelled, and the next one may take a minute."""
+    monkeypatch.setattr(limits, "_SHORTEST_PROBE_SECONDS", 60.0)
+    monkeypatch.setattr(limits, "_MOST_AT_ONCE", 64)
 
 
 @asynccontextmanager

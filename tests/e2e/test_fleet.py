@@ -103,6 +103,7 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
         "inference_server.arithmetic.token_seconds=0.03",  # a run that outlasts the start of seven processes
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
+        f"learner.fleet.window_steps={STEPS}",  # however little comes of the liar in each step
     )
     try:
         outcome, _, _, evidence = await rehearse(tmp_path, "nobody", [], overrides, [visitors.on_event])

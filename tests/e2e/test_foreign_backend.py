@@ -17,6 +17,7 @@ from leeway.commands.main import main
 from leeway.ports import free_port
 from leeway.rpc import Security
 from leeway.types import ColumnKind, GroupState, Purpose
+from tests.contract.test_conformance import patient
 from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.deadlines import WAIT_SECONDS
 from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
@@ -57,8 +58,18 @@ def engines(evidence: Evidence) -> set[str]:
     }
 
 
-def test_the_node_backend_keeps_the_contract(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--samples", "128", "--quiet-seconds", "0.1", "--timeout", "60"]
+def test_the_node_backend_keeps_the_contract(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient(monkeypatch)
+    arguments = [
+        "--samples",
+        "128",
+        "--quiet-seconds",
+        "0.1",
+        f"--timeout={WAIT_SECONDS}",
+        f"--stop-seconds={WAIT_SECONDS}",
+    ]
     code = main(["conformance", *arguments, "--command", f"{node_command()} --max-concurrency 8"])
     output = capsys.readouterr().out
     assert code == 0, output
