@@ -135,12 +135,13 @@ class _Run:
             if self._finished and not any(server in self._stage.children for server in SERVERS):
                 self._last_restart()
         elif code == EXIT_REFUSED:
-            self._give_up(f"12: {name} refuses to go on: {child.last_line()}")
+            self._give_up(f"12: {name} refuses to go on: {child.last_line()}", blind=name == BUFFER)
         else:
             self._deaths += 1
             self._tally.faults["died by itself"] += 1
             if self._deaths > _MAX_DEATHS:
-                self._give_up(f"12: {name} ends again and again, with code {code}: {child.last_line()}", blind=True)
+                problem = f"12: {name} ends again and again, with code {code}: {child.last_line()}"
+                self._give_up(problem, blind=name == BUFFER)
             self._stage.at(0.1, partial(self._start, name))
 
     def _give_up(self, problem: str, *, blind: bool = False) -> None:
@@ -247,7 +248,7 @@ class _Run:
                 self._tally.kills[name] += 1
                 self._kills_left -= 1
         for name in victims:  # when all of them are dead
-            self._tally.losses.add(lose_power(self._programs[name], self._rng))
+            self._tally.losses.add(lose_power(self._programs[name], self._rng, merciless=self._plan.merciless))
             self._stage.at(self._rng.random() * 0.3, partial(self._start, name))
 
     def _hardship(self) -> None:
@@ -317,7 +318,7 @@ class _Run:
         self._kills_left = 0
         self._dials[BUFFER].set_room(Room.PLENTY)
         if self._stage.kill(BUFFER):
-            self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng))
+            self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng, merciless=self._plan.merciless))
         self._tell(calm=True)
         self._start(BUFFER)
         self._tell(judge="finished" if self._finished else "unfinished")

@@ -58,6 +58,7 @@ class Plan:
     hardships: float = 0.0  # share of strikes with which a clock jumps, or the disk fills up for a while
     retentions: tuple[tuple[str, ...], ...] = ((),)
     """One of these for each run: options by which the buffer retires what nothing needs."""
+    merciless: bool = False  # whether a loss of power takes all that was not synced, not what chance will have
     rollbacks: float = 0.0  # share of strikes with which a person returns the run to an older checkpoint
     kills_per_run: int = 20
     steps: int = 30
