@@ -54,6 +54,7 @@ class Plan:
     victims: tuple[tuple[str, float], ...] = VICTIMS
     """Who is struck, and how likely."""
     events: tuple[tuple[str, int], ...] = EVENTS
+    strike_seconds: float = 3.0  # a crash point that is not reached within this time is struck all the same
     stops: float = 0.2  # share of strikes that only stop a process for a while
     hardships: float = 0.0  # share of strikes with which a clock jumps, or the disk fills up for a while
     retentions: tuple[tuple[str, ...], ...] = ((),)
@@ -62,7 +63,7 @@ class Plan:
     rollbacks: float = 0.0  # share of strikes with which a person returns the run to an older checkpoint
     kills_per_run: int = 20
     steps: int = 30
-    step_seconds: float = 45.0  # when faults have ended, each step comes within this time
+    step_seconds: float = 120.0  # when faults have ended, each step comes within this time
     overrides: tuple[str, ...] = ()
     climate: Climate = TEMPERATE
     plant: Callable[[str], Callable[[], None] | None] = lambda _: None

@@ -138,7 +138,11 @@ class Bug:
         )
 
 
-_SHORT = Plan(seed=0, kills=8, directory=Path(), kills_per_run=8, steps=14, stops=0.0, step_seconds=8.0)
+_SHORT = Plan(seed=0, kills=8, directory=Path(), kills_per_run=8, steps=14, stops=0.0)
+_MET = replace(_SHORT, strike_seconds=60.0)
+"""The run goes on with the bug in it, so its crash points come, however slowly."""
+_STUCK_SECONDS = 8.0
+"""A run with the bug may come to a halt, which is looked for no longer than this."""
 _HAUNTED = replace(TEMPERATE, ghost=0.6, longest_ghost_seconds=2.0)
 _ADVANCES = (("Advance.ended", 3), ("DrawBatch.ended", 3))
 _REWINDING = ("learner.checkpoint_every_steps=4", "run.max_staleness=1", "evaluation.every_steps=0")
@@ -161,7 +165,7 @@ BUGS = {
         BUFFER,
         (6, 7),
         replace(
-            _SHORT,
+            _MET,
             victims=((SERVERS[0], 1.0), (SERVERS[1], 1.0)),
             events=(("write.sent", 20),),
             climate=replace(_HAUNTED, longest_ghost_seconds=1.0),
@@ -177,32 +181,45 @@ BUGS = {
         no_epoch_check,
         BUFFER,
         (7,),
-        replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, climate=_HAUNTED, kills=4),
+        replace(_MET, victims=((LEARNER, 1.0),), events=_ADVANCES, climate=_HAUNTED, kills=4),
     ),
     "leaked-reservation": Bug(
         leaked_reservation,
         BUFFER,
         (12,),
-        replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
+        replace(_SHORT, step_seconds=_STUCK_SECONDS, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
     ),
     "write-on-a-full-disk": Bug(
         write_on_a_full_disk,
         BUFFER,
         (1, 12),
         replace(
-            _SHORT, victims=((BUFFER, 1.0), (SERVERS[0], 2.0)), events=(("write.sent", 20),), hardships=1.0, steps=30
+            _SHORT,
+            step_seconds=_STUCK_SECONDS,
+            victims=((BUFFER, 1.0), (SERVERS[0], 2.0)),
+            events=(("write.sent", 20),),
+            hardships=1.0,
+            steps=30,
         ),
     ),
     "retire-what-is-kept": Bug(
         retire_what_is_kept,
         BUFFER,
         (11, 12),
-        replace(_SHORT, victims=((BUFFER, 1.0),), kills=2, steps=30, retentions=(RETENTIONS[1],), overrides=_KEEPING),
+        replace(
+            _SHORT,
+            step_seconds=_STUCK_SECONDS,
+            victims=((BUFFER, 1.0),),
+            kills=2,
+            steps=30,
+            retentions=(RETENTIONS[1],),
+            overrides=_KEEPING,
+        ),
     ),
     "staleness-by-subtraction": Bug(
         staleness_by_subtraction,
         BUFFER,
         (5,),
-        replace(_SHORT, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
+        replace(_MET, victims=((LEARNER, 1.0),), events=_ADVANCES, overrides=_REWINDING),
     ),
 }

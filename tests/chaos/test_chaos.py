@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos.planted import BUGS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KILLS = 12
 SEEDS = ("1", "2", "3")
