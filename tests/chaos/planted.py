@@ -154,7 +154,14 @@ BUGS = {
         BUFFER,
         (1,),
         # Whatever the buffer wrote since its last start is lost when the power goes, at the latest after the end.
-        replace(_SHORT, victims=((BUFFER, 1.0),), events=(("write.answered", 30),), kills=1, merciless=True),
+        replace(
+            _SHORT,
+            step_seconds=_STUCK_SECONDS,
+            victims=((BUFFER, 1.0),),
+            events=(("write.answered", 30),),
+            kills=1,
+            merciless=True,
+        ),
         certain=True,
     ),
     "commit-before-checkpoint": Bug(

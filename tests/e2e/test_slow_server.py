@@ -16,11 +16,12 @@ import pytest
 
 from leeway.commands.main import main
 from leeway.types import GroupState, Purpose
+from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
 from tests.e2e.oracle import violations
 from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import rehearse
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(RUN_SECONDS)]
 
 STEPS = 24
 OVERRIDES = (
@@ -32,10 +33,8 @@ OVERRIDES = (
     "learner.fleet.min_loans=2",
     "learner.fleet.slow_seconds=4",
     "learner.fleet.check_seconds=0.5",
-    "learner.draw_timeout_seconds=80",  # a run that nobody helps ends, with an error
+    f"learner.draw_timeout_seconds={2 * WAIT_SECONDS}",
 )
-_PATIENCE_SECONDS = 50.0
-"""How long the run waits for the slow server; the learner waits a minute for an answer."""
 
 
 class SlowServer(Weather):
@@ -49,7 +48,7 @@ class SlowServer(Weather):
         self.process: asyncio.subprocess.Process | None = None
 
     async def request(self, method: str, first: bool) -> Fate:
-        if method == "Advance" and self._start is not None:
+        if method == "DrawBatch" and self._start is not None:
             await _happened(self._asks)
             if self._drained:
                 await _happened(self._told)
@@ -82,7 +81,7 @@ class SlowServer(Weather):
         """Its exit code; it has to end with the run."""
         assert self.process is not None
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(WAIT_SECONDS):
                 return await self.process.wait()
         finally:
             if self.process.returncode is None:
@@ -92,7 +91,7 @@ class SlowServer(Weather):
 async def _happened(event: asyncio.Event) -> None:
     """Wait, but not for ever: what is asserted says that it did not happen."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(_PATIENCE_SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             await event.wait()
     event.set()
 
