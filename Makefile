@@ -9,7 +9,7 @@ PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PYTEST_ARGS ?=
 # Files of tests that `make test` runs at the same time: many of them wait for processes.
-WORKERS ?= $(shell expr $$(nproc) + 1)
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 7 ? n + 1 : 8)))
 # Engines with an environment of their own.
 ENGINES ?= $(basename $(notdir $(wildcard deploy/engines/*.lock)))
 

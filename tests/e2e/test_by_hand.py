@@ -15,7 +15,7 @@ from leeway.config import load_document
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 from tests.e2e.test_rollback import command
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 6
 
