@@ -13,9 +13,6 @@ tickets as soon as a group fits beside what is open. Members wait for the engine
 only while its window is full; never for an acknowledgement. Nothing is asked for before a first version is in force;
 as long as none is, the buffer is asked from time to time whether the run still goes on.
 
-A waiting call for tickets is never cancelled: its reply may be on the way, and the tickets in it would be lost until
-their lease ends. When a newer version comes into force meanwhile, a second call goes out beside it.
-
 The end: the run has finished, or a stop is asked for, or something failed that ends the process. In all cases open
 members are cancelled; unless the run has finished they are handed back as retryable failures, so that others take them
 at once, and the server leaves the run. A server that is drained goes on asking, until it is readmitted or told to stop.
@@ -25,25 +22,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from dataclasses import dataclass
-from typing import Final
 
 from inference_server.engine import Engine
 from inference_server.joining import Joining
 from inference_server.loans import Loan, Loans, Member, open_loan
 from inference_server.recorder import TrajectoryRecorder
+from inference_server.refusals import Refusals
 from inference_server.reward import RewardRunner
 from inference_server.rollouts import Rollouts
 from inference_server.served_policy import ServedPolicy
 from inference_server.text import Tokenizer
+from inference_server.ticket_calls import TicketCalls
 from inference_server.trajectory_writer import TrajectoryWriter
 from inference_server.write_window import WriterLimits
 from leeway.errors import (
-    DeadlineError,
-    ExhaustedError,
     LeewayError,
-    UnavailableError,
 )
 from leeway.metrics import InferenceServerMetrics
 from leeway.process import unless_stopped
@@ -51,17 +45,12 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.tasks import TaskSet
 from leeway.types import (
-    Drain,
-    PolicyVersion,
     Ticket,
     TrajectoryFailure,
     WriteItem,
     WriteResult,
     WriteStatus,
 )
-
-_RETRY_SECONDS: Final = 1.0
-_MAX_ACQUIRE_CALLS: Final = 2
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +119,11 @@ class RolloutWorker:
         )
         self._joining = Joining(client, server_id, self._info, policy, tasks.digest)
         self._loans = Loans()
-        self._refused: set[tuple[str, int]] = set()  # (trajectory id, attempt)
+        self._refusals = Refusals(capacity=2 * writer_limits.max_items)
         self._members: asyncio.TaskGroup | None = None
         self._turn = asyncio.Event()  # something happened that the main loop looks at
-        self._finished = False
+        self._calls = TicketCalls(client, server_id, limits.ticket_wait_seconds, metrics, self._turn.set)
         self._fatal = False
-        self._drain: Drain | None = None  # set while this server gets no work
 
     async def run(self, stop: asyncio.Event) -> None:
         """Work until the run has finished or `stop` is set.
@@ -164,72 +152,31 @@ class RolloutWorker:
     # Tickets
 
     async def _serve_tickets(self, stop: asyncio.Event, members: asyncio.TaskGroup, members_per_group: int) -> None:
-        calls: dict[asyncio.Task[list[Ticket]], PolicyVersion] = {}
         watchers = [asyncio.create_task(self._watch_version()), asyncio.create_task(self._watch_stop(stop))]
         try:
-            while not (stop.is_set() or self._finished):
+            while not (stop.is_set() or self._calls.finished):
                 self._turn.clear()
-                # Asked each time: an engine may take on less when its memory is short.
-                capacity = max(self._engine.info().max_concurrency + self._limits.prefetch, members_per_group)
-                free = capacity - len(self._loans)
-                version = self._policy.version
-                if (
-                    version is not None
-                    and free >= members_per_group
-                    and len(calls) < _MAX_ACQUIRE_CALLS
-                    and version not in calls.values()
-                ):
-                    call = asyncio.create_task(self._acquire(version, free), name="acquire tickets")
-                    call.add_done_callback(lambda _: self._turn.set())
-                    calls[call] = version
+                self._ask(members_per_group)
                 await self._turn.wait()
-                for call in [call for call in calls if call.done()]:
-                    del calls[call]
-                    for ticket in call.result():
-                        self._lend(ticket, members)
-            if stop.is_set() and calls:
-                # Their tickets would be lost until the leases end; each call ends by itself in a moment.
-                done, _ = await asyncio.wait(calls, timeout=self._limits.ticket_wait_seconds + 1.0)
-                for call in done:
-                    for ticket in call.result():
-                        self._lend(ticket, members)
+                for ticket in self._calls.arrived():
+                    self._lend(ticket, members)
+            if stop.is_set():
+                for ticket in await self._calls.last():
+                    self._lend(ticket, members)
         finally:
-            for task in (*watchers, *calls):
-                await cancel_and_wait(task)
+            for watcher in watchers:
+                await cancel_and_wait(watcher)
+            await self._calls.cancel()
             for loan in self._loans:
                 loan.cancel()
 
-    async def _acquire(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
-        started_at = time.perf_counter()
-        try:
-            work = await self._client.request_work(
-                self._server_id, version, max_members, self._limits.ticket_wait_seconds
-            )
-        except (ExhaustedError, UnavailableError, DeadlineError) as error:
-            log.warning("no tickets: %s; asking again", error.message)
-            told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
-            await asyncio.sleep(told_seconds or _RETRY_SECONDS)
-            return []
-        if work.finished:
-            log.info("run %s has finished", self._client.run)
-            self._finished = True
-        if work.tickets:
-            self._metrics.ticket_wait_seconds.observe(time.perf_counter() - started_at)
-        self._hear_of_drain(work.drained)
-        return work.tickets
-
-    def _hear_of_drain(self, drain: Drain | None) -> None:
-        """Say once that this server is out of the run, and once that it is in it again."""
-        if drain == self._drain:
-            return
-        self._drain = drain
-        if drain is None:
-            log.warning("server %s is readmitted to run %s", self._server_id, self._client.run)
-        else:
-            log.warning(
-                "server %s is drained (%s) and gets no work until `leeway fleet readmit`: %s",
-                *(self._server_id, drain.reason.name.lower(), drain.message),
-            )
+    def _ask(self, members_per_group: int) -> None:
+        """Ask for what fits beside what is open."""
+        # The engine is asked each time: it may take on less when its memory is short.
+        capacity = max(self._engine.info().max_concurrency + self._limits.prefetch, members_per_group)
+        free = capacity - len(self._loans)
+        if self._policy.version is not None and free >= members_per_group:
+            self._calls.ask(self._policy.version, free)
 
     async def _watch_version(self) -> None:
         version = self._policy.version
@@ -286,9 +233,8 @@ class RolloutWorker:
                 log.info("group %s is aborted: %s", loan.ticket.group_id, result.message)
                 self._abort(loan)
             return
-        if (result.trajectory_id, result.attempt) in self._refused:
+        if not self._refusals.add(result):
             return
-        self._refused.add((result.trajectory_id, result.attempt))
         message = f"{result.trajectory_id} seq {result.seq} is refused as {result.status.name}: {result.message}"
         log.error("%s", message)
         if loan is not None:
@@ -321,14 +267,14 @@ class RolloutWorker:
             member.recorder.failure(failure)
             for loan in self._loans
             for member in loan.members.values()
-            if not self._finished
+            if not self._calls.finished
         ]
         try:
             async with asyncio.timeout(self._limits.drain_seconds):
                 if items:
                     await self._writer.write(items)
                 await self._writer.drain()
-                if not self._finished:
+                if not self._calls.finished:
                     await self._client.leave_run(self._server_id)
         except (TimeoutError, LeewayError) as error:
             log.warning(

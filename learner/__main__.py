@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 class LearnerProcess:
     """Everything that the configuration says, put together."""
 
-    def __init__(self, document: Document) -> None:
+    def __init__(self, document: Document, *, supervised: bool = False) -> None:
         self.run = section(document, "run", RunOptions)
         self.model = section(document, "model", ModelOptions)
         self.task = section(document, "task", TaskOptions)
@@ -76,6 +76,7 @@ class LearnerProcess:
         if self.options.trainer == "torch":
             check_recorded_topk(self.options.training, self.sampling)
         self.directory = self.run.run_directory
+        self._listen = _tell_supervisor if supervised else _log_record
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
@@ -137,7 +138,7 @@ class LearnerProcess:
             [policy_pb2.DESCRIPTOR.services_by_name["PolicyService"].full_name],
             self.security,
         )
-        journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=_tell_supervisor)
+        journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=self._listen)
         receipts = ReceiptBook(
             self.directory,
             deciding_options(self.options, trainer.signature, seed=self.run.seed),
@@ -251,12 +252,31 @@ def _tell_supervisor(line: str) -> None:
     sys.stdout.flush()
 
 
+def _log_record(line: str) -> None:
+    """What a person who started the learner by hand wants to see of a journal line."""
+    record = json.loads(line)
+    match record["kind"]:
+        case "step":
+            log.info(
+                "step %d: reward %.3f, %d tokens, trained in %.2f s after %.2f s of waiting",
+                *(record["step"], record["reward_mean"], record["num_trained_tokens"]),
+                *(record["step_seconds"], record["batch_wait_seconds"]),
+            )
+        case "evaluation":
+            log.info(
+                "step %d: held-out reward %.3f over %d draws",
+                *(record["step"], record["reward_mean"], record["draws"]),
+            )
+        case _:
+            pass  # said already, by whom it concerns
+
+
 def main() -> int:
     """Parse, check, run."""
     parser = service_parser("learner", "The learner of one run: draws groups, trains, publishes weights.")
     arguments = parser.parse_args()
     try:
-        process = LearnerProcess(load_document(arguments.config, arguments.overrides))
+        process = LearnerProcess(load_document(arguments.config, arguments.overrides), supervised=arguments.supervised)
     except ConfigError as error:
         return report_error("learner", error)
     if arguments.check:

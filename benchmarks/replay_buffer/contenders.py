@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Protocol
 
 from benchmarks.replay_buffer.bare_server import ANSWERED
@@ -34,6 +37,8 @@ from leeway.v1 import replay_pb2
 
 START_SECONDS: Final = 120.0
 CALL_SECONDS: Final = 120.0
+COMMIT_BYTES: Final = 1 << 20
+"""Between two fdatasyncs of the plain file: what the log gathers at most."""
 ACKNOWLEDGED: Final = replay_pb2.WRITE_STATUS_ACKNOWLEDGED
 
 
@@ -232,6 +237,51 @@ class Peer:
         before = self.server.cpu_seconds()
         answer = self._driver.order(op, **self._arguments)
         return Sample(answer["seconds"], self.server.cpu_seconds() - before, answer["cpu_seconds"])
+
+
+class PlainFile:
+    """The disk by itself: as many bytes appended to one file, with no service, no check and no record."""
+
+    def __init__(self, name: str, durability: str, path: Path) -> None:
+        self.name = name
+        self.durability = durability
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w+b", buffering=0)
+
+    async def prepare(self, workload: Workload, per_message: int) -> None:
+        del per_message
+        size_bytes = prepare(workload, run_spec("file", 1).root).size_bytes * workload.count
+        block = random.Random(0).randbytes(COMMIT_BYTES)
+        whole, rest = divmod(size_bytes, COMMIT_BYTES)
+        self._blocks = [*[block] * whole, *([block[:rest]] if rest else [])]
+
+    async def insert(self) -> Sample:
+        self._begin = self._file.tell()
+        return self._time(self._write)
+
+    async def draw(self) -> Sample:
+        return self._time(self._read)
+
+    def _write(self) -> None:
+        for block in self._blocks:
+            self._file.write(block)
+            os.fdatasync(self._file.fileno())
+
+    def _read(self) -> None:
+        self._file.seek(self._begin)
+        for block in self._blocks:
+            if self._file.read(len(block)) != block:
+                raise RuntimeError(f"{self._file.name} returns other bytes than were written")
+
+    def _time(self, work: Callable[[], None]) -> Sample:
+        began, cpu = time.perf_counter(), time.process_time()
+        work()
+        return Sample(time.perf_counter() - began, 0.0, time.process_time() - cpu)
+
+    def close(self) -> None:
+        """Delete it."""
+        self._file.close()
+        Path(self._file.name).unlink()
 
 
 async def write(client: ReplayClient, written: Sequence[replay_pb2.WriteTrajectoriesRequest]) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Final
 
 from benchmarks.replay_buffer import processes
-from benchmarks.replay_buffer.contenders import Bare, Contender, Leeway, Peer, Sample, Unanswered
+from benchmarks.replay_buffer.contenders import Bare, Contender, Leeway, Peer, PlainFile, Sample, Unanswered
 from benchmarks.replay_buffer.processes import Driver, MissingPeer, killed_at_end
 from benchmarks.replay_buffer.report import Key, Results
 from benchmarks.replay_buffer.workload import Workload
 from leeway.ports import free_port
 
 HOST: Final = "127.0.0.1"
-BARE, UNANSWERED, LEEWAY = "bare stream", "bare, unanswered", "Leeway"
+BARE, UNANSWERED, FILE, LEEWAY = "bare stream", "bare, unanswered", "plain file", "Leeway"
 UNSYNCED, REVERB, REDIS = "Leeway, no fsync", "Reverb 0.14", "Redis"
-NAMES: Final = (BARE, UNANSWERED, LEEWAY, UNSYNCED, REVERB, REDIS)
+NAMES: Final = (BARE, UNANSWERED, FILE, LEEWAY, UNSYNCED, REVERB, REDIS)
 _KINDS: Final = {BARE: Bare, UNANSWERED: Unanswered, LEEWAY: Leeway, UNSYNCED: Leeway}
 
 
@@ -48,7 +48,7 @@ async def _repeat(
     for repetition in range(repetitions + 1):  # the first one warms up
         samples: dict[Key, Sample] = {}
         for contender in contenders:
-            if isinstance(contender, Peer) and per_message != workload.per_message[0]:
+            if isinstance(contender, (Peer, PlainFile)) and per_message != workload.per_message[0]:
                 continue
             await contender.prepare(workload, per_message)
             key = Key(workload.name, workload.count, per_message, contender.name)
@@ -85,6 +85,13 @@ async def started(name: str, folder: Path, peers: Path) -> AsyncGenerator[Conten
             await contender.connect()
             yield contender
             await contender.aclose()
+        return
+    if name == FILE:
+        file = PlainFile(name, "one fdatasync per mebibyte", folder / "plain-file")
+        try:
+            yield file
+        finally:
+            file.close()
         return
     python = processes.environment("reverb" if name == REVERB else "redis", peers)
     if name == REVERB:

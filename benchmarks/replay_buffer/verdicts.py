@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.replay_buffer.report import Key, Results, verdict
-from benchmarks.replay_buffer.throughput import BARE, LEEWAY, REVERB, UNSYNCED
+from benchmarks.replay_buffer.throughput import BARE, FILE, LEEWAY, REVERB, UNSYNCED
 from benchmarks.replay_buffer.workload import WORKLOADS
 
 OF_BARE = 0.75
@@ -28,6 +28,9 @@ def judge(results: Results) -> list[bool]:
                 elif figure is not None:
                     print(f"                  {op} of the bare stream, {where}: {figure:.2f}x")
             insert = ours._replace(op="insert")
+            file = results.ratio(insert, insert._replace(contender=FILE, per_message=workload.per_message[0]))
+            if file is not None:
+                print(f"                  insert of a plain file's bytes, {where}: {file:.2f}x")
             unsynced = results.ratio(insert, insert._replace(contender=UNSYNCED))
             kept.append(verdict(f"insert of the same log without fsync, {where}", unsynced, OF_UNSYNCED))
             if workload.name != "7 KB" or per_message > 1:

@@ -1,4 +1,6 @@
-"""`python -m learner.records.replay_process --config FILE --step N`: a past step again, by as many ranks as trained it.
+"""A past step again, by as many ranks as trained it.
+
+    python -m learner.records.replay_process --config FILE --directory DIR --step N
 
     rank 0        replay: loads the checkpoint, trains, compares, prints
       │ commands as in training (learner.distributed)
@@ -41,7 +43,7 @@ class ReplayProcess:
         self._model = section(document, "model", ModelOptions)
         self._sampling = section(document, "sampling", SamplingOptions)
         self._network = section(document, "network", NetworkOptions)
-        self._directory: Path = document.path.parent
+        self._directory: Path = arguments.directory
         self._step: int = arguments.step
 
     async def main(self, _stop: asyncio.Event) -> None:
@@ -103,6 +105,7 @@ def _tell(line: str) -> None:
 def main() -> int:
     """Parse and replay."""
     parser = service_parser("learner.records.replay_process", "Computes a past step of a run again and compares it.")
+    parser.add_argument("--directory", type=Path, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--step", type=int, required=True, metavar="STEP", help="a trained step")
     arguments = parser.parse_args()
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,17 +21,14 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from learner.training.head import Head, Targets, TokenLoss, TokenScores
-from learner.training.head.fused import fused_head
-from learner.training.head.reference import scores_of_logits
+from learner.training.head import Targets, TokenLoss, TokenScores
+from learner.training.head.output import HeadAnswer, HeadImplementation, OutputHead
 from learner.training.load_balancing import RouterLogits, load_balancing_losses
 from learner.training.lora import add_adapters, is_adapter, merged_weights
 from learner.training.options import LoraOptions
 from learner.training.packing import MicroBatch
 from learner.training.r3 import RoutingReplay
 from leeway.errors import ConfigError
-
-HeadImplementation = Literal["fused", "reference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +46,7 @@ class Scores(TokenScores):
 class _Forward(NamedTuple):
     """What a forward pass computes: a tuple, since FSDP looks through its outputs for those with a gradient."""
 
-    logprobs: Tensor  # [N]
-    entropies: Tensor  # [N]
-    topk_logprobs: Tensor | None  # [N, K]
-    root: Tensor | None  # where the backward pass begins: the loss, or the fused head's hidden states [N, D]
-    root_gradient: Tensor | None  # [N, D] of the hidden states
+    head: HeadAnswer
     load_balancing: Tensor | None  # [S]
 
 
@@ -88,19 +81,14 @@ class PolicyModel:
         self._compute_dtype = compute_dtype
         self._replay = RoutingReplay(model) if routing_replay else None
         self._router_logits = RouterLogits(model) if load_balancing else None
-        self._head = cast("nn.Module", model.get_output_embeddings())
+        self._head = OutputHead(cast("nn.Module", model.get_output_embeddings()), head)
         self._sliding_window = cast("int | None", getattr(model.config, "sliding_window", None))
         if cast("Any", model.config)._attn_implementation != "sdpa":
             raise ConfigError(f"{type(model).__name__} must attend with sdpa, which takes the mask of packed rows")
-        if head == "fused" and type(self._head) is not nn.Linear:
-            raise ConfigError(
-                f'the output layer is a {type(self._head).__name__}; set learner.training.head = "reference"'
-            )
-        self._fused = head == "fused"
         self._check_head()
         self._adapted = lora is not None
         if lora is not None:
-            add_adapters(model, self._head, lora)
+            add_adapters(model, self._head.module, lora)
         if gradient_checkpointing:
             _enable_checkpointing(model)
         self._in_forward: _InForward = _call
@@ -161,16 +149,16 @@ class PolicyModel:
                 `backward` goes on through the layers.
         """
         with self._replaying(batch):
-            result = self._in_forward(lambda: self._score(batch, loss))
+            head, load_balancing = self._in_forward(lambda: self._score(batch, loss))
 
             def backward(further: Tensor | None) -> None:
-                _backward([(result.root, result.root_gradient), (further, None)])
+                _backward([(head.root, head.root_gradient), (further, None)])
 
             yield Scores(
-                logprobs=result.logprobs,
-                entropies=result.entropies,
-                topk_logprobs=result.topk_logprobs,
-                load_balancing=result.load_balancing,
+                logprobs=head.logprobs,
+                entropies=head.entropies,
+                topk_logprobs=head.topk_logprobs,
+                load_balancing=load_balancing,
                 backward=backward,
             )
 
@@ -183,46 +171,7 @@ class PolicyModel:
         with self._precision():
             places, load_balancing = self._forward(batch)  # [R * W, D], [S]
             hidden = places[self._tensor(batch.target_places)]  # [N, D]
-            logits = None if self._fused else self._head(hidden)  # [N, V]
-        if logits is None:
-            return self._fused_score(hidden, targets, loss, load_balancing)
-        scores = scores_of_logits(logits.float(), targets)
-        root = None if loss is None else loss(slice(None), scores)
-        return _Forward(
-            scores.logprobs.clone(),  # FSDP wants no views
-            scores.entropies.detach(),
-            scores.topk_logprobs,
-            root,
-            None,
-            load_balancing,
-        )
-
-    def _fused_score(
-        self, hidden: Tensor, targets: Targets, loss: TokenLoss | None, load_balancing: Tensor | None
-    ) -> _Forward:
-        linear = cast("nn.Linear", self._head)
-        bias = cast("Tensor | None", linear.bias)
-        weight_gradient = None if loss is None else _room_for_gradient(linear.weight)
-        bias_gradient = None if loss is None or bias is None else _room_for_gradient(bias)
-        result = fused_head(
-            hidden.detach(),
-            Head(linear.weight.detach(), None if bias is None else bias.detach()),
-            targets,
-            loss,
-            weight_gradient=weight_gradient,
-            bias_gradient=bias_gradient,
-        )
-        _add_gradient(linear.weight, weight_gradient)
-        _add_gradient(bias, bias_gradient)
-        gradients = result.gradients
-        return _Forward(
-            result.scores.logprobs,
-            result.scores.entropies,
-            result.scores.topk_logprobs,
-            None if gradients is None else hidden,
-            None if gradients is None else gradients.hidden.to(hidden.dtype),
-            load_balancing,
-        )
+        return _Forward(self._head.answer(hidden, targets, loss, self._precision), load_balancing)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -264,7 +213,7 @@ class PolicyModel:
         """Some models scale or cap their logits after the head; scoring applies the head alone."""
         token = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
         hidden = self.model.base_model(input_ids=token, use_cache=False).last_hidden_state
-        if not torch.equal(self._head(hidden), cast("Any", self.model)(input_ids=token, use_cache=False).logits):
+        if not torch.equal(self._head.module(hidden), cast("Any", self.model)(input_ids=token, use_cache=False).logits):
             raise ConfigError(
                 f"{type(self.model).__name__} changes its logits after the output layer; it cannot be trained"
             )
@@ -285,27 +234,6 @@ def attention_mask(segment_ids: NDArray[np.int32]) -> NDArray[np.bool_]:
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     mask: NDArray[np.bool_] = np.tril(same)[:, None]
     return mask
-
-
-def _room_for_gradient(parameter: Tensor) -> Tensor | None:
-    """Where the head adds a parameter's gradient: its own, or float32 where that is less. None for a frozen one."""
-    if not parameter.requires_grad:
-        return None
-    if torch.finfo(parameter.dtype).bits < 32:
-        return torch.zeros_like(parameter, dtype=torch.float32)
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
-def _add_gradient(parameter: Tensor | None, gradient: Tensor | None) -> None:
-    """Hand over what is not there yet."""
-    if parameter is None or gradient is None or gradient is parameter.grad:
-        return
-    if parameter.grad is None:
-        parameter.grad = gradient.to(parameter.dtype)
-    else:
-        parameter.grad += gradient
 
 
 def _backward(roots: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:

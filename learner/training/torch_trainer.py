@@ -1,39 +1,25 @@
 """Trains a Hugging Face causal language model with PyTorch, one optimizer step per call.
 
-    groups ── check ──> StepBatch ── plan, pack ──> micro-batch ── score ──> token losses ── backward ──┐ accumulated
-              advantages, weights, staleness             │                       ▲                      ▼
-                   older policies' log-probs, step statistics ───────────────────┘                  gradient
-    statistics <────────────────────────── AdamW <────────────────── finite? <─────────────────────────┘
+    groups ── check ──> StepBatch ── StepGradient ──> gradient, known to be finite ── AdamW ──> weights ── published
+              advantages, weights, staleness  └── statistics
 
-Losses are weighted by the whole step's counts, so micro-batches add up to the batch. Trajectories whose advantage is
-zero have a gradient of zero, unless the loss has penalties or routers are balanced: they are scored for the statistics
-and skip the backward pass. Nothing moves until every loss and the gradient are known to be finite. Weights, gradients
-and moments are float32; matrix products too, unless `compute_dtype` says bfloat16.
-
-Shape legend: N trajectories of a step, T their trained tokens.
+Nothing moves until every loss and the gradient are known to be finite. Weights, gradients and moments are float32;
+matrix products too, unless `compute_dtype` says bfloat16.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from learner.errors import UnusableGroupError
-from learner.losses.batch_statistics import BatchStatistics
-from learner.losses.form import TokenBatch, token_values
 from learner.records.checkpoint import Branch
 from learner.trainer import FinishSave, StepResult
 from learner.training import state as training_state
 from learner.training.checks import check_candidates, check_group, check_trajectory
-from learner.training.head import TokenScores
+from learner.training.gradient import StepGradient
 from learner.training.loss_options import check_recorded_topk
 from learner.training.mismatch import RunningMismatch
 from learner.training.model import PolicyModel
@@ -44,9 +30,9 @@ from learner.training.policy_loss import PolicyLoss
 from learner.training.r3 import check_routing
 from learner.training.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
 from learner.training.state import TrainerScalars
-from learner.training.step_batch import StepBatch, step_batch
-from learner.training.step_parts import Part, Partition
-from learner.training.world import TorchWorld, World, local_part
+from learner.training.step_batch import step_batch
+from learner.training.step_parts import Partition
+from learner.training.world import TorchWorld, World
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
 from leeway.huggingface import (
@@ -95,9 +81,10 @@ class TorchTrainer:
         keeps_proximal = self._loss.needs_proximal and options.proximal_every_steps > 1
         self._proximal = OlderPolicy(policy.weights()) if keeps_proximal else None
         self._replays_routing = _replays_routing(signature, options)
-        self._partition = Partition(
+        partition = Partition(
             policy, options, self._world, self._replays_routing, self._loss.topk, self._proximal, reference
         )
+        self._gradient = StepGradient(policy, partition, self._loss, self._optimizer, options, self._world)
 
     @classmethod
     def from_directory(
@@ -148,14 +135,7 @@ class TorchTrainer:
         learning_rate = self._optimizer.learning_rate
         if self._proximal is not None and self._optimizer.num_steps % self._options.proximal_every_steps == 0:
             self._proximal.refresh()
-        parts = self._partition.parts(batch, self._has_gradient(batch))
-        statistics = self._measured(batch, parts)
-        self._optimizer.zero_gradients()
-        scored = [part for part in (self._accumulate(batch, part, statistics) for part in parts) if part is not None]
-        self._require_finite(batch, scored)
-        gradient_norm = self._optimizer.gradient_norm()
-        if not torch.isfinite(gradient_norm):
-            raise self._explain_gradient(batch, statistics)
+        scored, gradient_norm = self._gradient.accumulate(batch)
         self._optimizer.step(gradient_norm)
         return StepResult(
             statistics={
@@ -242,128 +222,13 @@ class TorchTrainer:
         if self._loss.topk:
             check_candidates(trajectory, self.signature, self._loss.topk)
 
-    def _has_gradient(self, batch: StepBatch) -> NDArray[np.bool_]:
-        """[N] whether a trajectory can have one: penalties and balancing act on tokens without advantage too."""
-        everywhere = self._loss.penalties.active or self._options.load_balancing > 0
-        return batch.advantages.astype(bool) | everywhere
-
-    @torch.no_grad()
-    def _measured(self, batch: StepBatch, parts: Sequence[Part]) -> BatchStatistics | None:
-        """The pass without gradient that a batch-aware loss needs first."""
-        if not self._loss.batch_aware:
-            return None
-        device = self._policy.device
-
-        def scored() -> Generator[TokenBatch]:
-            for part in parts:
-                with self._policy.scored(part.micro_batch) as scores:
-                    if not part.is_filler:
-                        advantages = part.per_token(batch.advantages, device)
-                        yield self._loss.token_batch(
-                            part.micro_batch, scores, advantages, part.older, first_sequence=batch.first
-                        )
-
-        return self._loss.measured(scored(), batch.num_sequences)
-
-    def _accumulate(self, batch: StepBatch, part: Part, statistics: BatchStatistics | None) -> ScoredTokens | None:
-        """Score one micro-batch and add its gradient; a filler adds nothing."""
-        device = self._policy.device
-        sequences = torch.from_numpy(part.micro_batch.target_sequences).to(device)
-        advantages = part.per_token(batch.advantages, device)
-        weights = part.per_token(batch.weights, device)
-
-        def tokens_at(places: slice, scores: TokenScores) -> TokenBatch:
-            return self._loss.token_batch(
-                part.micro_batch,
-                scores,
-                advantages,
-                part.older,
-                statistics,
-                places=places,
-                first_sequence=batch.first,
-            )
-
-        def summed_loss(places: slice, scores: TokenScores) -> Tensor:
-            if part.is_filler:
-                return (scores.logprobs * 0.0).sum()
-            losses, _ = self._loss.losses(tokens_at(places, scores))
-            return (losses * weights[places]).sum()
-
-        with (
-            torch.set_grad_enabled(part.with_gradient),
-            self._policy.scored(part.micro_batch, summed_loss if part.with_gradient else None) as scores,
-        ):
-            further, load_balancing = None, 0.0
-            if scores.load_balancing is not None and not part.is_filler:
-                mean = scores.load_balancing.sum() / batch.num_sequences
-                further, load_balancing = self._options.load_balancing * mean, float(mean.detach())
-            if part.with_gradient:
-                scores.backward(further)
-        if part.is_filler:
-            return None
-        tokens = tokens_at(slice(None), scores.detached())
-        losses, terms = self._loss.losses(tokens)
-        unusable = ~torch.isfinite(losses)
-        loss = (losses * weights).sum()
-        return ScoredTokens(
-            loss if further is None else loss + further.detach(),
-            sequences,
-            token_values(tokens),
-            terms,
-            scores.entropies,
-            int(sequences[unusable][0]) if unusable.any() else None,
-            load_balancing,
-        )
-
     def _router_statistics(self, scored: Sequence[ScoredTokens]) -> dict[str, float]:
         if self._options.load_balancing == 0:
             return {}
         return {"load_balancing_loss": self._sum(sum(part.load_balancing for part in scored))}
 
-    def _require_finite(self, batch: StepBatch, scored: Sequence[ScoredTokens]) -> None:
-        """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""
-        culprit = next((part.culprit for part in scored if part.culprit is not None), None)
-        if culprit is not None:
-            self._require_finite_weights()
-        blame = None if culprit is None else batch.blame(culprit, "has a loss that is not finite; nothing was changed")
-        if (error := self._agreed(blame)) is not None:
-            self._optimizer.zero_gradients()
-            raise error
-
-    def _agreed(self, error: UnusableGroupError | None) -> UnusableGroupError | None:
-        """The first rank's error that has one, on every rank."""
-        mine = "" if error is None else json.dumps([error.group_id, error.message])
-        texts = [text for text in self._world.gather_text(mine) if text]
-        return UnusableGroupError(*json.loads(texts[0])) if texts else None
-
     def _sum(self, value: float) -> float:
         return float(self._world.reduce(torch.tensor(value, dtype=torch.float64), "sum"))
-
-    def _explain_gradient(self, batch: StepBatch, statistics: BatchStatistics | None) -> UnusableGroupError:
-        """Find who makes the gradient not finite: each trajectory alone, the worst is named."""
-        self._require_finite_weights()
-        worst, worst_norm = 0, -1.0
-        has_gradient = self._has_gradient(batch)
-        for index in np.flatnonzero(np.concatenate(self._world.gather(has_gradient))).tolist():
-            self._optimizer.zero_gradients()
-            alone = np.arange(len(batch.trajectories)) == index - batch.first
-            for part in self._partition.parts(batch, has_gradient, alone):
-                self._accumulate(batch, part, statistics)
-            norm = float(self._optimizer.gradient_norm())
-            norm = norm if math.isfinite(norm) else math.inf
-            if norm > worst_norm:
-                worst, worst_norm = index, norm
-        self._optimizer.zero_gradients()
-        mine = 0 <= worst - batch.first < len(batch.trajectories)
-        message = "makes the gradient not finite; nothing was changed"
-        error = self._agreed(batch.blame(worst - batch.first, message) if mine else None)
-        assert error is not None
-        return error
-
-    def _require_finite_weights(self) -> None:
-        for name, tensor in self._policy.weights().items():
-            if not torch.isfinite(local_part(tensor)).all():
-                raise PreconditionError(f"the learner's weight {name} is not finite; resume from a checkpoint")
 
 
 def _replays_routing(signature: ModelSignature, options: TrainingOptions) -> bool:

@@ -115,10 +115,6 @@ def item_from_wire(item: WireItem) -> WriteItem:
     raise InvalidDataError(f"a write to {trajectory_id!r} carries neither chunk, close nor failure")
 
 
-def item_from_proto(message: replay_pb2.WriteItem) -> WriteItem:
-    return item_from_wire(_wire_item(message))
-
-
 def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
     return replay_pb2.WriteResult(
         trajectory_id=result.trajectory_id,

@@ -15,7 +15,7 @@ from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from leeway.commands import buffer_files
 from leeway.commands.replay_access import open_replay
-from leeway.commands.run_folder import load_run_document
+from leeway.commands.run_folder import add_run_argument, open_run_folder
 from leeway.config import section
 from leeway.process import EXIT_OK
 from leeway.types import DeadLetter, PolicyVersion
@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 def _command(commands: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401
     parser = commands.add_parser(name, help=summary, description=description)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    add_run_argument(parser)
     return parser
 
 
@@ -52,13 +52,13 @@ def _add_rollback(commands: Any) -> None:  # noqa: ANN401
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
-    options = section(document, "learner", LearnerOptions)
-    store = CheckpointStore(arguments.run / "checkpoints", keep=options.keep_checkpoints)
+    folder = open_run_folder(arguments.run)
+    options = section(folder.document, "learner", LearnerOptions)
+    store = CheckpointStore(folder.directory / "checkpoints", keep=options.keep_checkpoints)
     version = store.load(arguments.step).version
 
     async def roll_back() -> tuple[int, int]:
-        async with open_replay(document) as client:
+        async with open_replay(folder.document) as client:
             return await client.rollback_run(version)
 
     epoch, dropped = asyncio.run(roll_back())
@@ -86,7 +86,7 @@ def _add_dead_letters(commands: Any) -> None:  # noqa: ANN401
 
 
 def _dead_letters(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
+    document = open_run_folder(arguments.run).document
 
     async def fetch() -> Sequence[DeadLetter]:
         async with open_replay(document) as client:
@@ -124,7 +124,7 @@ def _add_requeue(commands: Any) -> None:  # noqa: ANN401
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
+    document = open_run_folder(arguments.run).document
 
     async def requeue() -> int:
         async with open_replay(document) as client:
@@ -153,7 +153,7 @@ def _add_backup(commands: Any) -> None:  # noqa: ANN401
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
+    document = open_run_folder(arguments.run).document
     target: Path = arguments.target.resolve()
 
     async def back_up() -> int:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from leeway import codec
 from leeway.commands.buffer_export import EXPORTED_STATES, FORMATS, OPTIONAL_COLUMNS, export_groups
-from leeway.commands.run_folder import load_run_document
+from leeway.commands.run_folder import is_run_folder, open_run_folder
 from leeway.errors import ConfigError
 from leeway.process import EXIT_FAILED, EXIT_OK
 from leeway.types import GroupState, Purpose
@@ -34,8 +34,10 @@ _STATES: Final = {state.name.lower(): state for state in GroupState}
 
 
 def directory_of(path: Path) -> Path:
-    """The log's directory: of a run's folder, or the path itself."""
-    return read_options(load_run_document(path)).directory if (path / "config.toml").exists() else path
+    """The log's directory: of a run, or the path itself."""
+    if path.is_file() or is_run_folder(path):
+        return read_options(open_run_folder(path).document).directory
+    return path
 
 
 def add_commands(commands: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
@@ -72,7 +74,12 @@ _EXPORT: Final = (
 
 def _add(commands: Any, name: str, handler: Any, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401
     parser = commands.add_parser(name, help=summary, description=description)
-    parser.add_argument("path", type=Path, metavar="PATH", help="a run's folder, or the directory of a replay buffer")
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder or configuration file, or the directory of a replay buffer",
+    )
     parser.set_defaults(handler=handler)
     return parser
 

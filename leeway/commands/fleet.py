@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from leeway.commands.replay_access import open_replay
-from leeway.commands.run_folder import load_run_document
+from leeway.commands.run_folder import add_run_argument, open_run_folder
 from leeway.process import EXIT_OK
 from leeway.types import Drain, DrainReason, ServerStatus
 
@@ -49,7 +48,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 def _add(commands: Any, handler: Any, name: str, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401
     parser = commands.add_parser(name, help=summary, description=description)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    add_run_argument(parser)
     parser.set_defaults(handler=handler)
     return parser
 
@@ -61,7 +60,7 @@ def _add_named(commands: Any, handler: Any, name: str, summary: str, description
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
+    document = open_run_folder(arguments.run).document
 
     async def fetch() -> Sequence[ServerStatus]:
         async with open_replay(document) as client:
@@ -96,7 +95,7 @@ def _state(server: ServerStatus) -> str:
 
 
 def _drain(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
+    document = open_run_folder(arguments.run).document
 
     async def drain() -> Drain:
         async with open_replay(document) as client:
@@ -110,7 +109,7 @@ def _drain(arguments: argparse.Namespace) -> int:
 
 
 def _readmit(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
+    document = open_run_folder(arguments.run).document
 
     async def readmit() -> bool:
         async with open_replay(document) as client:

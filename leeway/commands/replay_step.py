@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from pathlib import Path
 from typing import Any
 
 from learner.options import LearnerOptions
 from leeway.commands.replay_access import open_replay
-from leeway.commands.run_folder import load_run_document
+from leeway.commands.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.commands.torchrun import launcher
-from leeway.config import Document, section
+from leeway.config import section
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 
 
@@ -26,21 +25,30 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
     parser = subparsers.add_parser(
         "replay-step", help="compute a past step again and compare it, bit for bit", description=__doc__
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    add_run_argument(parser)
     parser.add_argument("step", type=int, metavar="STEP", help="a trained step")
     parser.set_defaults(handler=_replay_step)
 
 
 def _replay_step(arguments: argparse.Namespace) -> int:
-    return asyncio.run(_replay(load_run_document(arguments.run), arguments.step))
+    return asyncio.run(_replay(open_run_folder(arguments.run), arguments.step))
 
 
-async def _replay(document: Document, step: int) -> int:
+async def _replay(folder: RunFolder, step: int) -> int:
+    document = folder.document
     ranks = section(document, "learner", LearnerOptions).ranks
     async with open_replay(document) as client:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),
-            *("--config", str(document.path), "--step", str(step), "--supervised"),
+            *(
+                "--config",
+                str(document.path),
+                "--directory",
+                str(folder.directory),
+                "--step",
+                str(step),
+                "--supervised",
+            ),
             *("--set", f"network.replay_buffer={client.address}"),
             stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that we are gone
             stdout=asyncio.subprocess.PIPE,

@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from learner.records.journal import read_journal
+from leeway.commands.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.errors import NotFoundError
 from leeway.process import EXIT_OK
 
@@ -22,27 +23,31 @@ from leeway.process import EXIT_OK
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
     """Declare the command."""
     parser = subparsers.add_parser("report", help="draw a run's report again", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    add_run_argument(parser)
     parser.add_argument("--curve", type=Path, metavar="FILE", help="also write the reward curve alone, as SVG")
     parser.set_defaults(handler=_report)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    print(write_report(arguments.run))
+    folder = open_run_folder(arguments.run)
+    print(write_report(folder))
     if arguments.curve is not None:
         from leeway.commands.curves import draw_reward_curve
 
-        arguments.curve.write_text(draw_reward_curve(read_journal(arguments.run / "metrics.jsonl")), encoding="utf-8")
+        arguments.curve.write_text(
+            draw_reward_curve(read_journal(folder.directory / "metrics.jsonl")), encoding="utf-8"
+        )
         print(arguments.curve)
     return EXIT_OK
 
 
-def write_report(directory: Path) -> Path:
+def write_report(folder: RunFolder) -> Path:
     """Draw `report.html` in a run's folder.
 
     Raises:
         NotFoundError: the run has no steps yet.
     """
+    directory = folder.directory
     records = read_journal(directory / "metrics.jsonl")
     if not any(record["kind"] == "step" for record in records):
         raise NotFoundError(f"{directory}: metrics.jsonl holds no steps; nothing to report yet")
@@ -60,7 +65,7 @@ def write_report(directory: Path) -> Path:
             for caption, svg in draw_curves(records)
         ),
         summary=html.escape(json.dumps(summary, indent=1)),
-        config=html.escape((directory / "config.toml").read_text(encoding="utf-8")),
+        config=html.escape(folder.document.path.read_text(encoding="utf-8")),
     )
     path.write_text(page, encoding="utf-8")
     return path

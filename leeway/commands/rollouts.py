@@ -10,7 +10,6 @@ import argparse
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -22,7 +21,7 @@ from inference_server.options import InferenceServerOptions
 from learner.records.policy_logprobs import read_policy_logprobs
 from leeway.assembly import assemble_trajectory
 from leeway.commands.replay_access import open_replay
-from leeway.commands.run_folder import load_run_document
+from leeway.commands.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.config import Document, ModelOptions, section
 from leeway.errors import LeewayError
 from leeway.process import EXIT_OK
@@ -45,7 +44,7 @@ _NOTABLE_DIFFERENCE: Final = 0.02
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
     """Declare the command."""
     parser = subparsers.add_parser("rollouts", help="show what the model said", description=__doc__)
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder, such as runs/sortmix8")
+    add_run_argument(parser)
     parser.add_argument("--step", type=int, default=0, help="only what this step trained on")
     parser.add_argument("--state", choices=sorted(_STATES), help="only groups in this state, for example dropped")
     parser.add_argument("--evaluation", action="store_true", help="held-out rollouts instead of training ones")
@@ -55,18 +54,18 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 
 def _rollouts(arguments: argparse.Namespace) -> int:
-    document = load_run_document(arguments.run)
-    decode = _load_decoder(document)
-    asyncio.run(_show(arguments, document, decode))
+    folder = open_run_folder(arguments.run)
+    decode = _load_decoder(folder.document)
+    asyncio.run(_show(arguments, folder, decode))
     return EXIT_OK
 
 
-async def _show(arguments: argparse.Namespace, document: Document, decode: Decode) -> None:
+async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode) -> None:
     console = Console(highlight=False, soft_wrap=False)
     shown = 0
-    async with _groups(arguments, document) as groups:
+    async with _groups(arguments, folder.document) as groups:
         async for group in groups:
-            logprobs = read_policy_logprobs(arguments.run, group.step) if group.step else {}
+            logprobs = read_policy_logprobs(folder.directory, group.step) if group.step else {}
             _print_group(console, group, logprobs, decode, arguments.members)
             shown += 1
     if not shown:

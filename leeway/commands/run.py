@@ -24,6 +24,7 @@ from learner.records.journal import read_journal
 from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.commands.progress import open_progress
 from leeway.commands.report import write_report
+from leeway.commands.run_folder import open_run_folder
 from leeway.commands.supervisor import Outcome, Service, Supervisor
 from leeway.commands.torchrun import launcher
 from leeway.config import RunOptions, load_document
@@ -137,7 +138,7 @@ def _conclude(run: RunOptions, command: str, outcome: Outcome) -> int:
         print(f"leeway: {outcome.error}\nleeway: logs are in {directory / 'logs'}", file=sys.stderr)
         return EXIT_REFUSED if outcome.refused else EXIT_FAILED
     steps = sum(record["kind"] == "step" for record in read_journal(directory / "metrics.jsonl"))
-    report = write_report(directory) if steps else None
+    report = write_report(open_run_folder(directory)) if steps else None
     if not _finished(directory):
         again = f"{command} --resume" if steps else command
         print(f"leeway: stopped at step {steps}{_checkpoint_words(directory, steps)}; continue with: {again}")

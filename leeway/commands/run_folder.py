@@ -1,22 +1,55 @@
-"""The folder of a run: runs/NAME."""
+"""A run as the commands are told of it: its folder, or the configuration file that its services were started with."""
 
 from __future__ import annotations
 
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from leeway.config import Document, load_document
+from leeway.config import Document, RunOptions, load_document, section
 from leeway.errors import NotFoundError
 
 
-def load_run_document(directory: Path) -> Document:
-    """The resolved configuration of a run's folder.
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where a run leaves its files, and how its services were configured."""
+
+    directory: Path
+    document: Document
+
+
+def add_run_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare RUN."""
+    parser.add_argument(
+        "run",
+        type=Path,
+        metavar="RUN",
+        help="the run's folder, such as runs/sortmix8, or the configuration file of services that were started by hand",
+    )
+
+
+def open_run_folder(path: Path) -> RunFolder:
+    """The run that a person named.
 
     Raises:
-        NotFoundError: the folder holds no run.
+        NotFoundError: there is none.
+        ConfigError: its configuration cannot be read.
     """
-    path = directory / "config.toml"
-    if not path.exists():
+    if path.is_file():
+        document = load_document(path)
+        return RunFolder(section(document, "run", RunOptions).run_directory, document)
+    if not is_run_folder(path):
         raise NotFoundError(
-            f"{directory}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8"
+            f"{path}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8, or the "
+            "configuration file that its services were started with"
         )
-    return load_document(path)
+    return RunFolder(path, load_document(_configuration(path)))
+
+
+def is_run_folder(path: Path) -> bool:
+    """Whether `leeway run` made it."""
+    return _configuration(path).is_file()
+
+
+def _configuration(directory: Path) -> Path:
+    return directory / "config.toml"

@@ -253,7 +253,7 @@ class RunSnapshot(_message.Message):
 
     @_builtins.property
     def incarnations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incarnation]:
-        """Learners that have opened the run and named themselves."""
+        """The newest learners that have opened the run and named themselves, in that order."""
 
     @_builtins.property
     def drained_servers(self) -> _containers.RepeatedCompositeFieldContainer[Global___DrainedServer]:

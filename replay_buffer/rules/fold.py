@@ -12,7 +12,7 @@ from typing import Final, assert_never
 
 from leeway.types import Drain, DropReason, GroupState, PolicyVersion, Purpose, Rollback
 from replay_buffer.rules.groups import Batch, EvaluationState, Group, Location, Member, Progress
-from replay_buffer.rules.state import KEPT_DEAD_LETTERS, KEPT_EVALUATIONS, REQUEUED, RunState
+from replay_buffer.rules.state import KEPT_DEAD_LETTERS, KEPT_EVALUATIONS, KEPT_INCARNATIONS, REQUEUED, RunState
 from replay_buffer.rules.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -261,6 +261,8 @@ def _open(run: RunState, opened: RunOpened, location: Location) -> None:
     run.epoch = opened.epoch
     if opened.incarnation:
         run.incarnations[opened.incarnation] = opened.epoch
+        if len(run.incarnations) > KEPT_INCARNATIONS:
+            del run.incarnations[next(iter(run.incarnations))]
     _commit(run, opened.checkpoint.step, location)
     _void_batches(run, opened.checkpoint, location)
     run.lineage.rollback(opened.checkpoint)

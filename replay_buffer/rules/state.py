@@ -42,6 +42,9 @@ KEPT_EVALUATIONS: Final = 4
 KEPT_DEAD_LETTERS: Final = 256
 """Dead letters that stay in memory, the newest: a person can look at them even when their records are retired."""
 
+KEPT_INCARNATIONS: Final = 256
+"""Learners whose late OpenRun is told from a new one's, the newest: nothing is on its way for so many starts."""
+
 
 class RunState:
     """One run."""
@@ -50,7 +53,7 @@ class RunState:
         self.spec = spec
         self.ended = ended
         self.epoch = 0
-        self.incarnations: dict[bytes, int] = {}  # epochs of the learners that named themselves
+        self.incarnations: dict[bytes, int] = {}  # epochs of the newest learners that named themselves, in order
         self.lineage = Lineage(spec.root)
         self.committed_step = 0
         self.oldest_kept_step = 0  # of the learner's checkpoints; 0 while it has not said

@@ -1,12 +1,14 @@
 """Which segments of the log may go.
 
     needed    by what is live (OPEN, READY, DRAWN), and by what a step trained on that comes after the learner's oldest
-              kept checkpoint: it may be computed again, or rolled back to
+              kept checkpoint: it may be computed again, or rolled back to; a finished run needs that only as long as
+              no other run goes on in the directory
     wanted    as long as the log is smaller than retain_bytes, and a segment younger than retain_seconds
 
 Whole segments go, oldest first, up to the first that is needed: nothing is rewritten forward. What pins a segment is
 bounded (live groups by the staleness bound and their leases, replayable ones by the checkpoints that are kept), so the
-log is as large as that plus what is wanted, and a record never moves: its location stays true for ever.
+log is as large as that plus what is wanted, and a record never moves: its location stays true for ever. A finished run
+pins nothing that grows: while it is alone nothing is written, and once another run goes on it lets go.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from replay_buffer.storage.segments import Segment
 
 def first_needed(states: Iterable[RunState], index: Index, newest: int) -> int:
     """The oldest segment that has to stay; `newest` is the one that is written to."""
-    needed = newest
-    for state in states:
+    needed, known = newest, list(states)
+    others_go_on = any(not state.finished for state in known)
+    for state in known:
         for group in state.groups.unended.values():
             needed = min(needed, group.oldest_segment or newest)
+        if state.finished and others_go_on:
+            continue
         replayable = index.oldest_replayable(state.spec.run, state.oldest_kept_step)
         needed = min(needed, newest if replayable is None else replayable)
     return needed

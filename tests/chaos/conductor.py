@@ -9,34 +9,30 @@
 A process that dies is started again at once. When a run has taken its strikes the faults end, and it must finish: each
 step has a deadline (invariant 12), and no process may refuse to start.
 
-Runs share one buffer, except those with retention: what a finished run keeps would pin the log for the next ones.
+Runs share one buffer, except those with retention: what they retire is archived, and judged, run by run.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import json
 import os
-import selectors
 import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Any, Final
 
 from leeway.process import EXIT_OK, EXIT_REFUSED
-from tests.chaos import programs
 from tests.chaos.archive import install_archive
 from tests.chaos.dial import Dial, Room, install_clock, install_disk
 from tests.chaos.fleet import Child, Program, lose_power
 from tests.chaos.oracle_process import Scene, run_oracle
 from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan, Tally
-from tests.chaos.scenery import configure, described
+from tests.chaos.scenery import Places, configure, described, services
+from tests.chaos.stage import Stage
 
 ORACLE: Final = "oracle"
 _STRIKE_SECONDS: Final = 3.0
@@ -70,20 +66,10 @@ class _Run:
         self._plan = plan
         self._tally = tally
         self._rng = Random(f"{plan.seed}/{number}")
-        self._base = plan.directory.resolve()
-        self._run_directory = self._base / "runs" / self.name
         self._retention = self._rng.choice(plan.retentions)
-        self._buffer_disk = self._base / (f"buffer-{number}" if self._retention else "buffer")
-        self._archive = self._base / "archive" / str(number) if self._retention else None
-        folders = (self._run_directory, self._buffer_disk, self._base / "logs", self._base / "ledgers")
-        for directory in (*folders, self._base / "dials", *([self._archive] if self._archive else [])):
-            directory.mkdir(parents=True, exist_ok=True)
-        self._dials = {name: Dial(self._base / "dials" / f"{self.name}-{name}") for name in (BUFFER, LEARNER, *SERVERS)}
-        self._lifeline = os.pipe()
-        self._selector = selectors.DefaultSelector()
-        self._deadlines: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-        self._children: dict[str, Child] = {}
+        self._places = Places.make(plan.directory.resolve(), self.name, own_buffer=bool(self._retention))
+        self._dials = {name: Dial(self._places.dial(name)) for name in (BUFFER, LEARNER, *SERVERS)}
+        self._stage = Stage(self._on_end)
         self._programs: dict[str, Program] = {}
         self._deaths = 0
         self._kills_left = min(plan.kills_per_run, plan.kills - tally.kills.total())
@@ -96,7 +82,7 @@ class _Run:
         self._given_up = False
         self._verdict: dict[str, Any] | None = None
         self._over = False
-        configuration = configure(plan, self._base, self.name, self._buffer_disk, self._retention, self._rng)
+        configuration = configure(plan, self._places, self._retention, self._rng)
         self.described = described(configuration, self._retention)
         self._real = configuration.network
         ours, theirs = socket.socketpair()
@@ -104,21 +90,18 @@ class _Run:
         scene = Scene(
             seed=f"{plan.seed}/{number}",
             run=self.name,
-            run_directory=self._run_directory,
-            learner_ledger=self._base / "ledgers" / LEARNER,
-            log_directory=self._buffer_disk / "replay",
-            archive=self._archive,
+            run_directory=self._places.run_directory,
+            learner_ledger=self._places.ledger(LEARNER),
+            log_directory=self._places.buffer_disk / "replay",
+            archive=self._places.archive,
             replay_buffer=self._real.replay_buffer,
             policy=self._real.policy,
             earlier_run="" if self._retention else earlier,
             climate=plan.climate,
         )
-        self._selector.register(ours, selectors.EVENT_READ)
+        self._stage.listen(ours, self._read_oracle)
         self._configuration = configuration
-        self._programs[ORACLE] = Program(ORACLE, partial(run_oracle, scene, theirs), (), self._log_path(ORACLE))
-
-    def _log_path(self, name: str) -> Path:
-        return self._base / "logs" / f"{self.name}-{name}.log"
+        self._programs[ORACLE] = Program(ORACLE, partial(run_oracle, scene, theirs), (), self._places.log(ORACLE))
 
     # The play
 
@@ -126,57 +109,30 @@ class _Run:
         """From the first process to the verdict."""
         ends_at = time.monotonic() + _RUN_SECONDS
         self._start(ORACLE)
-        self._at(10.0, partial(self._give_up, "the oracle did not start"))
+        self._stage.at(10.0, partial(self._give_up, "the oracle did not start"))
         while not self._over:
             if time.monotonic() > ends_at:
                 self._tally.violations.append(f"12: no end within {_RUN_SECONDS:g} s: {self._blockers()} ({self.name})")
                 return
-            self._turn()
-
-    def _turn(self) -> None:
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            heapq.heappop(self._deadlines)[2]()
-            if self._over:
-                return
-        wait_seconds = self._deadlines[0][0] - now if self._deadlines else 1.0
-        for key, _ in self._selector.select(max(wait_seconds, 0.0)):
-            if key.fileobj is self._oracle:
-                self._read_oracle()
-            else:
-                child = key.fileobj
-                assert isinstance(child, Child)
-                if self._children.get(child.program.name) is child:  # unless it was killed in this very turn
-                    self._on_end(child)
-            if self._over:
-                return
-
-    def _at(self, seconds: float, act: Callable[[], None]) -> None:
-        heapq.heappush(self._deadlines, (time.monotonic() + seconds, next(self._order), act))
+            self._stage.turn()
 
     def _start(self, name: str) -> None:
         if (self._finished and name in SERVERS) or (self._given_up and name != BUFFER):
             return
-        if name not in self._children and not self._over:
-            child = Child(self._programs[name], self._lifeline)
-            self._children[name] = child
-            self._selector.register(child, selectors.EVENT_READ)
+        if not self._over:
+            self._stage.start(self._programs[name])
 
-    def _gone(self, child: Child) -> int:
-        self._selector.unregister(child)
-        del self._children[child.program.name]
-        return child.wait()
-
-    def _on_end(self, child: Child) -> None:
+    def _on_end(self, child: Child, code: int) -> None:
         """A process ended by itself."""
+        if self._over:
+            return
         name = child.program.name
-        code = self._gone(child)
         if name == ORACLE:
             self._give_up(f"the oracle ended with code {code}: {child.last_line()}")
         elif code == EXIT_OK and name == LEARNER:
             self._on_finished()
         elif name in SERVERS and (self._finished or code == EXIT_OK):
-            if self._finished and not any(server in self._children for server in SERVERS):
+            if self._finished and not any(server in self._stage.children for server in SERVERS):
                 self._last_restart()
         elif code == EXIT_REFUSED:
             self._give_up(f"12: {name} refuses to go on: {child.last_line()}")
@@ -185,19 +141,17 @@ class _Run:
             self._tally.faults["died by itself"] += 1
             if self._deaths > _MAX_DEATHS:
                 self._give_up(f"12: {name} ends again and again, with code {code}: {child.last_line()}", blind=True)
-            self._at(0.1, partial(self._start, name))
+            self._stage.at(0.1, partial(self._start, name))
 
     def _give_up(self, problem: str, *, blind: bool = False) -> None:
         self._tally.violations.append(f"{'' if problem.startswith('12') else '12: '}{problem} ({self.name})")
-        if self._given_up or ORACLE not in self._children:
+        if self._given_up or ORACLE not in self._stage.children:
             self._over = True
             return
         # What can be said of a run that does not end is said all the same.
         self._given_up = True
         for name in (LEARNER, *SERVERS):
-            if name in self._children:
-                self._children[name].signal(signal.SIGKILL)
-                self._gone(self._children[name])
+            self._stage.kill(name)
         if blind:
             self._tell(judge="blind")
         else:
@@ -213,6 +167,8 @@ class _Run:
         self._oracle.sendall(json.dumps(message).encode() + b"\n")
 
     def _read_oracle(self) -> None:
+        if self._over:
+            return
         data = self._oracle.recv(1 << 16)
         *lines, self._unread = (self._unread + data).split(b"\n")
         for line in lines:
@@ -231,32 +187,9 @@ class _Run:
                     raise AssertionError(other)
 
     def _on_ready(self, proxies: dict[str, str]) -> None:
-        self._deadlines.clear()
-        config = self._base / f"{self.name}.toml"
-        replace(self._configuration, network=self._real.model_copy(update=proxies)).write(config)
-        ledgers, common = self._base / "ledgers", ("--config", str(config), "--supervised")
-        for program in (
-            Program(
-                BUFFER,
-                programs.run_replay_buffer,
-                (*common, f"--set=network.replay_buffer={self._real.replay_buffer}"),
-                self._log_path(BUFFER),
-                disk=self._buffer_disk,
-                ledger=ledgers / self._buffer_disk.name,
-            ),
-            Program(
-                LEARNER,
-                programs.run_learner,
-                (*common, f"--set=network.policy={self._real.policy}"),
-                self._log_path(LEARNER),
-                disk=self._run_directory,
-                ledger=ledgers / LEARNER,
-            ),
-            *(
-                Program(name, programs.run_server, (*common, "--index", str(index)), self._log_path(name))
-                for index, name in enumerate(SERVERS)
-            ),
-        ):
+        self._stage.forget_deadlines()
+        replace(self._configuration, network=self._real.model_copy(update=proxies)).write(self._places.config)
+        for program in services(self._places, self._real):
             self._programs[program.name] = replace(program, before=partial(self._before, program.name))
             self._start(program.name)
         self._next_strike()
@@ -266,8 +199,8 @@ class _Run:
         install_clock(self._dials[name])
         if name == BUFFER:
             install_disk(self._dials[name], Random(f"{self._plan.seed}/{self.name}/{os.getpid()}"))
-            if self._archive is not None:
-                install_archive(self._archive)
+            if self._places.archive is not None:
+                install_archive(self._places.archive)
         plant = self._plan.plant(name)
         if plant is not None:
             plant()
@@ -286,7 +219,7 @@ class _Run:
         self._strike_number += 1
         self._struck = partial(self._stop if stop else self._kill, victims)
         self._tell(arm={"event": event, "count": rng.randint(1, most)})
-        self._at(_STRIKE_SECONDS, partial(self._strike_late, self._strike_number))
+        self._stage.at(_STRIKE_SECONDS, partial(self._strike_late, self._strike_number))
 
     def _strike_late(self, number: int) -> None:
         if number == self._strike_number:
@@ -306,20 +239,16 @@ class _Run:
             self._hardship()
         self._tell(go=True)
         self._strike_number += 1
-        self._at(self._rng.random() * 0.6, self._next_strike)
+        self._stage.at(self._rng.random() * 0.6, self._next_strike)
 
     def _kill(self, victims: Sequence[str]) -> None:
         for name in victims:
-            child = self._children.get(name)
-            if child is None:
-                continue
-            child.signal(signal.SIGKILL)
-            self._gone(child)
-            self._tally.kills[name] += 1
-            self._kills_left -= 1
+            if self._stage.kill(name):
+                self._tally.kills[name] += 1
+                self._kills_left -= 1
         for name in victims:  # when all of them are dead
             self._tally.losses.add(lose_power(self._programs[name], self._rng))
-            self._at(self._rng.random() * 0.3, partial(self._start, name))
+            self._stage.at(self._rng.random() * 0.3, partial(self._start, name))
 
     def _hardship(self) -> None:
         rng = self._rng
@@ -331,19 +260,19 @@ class _Run:
         room = rng.choice((Room.SCARCE, Room.FULL))
         self._tally.faults[f"disk {room.name.lower()}"] += 1
         self._dials[BUFFER].set_room(room)
-        self._at(rng.uniform(0.2, 2.5), partial(self._dials[BUFFER].set_room, Room.PLENTY))
+        self._stage.at(rng.uniform(0.2, 2.5), partial(self._dials[BUFFER].set_room, Room.PLENTY))
 
     def _stop(self, victims: Sequence[str]) -> None:
         for name in victims:
-            child = self._children.get(name)
+            child = self._stage.children.get(name)
             if child is None or child.stopped:
                 continue
             child.signal(signal.SIGSTOP)
             self._tally.faults["stopped"] += 1
-            self._at(self._rng.uniform(0.05, 2.5), partial(self._continue, child))
+            self._stage.at(self._rng.uniform(0.05, 2.5), partial(self._continue, child))
 
     def _continue(self, child: Child) -> None:
-        if self._children.get(child.program.name) is child:
+        if self._stage.children.get(child.program.name) is child:
             child.signal(signal.SIGCONT)
 
     # The end
@@ -355,7 +284,7 @@ class _Run:
         self._expect_progress()
 
     def _expect_progress(self) -> None:
-        self._at(self._plan.step_seconds, partial(self._check_progress, self._progress))
+        self._stage.at(self._plan.step_seconds, partial(self._check_progress, self._progress))
 
     def _check_progress(self, before: int) -> None:
         if self._finished or self._given_up:
@@ -366,36 +295,33 @@ class _Run:
         self._expect_progress()
 
     def _blockers(self) -> str:
-        return "; ".join(f"{name}: {child.last_line()}" for name, child in self._children.items())
+        return "; ".join(f"{name}: {child.last_line()}" for name, child in self._stage.children.items())
 
     def _on_finished(self) -> None:
         self._finished = True
         self._tell(calm=True)
-        for name, child in self._children.items():
+        for name, child in self._stage.children.items():
             child.signal(signal.SIGCONT)
             if name in SERVERS:
                 child.signal(signal.SIGTERM)  # one that has just joined waits for a learner, and there will be none
-        self._at(15.0, self._servers_must_have_ended)
-        if not any(server in self._children for server in SERVERS):
+        self._stage.at(15.0, self._servers_must_have_ended)
+        if not any(server in self._stage.children for server in SERVERS):
             self._last_restart()
 
     def _servers_must_have_ended(self) -> None:
-        if self._verdict is None and any(server in self._children for server in SERVERS):
+        if self._verdict is None and any(server in self._stage.children for server in SERVERS):
             self._give_up(f"12: a server goes on after the end: {self._blockers()}")
 
     def _last_restart(self) -> None:
         """What is judged is what a loss of power leaves."""
         self._kills_left = 0
         self._dials[BUFFER].set_room(Room.PLENTY)
-        child = self._children.get(BUFFER)
-        if child is not None:
-            child.signal(signal.SIGKILL)
-            self._gone(child)
+        if self._stage.kill(BUFFER):
             self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng))
         self._tell(calm=True)
         self._start(BUFFER)
         self._tell(judge="finished" if self._finished else "unfinished")
-        self._at(_JUDGE_SECONDS, partial(self._give_up_for_good, "the buffer could not be exported"))
+        self._stage.at(_JUDGE_SECONDS, partial(self._give_up_for_good, "the buffer could not be exported"))
 
     def _on_verdict(self, verdict: dict[str, Any]) -> None:
         self._verdict = verdict
@@ -407,10 +333,5 @@ class _Run:
     def end(self) -> None:
         """Leave no process behind."""
         self._over = True
-        for child in list(self._children.values()):
-            child.signal(signal.SIGKILL)
-            self._gone(child)
-        self._selector.close()
+        self._stage.close()
         self._oracle.close()
-        for descriptor in self._lifeline:
-            os.close(descriptor)

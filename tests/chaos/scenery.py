@@ -1,25 +1,96 @@
-"""The configuration of one run of a chaos suite, drawn by lot."""
+"""Where one run of a chaos suite lies, its configuration, drawn by lot, and its processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
-from leeway.config import load_document
-from tests.chaos.plan import Plan
+from leeway.config import NetworkOptions, load_document
+from tests.chaos import programs
+from tests.chaos.fleet import Program
+from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan
 from tests.e2e.rehearsal import EXAMPLE
 
 
-def configure(
-    plan: Plan, base: Path, name: str, buffer_disk: Path, retention: Sequence[str], rng: Random
-) -> RunConfiguration:
+@dataclass(frozen=True, slots=True)
+class Places:
+    """The files of one run."""
+
+    base: Path
+    name: str
+    buffer_disk: Path
+    archive: Path | None  # of a buffer with retention: what it retired
+
+    @classmethod
+    def make(cls, base: Path, name: str, *, own_buffer: bool) -> Places:
+        """With their directories; a run without a buffer of its own shares one."""
+        number = name.rpartition("-")[2]
+        places = cls(
+            base,
+            name,
+            base / (f"buffer-{number}" if own_buffer else "buffer"),
+            base / "archive" / number if own_buffer else None,
+        )
+        kept = (places.run_directory, places.buffer_disk, places.archive)
+        for directory in (*kept, *(base / folder for folder in ("logs", "ledgers", "dials"))):
+            if directory is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+        return places
+
+    @property
+    def run_directory(self) -> Path:
+        return self.base / "runs" / self.name
+
+    @property
+    def config(self) -> Path:
+        return self.base / f"{self.name}.toml"
+
+    def log(self, process: str) -> Path:
+        return self.base / "logs" / f"{self.name}-{process}.log"
+
+    def dial(self, process: str) -> Path:
+        return self.base / "dials" / f"{self.name}-{process}"
+
+    def ledger(self, disk: str) -> Path:
+        return self.base / "ledgers" / disk
+
+
+def services(places: Places, real: NetworkOptions) -> list[Program]:
+    """The processes of a run; `real` is where they listen, the configuration says where the proxies do."""
+    common = ("--config", str(places.config), "--supervised")
+    return [
+        Program(
+            BUFFER,
+            programs.run_replay_buffer,
+            (*common, f"--set=network.replay_buffer={real.replay_buffer}"),
+            places.log(BUFFER),
+            disk=places.buffer_disk,
+            ledger=places.ledger(places.buffer_disk.name),
+        ),
+        Program(
+            LEARNER,
+            programs.run_learner,
+            (*common, f"--set=network.policy={real.policy}"),
+            places.log(LEARNER),
+            disk=places.run_directory,
+            ledger=places.ledger(LEARNER),
+        ),
+        *(
+            Program(name, programs.run_server, (*common, "--index", str(index)), places.log(name))
+            for index, name in enumerate(SERVERS)
+        ),
+    ]
+
+
+def configure(plan: Plan, places: Places, retention: Sequence[str], rng: Random) -> RunConfiguration:
     """A short run, hard to keep up with: small segments, short leases, few places."""
     staleness = rng.choice((0, 1, 2, 2))
     overrides = (
-        f"run.name={name}",
-        f"run.directory={base / 'runs'}",
+        f"run.name={places.name}",
+        f"run.directory={places.base / 'runs'}",
         f"run.steps={plan.steps}",
         f"run.seed={rng.randrange(1000)}",
         f"run.groups_per_step={rng.choice((2, 3))}",
@@ -33,7 +104,7 @@ def configure(
         "evaluation.tasks=2",
         "evaluation.members=1",
         "network.weights=grpc",
-        f"replay_buffer.directory={buffer_disk / 'replay'}",
+        f"replay_buffer.directory={places.buffer_disk / 'replay'}",
         "replay_buffer.segment_bytes=1048576",
         "replay_buffer.lease_seconds=1.5",
         "replay_buffer.soft_free_bytes=1",

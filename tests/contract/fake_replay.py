@@ -168,8 +168,10 @@ class FakeReplay(_Servicer):
         async for request in request_iterator:
             self.max_in_message = max(self.max_in_message, len(request.items))
             results: list[WriteResult] = []
-            for message in request.items:
-                item = codec.item_from_proto(message)
+            for wire_item in codec.write_from_wire(request.SerializeToString()).items:
+                item = codec.item_from_wire(wire_item)
+                if isinstance(item.content, memoryview):
+                    item = item._replace(content=bytes(item.content))
                 self.arrived.append(item)
                 cut = self.break_stream(stream, item)
                 if cut == "exhausted":

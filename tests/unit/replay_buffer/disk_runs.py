@@ -17,7 +17,7 @@ from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import Position
-from tests.unit.replay_buffer.builders import ROOT, RUN, filled, spec, version
+from tests.unit.replay_buffer.builders import RUN, filled, spec, version
 
 SEGMENT_BYTES = 2048
 
@@ -25,30 +25,36 @@ SEGMENT_BYTES = 2048
 class OpenBuffer:
     """A buffer on a directory, and what a learner and a worker would remember."""
 
-    def __init__(self, buffer: ReplayBuffer, log: Log, folded: list[Position]) -> None:
+    def __init__(self, buffer: ReplayBuffer, log: Log, folded: list[Position], run: str = RUN) -> None:
         self.buffer = buffer
         self.log = log
         self.folded = folded  # the records that its start has read
+        self.run = run
+
+    def of(self, run: str) -> OpenBuffer:
+        """The same buffer, for another of its runs."""
+        return OpenBuffer(self.buffer, self.log, self.folded, run)
 
     @property
     def state(self) -> RunState:
-        return self.buffer._runs[RUN].state
+        return self.buffer._runs[self.run].state
 
-    async def open_run(self, checkpoint: PolicyVersion = ROOT, run_spec: RunSpec | None = None) -> None:
-        await self.buffer.open_run(run_spec or spec(total_steps=10_000), checkpoint, [])
+    async def open_run(self, checkpoint: PolicyVersion | None = None, run_spec: RunSpec | None = None) -> None:
+        run_spec = run_spec or spec(self.run, total_steps=10_000)
+        await self.buffer.open_run(run_spec, checkpoint or run_spec.root, [])
 
     async def step(self, *, commit: bool = True, oldest_kept_step: int = 0) -> tuple[str, ...]:
         """One whole step on fresh groups."""
         state = self.state
-        tickets, _ = await self.buffer.acquire_tickets(RUN, "s0", state.head, 1000, 0)
+        tickets, _ = await self.buffer.acquire_tickets(self.run, "s0", state.head, 1000, 0)
         for ticket in tickets:
-            results = self.buffer.write(RUN, filled(ticket, [state.head]))
+            results = self.buffer.write(self.run, filled(ticket, [state.head]))
             assert {result.status for result in results} == {WriteStatus.ACKNOWLEDGED}
         head = state.head
-        views = await self.buffer.draw(RUN, state.epoch, head.step + 1, self.buffer._now())
-        await self.buffer.advance(RUN, state.epoch, version(head.step + 1, state.epoch), head)
+        views = await self.buffer.draw(self.run, state.epoch, head.step + 1, self.buffer._now())
+        await self.buffer.advance(self.run, state.epoch, version(head.step + 1, state.epoch, self.run), head)
         if commit:
-            await self.buffer.commit(RUN, state.epoch, head.step + 1, oldest_kept_step)
+            await self.buffer.commit(self.run, state.epoch, head.step + 1, oldest_kept_step)
         await self.settled()
         return tuple(view.group_id for view in views)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from leeway.errors import FencedError, PreconditionError
+from replay_buffer.rules import fold
 from replay_buffer.rules.lifecycle import decide_commit
 from replay_buffer.rules.opening import decide_open_run, decide_rollback
 from tests.unit.replay_buffer.builders import Machine, spec
@@ -65,6 +66,19 @@ def test_names_survive_a_restart() -> None:
     opened(machine, b"one")
     refolded = machine.refolded()
     assert refolded.incarnations == machine.state.incarnations == {b"one": machine.state.epoch}
+
+
+def test_the_names_of_the_newest_learners_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a learner starts; one that is late by fewer starts is fenced."""
+    monkeypatch.setattr(fold, "KEPT_INCARNATIONS", 8)
+    machine = Machine()
+    for number in range(40):
+        opened(machine, b"learner %d" % number)
+    assert list(machine.state.incarnations) == [b"learner %d" % number for number in range(32, 40)]
+    assert machine.refolded().incarnations == machine.state.incarnations
+    with pytest.raises(FencedError):
+        decide_open_run(machine.state, machine.spec, machine.spec.root, [], b"learner 32")
+    assert decide_open_run(machine.state, machine.spec, machine.spec.root, [], b"learner 39") is None
 
 
 def test_a_learner_without_a_name_opens_with_each_call() -> None:

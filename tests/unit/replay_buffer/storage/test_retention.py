@@ -13,11 +13,11 @@ from leeway.types import Evaluation, GroupState, Purpose, SamplingParams, WriteI
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.index_file import FILE, Filter
-from replay_buffer.storage.retention import choose_beginning
+from replay_buffer.storage.retention import choose_beginning, first_needed
 from replay_buffer.storage.segments import Segment, remove_segments, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
 from tests.unit.replay_buffer.builders import RUN, chunk, close, filled, version
-from tests.unit.replay_buffer.disk_runs import OpenBuffer, described, opened
+from tests.unit.replay_buffer.disk_runs import SEGMENT_BYTES, OpenBuffer, described, opened
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,40 @@ async def test_a_learner_that_keeps_everything_keeps_the_log(tmp_path: Path) -> 
             await run.step(oldest_kept_step=0)
         assert segment_numbers(tmp_path)[0] <= 2  # before the first chunk lie only control records
         assert await steps_listed(run) == list(range(1, 9))
+
+
+async def test_a_finished_run_lets_go_once_another_goes_on(tmp_path: Path) -> None:
+    """Alone, it stays replayable: what it pins does not grow."""
+    async with opened(tmp_path, retain_bytes=0) as run:
+        ended = run.of("ended")
+        await ended.open_run()
+        await train(ended, 6, keep=4)
+        await run.buffer.finish_run("ended", ended.state.epoch)
+        await run.settled()
+        kept = [view async for view in run.buffer.export("ended", Filter(step=6), 0)]
+        assert len(kept) == 2
+        pinned = min(member.chunks[0].segment for view in kept for member in view.members)
+        assert segment_numbers(tmp_path)[0] <= pinned
+        await run.open_run()
+        await train(run, 12, keep=2)
+        assert segment_numbers(tmp_path)[0] > pinned
+        assert run.log.size_bytes < 8 * SEGMENT_BYTES
+        with pytest.raises(NotFoundError, match="step 6 trained on have been retired"):
+            [view async for view in run.buffer.export("ended", Filter(step=6), 0)]
+        assert (await steps_listed(run))[-2:] == [11, 12]
+
+
+async def test_two_finished_runs_keep_what_can_be_replayed(tmp_path: Path) -> None:
+    async with opened(tmp_path, retain_bytes=0) as run:
+        for name in ("one", "two"):
+            of = run.of(name)
+            await of.open_run()
+            await train(of, 4, keep=4)
+            await run.buffer.finish_run(name, of.state.epoch)
+        await run.settled()
+        needed = first_needed([run.of(name).state for name in ("one", "two")], run.buffer._storage.index, 1 << 30)
+        two = [view async for view in run.buffer.export("two", Filter(step=4), 0)]
+        assert needed <= min(member.chunks[0].segment for view in two for member in view.members)
 
 
 async def test_a_live_group_keeps_its_segment(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from learner.losses import ALGORITHMS, INFINITY, LossParameters, find_algorithm
 from learner.losses.divergences import binary_kl, binary_tv, log_one_minus_exp
 from learner.losses.form import Candidates, TokenBatch, load_algorithm, load_measure, token_losses, token_values
 from leeway.errors import ConfigError
-from tests.unit.learner import oracle
-from tests.unit.learner.oracle import Numbers, Token
+from tests.unit.learner.losses import oracle
+from tests.unit.learner.losses.oracle import Numbers, Token
 
 MU = [1e-4, 0.99, 0.5, 0.5, 0.5, 0.3, 0.4, 0.05]
 PI = [0.01, 0.8, 0.75, 0.75, 0.2, 0.22, 0.55, 0.9]

@@ -24,8 +24,8 @@ from learner.losses.form import (
     token_values,
 )
 from learner.training.advantages import group_advantages
-from tests.unit.learner import oracle
-from tests.unit.learner.oracle import Numbers, Token
+from tests.unit.learner.losses import oracle
+from tests.unit.learner.losses.oracle import Numbers, Token
 
 RELATIVE = 1e-10
 

@@ -15,7 +15,7 @@ from leeway.errors import FencedError, LeewayError, PreconditionError, Unavailab
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
 from leeway.types import Drain, DrainReason, ServerStatus
-from tests.unit.learner.test_server_mismatch import MOMENT
+from tests.unit.learner.fleet.test_server_mismatch import MOMENT
 
 
 class Buffer:

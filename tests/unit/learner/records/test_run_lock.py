@@ -13,7 +13,7 @@ import pytest
 from learner.records.run_lock import FILE, held_run
 from leeway.errors import ConfigError, UnavailableError
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "rehearsal.toml"
+EXAMPLE = Path(__file__).parents[4] / "examples" / "rehearsal.toml"
 HOLDER = """
 import signal, sys
 from pathlib import Path

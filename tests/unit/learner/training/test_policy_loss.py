@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from prometheus_client import CollectorRegistry
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.errors import UnusableGroupError
-from learner.loop import Learner
 from learner.losses import ALGORITHMS
 from learner.losses.batch_statistics import Reduction
-from learner.options import LearnerOptions
-from learner.records.checkpoint import Checkpoint
-from learner.records.journal import Journal
 from learner.staleness import trajectory_staleness
 from learner.training.loss_options import check_recorded_topk
 from learner.training.mismatch import RunningMismatch
@@ -34,11 +27,10 @@ from learner.training.policy_loss import PolicyLoss
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError
-from leeway.metrics import LearnerMetrics
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
-from tests.unit.learner import oracle
 from tests.unit.learner.helpers import VOCABULARY, dense_model, groups, trainer
-from tests.unit.learner.oracle import Numbers, Token
+from tests.unit.learner.losses import oracle
+from tests.unit.learner.losses.oracle import Numbers, Token
 
 RECORDED = 4
 
@@ -332,7 +324,7 @@ def test_what_is_measured_is_reduced_over_ranks() -> None:
 
     chosen = options(algorithm="trm")
     taught, alone = trainer(dense_model(), chosen), trainer(dense_model(), chosen)
-    taught._loss = PolicyLoss(chosen, twice)
+    taught._loss = taught._gradient._loss = PolicyLoss(chosen, twice)
     assert taught.train_step(1, recorded_groups()).statistics == alone.train_step(1, recorded_groups()).statistics
     assert seen == ["max", "sum"]
 
@@ -428,29 +420,3 @@ def test_staleness_stays_with_its_tokens_when_packed() -> None:
     expected = np.concatenate([staleness[i][trajectories[i].loss_mask] for i in (2, 0, 1)])
     assert batch.staleness is not None
     np.testing.assert_array_equal(batch.staleness, expected)
-
-
-async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Path) -> None:
-    seen: list[Any] = []
-
-    class Refusing:
-        def train_step(self, step: int, groups: object, branches: object) -> None:
-            seen.append((step, branches))
-            raise UnusableGroupError("group-0", "is a test")
-
-    class Buffer:
-        address = "localhost:1"
-
-        async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
-            seen.append(group_id)
-
-    head = PolicyVersion("run", 2, 6, b"")
-    journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
-    metrics = LearnerMetrics(CollectorRegistry())
-    parts: Any = SimpleNamespace(trainer=Refusing(), buffer=Buffer(), metrics=metrics, journal=journal)
-    nothing: Any = None
-    restored = Checkpoint(tmp_path, head, (), ((1, 0), (2, 4)))
-    learner = Learner(parts, nothing, LearnerOptions(), nothing, restored, asyncio.Event())
-    assert await learner._train(recorded_groups()) is False
-    journal.close()
-    assert seen == [(7, ((1, 0), (2, 4))), "group-0"]

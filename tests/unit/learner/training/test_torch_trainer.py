@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from learner.errors import UnusableGroupError
 from learner.losses import ALGORITHMS
 from learner.trainer import Trainer
-from learner.training import model as learner_model
 from learner.training import state as training_state
+from learner.training.head import output
 from learner.training.head.fused import fused_head
 from learner.training.model import PolicyModel
 from learner.training.options import TrainingOptions
@@ -150,7 +150,7 @@ def test_both_heads_train_alike(
     make: Callable[[], PreTrainedModel], chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Chunks end within trajectories; weights are tied, so the head's gradient meets the embedding's in one tensor."""
-    monkeypatch.setattr(learner_model, "fused_head", partial(fused_head, chunk_tokens=7))
+    monkeypatch.setattr(output, "fused_head", partial(fused_head, chunk_tokens=7))
     taught = {
         head: trainer(make(), options(head=head, topk=3, micro_batch_tokens=40, **chosen))
         for head in ("reference", "fused")

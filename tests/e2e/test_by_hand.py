@@ -1,0 +1,79 @@
+"""The services started one by one, as on a cluster: the commands take their configuration file in place of a folder."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from leeway.commands.configuration import read_configuration, with_free_ports
+from leeway.config import load_document
+from tests.e2e.rehearsal import EXAMPLE, SMALL
+from tests.e2e.test_rollback import command
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+
+STEPS = 6
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    overrides = [*SMALL, f"run.steps={STEPS}", f"run.directory={tmp_path}/runs", "learner.checkpoint_every_steps=2"]
+    path = tmp_path / "cluster.toml"
+    with_free_ports(read_configuration(load_document(EXAMPLE, overrides))).write(path)
+    return path
+
+
+@asynccontextmanager
+async def service(module: str, config: Path, *arguments: str) -> AsyncGenerator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module, "--config", str(config), *arguments),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def test_a_run_of_services_that_were_started_by_hand(config: Path) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(service("replay_buffer", config))
+        learner = await stack.enter_async_context(service("learner", config))
+        server = await stack.enter_async_context(service("inference_server", config, "--index", "0"))
+        stdout, stderr = (text.decode() for text in await learner.communicate())
+        assert (learner.returncode, stdout) == (0, ""), stderr
+        for step in range(1, STEPS + 1):
+            assert f"step {step}: reward " in stderr
+        assert f"step {STEPS}: held-out reward " in stderr
+        await server.communicate()
+        assert server.returncode == 0
+        code, said = await command("fleet", "ls", str(config))
+        assert code == 0, said
+        assert "server-0" in said
+    for arguments, answer in (
+        (("rollouts", str(config)), "consumed"),
+        (("replay-step", str(config), "6"), "equal: step 6 gives the same statistics and weights, bit for bit"),
+        (("report", str(config)), "report.html"),
+        (("buffer", "ls", str(config)), "run rehearsal: finished"),
+        (("buffer", "verify", str(config)), "nothing is wrong"),
+        (("buffer", "dead-letters", str(config)), "no dead letters"),
+    ):
+        code, said = await command(*arguments)
+        assert code == 0, said
+        assert answer in said
+
+
+async def test_what_holds_no_run_is_said(tmp_path: Path) -> None:
+    for arguments in (("rollouts",), ("report",), ("fleet", "ls"), ("buffer", "dead-letters")):
+        code, said = await command(*arguments, str(tmp_path))
+        assert code == 1
+        assert f"{tmp_path}: holds no run (no config.toml); give the folder of one" in said

@@ -1,0 +1,45 @@
+"""The loop, with parts that remember what they are told."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from learner.errors import UnusableGroupError
+from learner.loop import Learner
+from learner.options import LearnerOptions
+from learner.records.checkpoint import Checkpoint
+from learner.records.journal import Journal
+from leeway.metrics import LearnerMetrics
+from leeway.types import PolicyVersion
+from tests.unit.learner.helpers import groups
+
+
+async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Refusing:
+        def train_step(self, step: int, groups: object, branches: object) -> None:
+            seen.append((step, branches))
+            raise UnusableGroupError("group-0", "is a test")
+
+    class Buffer:
+        address = "localhost:1"
+
+        async def reject_group(self, epoch: int, group_id: str, message: str) -> None:
+            seen.append(group_id)
+
+    head = PolicyVersion("run", 2, 6, b"")
+    journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
+    metrics = LearnerMetrics(CollectorRegistry())
+    parts: Any = SimpleNamespace(trainer=Refusing(), buffer=Buffer(), metrics=metrics, journal=journal)
+    nothing: Any = None
+    restored = Checkpoint(tmp_path, head, (), ((1, 0), (2, 4)))
+    learner = Learner(parts, nothing, LearnerOptions(), nothing, restored, asyncio.Event())
+    assert await learner._train(groups()) is False
+    journal.close()
+    assert seen == [(7, ((1, 0), (2, 4))), "group-0"]
