@@ -30,7 +30,7 @@ from tests.contract.broken_servers import BROKEN, Broken
 # Each test runs the whole kit at least once.
 pytestmark = pytest.mark.timeout(180)
 
-OPTIONS = KitOptions(samples=128, quiet_seconds=0.1, call_seconds=30, check_seconds=30, stop_seconds=3.0)
+OPTIONS = KitOptions(samples=128, quiet_seconds=0.1, call_seconds=60, check_seconds=60, probe_seconds=0.25)
 BACKEND = f"{shlex.quote(sys.executable)} -m tests.contract.arithmetic_backend --address {{address}}"
 STOPPING = {"STOP-1", "STOP-2"}
 
@@ -139,10 +139,10 @@ async def test_a_server_without_weights_is_not_called_whole() -> None:
         assert with_status(results, Status.PASSED) == {"INFO-1", "INFO-2"}
 
 
-def run_command(tmp_path: Path, command: str) -> tuple[int, dict[str, str]]:
+def run_command(tmp_path: Path, command: str, stop_seconds: int = 30) -> tuple[int, dict[str, str]]:
     """Exit code, and the outcome of each requirement as the JUnit file has it."""
     path = tmp_path / "junit.xml"
-    arguments = ["--samples", "128", "--quiet-seconds", "0.1", "--timeout", "30", "--stop-seconds", "3"]
+    arguments = ["--samples", "128", "--quiet-seconds", "0.1", "--timeout", "60", "--stop-seconds", str(stop_seconds)]
     code = main(["conformance", *arguments, "--junit", str(path), "--command", command])
     outcomes: dict[str, str] = {}
     for case in ET.parse(path).getroot().iter("testcase"):  # noqa: S314 (our own file)
@@ -158,9 +158,13 @@ def test_the_command_starts_tests_and_stops_a_server(tmp_path: Path, capsys: pyt
     assert f"{len(kit.REQUIREMENTS)} passed, 0 FAILED, 0 skipped, 0 not run" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("flags", "requirement"), [("--exit-code 3", "STOP-1"), ("--drain-seconds 30", "STOP-2")])
-def test_a_server_that_does_not_stop_cleanly_fails(tmp_path: Path, flags: str, requirement: str) -> None:
-    code, outcomes = run_command(tmp_path, f"{BACKEND} --set max_concurrency=8 {flags}")
+@pytest.mark.parametrize(
+    ("flags", "requirement", "stop_seconds"), [("--exit-code 3", "STOP-1", 30), ("--drain-seconds 90", "STOP-2", 6)]
+)
+def test_a_server_that_does_not_stop_cleanly_fails(
+    tmp_path: Path, flags: str, requirement: str, stop_seconds: int
+) -> None:
+    code, outcomes = run_command(tmp_path, f"{BACKEND} --set max_concurrency=8 {flags}", stop_seconds)
     assert code == 1
     assert {name for name, outcome in outcomes.items() if outcome == "failure"} == {requirement}
 

@@ -39,6 +39,7 @@ from tests.engines.engine_server import (
     started_server,
 )
 from tests.engines.sampled import PATIENCE_SECONDS, Completion, reference, sample
+from tests.engines.stopping import assert_stops
 from tests.push.faults import Faults, FaultyPublisher
 from tests.unit import tiny_models
 
@@ -160,6 +161,7 @@ async def test_no_server_ever_serves_a_mixture_and_every_label_is_right(engine: 
                 await publisher.publish(last)
                 await _until(server, lambda version: version == last.version, PATIENCE_SECONDS)
             account.assert_told_apart(await _served(server, account))
+            await assert_stops(server, path, "STOP-2")
     finally:
         await learner.stop(0.0)
         await publisher.aclose()
