@@ -273,13 +273,13 @@ from leeway.collective import Group
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
 group = Group.join(("127.0.0.1", port), number, rank, size, 20.0)
-group.receive(memoryview(bytearray(piece)))
+list(group.receive(memoryview(bytearray(piece))))
 print("one", flush=True)
 signal.pause()
 """
 
 
-@pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 20.0), (signal.SIGSTOP, 3.0)])
+@pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 200.0), (signal.SIGSTOP, 3.0)])
 async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
     how: signal.Signals, patience_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +317,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
             began = loop.time()
             await all_serve(servers, first)
             await until(lambda: learner.failed == 1)
-            assert loop.time() - began < 15  # far from the patience of one that is dead
+            assert loop.time() - began < 100  # far from the patience of one that is dead
         assert learner.sent("grpc") > 0
         if how is not signal.SIGKILL:
             victim.kill()
