@@ -8,6 +8,8 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3.11 /usr/bin/python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 PYTEST_ARGS ?=
+# Files of tests that `make test` runs at the same time: many of them wait for processes.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 # Engines with an environment of their own.
 ENGINES ?= $(basename $(notdir $(wildcard deploy/engines/*.lock)))
 
@@ -46,7 +48,7 @@ $(DEVELOPMENT): $(RUNTIME)
 	@touch $@
 
 test: env lint ## lint, then every test but those of the engines with environments of their own
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # An environment that cannot be made is reported as skipped, with the reason, by the tests that need it.
 test-engines: env ## one suite for every engine, each in its own environment, which is made first

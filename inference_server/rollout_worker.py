@@ -278,6 +278,7 @@ class RolloutWorker:
                     await self._client.leave_run(self._server_id)
         except (TimeoutError, LeewayError) as error:
             log.warning(
-                "the run is left without a word (%s); %d writes were not acknowledged",
-                *(error, self._writer.num_unacknowledged),
+                "the run is left without a word (%s); %d writes were not acknowledged; "
+                "what it holds is lent again when the leases end",
+                *(str(error) or f"no answer within {self._limits.drain_seconds:g} s", self._writer.num_unacknowledged),
             )

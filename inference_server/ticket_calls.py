@@ -89,7 +89,7 @@ class TicketCalls:
             told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
             await asyncio.sleep(told_seconds or _RETRY_SECONDS)
             return []
-        if work.finished:
+        if work.finished and not self.finished:
             log.info("run %s has finished", self._client.run)
             self.finished = True
         if work.tickets:

@@ -13,10 +13,14 @@ import sys
 from typing import Any
 
 from learner.options import LearnerOptions
+from learner.records.checkpoint import CheckpointStore
+from learner.records.receipts import read_receipts
+from learner.records.replay import find_start
 from leeway.commands.replay_access import open_replay
 from leeway.commands.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.commands.torchrun import launcher
 from leeway.config import section
+from leeway.errors import LeewayError
 from leeway.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 
 
@@ -31,12 +35,19 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 
 def _replay_step(arguments: argparse.Namespace) -> int:
-    return asyncio.run(_replay(open_run_folder(arguments.run), arguments.step))
+    folder = open_run_folder(arguments.run)
+    options = section(folder.document, "learner", LearnerOptions)
+    try:  # what cannot be computed again is refused before any process starts
+        store = CheckpointStore(folder.directory / "checkpoints", keep=options.keep_checkpoints)
+        find_start(store, read_receipts(folder.directory), arguments.step)
+    except LeewayError as error:
+        print(f"leeway: {error.message}", file=sys.stderr)
+        return EXIT_REFUSED
+    return asyncio.run(_replay(folder, options.ranks, arguments.step))
 
 
-async def _replay(folder: RunFolder, step: int) -> int:
+async def _replay(folder: RunFolder, ranks: int, step: int) -> int:
     document = folder.document
-    ranks = section(document, "learner", LearnerOptions).ranks
     async with open_replay(document) as client:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),

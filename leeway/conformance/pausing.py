@@ -69,7 +69,10 @@ REQUIREMENTS = (
         "PAUSE-1", "after the reply to a pause nothing is sampled until the resume", _stands_still, needs=WHOLE
     ),
     Requirement(
-        "PAUSE-2", "sequences in flight are kept and go on", _keeps_sequences, needs=(*WHOLE, "SEED-1", "PAUSE-3")
+        "PAUSE-2",
+        "sequences in flight are kept and go on",
+        _keeps_sequences,
+        needs=(*WHOLE, "SEED-1", "PAUSE-1", "PAUSE-3"),
     ),
     Requirement("PAUSE-3", "pause and resume may be repeated", _idempotent, needs=WHOLE),
 )

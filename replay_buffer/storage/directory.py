@@ -1,7 +1,8 @@
 """One directory: the log, which is the truth, with what makes it quick to reopen and keeps it from growing for ever.
 
 append ──> log ──(a new segment begins)──> state before it ──> index settled, snapshot written ──> retention
-                                             (this turn)               (a task; disk work in threads)
+                          │                  (this turn)               (a task; disk work in threads)
+                          └──> segments in which nothing is live any more leave the page cache (a thread)
 
 waits      a snapshot, until the log is durable up to its place; the closing, for the task
 order      index synced, then snapshot synced, then old segments removed: a crash in between only leaves more to read
@@ -30,8 +31,15 @@ from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogFailedError, Take
 from replay_buffer.storage.recovery import choose_start
-from replay_buffer.storage.retention import choose_beginning, first_needed
-from replay_buffer.storage.segments import HEADER, LastRecord, Position, list_segments, remove_segments
+from replay_buffer.storage.retention import choose_beginning, first_live, first_needed
+from replay_buffer.storage.segments import (
+    HEADER,
+    LastRecord,
+    Position,
+    list_segments,
+    remove_segments,
+    uncache_segments,
+)
 from replay_buffer.storage.snapshots import remove_snapshots, snapshot_positions, write_snapshot
 from replay_buffer.storage.stored_state import run_to_proto
 
@@ -54,6 +62,8 @@ class Storage:
         self._snapshot_at = 0  # log bytes appended by then
         self._saving: asyncio.Task[None] | None = None
         self._beginning: asyncio.Task[None] | None = None
+        self._uncached_before = 1  # segments
+        self._uncaching: set[asyncio.Task[None]] = set()
         self._keeping = asyncio.Lock()  # held while segments are linked or deleted
 
     def recover(self, restore: Callable[[RunState], None], take: Take) -> None:
@@ -73,6 +83,7 @@ class Storage:
         self.index.first_segment = start.first_segment
         self.log.recover(take, start.position, start.last_record)
         self.index.forget_before(self.log.first_segment)
+        self._uncached_before = self.log.first_segment
         if found is None:
             write_generation(self._directory, self.generation)
 
@@ -129,6 +140,7 @@ class Storage:
         remove_snapshots(self._directory, older)
 
     def _segment_began(self, segment: int, states: Callable[[], Iterable[RunState]]) -> None:
+        self._uncache(first_live(states(), segment))
         appended = self.log.appended_bytes
         if segment == 1 or self._saving is not None:
             return
@@ -139,6 +151,16 @@ class Storage:
         if snapshot is not None:
             self._saving = asyncio.create_task(self._save(snapshot, self.log.mark, states))
             self._saving.add_done_callback(self._saved)
+
+    def _uncache(self, live: int) -> None:
+        """A page that is used again costs a write a fraction of a new one; the host has other uses for the rest."""
+        if live <= self._uncached_before:
+            return
+        ended = range(self._uncached_before, live)
+        self._uncached_before = live
+        task = asyncio.create_task(asyncio.to_thread(uncache_segments, self._directory, ended))
+        self._uncaching.add(task)
+        task.add_done_callback(self._uncaching.discard)
 
     def _capture(
         self, position: Position, last: LastRecord | None, states: Iterable[RunState]
@@ -227,7 +249,7 @@ class Storage:
             self.index.close()
 
     async def _leave_snapshot(self, states: Iterable[RunState]) -> None:
-        if tasks := [task for task in (self._beginning, self._saving) if task is not None]:
+        if tasks := [task for task in (self._beginning, self._saving, *self._uncaching) if task is not None]:
             await asyncio.wait(tasks)
         await self.log.durable()
         last = self.log.last_record

@@ -20,13 +20,18 @@ from replay_buffer.storage.index import Index
 from replay_buffer.storage.segments import Segment
 
 
+def first_live(states: Iterable[RunState], newest: int) -> int:
+    """The oldest segment that something live lies in; `newest` is the one that is written to."""
+    live = (group.oldest_segment for state in states for group in state.groups.unended.values())
+    return min((segment for segment in live if segment is not None), default=newest)
+
+
 def first_needed(states: Iterable[RunState], index: Index, newest: int) -> int:
     """The oldest segment that has to stay; `newest` is the one that is written to."""
-    needed, known = newest, list(states)
+    known = list(states)
+    needed = first_live(known, newest)
     others_go_on = any(not state.finished for state in known)
     for state in known:
-        for group in state.groups.unended.values():
-            needed = min(needed, group.oldest_segment or newest)
         if state.finished and others_go_on:
             continue
         replayable = index.oldest_replayable(state.spec.run, state.oldest_kept_step)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from mmap import mmap
 from pathlib import Path
@@ -107,6 +108,13 @@ def remove_segments(directory: Path, numbers: list[int]) -> None:
     for number in sorted(numbers):
         segment_path(directory, number).unlink(missing_ok=True)
         sync_directory(directory)
+
+
+def uncache_segments(directory: Path, numbers: Iterable[int]) -> None:
+    """Let segments that are on disk leave the kernel's page cache; one that has been deleted is passed over."""
+    for number in numbers:
+        with suppress(OSError), segment_path(directory, number).open("rb") as segment:
+            os.posix_fadvise(segment.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 class SegmentFile(Protocol):

@@ -157,14 +157,20 @@ class Account(Oracle):
 
 
 class Blind(Oracle):
-    """What can be said without an export: the buffer does not even start."""
+    """What can be said without an export: the buffer does not even start, or does not know the run."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
 
     def violations(self) -> list[str]:
-        checks = {6: self.in_order, 7: self.fenced}
+        checks = {1: self.kept, 6: self.in_order, 7: self.fenced}
         return [f"{number}: {line}" for number, check in checks.items() for line in check()]
+
+    def kept(self) -> Iterator[str]:
+        acknowledged = [write.item.trajectory_id for write in self.record.writes if write.acknowledged]
+        if acknowledged:
+            yield f"{len(acknowledged)} writes were acknowledged, and none of them can be had again"
+        yield from self._forgotten()
 
 
 def wrongly_retired(record: Record, groups: Sequence[GroupRecord], kept: Sequence[GroupRecord]) -> Iterator[str]:

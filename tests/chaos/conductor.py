@@ -35,9 +35,9 @@ from tests.chaos.scenery import Places, configure, described, services
 from tests.chaos.stage import Stage
 
 ORACLE: Final = "oracle"
-_STRIKE_SECONDS: Final = 3.0
-"""A crash point that is not reached within this time is struck all the same."""
-_JUDGE_SECONDS: Final = 90.0
+_START_SECONDS: Final = 120.0
+_STOP_SECONDS: Final = 120.0
+_JUDGE_SECONDS: Final = 180.0
 _RUN_SECONDS: Final = 600.0
 """One run, whatever happens."""
 _MAX_DEATHS: Final = 25
@@ -109,7 +109,7 @@ class _Run:
         """From the first process to the verdict."""
         ends_at = time.monotonic() + _RUN_SECONDS
         self._start(ORACLE)
-        self._stage.at(10.0, partial(self._give_up, "the oracle did not start"))
+        self._stage.at(_START_SECONDS, partial(self._give_up, "the oracle did not start"))
         while not self._over:
             if time.monotonic() > ends_at:
                 self._tally.violations.append(f"12: no end within {_RUN_SECONDS:g} s: {self._blockers()} ({self.name})")
@@ -135,12 +135,13 @@ class _Run:
             if self._finished and not any(server in self._stage.children for server in SERVERS):
                 self._last_restart()
         elif code == EXIT_REFUSED:
-            self._give_up(f"12: {name} refuses to go on: {child.last_line()}")
+            self._give_up(f"12: {name} refuses to go on: {child.last_line()}", blind=name == BUFFER)
         else:
             self._deaths += 1
             self._tally.faults["died by itself"] += 1
             if self._deaths > _MAX_DEATHS:
-                self._give_up(f"12: {name} ends again and again, with code {code}: {child.last_line()}", blind=True)
+                problem = f"12: {name} ends again and again, with code {code}: {child.last_line()}"
+                self._give_up(problem, blind=name == BUFFER)
             self._stage.at(0.1, partial(self._start, name))
 
     def _give_up(self, problem: str, *, blind: bool = False) -> None:
@@ -219,7 +220,7 @@ class _Run:
         self._strike_number += 1
         self._struck = partial(self._stop if stop else self._kill, victims)
         self._tell(arm={"event": event, "count": rng.randint(1, most)})
-        self._stage.at(_STRIKE_SECONDS, partial(self._strike_late, self._strike_number))
+        self._stage.at(self._plan.strike_seconds, partial(self._strike_late, self._strike_number))
 
     def _strike_late(self, number: int) -> None:
         if number == self._strike_number:
@@ -247,7 +248,7 @@ class _Run:
                 self._tally.kills[name] += 1
                 self._kills_left -= 1
         for name in victims:  # when all of them are dead
-            self._tally.losses.add(lose_power(self._programs[name], self._rng))
+            self._tally.losses.add(lose_power(self._programs[name], self._rng, merciless=self._plan.merciless))
             self._stage.at(self._rng.random() * 0.3, partial(self._start, name))
 
     def _hardship(self) -> None:
@@ -304,7 +305,7 @@ class _Run:
             child.signal(signal.SIGCONT)
             if name in SERVERS:
                 child.signal(signal.SIGTERM)  # one that has just joined waits for a learner, and there will be none
-        self._stage.at(15.0, self._servers_must_have_ended)
+        self._stage.at(_STOP_SECONDS, self._servers_must_have_ended)
         if not any(server in self._stage.children for server in SERVERS):
             self._last_restart()
 
@@ -317,7 +318,7 @@ class _Run:
         self._kills_left = 0
         self._dials[BUFFER].set_room(Room.PLENTY)
         if self._stage.kill(BUFFER):
-            self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng))
+            self._tally.losses.add(lose_power(self._programs[BUFFER], self._rng, merciless=self._plan.merciless))
         self._tell(calm=True)
         self._start(BUFFER)
         self._tell(judge="finished" if self._finished else "unfinished")

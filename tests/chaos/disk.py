@@ -139,20 +139,24 @@ class Losses:
         self.undone_removals += other.undone_removals
 
 
-def power_loss(root: Path, home: Path, rng: Random) -> Losses:
-    """Leave of `root` what a disk may hold after the power went; the processes that wrote there are dead."""
+def power_loss(root: Path, home: Path, rng: Random, *, merciless: bool = False) -> Losses:
+    """Leave of `root` what a disk may hold after the power went; the processes that wrote there are dead.
+
+    A merciless one takes every byte that was not synced.
+    """
     if not (home / LEDGER).exists():
         return Losses()
-    crash = _Crash(Ledger.read(home), home / LINKS, rng)
+    crash = _Crash(Ledger.read(home), home / LINKS, rng, merciless)
     crash.directory(root)
     return crash.losses
 
 
 class _Crash:
-    def __init__(self, ledger: Ledger, links: Path, rng: Random) -> None:
+    def __init__(self, ledger: Ledger, links: Path, rng: Random, merciless: bool) -> None:
         self._ledger = ledger
         self._links = links
         self._rng = rng
+        self._merciless = merciless
         self.losses = Losses()
 
     def directory(self, path: Path) -> None:
@@ -194,9 +198,10 @@ class _Crash:
         unsynced = size - synced
         if unsynced <= 0 or (path.name.startswith(_OWN_SYNCS) and self._rng.random() < _SYNCED_UNSEEN):
             return
-        kept = self._rng.choice((0, self._rng.randrange(unsynced + 1)))
+        kept = 0 if self._merciless else self._rng.choice((0, self._rng.randrange(unsynced + 1)))
         left = unsynced - kept
         junk = self._rng.choice((b"", b"", bytes(self._rng.randrange(left + 1)), self._rng.randbytes(left)))
+        junk = b"" if self._merciless else junk
         with path.open("r+b") as file:
             file.truncate(synced + kept)
             file.seek(synced + kept)

@@ -67,11 +67,11 @@ class Child:
         return lines[-1] if lines else "it said nothing"
 
 
-def lose_power(program: Program, rng: Random) -> Losses:
+def lose_power(program: Program, rng: Random, *, merciless: bool) -> Losses:
     """Play a loss of power on a dead process's disk."""
     if program.disk is None or program.ledger is None or not (program.ledger / LEDGER).exists():
         return Losses()
-    return power_loss(program.disk, program.ledger, rng)
+    return power_loss(program.disk, program.ledger, rng, merciless=merciless)
 
 
 def _become(program: Program, lifeline: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import grpc
 
-from leeway.errors import UnavailableError
+from leeway.errors import NotFoundError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security
 from leeway.types import GroupRecord, RunStatus
@@ -192,7 +192,11 @@ class _Watch:
     async def _judge(self, *, finished: bool) -> None:
         scene = self._scene
         log_directory = scene.log_directory
-        groups, status = await self._export()
+        try:
+            groups, status = await self._export()
+        except NotFoundError:  # it has forgotten the run
+            self._conclude(Blind(self._record).violations())
+            return
         if scene.archive is not None:
             log_directory = gather(scene.archive, scene.log_directory, scene.archive.with_name(f"{scene.run}-whole"))
             async with serving(log_directory) as address, connected(address, scene.run) as whole:

@@ -54,14 +54,16 @@ class Plan:
     victims: tuple[tuple[str, float], ...] = VICTIMS
     """Who is struck, and how likely."""
     events: tuple[tuple[str, int], ...] = EVENTS
+    strike_seconds: float = 3.0  # a crash point that is not reached within this time is struck all the same
     stops: float = 0.2  # share of strikes that only stop a process for a while
     hardships: float = 0.0  # share of strikes with which a clock jumps, or the disk fills up for a while
     retentions: tuple[tuple[str, ...], ...] = ((),)
     """One of these for each run: options by which the buffer retires what nothing needs."""
+    merciless: bool = False  # whether a loss of power takes all that was not synced, not what chance will have
     rollbacks: float = 0.0  # share of strikes with which a person returns the run to an older checkpoint
     kills_per_run: int = 20
     steps: int = 30
-    step_seconds: float = 45.0  # when faults have ended, each step comes within this time
+    step_seconds: float = 120.0  # when faults have ended, each step comes within this time
     overrides: tuple[str, ...] = ()
     climate: Climate = TEMPERATE
     plant: Callable[[str], Callable[[], None] | None] = lambda _: None

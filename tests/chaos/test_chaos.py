@@ -14,7 +14,7 @@ import pytest
 
 from tests.chaos.planted import BUGS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 KILLS = 12
 SEEDS = ("1", "2", "3")
@@ -47,9 +47,8 @@ async def test_nothing_is_violated_under_fire(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", sorted(BUGS))
 async def test_a_planted_bug_is_found(tmp_path: Path, name: str) -> None:
-    """A fault has to meet the bug at work, which a seed makes likely, not certain: processes run as they please."""
     output = ""
-    for seed in SEEDS:
+    for seed in SEEDS[:1] if BUGS[name].certain else SEEDS:
         code, output = await conduct(tmp_path / seed, "--plant", name, "--seed", seed)
         if code == 1 and violated(output) & set(BUGS[name].invariants):
             return

@@ -15,7 +15,7 @@ from typing import Final
 
 from tests.e2e.recording_proxy import WRITE, Fate, Weather
 
-_HOLD_SECONDS: Final = 5.0
+_HOLD_SECONDS: Final = 30.0
 _NEVER_TWICE: Final = frozenset({"FetchWeights", "Check"})
 """Replies of a stream that no transport would repeat inside one connection."""
 _RARE: Final = frozenset({"OpenRun", "Commit", "FinishRun", "JoinRun"})

@@ -18,6 +18,7 @@ from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.service import SERVICE_NAME, ReplayService
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import AppendFile, OpenFile
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import RUN
 
 PLAIN = Security()
@@ -63,7 +64,7 @@ async def serving_buffer(
 
 @asynccontextmanager
 async def connected(address: str, run: str = RUN) -> AsyncGenerator[ReplayClient]:
-    client = ReplayClient(address, run, PLAIN, patience_seconds=20)
+    client = ReplayClient(address, run, PLAIN, patience_seconds=WAIT_SECONDS)
     try:
         yield client
     finally:
@@ -80,7 +81,7 @@ async def write(client: ReplayClient, items: Sequence[WriteItem], server_id: str
         yield request
 
     with mapped_errors("WriteTrajectories"):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_SECONDS):
             return [
                 codec.result_from_proto(result)
                 async for reply in client.write_stream(requests())

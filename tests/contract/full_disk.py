@@ -12,6 +12,7 @@ import pytest
 from leeway.errors import ExhaustedError
 from leeway.types import WriteItem, WriteStatus
 from tests.contract.buffer_server import connected, serving_buffer, write
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import ROOT, chunk, spec
 
 MIB = 1 << 20
@@ -25,7 +26,7 @@ async def fill_up(directory: Path) -> None:
     log = directory / "log"
     async with serving_buffer(log, **options) as (address, buffer), connected(address) as client:
         await client.open_run(spec(groups_per_step=1, max_staleness=0), ROOT, [])
-        ((ticket,), _) = await client.acquire_tickets("s0", ROOT, 2, 20)
+        ((ticket,), _) = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
         trajectory_id, acknowledged = ticket.members[0].trajectory_id, 0
 
         async def write_next() -> WriteStatus:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Final
 
 from replay_buffer.storage.segments import AppendFile, SegmentFile
-
-WAIT_SECONDS: Final = 20
+from tests.deadlines import WAIT_SECONDS
 
 
 class HeldDisk:

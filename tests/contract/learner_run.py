@@ -44,6 +44,7 @@ from leeway.types import (
 )
 from leeway.weights import weights_digest
 from tests.contract.buffer_server import connected, write
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.learner.helpers import VOCABULARY, dense_model, moe_model, random_routing
 from tests.unit.learner.helpers import trainer as make_trainer
 from tests.unit.replay_buffer.builders import DATASET, MOMENT
@@ -128,8 +129,8 @@ class LearnerRun:
         trainer = self.trainer()
         spec = run_spec(trainer, self.steps)
         async with connected(self.address, RUN) as client:
-            await client.join_run("s0", trainer.signature, DATASET, 20)
-            tickets, _ = await client.acquire_tickets("s0", spec.root, 1000, 20)
+            await client.join_run("s0", trainer.signature, DATASET, WAIT_SECONDS)
+            tickets, _ = await client.acquire_tickets("s0", spec.root, 1000, WAIT_SECONDS)
             assert len(tickets) == spec.groups_per_step * self.steps
             await write(
                 client,
@@ -176,7 +177,7 @@ class LearnerRun:
             )
             filling = asyncio.create_task(self.fill()) if restored.version.step == 0 else None
             try:
-                async with asyncio.timeout(40):
+                async with asyncio.timeout(WAIT_SECONDS):
                     return await learner.run()
             finally:
                 if filling is not None:
@@ -246,7 +247,7 @@ class _StoppingTrainer:
         finish_save = self._trainer.begin_save(directory)
 
         def finish() -> None:
-            assert not self._slow_save or self._trained_3.wait(20), "training waits for the checkpoint"
+            assert not self._slow_save or self._trained_3.wait(WAIT_SECONDS), "training waits for the checkpoint"
             finish_save()
 
         return finish

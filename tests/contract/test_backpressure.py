@@ -21,10 +21,10 @@ from leeway.types import Ticket, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2
 from tests.contract.buffer_server import connected, serving, serving_buffer, write
 from tests.contract.held_disk import HeldDisk
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import ROOT, chunk, filled, spec, version
 
 ROOT_DIRECTORY = Path(__file__).parents[2]
-WAIT_SECONDS = 20
 LARGE = chunk(sampled=3000)
 """About 24 KB."""
 
@@ -106,11 +106,18 @@ async def test_a_stream_that_runs_ahead_of_the_disk_is_not_read(tmp_path: Path) 
 
 async def test_nobody_waits_long_for_a_disk_that_takes_nothing(tmp_path: Path) -> None:
     disk = HeldDisk()
-    options: dict[str, Any] = {"hold_seconds": 0.05, "retry_seconds": 0.01}
-    async with serving(tmp_path, open_file=disk.open, **options) as address, connected(address) as client:
+    async with (
+        serving_buffer(tmp_path, open_file=disk.open, hold_seconds=WAIT_SECONDS, retry_seconds=0.01) as (
+            address,
+            buffer,
+        ),
+        connected(address) as client,
+    ):
+        patient = buffer.intake._options
         await client.open_run(spec(groups_per_step=1, max_staleness=0), ROOT, [])
         ((ticket,), _) = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
         disk.may_sync.clear()
+        buffer.intake._options = patient.model_copy(update={"hold_seconds": 0.05})
         with pytest.raises(ExhaustedError, match="the disk is too slow") as caught:
             await write(client, filled(ticket))
         assert caught.value.retry_seconds == 0.01
@@ -119,6 +126,7 @@ async def test_nobody_waits_long_for_a_disk_that_takes_nothing(tmp_path: Path) -
         )  # the learner's calls come back by themselves
         done, _ = await asyncio.wait([drawing], timeout=0.3)
         assert not done
+        buffer.intake._options = patient  # a disk that takes something may take its time
         disk.may_sync.set()
         assert [result.status for result in await write(client, filled(ticket))] == [WriteStatus.ACKNOWLEDGED] * 4
         assert len(await drawing) == 1
@@ -169,7 +177,7 @@ def test_a_full_disk_stops_acknowledgements_until_there_is_room() -> None:
         pytest.skip("this system lets nobody mount a file system in a namespace of their own")
     script = f"{mount} && exec {sys.executable} -m tests.contract.full_disk /mnt"
     done = subprocess.run(
-        [*mounted, script], cwd=ROOT_DIRECTORY, capture_output=True, text=True, timeout=50, check=False
+        [*mounted, script], cwd=ROOT_DIRECTORY, capture_output=True, text=True, timeout=WAIT_SECONDS, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("recovered: ")

@@ -12,9 +12,8 @@ from leeway.errors import FencedError, InvalidDataError, PreconditionError
 from leeway.replay_client import ReplayClient
 from leeway.types import DrainReason, DropReason, ServerStatus, WriteStatus
 from tests.contract.buffer_server import connected, serving, write
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import DATASET, ROOT, SIGNATURE, filled, spec, whole
-
-WAIT_SECONDS = 20
 
 
 @pytest.fixture
@@ -22,7 +21,7 @@ async def client(tmp_path: Path) -> AsyncIterator[ReplayClient]:
     async with serving(tmp_path) as address, connected(address) as client:
         await client.open_run(spec(groups_per_step=2, train_task_count=100), ROOT, [])
         for server_id in ("s0", "s1"):
-            await client.join_run(server_id, SIGNATURE, DATASET, 5)
+            await client.join_run(server_id, SIGNATURE, DATASET, WAIT_SECONDS)
         yield client
 
 
@@ -31,7 +30,7 @@ async def server(client: ReplayClient, server_id: str) -> ServerStatus:
 
 
 async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayClient) -> None:
-    held, _ = await client.acquire_tickets("s0", ROOT, 100, 5)
+    held, _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     waiting = asyncio.create_task(client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS))
     await client.leave_run("s0")
     again, _ = await waiting  # the lease is 30 s
@@ -40,12 +39,12 @@ async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayC
     assert {result.status for result in await write(client, filled(held[0]))} == {WriteStatus.ABORTED}
     await client.leave_run("s0")
     await client.leave_run("never seen")
-    await client.join_run("s0", SIGNATURE, DATASET, 5)
+    await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS)
     assert (await server(client, "s0")).present
 
 
 async def test_a_drained_server_is_told_at_once_and_gets_nothing_until_it_is_readmitted(client: ReplayClient) -> None:
-    await client.acquire_tickets("s1", ROOT, 100, 5)  # nothing is left
+    await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)  # nothing is left
     waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, 600))
     while not (await server(client, "s0")).version:
         await asyncio.wait({waiting}, timeout=0.01)
@@ -70,7 +69,7 @@ async def test_a_drained_server_is_told_at_once_and_gets_nothing_until_it_is_rea
 
 
 async def test_a_diverging_server_loses_what_it_holds_and_what_it_wrote(client: ReplayClient) -> None:
-    (ready, held, *_), _ = await client.acquire_tickets("s0", ROOT, 100, 5)
+    (ready, held, *_), _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     await write(client, filled(ready))
     await write(client, whole(held.members[0], held.attempt)[:1])
     _, dropped = await client.drain_server("s0", DrainReason.DIVERGING, "2.1 nats from the others")
@@ -79,22 +78,22 @@ async def test_a_diverging_server_loses_what_it_holds_and_what_it_wrote(client: 
     results = await write(client, whole(held.members[1], held.attempt))
     assert {result.status for result in results} == {WriteStatus.ABORTED}
     assert "server 's0' was drained: 2.1 nats from the others" in results[0].message
-    tickets, _ = await client.acquire_tickets("s1", ROOT, 100, 5)
+    tickets, _ = await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)
     assert [ticket.task_index for ticket in tickets][:2] == [ready.task_index, held.task_index]
 
 
 async def test_a_slow_server_loses_what_it_holds_and_keeps_what_it_wrote(client: ReplayClient) -> None:
-    (ready, held, *_), _ = await client.acquire_tickets("s0", ROOT, 100, 5)
+    (ready, held, *_), _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     await write(client, filled(ready))
     _, dropped = await client.drain_server("s0", DrainReason.SLOW, "slow")
     assert dropped == 0
-    tickets, _ = await client.acquire_tickets("s1", ROOT, 100, 5)
+    tickets, _ = await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)
     assert (held.group_id, 2) in [(ticket.group_id, ticket.attempt) for ticket in tickets]
     assert (await client.run_status()).ready == 1
 
 
 async def test_a_person_lets_a_server_finish_what_it_holds(client: ReplayClient) -> None:
-    (held, *_), _ = await client.acquire_tickets("s0", ROOT, 2, 5)
+    (held, *_), _ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
     await client.drain_server("s0", DrainReason.OPERATOR, "maintenance")
     assert (await server(client, "s0")).loans == 1
     assert {result.status for result in await write(client, filled(held))} == {WriteStatus.ACKNOWLEDGED}
@@ -107,7 +106,7 @@ async def test_the_last_server_is_never_drained_in_silence(client: ReplayClient)
     with pytest.raises(PreconditionError, match="'s0' is the only one at work and stays in the run \\(too slow\\)"):
         await client.drain_server("s0", DrainReason.SLOW, "too slow")
     await client.drain_server("s0", DrainReason.OPERATOR, "I know", force=True)
-    await client.join_run("s1", SIGNATURE, DATASET, 5)
+    await client.join_run("s1", SIGNATURE, DATASET, WAIT_SECONDS)
     with pytest.raises(PreconditionError, match="'s1' is the only one at work"):
         await client.drain_server("s1", DrainReason.DIVERGING, "odd")  # a drained one does not count
 
@@ -117,7 +116,7 @@ async def test_a_drain_outlives_the_buffer_and_the_server(tmp_path: Path) -> Non
         directory = tmp_path / f"{snapshots}"
         async with serving(directory) as address, connected(address) as client:
             await client.open_run(spec(), ROOT, [])
-            await client.join_run("s1", SIGNATURE, DATASET, 5)
+            await client.join_run("s1", SIGNATURE, DATASET, WAIT_SECONDS)
             drain, _ = await client.drain_server("s0", DrainReason.DIVERGING, "odd")
         if not snapshots:
             for path in directory.glob("snapshot-*"):
@@ -126,10 +125,10 @@ async def test_a_drain_outlives_the_buffer_and_the_server(tmp_path: Path) -> Non
             assert [(status.server_id, status.present, status.drained) for status in await client.servers()] == [
                 ("s0", False, drain)
             ]
-            await client.join_run("s0", SIGNATURE, DATASET, 5)  # it may come back, and waits
+            await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS)  # it may come back, and waits
             assert (await client.request_work("s0", ROOT, 2, 0.05)).drained == drain
             await client.readmit_server("s0")
-            assert (await client.request_work("s0", ROOT, 2, 5)).tickets
+            assert (await client.request_work("s0", ROOT, 2, WAIT_SECONDS)).tickets
 
 
 async def test_what_cannot_be_asked(client: ReplayClient) -> None:
@@ -143,7 +142,7 @@ async def test_what_cannot_be_asked(client: ReplayClient) -> None:
 
 
 async def test_loans_are_timed(client: ReplayClient) -> None:
-    (one, two, *_), _ = await client.acquire_tickets("s0", ROOT, 4, 5)
+    (one, two, *_), _ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
     await write(client, filled(one))
     status = await server(client, "s0")
     assert (status.present, status.loans, status.timed_loans, status.version) == (True, 1, 2, ROOT)

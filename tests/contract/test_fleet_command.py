@@ -9,6 +9,7 @@ import pytest
 from leeway.commands.main import main
 from leeway.types import DrainReason
 from tests.contract.buffer_server import connected, serving
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, spec
 
 CONFIG = """
@@ -25,7 +26,7 @@ async def run_folder(tmp_path: Path) -> Path:
     async with serving(folder / "replay") as address, connected(address) as client:
         await client.open_run(spec(), ROOT, [])
         for server_id in ("s0", "s1"):
-            await client.join_run(server_id, SIGNATURE, DATASET, 5)
+            await client.join_run(server_id, SIGNATURE, DATASET, WAIT_SECONDS)
         await client.drain_server("s0", DrainReason.DIVERGING, "2.1 nats from the others")
     return folder
 

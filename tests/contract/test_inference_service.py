@@ -22,6 +22,7 @@ from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import CorruptDataError, FencedError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.rpc import Security, start_server
 from leeway.types import ColumnKind, FinishReason, SamplingParams, TrajectoryChunk, VersionSpan, WeightSnapshot
+from tests.deadlines import WAIT_SECONDS
 
 RUN = "rehearsal"
 WRONG_TYPE: Any = np.array([1], dtype=np.int64)
@@ -47,7 +48,7 @@ async def backend(**options: Any) -> AsyncGenerator[tuple[RemoteEngine, Arithmet
         policy = ServedPolicy(engine, RUN)
         server = await start_server("127.0.0.1:0", add_inference_service(engine, policy), [SERVICE_NAME], Security())
         stack.push_async_callback(server.stop, 0.0)
-        remote = await RemoteEngine.connect(f"127.0.0.1:{server.port}", Security(), timeout_seconds=30)
+        remote = await RemoteEngine.connect(f"127.0.0.1:{server.port}", Security(), timeout_seconds=WAIT_SECONDS)
         stack.push_async_callback(remote.aclose)
         await remote.update_weights(snapshot(1, 0))
         yield remote, engine

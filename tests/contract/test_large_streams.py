@@ -28,6 +28,7 @@ from leeway.types import (
 )
 from leeway.v1 import replay_pb2
 from tests.contract.buffer_server import connected, serving
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import MOMENT, ROOT, RUN, SIGNATURE, spec
 
 MIB = 1 << 20
@@ -76,10 +77,10 @@ async def test_a_group_of_many_megabytes_is_written_and_drawn_in_pieces(tmp_path
     async with (
         serving(tmp_path, slow_pending_bytes=MIB, max_pending_bytes=64 * MIB) as address,
         connected(address) as client,
-        asyncio.timeout(50),
+        asyncio.timeout(WAIT_SECONDS),
     ):
         await client.open_run(run_spec, ROOT, [])
-        (ticket, *_), _ = await client.acquire_tickets("s0", ROOT, MEMBERS, 1)
+        (ticket, *_), _ = await client.acquire_tickets("s0", ROOT, MEMBERS, WAIT_SECONDS)
         window = asyncio.Semaphore(4)
 
         async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
@@ -103,7 +104,7 @@ async def test_a_group_of_many_megabytes_is_written_and_drawn_in_pieces(tmp_path
             tracemalloc.reset_peak()
             drawn = 0
             request = replay_pb2.DrawBatchRequest(run=RUN, epoch=1, step=1)
-            async for reply in client.stub.DrawBatch(request, timeout=30):
+            async for reply in client.stub.DrawBatch(request, timeout=WAIT_SECONDS):
                 assert reply.ByteSize() < 2 * MIB
                 drawn += sum(len(piece.chunk) for piece in reply.pieces)
             assert drawn > MEMBERS * TRAJECTORY_BYTES

@@ -19,6 +19,7 @@ from leeway.rpc import Security, mapped_errors, open_channel, start_server
 from leeway.types import ModelSignature, PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights import tensor_entry, weights_digest
+from tests.deadlines import WAIT_SECONDS
 
 SIGNATURE = ModelSignature(b"m" * 32, b"t" * 32, 64, 0, 0, 0, 128)
 SECURITY = Security()
@@ -57,7 +58,7 @@ class Watcher:
         self._outgoing: asyncio.Queue[policy_pb2.WatchPolicyRequest | None] = asyncio.Queue()
         hello = policy_pb2.PolicyWatcher(run=run, server_id=server_id, signature=codec.signature_to_proto(signature))
         self._outgoing.put_nowait(policy_pb2.WatchPolicyRequest(hello=hello))
-        self._call = stub.WatchPolicy(self._requests(), timeout=20)
+        self._call = stub.WatchPolicy(self._requests(), timeout=WAIT_SECONDS)
         self._responses = aiter(self._call)
 
     async def _requests(self) -> AsyncIterator[policy_pb2.WatchPolicyRequest]:
@@ -66,7 +67,7 @@ class Watcher:
 
     async def announcement(self) -> policy_pb2.WatchPolicyResponse:
         with mapped_errors("WatchPolicy"):
-            return await asyncio.wait_for(anext(self._responses), 10)
+            return await asyncio.wait_for(anext(self._responses), WAIT_SECONDS)
 
     def acknowledge(self, version: PolicyVersion) -> None:
         message = policy_pb2.PolicyAcknowledgement(version=codec.version_to_proto(version))
@@ -148,12 +149,12 @@ async def test_bytes_come_whole_over_grpc(harness: Harness) -> None:
     newest = snapshot(5)
     await harness.publisher.publish(newest)
     request = policy_pb2.FetchWeightsRequest(version=codec.version_to_proto(newest.version))
-    pieces = [reply.data async for reply in harness.stub.FetchWeights(request, timeout=10)]
+    pieces = [reply.data async for reply in harness.stub.FetchWeights(request, timeout=WAIT_SECONDS)]
     assert len(pieces) > 1
     assert b"".join(pieces) == newest.buffers[0]
     await harness.publisher.publish(snapshot(6))
     with pytest.raises(NotFoundError, match="no longer the newest"), mapped_errors("FetchWeights"):
-        _ = [reply async for reply in harness.stub.FetchWeights(request, timeout=10)]
+        _ = [reply async for reply in harness.stub.FetchWeights(request, timeout=WAIT_SECONDS)]
 
 
 async def test_bytes_come_whole_over_zeromq(harness: Harness) -> None:
@@ -174,7 +175,7 @@ async def test_bytes_come_whole_over_zeromq(harness: Harness) -> None:
             ([b"other/9"], [b"gone"]),
         ]:
             await socket.send_multipart(frames)
-            assert await asyncio.wait_for(socket.recv_multipart(), 10) == expected
+            assert await asyncio.wait_for(socket.recv_multipart(), WAIT_SECONDS) == expected
     finally:
         socket.close(0)
         context.term()

@@ -17,6 +17,7 @@ from leeway.errors import PreconditionError, UnavailableError
 from leeway.ports import free_port
 from leeway.rpc import Security
 from tests.contract.test_inference_service import Completion, request, snapshot
+from tests.deadlines import WAIT_SECONDS
 
 
 @asynccontextmanager
@@ -49,7 +50,7 @@ async def test_a_killed_backend_is_noticed_by_all_who_wait_for_it() -> None:
             await asyncio.wait(waiting, timeout=0.2)
             backend.send_signal(signal.SIGKILL)
             await backend.wait()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(WAIT_SECONDS):
                 for task in waiting:
                     with pytest.raises(UnavailableError, match=address):
                         await task
@@ -66,13 +67,13 @@ async def test_a_killed_backend_is_noticed_by_all_who_wait_for_it() -> None:
 async def test_a_backend_that_was_started_again_samples_nothing_without_weights() -> None:
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     async with process(address) as backend:
-        remote = await RemoteEngine.connect(address, Security(), timeout_seconds=30)
+        remote = await RemoteEngine.connect(address, Security(), timeout_seconds=WAIT_SECONDS)
         await remote.update_weights(snapshot(1, 3))
         backend.kill()
         await backend.wait()
     async with process(address):
         # The new process waits for its backend; the old connection, which still believes in version 3, gets nothing.
-        again = await RemoteEngine.connect(address, Security(), timeout_seconds=30)
+        again = await RemoteEngine.connect(address, Security(), timeout_seconds=WAIT_SECONDS)
         try:
             assert again.info().version is None
             with pytest.raises((PreconditionError, UnavailableError)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import sqlite3
 import sys
 from contextlib import closing
@@ -14,21 +13,15 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from leeway.ports import free_port
 from leeway.rpc import check_health
 from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import segment_path
 from tests.contract.buffer_server import PLAIN, connected, write
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import ROOT, filled, spec, version
-
-WAIT_SECONDS = 30
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:
@@ -48,8 +41,9 @@ async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, list[s
 
 @pytest.fixture
 def ports() -> tuple[int, list[str]]:
-    port = free_port()
-    return port, [f"--set=network.replay_buffer=127.0.0.1:{port}", f"--set=metrics.replay_buffer={free_port()}"]
+    port = free_port("127.0.0.1")
+    metrics_port = free_port("127.0.0.1")
+    return port, [f"--set=network.replay_buffer=127.0.0.1:{port}", f"--set=metrics.replay_buffer={metrics_port}"]
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

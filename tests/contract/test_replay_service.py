@@ -37,6 +37,7 @@ from leeway.v1 import replay_pb2
 from replay_buffer.storage.segments import AppendFile, segment_path
 from tests.contract.buffer_server import connected, serving, write
 from tests.contract.held_disk import HeldDisk
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import (
     DATASET,
     ROOT,
@@ -51,7 +52,6 @@ from tests.unit.replay_buffer.builders import (
 )
 
 ACKNOWLEDGED = WriteStatus.ACKNOWLEDGED
-WAIT_SECONDS = 20
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Tic
 async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
     opened = await client.open_run(spec(total_steps=2), ROOT, [])
     assert (opened.epoch, opened.head, opened.finished) == (1, ROOT, False)
-    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == (spec(total_steps=2), False)
+    assert await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS) == (spec(total_steps=2), False)
     await fill(client, ROOT, 4)
     head = ROOT
     for step in (1, 2):
@@ -89,8 +89,8 @@ async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
         head = version(step)
     await client.commit(1, 2)
     await client.finish_run(1)
-    assert (await client.join_run("late", SIGNATURE, DATASET, 5))[1]
-    tickets, finished = await client.acquire_tickets("s0", head, 8, 5)
+    assert (await client.join_run("late", SIGNATURE, DATASET, WAIT_SECONDS))[1]
+    tickets, finished = await client.acquire_tickets("s0", head, 8, WAIT_SECONDS)
     assert (tickets, finished) == ([], True)
     status = await client.run_status()
     assert (status.issued, status.consumed, status.open, status.ready, status.drawn) == (4, 4, 0, 0, 0)
@@ -101,7 +101,7 @@ async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
 async def test_a_group_without_signal_never_reaches_the_learner(client: ReplayClient) -> None:
     run_spec = spec(groups_per_step=1, max_staleness=0, drop_no_signal=True)
     await client.open_run(run_spec, ROOT, [])
-    assert await client.join_run("s0", SIGNATURE, DATASET, 5) == (run_spec, False)
+    assert await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS) == (run_spec, False)
     dull = (await fill(client, ROOT, 1))[0]  # all rewards are 1
     drawing = asyncio.create_task(client.draw_batch(1, 1, WAIT_SECONDS))
     (ticket,), _ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)  # its place is free at once
@@ -114,7 +114,7 @@ async def test_a_group_without_signal_never_reaches_the_learner(client: ReplayCl
 
 async def test_chunks_come_back_byte_for_byte(client: ReplayClient) -> None:
     await client.open_run(spec(members=1, groups_per_step=1), ROOT, [])
-    ticket = (await client.acquire_tickets("s0", ROOT, 1, 5))[0][0]
+    ticket = (await client.acquire_tickets("s0", ROOT, 1, WAIT_SECONDS))[0][0]
     # An unknown field, which a parser would be free to lose or move.
     data = b"\xba\x3e\x05hello" + chunk()
     await write(client, whole(ticket.members[0], 1, data))
@@ -130,7 +130,7 @@ async def test_large_trajectories_travel_in_pieces(client: ReplayClient) -> None
     run_spec = spec(members=2, groups_per_step=1)
     run_spec = replace(run_spec, signature=replace(SIGNATURE, context_length=1 << 20))
     await client.open_run(run_spec, ROOT, [])
-    ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+    ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
     data = chunk(sampled=300_000)
     for member in ticket.members:
         last = close([data], token_count=300_003)
@@ -186,7 +186,7 @@ async def test_a_server_that_asks_at_a_newer_version_gets_its_older_call_back(cl
 
 async def test_a_waiting_worker_hears_that_the_run_has_finished(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
-    await client.acquire_tickets("s0", ROOT, 100, 5)
+    await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     waiting = asyncio.create_task(client.acquire_tickets("s1", ROOT, 8, WAIT_SECONDS))
     await client.finish_run(1)
     assert await waiting == ([], True)
@@ -195,7 +195,7 @@ async def test_a_waiting_worker_hears_that_the_run_has_finished(client: ReplayCl
 async def test_a_draw_waits_for_whole_groups_and_names_what_is_missing(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
     await fill(client, ROOT, 1)
-    await client.acquire_tickets("s7", ROOT, 2, 5)
+    await client.acquire_tickets("s7", ROOT, 2, WAIT_SECONDS)
     with pytest.raises(DeadlineError, match="needs 2 groups; 1 are ready and 1 are open at s7"):
         await client.draw_batch(1, 1, 0.5)
     drawing = asyncio.create_task(client.draw_batch(1, 1, WAIT_SECONDS))
@@ -206,7 +206,7 @@ async def test_a_draw_waits_for_whole_groups_and_names_what_is_missing(client: R
 async def test_an_evaluation_is_waited_for(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
     wanted = Evaluation("start", ROOT, task_count=2, members=1, sampling=spec().sampling)
-    await client.acquire_tickets("s0", ROOT, 100, 5)
+    await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     working = asyncio.create_task(client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))
     await client.create_evaluation(1, wanted)
     await client.create_evaluation(1, wanted)
@@ -233,7 +233,7 @@ async def test_an_older_learner_is_refused_even_while_it_waits(client: ReplayCli
     with pytest.raises(FencedError, match="epoch 1 is fenced by epoch 2"):
         await drawing
     for call in (
-        client.draw_batch(1, 1, 5),
+        client.draw_batch(1, 1, WAIT_SECONDS),
         client.advance(1, version(1), ROOT),
         client.commit(1, 0),
         client.reject_group(1, "x", "y"),
@@ -246,7 +246,7 @@ async def test_an_older_learner_is_refused_even_while_it_waits(client: ReplayCli
 async def test_a_lapsed_lease_lends_the_group_again_and_fences_the_first_server(tmp_path: Path) -> None:
     async with serving(tmp_path, lease_seconds=0.2) as address, connected(address) as client:
         await client.open_run(spec(max_staleness=0, groups_per_step=1), ROOT, [])
-        first = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+        first = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         again = (await client.acquire_tickets("s1", ROOT, 2, WAIT_SECONDS))[0][0]
         assert (again.group_id, again.attempt) == (first.group_id, 2)
         assert {result.status for result in await write(client, filled(first))} == {WriteStatus.ABORTED}
@@ -258,10 +258,10 @@ async def test_a_lapsed_lease_lends_the_group_again_and_fences_the_first_server(
 
 async def test_a_server_that_joins_again_lost_what_it_had_on_loan(client: ReplayClient) -> None:
     await client.open_run(spec(max_staleness=0, groups_per_step=2), ROOT, [])
-    mine = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
-    await client.acquire_tickets("s1", ROOT, 2, 5)
-    await client.join_run("s0", SIGNATURE, DATASET, 5)
-    tickets, _ = await client.acquire_tickets("s2", ROOT, 8, 5)
+    mine = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
+    await client.acquire_tickets("s1", ROOT, 2, WAIT_SECONDS)
+    await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS)
+    tickets, _ = await client.acquire_tickets("s2", ROOT, 8, WAIT_SECONDS)
     assert [(ticket.group_id, ticket.attempt) for ticket in tickets] == [(mine.group_id, 2)]
 
 
@@ -270,7 +270,7 @@ async def test_a_server_that_joins_again_lost_what_it_had_on_loan(client: Replay
 
 async def test_a_draw_is_idempotent_and_ranks_partition_it(client: ReplayClient) -> None:
     await client.open_run(spec(groups_per_step=5, members=1), ROOT, [])
-    tickets, _ = await client.acquire_tickets("s0", ROOT, 8, 5)
+    tickets, _ = await client.acquire_tickets("s0", ROOT, 8, WAIT_SECONDS)
     await write(client, [item for ticket in tickets for item in filled(ticket)])
     whole_batch = [group.group_id for group in await client.draw_batch(1, 1, WAIT_SECONDS)]
     assert [group.group_id for group in await client.draw_batch(1, 1, WAIT_SECONDS)] == whole_batch
@@ -294,12 +294,12 @@ async def test_a_draw_is_idempotent_and_ranks_partition_it(client: ReplayClient)
 async def test_a_dead_server_holds_a_draw_up_no_longer_than_its_lease(tmp_path: Path) -> None:
     async with serving(tmp_path, lease_seconds=0.3) as address, connected(address) as client:
         await client.open_run(spec(max_staleness=1, groups_per_step=1, members=1), ROOT, [])
-        (first,), _ = await client.acquire_tickets("s0", ROOT, 1, 5)
-        await client.acquire_tickets("dead", ROOT, 1, 5)
+        (first,), _ = await client.acquire_tickets("s0", ROOT, 1, WAIT_SECONDS)
+        await client.acquire_tickets("dead", ROOT, 1, WAIT_SECONDS)
         await write(client, filled(first))
         await client.draw_batch(1, 1, WAIT_SECONDS)
         await client.advance(1, version(1), ROOT)
-        (young,), _ = await client.acquire_tickets("s0", version(1), 1, 5)
+        (young,), _ = await client.acquire_tickets("s0", version(1), 1, WAIT_SECONDS)
         await write(client, filled(young, [version(1)]))
         # The dead server's group is at its deadline, so the younger one waits for it at first.
         (drawn,) = await client.draw_batch(1, 2, WAIT_SECONDS)
@@ -326,7 +326,7 @@ async def test_a_restart_of_the_buffer_changes_nothing(tmp_path: Path) -> None:
     async with serving(tmp_path) as address, connected(address) as client:
         await client.open_run(spec(), ROOT, [])
         await fill(client, ROOT, 3)
-        open_ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+        open_ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         first_chunk = filled(open_ticket)[0]
         await write(client, [first_chunk])
         drawn = [group.group_id for group in await client.draw_batch(1, 1, WAIT_SECONDS)]
@@ -337,7 +337,7 @@ async def test_a_restart_of_the_buffer_changes_nothing(tmp_path: Path) -> None:
         assert await client.run_status() == before
         assert [record async for record in client.export_groups()] == exported
         # The open ticket's lease began afresh, and the writer repeats what it does not know to be on disk.
-        others, _ = await client.acquire_tickets("s1", version(1), 100, 5)
+        others, _ = await client.acquire_tickets("s1", version(1), 100, WAIT_SECONDS)
         assert open_ticket.group_id not in {ticket.group_id for ticket in others}
         results = await write(client, filled(open_ticket))
         assert {result.status for result in results} == {ACKNOWLEDGED}
@@ -434,12 +434,12 @@ async def test_runs_do_not_see_each_other(address: str) -> None:
             await other.run_status()
         other_spec = spec("other-run")
         await other.open_run(other_spec, other_spec.root, [])
-        ticket = (await one.acquire_tickets("s0", ROOT, 2, 5))[0][0]
-        theirs = (await other.acquire_tickets("s0", other_spec.root, 2, 5))[0][0]
+        ticket = (await one.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
+        theirs = (await other.acquire_tickets("s0", other_spec.root, 2, WAIT_SECONDS))[0][0]
         assert ticket.members[0].trajectory_id != theirs.members[0].trajectory_id
         assert {result.status for result in await write(other, filled(ticket))} == {WriteStatus.UNKNOWN}
         with pytest.raises(PreconditionError):
-            await one.acquire_tickets("s0", other_spec.root, 2, 5)
+            await one.acquire_tickets("s0", other_spec.root, 2, WAIT_SECONDS)
 
 
 # What is durable
@@ -450,7 +450,7 @@ async def test_nothing_is_answered_before_it_is_durable(tmp_path: Path) -> None:
     async with serving(tmp_path, open_file=disk.open) as address, connected(address) as client:
         await client.open_run(spec(), ROOT, [])
         await fill(client, ROOT, 2)
-        ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+        ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         await client.draw_batch(1, 1, WAIT_SECONDS)
         disk.may_sync.clear()
         disk.synced.clear()
@@ -477,7 +477,7 @@ async def test_what_was_acknowledged_survives_the_loss_of_everything_unsynced(tm
         await client.open_run(spec(), ROOT, [])
         acknowledged = await fill(client, ROOT, 3)
         before = await client.run_status()
-        unanswered = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+        unanswered = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         disk.may_sync.clear()
         disk.synced.clear()
         writing = asyncio.create_task(write(client, filled(unanswered)))
@@ -506,11 +506,11 @@ async def test_a_nearly_full_disk_stops_tickets_then_chunks(tmp_path: Path) -> N
     async with serving(tmp_path, free_bytes=lambda _: free[0]) as address, connected(address) as client:
         await client.open_run(spec(), ROOT, [])
         await fill(client, ROOT, 2)
-        ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+        ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         items = filled(ticket)
         free[0] = 300 << 20
         with pytest.raises(ExhaustedError, match=r"300 MiB free, below replay_buffer\.soft_free_bytes"):
-            await client.acquire_tickets("s0", ROOT, 2, 5)
+            await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
         assert (await write(client, items[:1]))[0].status is ACKNOWLEDGED
         free[0] = 1 << 20
         statuses = [result.status for result in await write(client, [items[1], items[2]])]
@@ -528,7 +528,7 @@ async def test_a_nearly_full_disk_stops_tickets_then_chunks(tmp_path: Path) -> N
 
 async def test_a_malformed_close_sets_its_trajectory_aside(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
-    ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+    ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
     data = chunk()
     items = whole(ticket.members[0], 1, data, reward=float("nan"))
     assert [result.status for result in await write(client, items)] == [ACKNOWLEDGED] * 2
@@ -547,7 +547,7 @@ async def test_bad_trajectories_are_set_aside_with_their_data(client: ReplayClie
         "finite": chunk(logprob=float("nan")),
         "never registered": chunk([version(9)]),
     }
-    tickets, _ = await client.acquire_tickets("s0", ROOT, 2 * len(cases), 5)
+    tickets, _ = await client.acquire_tickets("s0", ROOT, 2 * len(cases), WAIT_SECONDS)
     for ticket, data in zip(tickets, cases.values(), strict=True):
         assert (await write(client, whole(ticket.members[0], 1, data)))[0].status is ACKNOWLEDGED
     records = [record async for record in client.export_groups(state=GroupState.DROPPED)]
@@ -560,7 +560,7 @@ async def test_bad_trajectories_are_set_aside_with_their_data(client: ReplayClie
 
 async def test_items_without_content_are_refused_one_by_one(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
-    ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+    ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
 
     async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
         items = [codec.item_to_proto(item) for item in filled(ticket)]
@@ -578,20 +578,20 @@ async def test_malformed_calls_say_what_is_wrong(client: ReplayClient) -> None:
     with pytest.raises(InvalidDataError, match="groups_per_step must be between 1 and"):
         await client.open_run(replace(spec(), groups_per_step=0), ROOT, [])
     with pytest.raises(NotFoundError, match="no learner has opened it"):
-        await client.acquire_tickets("s0", ROOT, 2, 5)
+        await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
     with pytest.raises(NotFoundError):
         await write(client, [WriteItem("x", 1, 0, b"")])
     await client.open_run(spec(), ROOT, [])
     with pytest.raises(InvalidDataError, match="ask for at least 1"):
-        await client.acquire_tickets("s0", ROOT, 0, 5)
+        await client.acquire_tickets("s0", ROOT, 0, WAIT_SECONDS)
     with pytest.raises(PreconditionError, match="its tokenizer"):
-        await client.join_run("s0", replace(SIGNATURE, tokenizer_digest=b"x" * 32), DATASET, 5)
+        await client.join_run("s0", replace(SIGNATURE, tokenizer_digest=b"x" * 32), DATASET, WAIT_SECONDS)
 
 
 async def test_export_filters_and_limits(client: ReplayClient) -> None:
     await client.open_run(spec(), ROOT, [])
     tickets = await fill(client, ROOT, 3)
-    await client.acquire_tickets("s0", ROOT, 2, 5)
+    await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
     newest = [record.group_id async for record in client.export_groups(state=GroupState.READY, limit=2)]
     assert newest == [ticket.group_id for ticket in tickets[1:]]
     open_groups = [record async for record in client.export_groups(state=GroupState.OPEN)]
@@ -605,7 +605,7 @@ async def test_export_filters_and_limits(client: ReplayClient) -> None:
 
 async def test_a_stream_is_answered_in_order_while_it_goes_on(client: ReplayClient) -> None:
     await client.open_run(spec(members=1, groups_per_step=40), ROOT, [])
-    tickets, _ = await client.acquire_tickets("s0", ROOT, 100, 5)
+    tickets, _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     items = [item for ticket in tickets for item in filled(ticket)]
 
     async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
@@ -631,7 +631,7 @@ async def test_a_stop_releases_everyone_who_waits(tmp_path: Path) -> None:
         address = await server.enter_async_context(serving(tmp_path))
         client = await stack.enter_async_context(connected(address))
         await client.open_run(spec(), ROOT, [])
-        await client.acquire_tickets("s0", ROOT, 100, 5)
+        await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
         stream = client.write_stream(silent())
         assert await stream.read() is not None
         acquiring = client.stub.AcquireTickets(
@@ -662,7 +662,7 @@ async def test_a_log_that_dies_stops_the_answers(tmp_path: Path) -> None:
     async with serving(tmp_path, open_file=Broken) as address, connected(address) as client:
         client.patience_seconds = 5
         await client.open_run(spec(), ROOT, [])
-        ticket = (await client.acquire_tickets("s0", ROOT, 2, 5))[0][0]
+        ticket = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         with pytest.raises(UnavailableError, match=r"segment-00000001\.log: Input/output error"):
             await write(client, filled(ticket))
         with pytest.raises(UnavailableError, match="restart to verify"):

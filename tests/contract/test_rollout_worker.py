@@ -42,6 +42,7 @@ from leeway.types import (
     WriteStatus,
 )
 from tests.contract.fake_replay import RUN, SAMPLING, FakeReplay, result, run_spec, serving, ticket
+from tests.deadlines import WAIT_SECONDS
 
 TASKS = TaskSet(
     train=[{"prompt": f"train {index}", "index": index} for index in range(6)]
@@ -79,7 +80,7 @@ class Rig:
 
     async def finish(self) -> None:
         await self.replay.finish()
-        await asyncio.wait_for(self.task, 10)
+        await asyncio.wait_for(self.task, WAIT_SECONDS)
 
     def trajectory(self, trajectory_id: str) -> Trajectory:
         return self.replay.written[trajectory_id, 1].assemble()
@@ -329,7 +330,6 @@ async def test_a_chunk_beyond_the_message_limit_is_a_failure_in_its_place(monkey
 
 async def test_rewards_that_fail_are_never_data() -> None:
     replay = FakeReplay()
-    release = threading.Event()
 
     def reward(task: dict[str, Any], _completion: str) -> Any:
         match task["index"]:
@@ -339,20 +339,28 @@ async def test_rewards_that_fail_are_never_data() -> None:
                 return float("nan")
             case 2:
                 return "1.0"
-            case 3:
-                release.wait(30)
             case _:
-                pass
-        return 1.0
+                return 1.0
 
-    await replay.add(*(ticket(number, members=1) for number in range(5)))
-    async with working(replay, reward=reward, reward_limits=RewardLimits(timeout_seconds=0.1)) as rig:
-        await rig.ended(5)
+    await replay.add(*(ticket(number, members=1) for number in range(4)))
+    async with working(replay, reward=reward) as rig:
+        await rig.ended(4)
         assert "raised ValueError: no verifier on training task 0" in rig.failure("g0.0").message
         assert "returned nan on training task 1" in rig.failure("g1.0").message
         assert "returned a str" in rig.failure("g2.0").message
-        assert [rig.failure(f"g{n}.0").retryable for n in range(4)] == [False, False, False, True]
-        assert rig.trajectory("g4.0").reward == 1.0
+        assert not any(rig.failure(f"g{n}.0").retryable for n in range(3))
+        assert rig.trajectory("g3.0").reward == 1.0
+
+
+async def test_a_reward_that_hangs_is_no_data_and_may_be_tried_again() -> None:
+    replay = FakeReplay()
+    release = threading.Event()
+    await replay.add(ticket(3, members=1))
+    limits = RewardLimits(timeout_seconds=0.05)
+    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_limits=limits) as rig:
+        await rig.ended(1)
+        assert rig.failure("g3.0").retryable
+        assert "0.05 s" in rig.failure("g3.0").message
         release.set()
 
 
@@ -361,7 +369,7 @@ async def test_rewards_that_hang_too_often_end_the_server() -> None:
     release = threading.Event()
     await replay.add(ticket(1), ticket(2))
     limits = RewardLimits(timeout_seconds=0.02, max_hung=2)
-    async with working(replay, reward=lambda _t, _c: release.wait(30), reward_limits=limits) as rig:
+    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_limits=limits) as rig:
         with pytest.RaisesGroup(ExhaustedError, flatten_subgroups=True):
             await asyncio.shield(rig.task)
         release.set()
@@ -393,7 +401,7 @@ async def test_a_stop_hands_back_what_is_open() -> None:
     async with working(replay, chunk_tokens=4, max_concurrency=4, token_seconds=0.001) as rig:
         await until(lambda: len(replay.arrived) > 8)
         rig.stop.set()
-        await asyncio.wait_for(asyncio.shield(rig.task), 10)
+        await asyncio.wait_for(asyncio.shield(rig.task), WAIT_SECONDS)
         # Those decoding and those still queued alike: every member of both groups.
         assert replay.num_endings == 8
         for number in (1, 2):
@@ -416,6 +424,21 @@ async def test_a_server_that_stops_leaves_the_run_after_its_last_write() -> None
     async with working(finished) as rig:
         await rig.finish()
     assert finished.left == [], "a finished run needs no word"
+
+
+async def test_a_stop_that_nobody_answers_says_what_becomes_of_the_rest(caplog: pytest.LogCaptureFixture) -> None:
+    replay = FakeReplay()
+    replay.break_stream = lambda _stream, _item: "exhausted"
+    await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=4000, stop_token_ids=())))
+    limits = WorkerLimits(ticket_wait_seconds=0.5, drain_seconds=0.1)
+    async with working(replay, limits=limits, chunk_tokens=1, token_seconds=0.01) as rig:
+        await until(lambda: replay.streams > 2)
+        rig.stop.set()
+        await rig.task
+    (said,) = [record.getMessage() for record in caplog.records if "without a word" in record.getMessage()]
+    assert said.startswith("the run is left without a word (no answer within 0.1 s); ")
+    assert said.endswith("what it holds is lent again when the leases end")
+    assert replay.left == []
 
 
 async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.LogCaptureFixture) -> None:
@@ -442,7 +465,7 @@ async def test_tickets_that_arrive_after_the_stop_are_handed_back() -> None:
         rig.stop.set()
         await asyncio.sleep(0)
         await replay.add(ticket(1))  # answers the call that was waiting
-        await asyncio.wait_for(asyncio.shield(rig.task), 10)
+        await asyncio.wait_for(asyncio.shield(rig.task), WAIT_SECONDS)
         assert all(rig.failure(f"g1.{member}").retryable for member in range(4))
         assert not replay.cancelled_calls
 
@@ -462,7 +485,7 @@ async def test_leases_are_renewed_while_a_reward_takes_long_and_aborted_ones_giv
     replay = FakeReplay()
     release = threading.Event()
     await replay.add(ticket(1, lease_seconds=0.15), ticket(2, lease_seconds=0.15))
-    async with working(replay, reward=lambda _t, _c: release.wait(30)) as rig:
+    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS)) as rig:
         await until(lambda: {("g1", 1), ("g2", 1)} <= set(replay.renewed))
         replay.abort_on_renewal = {("g1", 1)}
         await until(lambda: [loan.ticket.group_id for loan in rig.worker._loans] == ["g2"])

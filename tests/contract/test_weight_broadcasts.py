@@ -27,6 +27,7 @@ from leeway.rpc import Security, cancel_and_wait, mapped_errors, open_channel, s
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights import tensor_entry, weights_digest
+from tests.deadlines import WAIT_SECONDS
 from tests.push.engine import WeightsEngine
 
 RUN = "broadcasts"
@@ -84,7 +85,7 @@ class Server:
         self.engine = WeightsEngine()
         self.policy = ServedPolicy(self.engine, RUN)
         self.metrics = InferenceServerMetrics(CollectorRegistry())
-        fields: dict[str, Any] = {"broadcasts": True, "allow_local": False, "fetch_timeout_seconds": 20.0}
+        fields: dict[str, Any] = {"broadcasts": True, "allow_local": False, "fetch_timeout_seconds": WAIT_SECONDS}
         self.receiver = WeightReceiver(
             policy=self.policy,
             signature=arithmetic.SIGNATURE,
@@ -101,7 +102,7 @@ class Server:
         return int(self.metrics.received_weight_bytes.labels(transport, kind)._value.get())
 
     async def serves(self, wanted: WeightSnapshot) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_SECONDS):
             while self.policy.version != wanted.version:
                 await self.policy.wait_for_change(self.policy.version)
         assert [bytes(live) for live in self.engine._live] == [bytes(buffer) for buffer in wanted.buffers]
@@ -111,7 +112,9 @@ class Server:
 
 
 @asynccontextmanager
-async def learner_of(*, patience_seconds: float = 5.0, gather_seconds: float = 5.0) -> AsyncGenerator[Learner]:
+async def learner_of(
+    *, patience_seconds: float = WAIT_SECONDS, gather_seconds: float = WAIT_SECONDS
+) -> AsyncGenerator[Learner]:
     learner = Learner(patience_seconds, gather_seconds)
     server = await start_server(
         "127.0.0.1:0",
@@ -141,7 +144,7 @@ async def fleet(count: int = 2, **options: float) -> AsyncGenerator[tuple[Learne
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WAIT_SECONDS):
         while not condition():
             await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0.002))})
 
@@ -236,7 +239,9 @@ async def seat_of(learner: Learner, name: str, version: WeightSnapshot) -> polic
     async with open_channel(learner.address, Security()) as channel:
         stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(channel)
         with mapped_errors("JoinBroadcast"):
-            return await stub.JoinBroadcast(policy_pb2.JoinBroadcastRequest(server_id=name, weights=wanted), timeout=20)
+            return await stub.JoinBroadcast(
+                policy_pb2.JoinBroadcastRequest(server_id=name, weights=wanted), timeout=WAIT_SECONDS
+            )
 
 
 async def test_a_server_that_takes_a_seat_and_never_comes_costs_the_others_their_patience() -> None:
@@ -251,6 +256,7 @@ async def test_a_server_that_takes_a_seat_and_never_comes_costs_the_others_their
         await until(lambda: learner.failed == 1)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
         learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
+        learner.broadcasts._patience_seconds = WAIT_SECONDS
         second = snapshot(2)
         await learner.publisher.publish(second)
         await all_serve(servers, second)
@@ -272,14 +278,14 @@ import sys, signal
 from leeway.collective import Group
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
-group = Group.join(("127.0.0.1", port), number, rank, size, 20.0)
+group = Group.join(("127.0.0.1", port), number, rank, size, 600.0)
 list(group.receive(memoryview(bytearray(piece))))
 print("one", flush=True)
 signal.pause()
 """
 
 
-@pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 200.0), (signal.SIGSTOP, 3.0)])
+@pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 2 * WAIT_SECONDS), (signal.SIGSTOP, 8.0)])
 async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
     how: signal.Signals, patience_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,7 +297,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
         sizes = send(group, parts)
         for count, size in enumerate(sizes):
             if count == 1:
-                asyncio.run_coroutine_threadsafe(hit.wait(), loop).result(20)
+                asyncio.run_coroutine_threadsafe(hit.wait(), loop).result(WAIT_SECONDS)
             yield size
 
     async with fleet(2, patience_seconds=patience_seconds) as (learner, servers):
@@ -314,16 +320,15 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
             await victim.stdout.readline()
             os.kill(victim.pid, how)
             hit.set()
-            began = loop.time()
-            await all_serve(servers, first)
+            await all_serve(servers, first)  # waits less than the patience with one that is dead
             await until(lambda: learner.failed == 1)
-            assert loop.time() - began < 100  # far from the patience of one that is dead
         assert learner.sent("grpc") > 0
         if how is not signal.SIGKILL:
             victim.kill()
         await victim.wait()
         second = snapshot(2)
         learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
+        learner.broadcasts._patience_seconds = WAIT_SECONDS
         await learner.publisher.publish(second)
         await all_serve(servers, second)
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
@@ -337,7 +342,7 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
         yield next(sizes)
         raise receiving.InvalidDataError("planted")
 
-    async with fleet(2, patience_seconds=60.0) as (learner, servers):
+    async with fleet(2, patience_seconds=2 * WAIT_SECONDS) as (learner, servers):
         first = snapshot(1)
         with monkeypatch.context() as broken:
             broken.setattr(Group, "send", failing)
@@ -357,7 +362,7 @@ async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thou
         raise ZeroDivisionError
         yield
 
-    async with fleet(2, patience_seconds=60.0) as (learner, servers):
+    async with fleet(2, patience_seconds=2 * WAIT_SECONDS) as (learner, servers):
         monkeypatch.setattr(Group, "send", impossible)
         for version in (snapshot(1), snapshot(2)):
             await learner.publisher.publish(version)

@@ -27,6 +27,7 @@ from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.v1 import policy_pb2_grpc
 from leeway.weights import tensor_entry, weights_digest
+from tests.deadlines import WAIT_SECONDS
 
 RUN = "rehearsal"
 
@@ -95,7 +96,7 @@ class Server:
             "address": address,
             "security": Security(),
             "allow_local": True,
-            "fetch_timeout_seconds": 20.0,
+            "fetch_timeout_seconds": WAIT_SECONDS,
             "metrics": InferenceServerMetrics(CollectorRegistry()),
         }
         self.receiver = WeightReceiver(**(fields | options))
@@ -108,7 +109,7 @@ class Server:
         return transport
 
     async def reaches(self, version: PolicyVersion) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(WAIT_SECONDS):
             while self.policy.version != version:
                 await self.policy.wait_for_change(self.policy.version)
 
@@ -130,7 +131,7 @@ async def pair(
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(WAIT_SECONDS):
         while not condition():
             await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0.002))})
 

@@ -23,6 +23,7 @@ from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.buffer_server import connected, serving
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
+from tests.deadlines import WAIT_SECONDS
 
 TASKS = TaskSet(
     [{"prompt": f"train {n}"} for n in range(8)], [{"prompt": f"held out {n}"} for n in range(4)], b"d" * 32
@@ -70,7 +71,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
         working = asyncio.create_task(worker.run(asyncio.Event()))
         try:
             await _learn(learner, policy)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(WAIT_SECONDS):
                 await working
         finally:
             await cancel_and_wait(working)
@@ -86,7 +87,7 @@ async def _learn(learner: ReplayClient, policy: ServedPolicy) -> None:
     head = SPEC.root
     await policy.update(snapshot(0, 0))
     for step in range(1, SPEC.total_steps + 1):
-        check(await learner.draw_batch(opened.epoch, step, 20), head)
+        check(await learner.draw_batch(opened.epoch, step, WAIT_SECONDS), head)
         version = snapshot(opened.epoch, step).version
         await learner.advance(opened.epoch, version, head)
         head = version
@@ -94,7 +95,7 @@ async def _learn(learner: ReplayClient, policy: ServedPolicy) -> None:
         await learner.commit(opened.epoch, step)
     evaluation = Evaluation("e", head, len(TASKS.heldout), 3, replace(SAMPLING, max_tokens=5))
     await learner.create_evaluation(opened.epoch, evaluation)
-    result = await learner.await_evaluation("e", 20)
+    result = await learner.await_evaluation("e", WAIT_SECONDS)
     assert result.complete
     assert len(result.rewards) == 12
     assert result.failed == 0

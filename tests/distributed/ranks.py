@@ -1,4 +1,4 @@
-"""What each rank of the tests does: `torchrun tests/distributed/ranks.py CASE FOLDER`. Rank 0 writes what came out."""
+"""What each rank of the tests does: `torchrun tests/distributed/ranks.py FOLDER`. Rank 0 writes what came out."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ CASES: dict[str, dict[str, Any]] = {
     "moe-balanced": {"routing_replay": True, "load_balancing": 0.1},
     "moe-checkpointing": {"routing_replay": True, "gradient_checkpointing": True},
 }
-
-
+RESUMED = ("dense", "moe")
+"""Cases that two ranks continue from what one process saved."""
 REFUSE: dict[str, Any] = {"algorithm": "pg-is"}  # without a largest weight
 
 
@@ -105,29 +105,26 @@ def write(folder: Path, case: str, trainer: TorchTrainer, world: World, statisti
 
 
 def main() -> None:
-    what, folder = sys.argv[1], Path(sys.argv[2])
-    world = TorchWorld(idle_seconds=60)
-    if what == "train":
-        for case in CASES:
-            trainer = make(case, world)
-            statistics = train(case, trainer, world, range(1, STEPS + 1), folder / f"{case}-saved")
-            write(folder, case, trainer, world, statistics)
-    elif what == "resume":  # from what one process saved
-        for case in ("dense", "moe"):
-            trainer = make(case, world)
-            trainer.load(folder / f"{case}-saved")
-            write(folder, case, trainer, world, train(case, trainer, world, range(3, STEPS + 1), None))
-    elif what == "refuse":
-        trainer = make("refuse", world)
-        messages: list[str] = []
-        for step in (spoilt(-120.0, 0.0), spoilt(-80.0, -50.0)):
-            try:
-                trainer.train_step(1, step[world.rank :: world.size])
-            except UnusableGroupError as error:
-                messages.append(f"{error.group_id}: {error.message}")
-        statistics = train("refuse", trainer, world, range(1, STEPS + 1), None)
-        statistics["messages"] = [json.loads(text) for text in world.gather_text(json.dumps(messages))]
-        write(folder, "refuse", trainer, world, statistics)
+    folder = Path(sys.argv[1])
+    world = TorchWorld(idle_seconds=300)
+    for case in CASES:
+        trainer = make(case, world)
+        write(folder, case, trainer, world, train(case, trainer, world, range(1, STEPS + 1), folder / f"{case}-saved"))
+    for case in RESUMED:
+        trainer = make(case, world)
+        trainer.load(folder / f"{case}-saved-alone")
+        statistics = train(case, trainer, world, range(3, STEPS + 1), None)
+        write(folder, f"{case}-resumed", trainer, world, statistics)
+    trainer = make("refuse", world)
+    messages: list[str] = []
+    for step in (spoilt(-120.0, 0.0), spoilt(-80.0, -50.0)):
+        try:
+            trainer.train_step(1, step[world.rank :: world.size])
+        except UnusableGroupError as error:
+            messages.append(f"{error.group_id}: {error.message}")
+    statistics = train("refuse", trainer, world, range(1, STEPS + 1), None)
+    statistics["messages"] = [json.loads(text) for text in world.gather_text(json.dumps(messages))]
+    write(folder, "refuse", trainer, world, statistics)
     world.close()
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from safetensors.numpy import load_file
 
 from learner.training.world import World
 from leeway.ports import free_port
-from tests.distributed.ranks import CASES, STEPS, make, published, train
+from tests.deadlines import RUN_SECONDS
+from tests.distributed.ranks import CASES, RESUMED, STEPS, make, published, train
+
+pytestmark = pytest.mark.timeout(600)
 
 RANKS = Path(__file__).parent / "ranks.py"
 ROOT = RANKS.parents[2]
@@ -24,18 +28,18 @@ ROOT = RANKS.parents[2]
 Tensors = dict[str, NDArray[np.float32]]
 
 
-def torchrun(what: str, folder: Path) -> None:
+def torchrun(folder: Path) -> None:
     finished = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"),
-            *(f"--master-port={free_port('127.0.0.1')}", str(RANKS), what, str(folder)),
+            *(f"--master-port={free_port('127.0.0.1')}", str(RANKS), str(folder)),
         ],
         check=False,
         capture_output=True,
         text=True,
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
-        timeout=100,
+        timeout=RUN_SECONDS,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
 
@@ -65,47 +69,50 @@ def assert_close(found: tuple[dict[str, Any], Tensors], expected: tuple[dict[str
         assert np.abs(found[1][name] - tensor).max() <= 1e-5 * np.abs(tensor).max(), name
 
 
+@dataclass(frozen=True)
+class Together:
+    """What two ranks wrote, and what one process found that saved what they resumed from."""
+
+    folder: Path
+    expected: dict[str, tuple[dict[str, Any], Tensors]]
+
+
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Together:
+    """One start of the ranks for everything they are asked for."""
     folder = tmp_path_factory.mktemp("two-ranks")
-    torchrun("train", folder)
-    return folder
+    expected: dict[str, tuple[dict[str, Any], Tensors]] = {}
+    for case in RESUMED:
+        trainer = make(case, None)
+        statistics = train(case, trainer, World(), range(1, STEPS + 1), folder / f"{case}-saved-alone")
+        expected[case] = (statistics, published(trainer))
+    torchrun(folder)
+    return Together(folder, expected)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_equal_one_process(two_ranks: Path, case: str) -> None:
-    assert_close(outcome(two_ranks, case), alone(case))
+def test_two_ranks_equal_one_process(two_ranks: Together, case: str) -> None:
+    assert_close(outcome(two_ranks.folder, case), alone(case))
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("case", ["dense", "dense-proximal", "dense-lora", "moe"])
-def test_what_two_ranks_saved_one_process_continues(two_ranks: Path, case: str) -> None:
-    saved = two_ranks / f"{case}-saved"
+def test_what_two_ranks_saved_one_process_continues(two_ranks: Together, case: str) -> None:
+    saved = two_ranks.folder / f"{case}-saved"
     # Written by each rank for itself, and while steps 3 and 4 were trained.
     assert len(list((saved / "weights").glob("shard-*.safetensors"))) == 2
     trainer = make(case, None)
     trainer.load(saved)
     statistics = train(case, trainer, World(), range(3, STEPS + 1), None)
-    assert_close((statistics, published(trainer)), outcome(two_ranks, case))
+    assert_close((statistics, published(trainer)), outcome(two_ranks.folder, case))
 
 
-@pytest.mark.timeout(120)
-def test_what_one_process_saved_two_ranks_continue(tmp_path: Path) -> None:
-    expected: dict[str, Any] = {}
-    for case in ("dense", "moe"):
-        trainer = make(case, None)
-        statistics = train(case, trainer, World(), range(1, STEPS + 1), tmp_path / f"{case}-saved")
-        expected[case] = (statistics, published(trainer))
-    torchrun("resume", tmp_path)
-    for case, straight in expected.items():
-        assert_close(outcome(tmp_path, case), straight)
+@pytest.mark.parametrize("case", RESUMED)
+def test_what_one_process_saved_two_ranks_continue(two_ranks: Together, case: str) -> None:
+    assert_close(outcome(two_ranks.folder, f"{case}-resumed"), two_ranks.expected[case])
 
 
-@pytest.mark.timeout(120)
-def test_ranks_agree_on_what_cannot_be_trained_on(tmp_path: Path) -> None:
-    torchrun("refuse", tmp_path)
-    found = outcome(tmp_path, "refuse")
+def test_ranks_agree_on_what_cannot_be_trained_on(two_ranks: Together) -> None:
+    found = outcome(two_ranks.folder, "refuse")
     first, second = found[0].pop("messages")
     assert first == second  # rank 0 does not hold the group, but names it
     assert len(first) == 2

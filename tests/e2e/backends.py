@@ -15,6 +15,7 @@ import pytest
 
 from leeway.ports import free_port
 from leeway.rpc import cancel_and_wait
+from tests.deadlines import WAIT_SECONDS
 
 NODE_BACKEND = Path(__file__).parents[2] / "examples" / "node-backend"
 _STARTED = b"serving"
@@ -37,6 +38,11 @@ class Backend:
         )
         self.starts += 1
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a process that a kill would meet."""
+        return self._process is not None and self._process.returncode is None
+
     def kill(self) -> None:
         """SIGKILL; it is started again once it is gone."""
         assert self._process is not None
@@ -55,7 +61,7 @@ class Backend:
         if self._process.returncode is None:
             self._process.terminate()
         waiting = asyncio.create_task(self._process.wait())
-        await asyncio.wait([waiting], timeout=10)
+        await asyncio.wait([waiting], timeout=WAIT_SECONDS)
         if not waiting.done():
             self._process.kill()
             await cancel_and_wait(waiting)

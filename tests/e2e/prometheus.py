@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -19,17 +18,12 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
+from leeway.ports import free_port
+
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "prometheus.yml"
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nothing uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
     """Ask again and again: for programs that can be asked, but do not tell."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
@@ -58,12 +52,12 @@ class Prometheus:
 
     def query(self, expression: str) -> list[dict[str, Any]]:
         """The samples of an instant vector."""
-        with urlopen(f"{self._root}/api/v1/query?{urlencode({'query': expression})}", timeout=5) as reply:
+        with urlopen(f"{self._root}/api/v1/query?{urlencode({'query': expression})}", timeout=30) as reply:
             return json.load(reply)["data"]["result"]
 
     def metric_names(self) -> set[str]:
         """The names of all series scraped so far."""
-        with urlopen(f"{self._root}/api/v1/label/__name__/values", timeout=5) as reply:
+        with urlopen(f"{self._root}/api/v1/label/__name__/values", timeout=30) as reply:
             return set(json.load(reply)["data"])
 
 
@@ -83,7 +77,7 @@ def running_prometheus(directory: Path, targets: Mapping[str, Sequence[int]]) ->
     program = find_prometheus()
     configuration = directory / "prometheus.yml"
     configuration.write_text(yaml.safe_dump(configure(targets)), encoding="utf-8")
-    port = free_port()
+    port = free_port("127.0.0.1")
     with (directory / "prometheus.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -101,14 +95,14 @@ def running_prometheus(directory: Path, targets: Mapping[str, Sequence[int]]) ->
         yield Prometheus(port)
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def _ready(process: subprocess.Popen[bytes], port: int, log: Path) -> bool:
     if process.poll() is not None:
         pytest.fail(f"prometheus ended with {process.returncode}:\n{log.read_text(errors='replace')}")
     try:
-        with urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=5) as reply:
+        with urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=30) as reply:
             return reply.status == 200
     except OSError:
         return False

@@ -26,8 +26,9 @@ from leeway.commands.replay_access import open_replay
 from leeway.commands.supervisor import Outcome, Service, Supervisor
 from leeway.config import load_document
 from leeway.v1 import replay_pb2, replay_pb2_grpc
+from tests.deadlines import WAIT_SECONDS
 from tests.e2e.oracle import Evidence
-from tests.e2e.recording_proxy import Call, Record, Write, recording_proxy
+from tests.e2e.recording_proxy import Call, Fate, Record, Weather, Write, recording_proxy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
 STEPS = 40
@@ -48,6 +49,8 @@ SMALL = (
     "inference_server.arithmetic.chunk_tokens=4",
     "learner.checkpoint_every_steps=7",
 )
+
+
 _GHOST_SECONDS = 5.0
 
 
@@ -147,6 +150,19 @@ class Ghosts:
                 _ = [reply async for reply in stub.WriteTrajectories(requests(), timeout=_GHOST_SECONDS)]
 
 
+class SlowSteps(Weather):
+    """Until something has happened every step takes a while, so that the run does not end before."""
+
+    def __init__(self, happened: Callable[[], bool], step_seconds: float = 1.0) -> None:
+        self._happened = happened
+        self._step_seconds = step_seconds
+
+    async def request(self, method: str, first: bool) -> Fate:
+        if method == "Advance" and not self._happened():
+            await asyncio.sleep(self._step_seconds)
+        return await super().request(method, first)
+
+
 async def rehearse(
     directory: Path,
     victim: str,
@@ -154,10 +170,11 @@ async def rehearse(
     overrides: Sequence[str] = (),
     listeners: Sequence[Callable[[str, Call | Write], None]] = (),
     backends: Sequence[str] = (),
+    weather: Weather | None = None,
 ) -> tuple[Outcome, KillPlan, list[str], Evidence]:
     """Run under fire; returns how it ended, the plan, the supervisor's events, and the evidence.
 
-    With addresses of `backends` the servers are workers that feed the run from them.
+    With addresses of `backends` the servers are workers that feed the run from them. `weather` is a fair one otherwise.
     """
     document = load_document(EXAMPLE, [*SMALL, f"run.directory={directory}", *overrides])
     configuration = with_free_ports(read_configuration(document))
@@ -166,7 +183,7 @@ async def rehearse(
     run_directory.mkdir()
     config = run_directory / "config.toml"
     record, plan, events = Record(), KillPlan(victim, deque(points)), list[str]()
-    async with recording_proxy(network.replay_buffer, record) as address:
+    async with recording_proxy(network.replay_buffer, record, weather) as address:
         ghosts = Ghosts(address, record)
         record.listeners += [plan.on_event, ghosts.on_event, *listeners]
         replace(configuration, network=network.model_copy(update={"replay_buffer": address})).write(config)
@@ -177,7 +194,7 @@ async def rehearse(
             ),
             learner=Service("learner", ("learner", *arguments)),
             servers=[Service(f"server-{i}", (*_server(i, backends), *arguments)) for i in range(2)],
-            learner_stop_seconds=6.0,
+            learner_stop_seconds=WAIT_SECONDS,
             log_directory=run_directory / "logs",
             on_journal_line=plan.on_journal_line,
             on_event=events.append,

@@ -16,11 +16,12 @@ import pytest
 from leeway.commands.main import main
 from leeway.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
+from tests.deadlines import WAIT_SECONDS
 from tests.e2e.oracle import Oracle
 from tests.e2e.recording_proxy import Call, Write
 from tests.e2e.rehearsal import rehearse
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 80
 JOIN_AT_STEP = 4
@@ -87,7 +88,7 @@ class Visitors:
         """Exit codes; the backend is stopped, the others have to end by themselves."""
         self.processes["backend"].terminate()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(WAIT_SECONDS):
                 return {name: await process.wait() for name, process in self.processes.items()}
         finally:
             for process in self.processes.values():
@@ -99,9 +100,10 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     visitors = Visitors(tmp_path)
     overrides = (
         f"run.steps={STEPS}",
-        "inference_server.arithmetic.token_seconds=0.02",
+        "inference_server.arithmetic.token_seconds=0.03",  # a run that outlasts the start of seven processes
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
+        f"learner.fleet.window_steps={STEPS}",  # however little comes of the liar in each step
     )
     try:
         outcome, _, _, evidence = await rehearse(tmp_path, "nobody", [], overrides, [visitors.on_event])

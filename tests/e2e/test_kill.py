@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.oracle import violations
 from tests.e2e.rehearsal import STEPS, KillPoint, rehearse
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.mark.parametrize(

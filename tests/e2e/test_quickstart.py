@@ -15,11 +15,13 @@ import pytest
 from learner.records.journal import read_journal
 from leeway.huggingface import published_tensors, tensor_bytes
 from leeway.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
+from leeway.ports import free_port
 from leeway.types import WeightManifest
 from leeway.weights import tensor_entry, weights_digest
-from tests.e2e.prometheus import free_port, running_prometheus, wait_until
+from tests.deadlines import RUN_SECONDS
+from tests.e2e.prometheus import running_prometheus, wait_until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 30
@@ -40,13 +42,13 @@ class FinishedRun:
 
 def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "leeway.commands.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("quickstart")
-    ports = [free_port() for _ in range(4)]
+    ports = [free_port("127.0.0.1") for _ in range(4)]
     overrides = [
         f"run.directory={folder}",
         f"run.steps={STEPS}",
@@ -69,10 +71,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
             wait_until(
                 lambda: bool(prometheus.query("leeway_learner_step >= 5")) and len(prometheus.query("up == 1")) == 4,
                 "Prometheus sees the learner train, and all four services",
-                seconds=120,
+                seconds=RUN_SECONDS,
             )
             metric_names = prometheus.metric_names()
-            stdout, stderr = process.communicate(timeout=200)
+            stdout, stderr = process.communicate(timeout=RUN_SECONDS)
     finally:
         process.kill()
         process.wait()

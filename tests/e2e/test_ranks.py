@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import RUN_SECONDS
+
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "run.steps=4",
@@ -32,12 +34,12 @@ def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=100,
+        timeout=RUN_SECONDS,
     )
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(600)
 def test_a_run_with_two_ranks(tmp_path: Path) -> None:
     overrides = [part for key in (*SMALL, f"run.directory={tmp_path}") for part in ("--set", key)]
     finished = leeway("run", "examples/sortmix8.toml", *overrides)

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from learner.records.journal import read_journal
+from tests.deadlines import WAIT_SECONDS
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-STOP_SECONDS = 10
-STEPS = 15
+STEPS = 30
 
 
 def arguments(directory: Path) -> list[str]:
@@ -69,7 +69,8 @@ async def resume(arguments: Sequence[str], run_directory: Path) -> None:
 
 
 async def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    async with leeway(arguments(tmp_path)) as process:
+    patient = "--set", f"learner.stop_seconds={2 * WAIT_SECONDS}"
+    async with leeway([*arguments(tmp_path), *patient]) as process:
         await training_begins(process)
         (learner,) = [child for child in children(process.pid) if "learner" in command_line(child)]
         os.kill(learner, signal.SIGSTOP)  # it will never write its checkpoint
@@ -78,7 +79,7 @@ async def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
         while not (await process.stderr.readline()).startswith(b"stopping"):
             pass
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(STOP_SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             stdout, _ = await process.communicate()
     with pytest.raises(ProcessLookupError):
         os.kill(learner, 0)
@@ -92,7 +93,7 @@ async def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: P
     async with leeway(arguments(tmp_path)) as process:
         await training_begins(process)
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(STOP_SECONDS):
+        async with asyncio.timeout(WAIT_SECONDS):
             stdout, stderr = await process.communicate()
     assert process.returncode == 0, stderr.decode()
     (line,) = [line for line in stdout.decode().splitlines() if line.startswith("leeway: stopped")]
@@ -114,7 +115,7 @@ async def test_a_killed_supervisor_leaves_nothing_running_and_the_run_resumes(tm
         assert len(descriptors) == 4
         process.kill()
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(WAIT_SECONDS):
                 await asyncio.gather(*(_ended(descriptor) for descriptor in descriptors))
         finally:
             for descriptor in descriptors:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from learner.records.journal import read_journal
+from tests.deadlines import RUN_SECONDS
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 OVERRIDES = (
@@ -30,7 +31,7 @@ OVERRIDES = (
 
 def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "leeway.commands.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
 def test_candidates_agree_with_the_learner_where_nothing_is_stale(tmp_path: Path) -> None:

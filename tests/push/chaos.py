@@ -34,9 +34,9 @@ from tests.push.processes import Child, Message
 from tests.push.receiver_process import receive
 
 TRANSPORTS = ("zmq", "grpc", "collective", "collective")
-SETTLE_SECONDS = 60.0
-_START_SECONDS = 60.0
-_DEATH_SECONDS = 1.0
+SETTLE_SECONDS = 120.0
+_START_SECONDS = 120.0
+_DEATH_SECONDS = 20.0
 _PLACES = {"announce": "while it announces", "transfer": "in mid transfer", "acknowledge": "before an acknowledgement"}
 
 
@@ -92,7 +92,7 @@ class Learner:
         """Bring counts and refusals up to date."""
         self._child.send(do="count")
         self.refusals = ["unknown"]
-        await until(lambda: self.refusals != ["unknown"], 5.0)
+        await until(lambda: self.refusals != ["unknown"], SETTLE_SECONDS)
 
     async def end(self) -> None:
         await self.kill()
@@ -221,7 +221,8 @@ async def _settle(learner: Learner, receivers: Sequence[Receiver], outcome: Outc
     if not await until(lambda: all(r.engine.label == learner.newest for r in receivers), SETTLE_SECONDS):
         late = [f"{r.name} at {r.engine.label}" for r in receivers if r.engine.label != learner.newest]
         outcome.violations.append(f"not at {learner.newest} though nothing fails any more: {', '.join(late)}")
-    for _ in range(50):
+    deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
+    while asyncio.get_running_loop().time() < deadline:
         await learner.count()
         if not learner.refusals:
             return

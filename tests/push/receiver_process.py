@@ -15,6 +15,7 @@ from inference_server.weights.receiver import WeightReceiver
 from leeway import collective
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security
+from tests.deadlines import WAIT_SECONDS
 from tests.push.history import PIECE_BYTES, RUN
 from tests.push.processes import messages
 
@@ -22,7 +23,7 @@ assert _collective_weights
 
 
 async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
-    engine = await RemoteEngine.connect(backend, Security(), timeout_seconds=30.0)
+    engine = await RemoteEngine.connect(backend, Security(), timeout_seconds=WAIT_SECONDS)
     receiver = WeightReceiver(
         policy=ServedPolicy(engine, RUN),
         signature=engine.info().signature,
@@ -32,7 +33,7 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
         security=Security(),
         allow_local=transport == "zmq",
         broadcasts=transport == "collective",
-        fetch_timeout_seconds=30.0,
+        fetch_timeout_seconds=WAIT_SECONDS,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
     messages(pipe, lambda _: os._exit(0))  # whoever started it is gone

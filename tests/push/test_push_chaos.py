@@ -18,7 +18,7 @@ from tests.push.oracle import Oracle, Outcome
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(600)
 async def test_whatever_is_served_is_what_its_label_says() -> None:
     outcome = await chaos(80, seed=7, fault_probability=0.08)
     assert not outcome.violations

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deadlines import WAIT_SECONDS
+
 ROOT = Path(__file__).parents[2]
 OF_A_MODEL = ("torch", "transformers", "tokenizers")
 OF_THE_REPORT = ("matplotlib",)
@@ -15,6 +17,7 @@ OF_THE_REPORT = ("matplotlib",)
 # Runs a module as `python -m` does, with some packages made impossible to import.
 PROGRAM = """
 import runpy, sys
+
 packages, module, *arguments = sys.argv[1:]
 sys.modules.update(dict.fromkeys(packages.split(",")))
 sys.argv = [module, *arguments]
@@ -29,7 +32,7 @@ def run_without(packages: tuple[str, ...], *command: str) -> subprocess.Complete
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=WAIT_SECONDS,
         check=False,
     )
 

@@ -34,6 +34,7 @@ from leeway.types import (
     WeightManifest,
     WeightSnapshot,
 )
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
 
 NUM_LAYERS, EXPERTS_PER_TOKEN = 2, 2
@@ -181,7 +182,7 @@ class Stepper:
 
     async def paused(self) -> None:
         """Wait until the loop has paused of its own accord."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(WAIT_SECONDS):
             await self._paused.wait()
         self._paused.clear()
         await self._engine.pause()

@@ -29,6 +29,7 @@ from leeway.types import (
     WeightSnapshot,
 )
 from leeway.weights import tensor_entry, weights_digest
+from tests.deadlines import WAIT_SECONDS
 
 SIGNATURE = ModelSignature(b"model", b"tokenizer", 32, 0, 0, 0, 48)
 
@@ -65,7 +66,7 @@ class FakeDriver:
 
     async def at(self, command: str) -> None:
         """Wait until a command has been reached."""
-        async with asyncio.timeout(5), self.reached:
+        async with asyncio.timeout(WAIT_SECONDS), self.reached:
             await self.reached.wait_for(lambda: command in self.log)
 
     async def sample(

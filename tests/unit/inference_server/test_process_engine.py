@@ -14,6 +14,7 @@ from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.process_engine import ProcessEngine
 from leeway.errors import DeadlineError, FencedError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.types import SamplingParams, TrajectoryChunk, VersionSpan
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.inference_server.fake_driver import FakeDriver, make_engine, snapshot
 
 
@@ -22,7 +23,7 @@ def request(num_tokens: int = 2, prompt: int = 3) -> GenerationRequest:
 
 
 async def collect(engine: ProcessEngine, wanted: GenerationRequest) -> list[TrajectoryChunk | GenerationEnd]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_SECONDS):
         return [item async for item in engine.generate(wanted)]
 
 
@@ -155,7 +156,7 @@ async def test_a_swap_leaves_a_paused_engine_paused(tmp_path: Path) -> None:
 
 async def test_commands_of_several_callers_never_mix(tmp_path: Path) -> None:
     engine, driver = await ready(tmp_path)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_SECONDS):
         await asyncio.gather(
             engine.update_weights(snapshot(1)),
             engine.pause(),
@@ -180,7 +181,7 @@ async def test_a_swap_that_fails_is_the_engines_death(tmp_path: Path, broken: st
         await engine.update_weights(snapshot(1))
     assert driver.log[-1] == "kill"
     for waiting in (watch, running):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(UnavailableError, match=f"{broken} is broken"):
                 await waiting
     for command in (engine.pause(), engine.resume(), engine.update_weights(snapshot(0)), collect(engine, request())):
@@ -192,7 +193,8 @@ async def test_a_swap_that_fails_is_the_engines_death(tmp_path: Path, broken: st
 
 @pytest.mark.parametrize("stuck", ["pause", "load", "resume"])
 async def test_a_command_without_an_answer_is_the_engines_death(tmp_path: Path, stuck: str) -> None:
-    engine, driver = await ready(tmp_path, timeout=0.05)
+    engine, driver = await ready(tmp_path)
+    engine._command_timeout_seconds = 0.05
     watch = begin(engine.watch())
     running = begin(collect(engine, request()))
     await settle()
@@ -200,7 +202,7 @@ async def test_a_command_without_an_answer_is_the_engines_death(tmp_path: Path, 
     with pytest.raises(DeadlineError, match=r"did not reach .* within 0\.05 s"):
         await engine.update_weights(snapshot(1))
     for waiting in (watch, running):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(UnavailableError, match="did not reach"):
                 await waiting
     driver.held[stuck].set()
@@ -212,7 +214,7 @@ async def test_the_server_ends_though_what_failed_cannot_be_killed(tmp_path: Pat
     driver.broken.add("load")
     with pytest.raises(UnavailableError):
         await engine.update_weights(snapshot(1))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(WAIT_SECONDS):
         with pytest.raises(UnavailableError, match="load is broken"):
             await engine.watch()
 
@@ -245,7 +247,7 @@ async def test_death_ends_a_command_on_its_way(tmp_path: Path) -> None:
             driver._die()
         else:
             await engine.aclose()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(WAIT_SECONDS):
             with pytest.raises(UnavailableError, match="Fake has died" if end == "dies" else "the engine stops"):
                 await swap
             with pytest.raises(UnavailableError):

@@ -17,6 +17,7 @@ from inference_server.reward import RewardLimits, RewardRunner
 from leeway.errors import ExhaustedError
 from leeway.metrics import InferenceServerMetrics
 from leeway.types import TrajectoryFailure
+from tests.deadlines import WAIT_SECONDS
 
 TASK = {"prompt": "p", "answer": 3}
 
@@ -86,7 +87,7 @@ async def test_a_hanging_function_is_abandoned_and_others_go_on() -> None:
 
     def function(_task: object, completion: str) -> float:
         if completion == "hang":
-            release.wait(30)
+            release.wait(WAIT_SECONDS)
         return 1.0
 
     rewards = runner(function, timeout_seconds=0.05, concurrency=1, max_hung=1)
@@ -95,7 +96,7 @@ async def test_a_hanging_function_is_abandoned_and_others_go_on() -> None:
     assert failure.retryable
     assert "longer than 0.05 s on training task 7" in failure.message
     assert rewards.num_hung == 1
-    rewards._limits = RewardLimits(timeout_seconds=20.0, concurrency=1, max_hung=1)
+    rewards._limits = RewardLimits(timeout_seconds=WAIT_SECONDS, concurrency=1, max_hung=1)
     assert await rewards.score(TASK, "fast", "training task 8") == 1.0
     release.set()
     while rewards.num_hung:  # the abandoned thread returns and is no longer counted
@@ -105,7 +106,9 @@ async def test_a_hanging_function_is_abandoned_and_others_go_on() -> None:
 
 async def test_too_many_hanging_calls_end_the_server_with_a_line() -> None:
     release = threading.Event()
-    rewards = runner(lambda _task, _completion: release.wait(30), timeout_seconds=0.02, concurrency=2, max_hung=2)
+    rewards = runner(
+        lambda _task, _completion: release.wait(WAIT_SECONDS), timeout_seconds=0.02, concurrency=2, max_hung=2
+    )
     for _ in range(2):
         assert isinstance(await rewards.score(TASK, "x", "training task 7"), TrajectoryFailure)
     with pytest.raises(ExhaustedError, match="3 calls of reward mine:score still run"):
@@ -155,7 +158,7 @@ async def test_no_more_than_the_limit_run_at_once(is_async: bool) -> None:
 
     def function(_task: object, _completion: str) -> float:
         begin()
-        barrier.wait(10)  # three at once, or nobody gets on
+        barrier.wait(WAIT_SECONDS)  # three at once, or nobody gets on
         end()
         return 0.0
 
@@ -186,7 +189,7 @@ async def test_a_cancelled_call_frees_its_place() -> None:
 
     def function(_task: object, completion: str) -> float:
         if completion == "hang":
-            release.wait(30)
+            release.wait(WAIT_SECONDS)
         return 1.0
 
     rewards = runner(function, concurrency=1)

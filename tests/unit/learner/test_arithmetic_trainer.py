@@ -14,6 +14,7 @@ from learner.arithmetic_trainer import ArithmeticTrainer
 from leeway.arithmetic import ArithmeticWeights, next_distribution, read_weights
 from leeway.errors import CorruptDataError
 from leeway.types import TrajectoryGroup
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.learner.helpers import groups
 
 ROOT = Path(__file__).parents[3]
@@ -72,4 +73,4 @@ def test_policy_logprobs_are_those_of_the_weights_before_the_step() -> None:
 def test_a_rehearsal_needs_no_torch() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'tokenizers')))"
     program = "; ".join([blocked, *(f"import {part}" for part in PARTS)])
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=50)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=WAIT_SECONDS)

@@ -59,9 +59,11 @@ class OpenBuffer:
         return tuple(view.group_id for view in views)
 
     async def settled(self) -> None:
-        """Wait for the snapshot on its way."""
-        if (saving := self.buffer._storage._saving) is not None:
+        """Wait for the snapshot on its way, and for what leaves the page cache."""
+        storage = self.buffer._storage
+        if (saving := storage._saving) is not None:
             await saving
+        await asyncio.gather(*storage._uncaching)
 
 
 @asynccontextmanager

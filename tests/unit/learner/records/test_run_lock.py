@@ -12,6 +12,7 @@ import pytest
 
 from learner.records.run_lock import FILE, held_run
 from leeway.errors import ConfigError, UnavailableError
+from tests.deadlines import WAIT_SECONDS
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "rehearsal.toml"
 HOLDER = """
@@ -53,12 +54,12 @@ def test_the_lock_ends_with_its_process_however_it_ends(tmp_path: Path, how: sig
             pass
         holder.send_signal(signal.SIGCONT)
         holder.send_signal(how)
-        holder.communicate(timeout=30)
+        holder.communicate(timeout=WAIT_SECONDS)
         with held_run(tmp_path):
             assert (tmp_path / FILE).read_text() == f"{os.getpid()}\n"
     finally:
         holder.kill()
-        holder.communicate(timeout=30)
+        holder.communicate(timeout=WAIT_SECONDS)
 
 
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_a_learner_process_is_refused_before_it_touches_anything(tmp_path: Path)
             [sys.executable, "-m", "learner", "--config", str(EXAMPLE), f"--set=run.directory={tmp_path / 'runs'}"],
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=WAIT_SECONDS,
         )
         assert sorted(run.iterdir()) == before
     assert ended.returncode == 1  # another start may succeed

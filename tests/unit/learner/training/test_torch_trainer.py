@@ -144,7 +144,7 @@ PENALTIES = {"entropy_coefficient": 0.1, "reference_kl_coefficient": 0.1, "quadr
         (dense_model, {**PENALTIES, "aggregation": "seq-mean-token-mean"}),
         (moe_model, {"routing_replay": True, "load_balancing": 0.5}),
     ],
-    ids=str,
+    ids=lambda value: value.__name__ if callable(value) else str(value),
 )
 def test_both_heads_train_alike(
     make: Callable[[], PreTrainedModel], chosen: dict[str, Any], monkeypatch: pytest.MonkeyPatch

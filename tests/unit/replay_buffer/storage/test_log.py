@@ -18,8 +18,7 @@ from leeway.errors import ConfigError, CorruptDataError
 from replay_buffer.rules.groups import Location
 from replay_buffer.storage.log import Log, LogFailedError, LogOptions
 from replay_buffer.storage.segments import AppendFile, SegmentFile, frame, segment_path
-
-WAIT_SECONDS = 10
+from tests.deadlines import WAIT_SECONDS
 
 
 @asynccontextmanager
