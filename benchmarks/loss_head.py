@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.promise import Promise
+
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = Path(__file__).with_name("loss_head_requirements.txt")
 PEERS = ("trl-functions", "trl-fused", "liger")
@@ -41,24 +43,6 @@ class Run:
     cpu: float
     extra_bytes: int
     loss: float
-
-
-@dataclass(frozen=True)
-class Promise:
-    """One figure and its target."""
-
-    what: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def kept(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        return f"{'kept    ' if self.kept else 'NOT kept'} {self.value:9.3g} {sign} {self.limit:<6.3g} {self.what}"
 
 
 def main() -> int:

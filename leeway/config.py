@@ -39,9 +39,9 @@ SECTIONS = (
 
 
 class Options(BaseModel):
-    """A section: immutable, and nothing but the named keys."""
+    """A section: immutable, and nothing but the named keys. Numbers are finite unless a field says otherwise."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _from_config_directory(value: object, info: ValidationInfo) -> object:
@@ -143,7 +143,7 @@ class TaskOptions(Options):
 class SamplingOptions(Options):
     """[sampling]: how training trajectories are sampled and what is recorded."""
 
-    temperature: float = Field(default=1.0, gt=0, le=10)
+    temperature: float = Field(default=1.0, gt=0, le=10, description="logits are divided by it before sampling")
     max_tokens: int = Field(ge=1, description="most tokens per completion, end-of-sequence included")
     topk: int = Field(default=0, ge=0, le=20, description="K of the recorded top-K log-probs; 0 records none")
     routing: bool = Field(default=False, description="record MoE routing (for R3)")
@@ -164,7 +164,11 @@ class NetworkOptions(Options):
 
     replay_buffer: Address = "127.0.0.1:7401"
     policy: Address = "127.0.0.1:7402"
-    inference_servers: tuple[Address, ...] = Field(default=("127.0.0.1:7403", "127.0.0.1:7404"), strict=False)
+    inference_servers: tuple[Address, ...] = Field(
+        default=("127.0.0.1:7403", "127.0.0.1:7404"),
+        strict=False,
+        description="where the inference servers listen; `leeway run` starts one for each",
+    )
     insecure: bool = Field(default=False, description="listen beyond loopback without certificates")
     certificate: ConfigPath | None = Field(default=None, description="PEM certificate of this service (mutual TLS)")
     key: ConfigPath | None = Field(default=None, description="PEM private key of the certificate")
@@ -179,10 +183,12 @@ class NetworkOptions(Options):
 class MetricsOptions(Options):
     """[metrics]: Prometheus ports; 0 lets `leeway run` pick a free one."""
 
-    host: str = "127.0.0.1"
-    replay_buffer: int = Field(default=9401, ge=0, le=65535)
-    learner: int = Field(default=9402, ge=0, le=65535)
-    inference_servers: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = Field(default=(9403, 9404), strict=False)
+    host: str = Field(default="127.0.0.1", description="interface that the ports are opened on")
+    replay_buffer: int = Field(default=9401, ge=0, le=65535, description="port of the replay buffer")
+    learner: int = Field(default=9402, ge=0, le=65535, description="port of the learner")
+    inference_servers: tuple[Annotated[int, Field(ge=0, le=65535)], ...] = Field(
+        default=(9403, 9404), strict=False, description="ports of the inference servers, in the order of the network's"
+    )
 
 
 class EvaluationOptions(Options):

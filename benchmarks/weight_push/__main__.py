@@ -36,6 +36,7 @@ from typing import Any, Literal
 import torch
 from prometheus_client import CollectorRegistry
 
+from benchmarks.promise import Promise
 from benchmarks.weight_push.broadcast import Broadcast
 from benchmarks.weight_push.training import EXAMPLE, RUN, any_reward, larger_model, real_steps, sorted_reward
 from learner.weights.collective import CollectiveWeights
@@ -55,24 +56,6 @@ MEGABITS = 100.0
 ACKNOWLEDGED_SECONDS = 120.0
 Transport = Literal["zmq", "grpc", "collective"]
 FULL_TRANSPORTS: tuple[Transport, ...] = ("zmq", "collective")
-
-
-@dataclass(frozen=True)
-class Promise:
-    """One figure and its target."""
-
-    what: str
-    value: float
-    limit: float
-    at_least: bool = False
-
-    @property
-    def kept(self) -> bool:
-        return self.value >= self.limit if self.at_least else self.value <= self.limit
-
-    def __str__(self) -> str:
-        sign = ">=" if self.at_least else "<="
-        return f"{'kept    ' if self.kept else 'NOT kept'} {self.value:9.3g} {sign} {self.limit:<6.3g} {self.what}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Measurements of a version on held-out tasks, while training goes on.
 
 begin ── hold publication ── CreateEvaluation ──> servers sample at the pinned version ──> rewards ──> journal
-              └──────────────────── released when the rewards are there, or given up ──┘
+             └─────────────── released when the rewards are there, or given up ───────────────┘
 
 waits for    the evaluation before it: one is in flight at a time
 unblocks     publication; training itself goes on meanwhile, as far as the staleness bound lets it

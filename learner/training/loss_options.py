@@ -46,7 +46,10 @@ class LossOptions(Options):
         description="trust-region threshold where the advantage is positive; unset: the algorithm's own",
     )
     truncation: float | None = Field(
-        default=None, gt=0, description="C: the largest weight of a ratio, `inf` for none; unset: the algorithm's own"
+        default=None,
+        gt=0,
+        allow_inf_nan=True,
+        description="C: the largest weight of a ratio, `inf` for none; unset: the algorithm's own",
     )
     ratio_low: float | None = Field(default=None, ge=0, description="icepop's alpha; unset: its own")
     ratio_high: float | None = Field(default=None, gt=0, description="icepop's beta; unset: its own")
@@ -77,16 +80,16 @@ class LossOptions(Options):
     )
 
     quadratic_coefficient: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="of (log r)^2, added on every token; prime-rl uses 1e-3"
+        default=0.0, ge=0, description="of (log r)^2, added on every token; prime-rl uses 1e-3"
     )
     reference_kl_coefficient: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="of the divergence from the initial model on every token"
+        default=0.0, ge=0, description="of the divergence from the initial model on every token"
     )
     reference_kl_estimator: KlEstimator = Field(
         default="k2", description="how it is estimated from the sampled token; k3 is GRPO's"
     )
     entropy_coefficient: float = Field(
-        default=0.0, allow_inf_nan=False, description="of the entropy bonus on every token; positive spreads the policy"
+        default=0.0, description="of the entropy bonus on every token; positive spreads the policy"
     )
 
     aggregation: Aggregation = Field(

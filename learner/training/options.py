@@ -19,7 +19,7 @@ class LoraOptions(Options):
     """[learner.training.lora]: train low-rank adapters instead of the weights themselves."""
 
     rank: int = Field(default=16, ge=1, description="r: the rank of what an adapter adds to a weight")
-    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False, description="an adapter is scaled by alpha / rank")
+    alpha: float = Field(default=32.0, gt=0, description="an adapter is scaled by alpha / rank")
     targets: tuple[str, ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj"),
         strict=False,
@@ -46,22 +46,18 @@ class TrainingOptions(LossOptions):
         default=100, ge=1, description="steps over which the divergence at staleness zero is averaged"
     )
 
-    learning_rate: float = Field(
-        default=1e-6, gt=0, allow_inf_nan=False, description="AdamW's learning rate after warm-up"
-    )
+    learning_rate: float = Field(default=1e-6, gt=0, description="AdamW's learning rate after warm-up")
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the learning rate rises linearly")
     schedule: Schedule = Field(default="constant", description="how the learning rate goes on after the warm-up")
     decay_steps: int | None = Field(
         default=None, ge=1, description="step at which linear and cosine reach the floor; usually run.steps"
     )
-    learning_rate_floor: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="the lowest learning rate of linear and cosine"
-    )
+    learning_rate_floor: float = Field(default=0.0, ge=0, description="the lowest learning rate of linear and cosine")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="AdamW's decay rates")
-    epsilon: float = Field(default=1e-8, gt=0, allow_inf_nan=False, description="AdamW's denominator term")
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="AdamW's decay of matrices")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW's denominator term")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decay of matrices")
     max_gradient_norm: float = Field(
-        default=1.0, gt=0, description="the gradient is scaled down to this norm; `inf` for none"
+        default=1.0, gt=0, allow_inf_nan=True, description="the gradient is scaled down to this norm; `inf` for none"
     )
 
     overlong: OverlongRule = Field(
@@ -103,7 +99,6 @@ class TrainingOptions(LossOptions):
     load_balancing: float = Field(
         default=0.0,
         ge=0,
-        allow_inf_nan=False,
         description="coefficient of the routers' load-balancing loss, for Qwen3-MoE and Mixtral; 0 for none",
     )
     lora: LoraOptions | None = Field(default=None, description="unset: every weight is trained")

@@ -23,7 +23,6 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, default=None, help="kept; a temporary one is removed")
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
-    print(f"chaos: {arguments.kills} kills, seed {seed}", flush=True)
     with contextlib.ExitStack() as stack:
         directory = arguments.directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
         bug = BUGS.get(arguments.plant)
@@ -32,6 +31,7 @@ def main() -> int:
             if bug is None
             else bug.planted(seed, directory)
         )
+        print(f"chaos: {plan.kills} kills, seed {seed}", flush=True)
         tally = conduct(plan, lambda line: print(line, flush=True))
     print("\n".join(tally.lines()), flush=True)
     return 1 if tally.violations else 0

@@ -2,8 +2,11 @@ from pathlib import Path
 
 import pytest
 
-from leeway.config import NetworkOptions, RunOptions, SamplingOptions, load_document, section, write_document
+from inference_server.options import InferenceServerOptions
+from learner.options import LearnerOptions
+from leeway.config import NetworkOptions, Options, RunOptions, SamplingOptions, load_document, section, write_document
 from leeway.errors import ConfigError
+from replay_buffer.options import ReplayBufferOptions
 
 RUN = """
 [run]
@@ -50,6 +53,23 @@ def test_refusals_name_file_and_key(config: Path, override: str, expected: str) 
     assert expected in caught.value.message
     assert "\n" not in caught.value.message
     assert override.startswith(("steps", "run.steps.more")) or str(config) in caught.value.message
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("learner.draw_timeout_seconds", LearnerOptions),
+        ("learner.training.delta_low", LearnerOptions),
+        ("inference_server.patience_seconds", InferenceServerOptions),
+        ("replay_buffer.retain_seconds", ReplayBufferOptions),
+    ],
+)
+def test_waits_and_thresholds_are_finite(config: Path, name: str, options: type[Options], number: str) -> None:
+    """Every wait has a deadline, whatever a file says; TOML knows infinity."""
+    overrides = [f"{name}={number}", "replay_buffer.directory=x"]
+    with pytest.raises(ConfigError, match=rf"{name}: "):
+        section(load_document(config, overrides), name.partition(".")[0], options)
 
 
 def test_a_missing_key_is_named(config: Path) -> None:
