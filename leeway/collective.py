@@ -26,8 +26,9 @@ import torch.distributed as dist
 
 from leeway.errors import UnavailableError
 
-PIECE_BYTES: Final = 16 << 20
-"""Bytes of one broadcast: enough that what each costs by itself does not count."""
+PIECE_BYTES: Final = 4 << 20
+"""Bytes of one broadcast: enough that what each costs by itself does not count, few enough that little is left to check
+when the last has come."""
 
 LIBRARY: Final = "gloo/" + torch.__version__.partition("+")[0]
 """Both ends of a group must have the same."""
@@ -130,13 +131,22 @@ class Group:
         for work, _ in waiting:
             self._finish(work)
 
-    def receive(self, memory: memoryview) -> None:
-        """Take one piece into memory of its size.
+    def receive(self, memory: memoryview) -> Generator[int]:
+        """Take parts, piece by piece; yields how many bytes of memory are there, while the next piece comes.
 
         Raises:
             UnavailableError: the sender or another member is gone or silent; the group is of no more use.
         """
-        self._finish(self._begin(_tensor_over(memory)))
+        waiting: deque[tuple[_Work, int]] = deque()
+        for start, end in pieces(len(memory)):
+            waiting.append((self._begin(_tensor_over(memory[start:end])), end))
+            if len(waiting) == _PIECES_ON_THEIR_WAY:
+                work, arrived = waiting.popleft()
+                self._finish(work)
+                yield arrived
+        for work, arrived in waiting:
+            self._finish(work)
+            yield arrived
 
     def _memory(self) -> list[memoryview]:
         """Where pieces are put together: used again and again."""

@@ -15,7 +15,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from inference_server.weights.transport import Announcement, Part
 from leeway import codec
-from leeway.collective import LIBRARY, Group, pieces
+from leeway.collective import LIBRARY, Group
 from leeway.errors import InvalidDataError
 from leeway.host_memory import HostMemory
 from leeway.rpc import mapped_errors
@@ -74,8 +74,8 @@ class CollectiveWeights:
         first = at = 0
         whole = False
         try:
-            for start, end in pieces(len(memory)):
-                await asyncio.to_thread(group.receive, memory[start:end])
+            arriving = group.receive(memory)
+            while (end := await asyncio.to_thread(next, arriving, None)) is not None:
                 parts: list[Part] = []
                 while first < len(sizes) and at + sizes[first] <= end:
                     parts.append(memory[at : at + sizes[first]].toreadonly())

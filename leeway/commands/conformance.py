@@ -13,6 +13,7 @@ import asyncio
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from rich.text import Text
 
 from leeway.conformance import kit
 from leeway.conformance.client import BackendClient, Refused
-from leeway.conformance.own_server import started
+from leeway.conformance.own_server import Starter, started
 from leeway.conformance.report import exit_code, junit, printable
 from leeway.conformance.requirement import Result, Status
 from leeway.conformance.session import KitOptions, Session
@@ -60,6 +61,7 @@ _NUMBERS: Final = (
     _Number("--samples", "samples", "N", "samples of a test of frequencies; more are taken where they are needed"),
     _Number("--tolerance", "tolerance", "NATS", "by how much a log-prob may differ when sampled again"),
     _Number("--quiet-seconds", "quiet_seconds", "S", "how long nothing may come while paused"),
+    _Number("--start-seconds", "start_seconds", "S", "longest start of a server that the kit starts"),
     _Number("--stop-seconds", "stop_seconds", "S", "longest clean stop"),
     _Number("--timeout", "check_seconds", "S", "deadline of each requirement"),
 )
@@ -99,13 +101,18 @@ def _conformance(arguments: argparse.Namespace) -> int:
         quiet_seconds=arguments.quiet_seconds,
         check_seconds=arguments.timeout,
         call_seconds=arguments.timeout,
+        start_seconds=arguments.start_seconds,
         stop_seconds=arguments.stop_seconds,
         tolerance=arguments.tolerance,
         context_length=arguments.context_length,
     )
     security = Security.from_files(arguments.certificate, arguments.key, arguments.authority, insecure=True)
-    command = None if arguments.command is None else shlex.split(arguments.command)
-    results = asyncio.run(_results(arguments.address, security, options, arguments.weights, command))
+    own_server = (
+        None
+        if arguments.command is None
+        else partial(started, shlex.split(arguments.command), security, options.start_seconds)
+    )
+    results = asyncio.run(_results(arguments.address, security, options, arguments.weights, own_server))
     if arguments.junit is not None:
         try:
             arguments.junit.write_bytes(junit(results, f"leeway conformance {arguments.address or arguments.command}"))
@@ -116,18 +123,18 @@ def _conformance(arguments: argparse.Namespace) -> int:
 
 
 async def _results(
-    address: str | None, security: Security, options: KitOptions, weights: Path | None, command: Sequence[str] | None
+    address: str | None, security: Security, options: KitOptions, weights: Path | None, own_server: Starter | None
 ) -> list[Result]:
     """Test the server at an address, or else one that the command starts."""
     if address is not None:
-        return await _test(address, security, options, weights, command)
-    assert command is not None
-    async with started(command, security) as server:
-        return await _test(server.address, security, options, weights, command)
+        return await _test(address, security, options, weights, own_server)
+    assert own_server is not None
+    async with own_server() as server:
+        return await _test(server.address, security, options, weights, own_server)
 
 
 async def _test(
-    address: str, security: Security, options: KitOptions, weights: Path | None, command: Sequence[str] | None
+    address: str, security: Security, options: KitOptions, weights: Path | None, own_server: Starter | None
 ) -> list[Result]:
     client = BackendClient(address, security, options.call_seconds)
     try:
@@ -143,7 +150,7 @@ async def _test(
                 base = arithmetic_weights()
             if base is None and info.version is None:
                 raise ConfigError(f"{address} serves no weights yet; give those of its model with --weights DIR")
-        session = Session(client, options, base, security, command)
+        session = Session(client, options, base, security, own_server)
         results: list[Result] = []
         console = Console(stderr=True, highlight=False)
         with console.status("asking") as status:

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
 
 from leeway.conformance.client import BackendClient, Refused
 from leeway.errors import ConfigError, UnavailableError
 from leeway.ports import free_port
 from leeway.rpc import Security, cancel_and_wait
 
-_START_SECONDS: Final = 120.0
-
 
 @dataclass(frozen=True, slots=True)
 class OwnServer:
-    """A process that answers at an address."""
+    """A process that answers at an address.
 
-    process: asyncio.subprocess.Process
+    Args:
+        address: host:port.
+        terminate: sends it SIGTERM.
+        wait: its exit code, once it has ended; negative for a signal.
+    """
+
     address: str
+    terminate: Callable[[], None]
+    wait: Callable[[], Awaitable[int]]
+
+
+Starter = Callable[[], AbstractAsyncContextManager[OwnServer]]
+"""Starts a server for the length of a block."""
 
 
 @asynccontextmanager
-async def started(command: Sequence[str], security: Security) -> AsyncGenerator[OwnServer]:
+async def started(command: Sequence[str], security: Security, start_seconds: float) -> AsyncGenerator[OwnServer]:
     """Run a command, `{address}` in it replaced, until the block ends; entered when the server answers.
+
+    Args:
+        command: argv.
+        security: certificates to speak to it with.
+        start_seconds: longest wait for its first answer.
 
     Raises:
         ConfigError: the command cannot be run.
@@ -42,16 +55,18 @@ async def started(command: Sequence[str], security: Security) -> AsyncGenerator[
     except OSError as error:
         raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from error
     try:
-        await _wait_until_it_answers(process, address, security)
-        yield OwnServer(process, address)
+        await _wait_until_it_answers(process, address, security, start_seconds)
+        yield OwnServer(address, process.terminate, process.wait)
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
 
 
-async def _wait_until_it_answers(process: asyncio.subprocess.Process, address: str, security: Security) -> None:
-    client = BackendClient(address, security, _START_SECONDS)
+async def _wait_until_it_answers(
+    process: asyncio.subprocess.Process, address: str, security: Security, start_seconds: float
+) -> None:
+    client = BackendClient(address, security, start_seconds)
     ending, answering = asyncio.create_task(process.wait()), asyncio.create_task(client.info())
     try:
         await asyncio.wait([ending, answering], return_when=asyncio.FIRST_COMPLETED)

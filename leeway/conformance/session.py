@@ -12,6 +12,7 @@ import numpy as np
 
 from leeway.conformance.client import BackendClient, Refused, Stream, Update
 from leeway.conformance.completion import Completion
+from leeway.conformance.own_server import Starter
 from leeway.conformance.violation import NotSupportedError, Violation
 from leeway.conformance.weights import Weights, pieces, rolled
 from leeway.rpc import Security
@@ -35,6 +36,8 @@ class KitOptions:
         tolerance: by how much a log-prob may differ when the same is sampled again, in nats.
         context_length: the longest sequence, if the server was started with less than its model's own.
         stop_seconds: longest clean stop.
+        start_seconds: longest start of a server of the kit's own.
+        probe_seconds: how soon after sequences are cancelled another is served, at first; doubled when it is not.
     """
 
     run: str | None = None
@@ -46,6 +49,8 @@ class KitOptions:
     tolerance: float = 0.01
     context_length: int | None = None
     stop_seconds: float = 10.0
+    start_seconds: float = 120.0
+    probe_seconds: float = 2.0
 
 
 @dataclass(slots=True)
@@ -57,14 +62,14 @@ class Session:
         options: how to look.
         base: weights that fit its model; None when the kit cannot push.
         security: certificates, for servers that the kit starts itself.
-        command: starts another server of the same kind, `{address}` in place of where it is to listen; or None.
+        own_server: starts another server of the same kind, for the kit to stop; None when it cannot.
     """
 
     client: BackendClient
     options: KitOptions
     base: Weights | None
     security: Security
-    command: Sequence[str] | None = None
+    own_server: Starter | None = None
     served: PolicyVersion | None = None  # what should be in force
     publisher_epoch: int = 0
     _info: EngineInfo | None = None

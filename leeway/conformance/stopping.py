@@ -1,4 +1,4 @@
-"""STOP: a server of the same kind, started by the kit, stops cleanly. Only with a command to start it."""
+"""STOP: a server of the same kind, started by the kit, stops cleanly. Only if the kit can start one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from leeway.conformance.client import BackendClient, Refused
-from leeway.conformance.own_server import OwnServer, started
+from leeway.conformance.own_server import OwnServer
 from leeway.conformance.requirement import Requirement
 from leeway.conformance.session import Session
 from leeway.conformance.violation import NotSupportedError, Violation, require
@@ -18,10 +18,10 @@ from leeway.types import SamplingParams
 
 @asynccontextmanager
 async def _own_server(session: Session) -> AsyncGenerator[tuple[OwnServer, Session]]:
-    """A server started with the command, serving the kit's weights if there are any."""
-    if session.command is None:
+    """A server of the kit's own, serving its weights if there are any."""
+    if session.own_server is None:
         raise NotSupportedError("the kit was not told how to start such a server; give --command")
-    async with started(session.command, session.security) as server:
+    async with session.own_server() as server:
         client = BackendClient(server.address, session.security, session.options.call_seconds)
         own = Session(client, session.options, session.base, session.security)
         try:
@@ -34,10 +34,10 @@ async def _own_server(session: Session) -> AsyncGenerator[tuple[OwnServer, Sessi
 
 
 async def _stopped(session: Session, server: OwnServer) -> int:
-    server.process.send_signal(signal.SIGTERM)
+    server.terminate()
     try:
         async with asyncio.timeout(session.options.stop_seconds):
-            return await server.process.wait()
+            return await server.wait()
     except TimeoutError:
         raise Violation(f"{session.options.stop_seconds:g} s after SIGTERM the server still runs") from None
 

@@ -321,7 +321,7 @@ Global___JoinBroadcastRequest: _TypeAlias = JoinBroadcastRequest  # noqa: Y015
 
 @_typing.final
 class JoinBroadcastResponse(_message.Message):
-    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 16 MiB, the
+    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 4 MiB, the
     last one shorter; each piece is one broadcast of bytes.
     """
 

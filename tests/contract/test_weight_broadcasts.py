@@ -279,7 +279,7 @@ from leeway.collective import Group
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
 group = Group.join(("127.0.0.1", port), number, rank, size, 600.0)
-group.receive(memoryview(bytearray(piece)))
+list(group.receive(memoryview(bytearray(piece))))
 print("one", flush=True)
 signal.pause()
 """

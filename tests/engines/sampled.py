@@ -15,6 +15,7 @@ from inference_server.engine import Engine, GenerationEnd, GenerationRequest
 from inference_server.requests import Closing
 from leeway.types import Array, Column, ColumnKind, Int32Array, SamplingParams, VersionSpan
 
+TIE = 2e-5  # between router logits: some ten times what engines differ by
 PATIENCE_SECONDS = 600.0  # far beyond what anything takes on a busy machine
 
 
@@ -84,9 +85,17 @@ class Reference:
     """What a transformers model computes for a completion."""
 
     logprobs: Array  # [n]
+    best: Array  # [n], of the likeliest token
     topk_token_ids: Array  # [n, K]
     candidates: Array  # [n, K]: of the candidates that the engine lists
     routing: Array | None  # [prompt + n - 1, L, k], each token's experts in order of their ids
+    num_decided: int  # leading tokens of prompt and completion whose experts rounding does not decide
+
+    def decided(self) -> Array:
+        """Which sampled tokens an engine must agree on; [n] bool. Behind a tie of experts, it may rightly differ."""
+        num_sampled = len(self.logprobs)
+        num_prompt = 0 if self.routing is None else len(self.routing) + 1 - num_sampled
+        return np.arange(num_prompt, num_prompt + num_sampled) <= self.num_decided
 
 
 def reference(model: PreTrainedModel, completion: Completion) -> Reference:
@@ -100,19 +109,22 @@ def reference(model: PreTrainedModel, completion: Completion) -> Reference:
     listed = (
         torch.tensor(completion.column(ColumnKind.TOPK_TOKEN_IDS)).long() if topk else torch.zeros(len(token_ids), 0)
     )
-    routing = None
+    routing, num_decided = None, sequence.shape[1]
     if moe:
         experts = int(model.config.num_experts_per_tok)
-        by_layer = [
-            logits.reshape(-1, logits.shape[-1])[: sequence.shape[1] - 1].topk(experts).indices.sort(-1).values
-            for logits in output.router_logits
-        ]
-        routing = torch.stack(by_layer, dim=1).numpy()
+        # [tokens, L, E], of every token but the last, which nothing was sampled from.
+        routers = torch.stack([each.reshape(-1, each.shape[-1])[:-1] for each in output.router_logits], dim=1)
+        likeliest = routers.topk(experts + 1)
+        routing = likeliest.indices[..., :experts].sort(-1).values.numpy()
+        tied = (likeliest.values[..., -2] - likeliest.values[..., -1] < TIE).any(-1).nonzero()
+        num_decided = int(tied[0]) if len(tied) else num_decided
     return Reference(
         logprobs=logprobs.gather(1, torch.tensor(token_ids).long()[:, None])[:, 0].numpy(),
+        best=logprobs.max(-1).values.numpy(),
         topk_token_ids=logprobs.topk(topk).indices.numpy(),
         candidates=logprobs.gather(1, listed.long()).numpy(),
         routing=routing,
+        num_decided=num_decided,
     )
 
 

@@ -1,10 +1,12 @@
-"""Leeway's own servers keep the contract that they ask of others, whatever engine they have."""
+"""Leeway's own servers keep the contract that they ask of others, whatever engine they have.
+
+What is about their end is looked at when they are of no more use: STOP-1 in `test_stopping`, STOP-2 in `test_pushes`.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from transformers import PreTrainedModel
 
 from leeway.conformance import kit
@@ -14,13 +16,20 @@ from leeway.conformance.session import KitOptions, Session
 from leeway.conformance.weights import checkpoint_weights
 from leeway.rpc import Security
 from tests.engines.engine_server import RUN, EngineServer
+from tests.engines.sampled import PATIENCE_SECONDS
+from tests.engines.stopping import STOPPING
 from tests.unit import tiny_models
 
-OPTIONS = KitOptions(run=RUN, samples=128, long_tokens=128, quiet_seconds=0.2, call_seconds=240, check_seconds=240)
-STOPPING = {"STOP-1", "STOP-2"}
+OPTIONS = KitOptions(
+    run=RUN,
+    samples=128,
+    long_tokens=128,
+    quiet_seconds=0.2,
+    call_seconds=PATIENCE_SECONDS,
+    check_seconds=PATIENCE_SECONDS,
+)
 
 
-@pytest.mark.timeout(600)
 async def test_every_requirement_is_met(server: EngineServer, models: list[PreTrainedModel], tmp_path: Path) -> None:
     weights = checkpoint_weights(tiny_models.save(models[0], tmp_path / "model"))
     await server.info()  # it has started

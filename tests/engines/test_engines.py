@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from inference_server.engine import Engine
 from leeway.errors import InvalidDataError, PreconditionError
-from leeway.types import ColumnKind, FinishReason, SamplingParams, WeightSnapshot
+from leeway.types import Array, ColumnKind, FinishReason, SamplingParams, WeightSnapshot
 from tests.engines.conftest import CONTEXT_LENGTH, VOCAB_SIZE
 from tests.engines.engine_server import EngineServer
 from tests.engines.in_flight import all_started, always_running, attempted, long_sampling, paused, prompts, swapped
@@ -82,15 +82,16 @@ async def test_weights_swapped_in_flight_are_labelled_where_they_sampled(
     for completion in met:
         steps = np.array(completion.steps())
         assert (np.diff(steps) >= 0).all()
-        old = difference(completion, models[0])
-        assert old[steps == 0].max() < EXACT
+        logprobs, old = completion.column(ColumnKind.BEHAVIOR_LOGPROBS), reference(models[0], completion)
+        assert_near(logprobs, old.logprobs, (steps == 0) & old.decided())
+        assert np.abs(logprobs - old.logprobs)[steps == 1].max() > 1e-2
         # Keys and values are kept: a token's routing is that of its only forward.
         first = int((steps == 1).argmax()) + len(completion.prompt) - 1
-        routing, expected = completion.column(ColumnKind.ROUTING), reference(models[0], completion).routing
-        assert expected is not None
-        np.testing.assert_array_equal(np.sort(routing[:first]), expected[:first])
-        assert old[steps == 1].max() > 1e-2
-        assert (np.sort(routing[first:]) != expected[first:]).any()
+        routing = np.sort(completion.column(ColumnKind.ROUTING))
+        assert old.routing is not None
+        before = slice(min(first, old.num_decided))
+        np.testing.assert_array_equal(routing[before], old.routing[before])
+        assert (routing[first:] != old.routing[first:]).any()
     for completion in fresh:
         assert set(completion.steps()) == {1}
         assert difference(completion, models[1]).max() < EXACT
@@ -115,8 +116,9 @@ async def test_a_paused_engine_samples_nothing_and_loses_nothing(
             for completion in completions:
                 steps = np.array(completion.steps())
                 assert set(steps) <= {2, 0}
-                old = difference(completion, models[2])[steps == 2]
-                assert not len(old) or old.max() < EXACT
+                old = reference(models[2], completion)
+                logprobs = completion.column(ColumnKind.BEHAVIOR_LOGPROBS)
+                assert_near(logprobs, old.logprobs, (steps == 2) & old.decided())
             return swapped(completions, 2, 0)
 
         await attempted(swap_twice_in_a_pause, "a pause with a sequence in flight")
@@ -233,22 +235,34 @@ async def test_running_sequences_are_computed_again_under_new_weights(
         assert (await recomputing_server.info()).max_concurrency == slots  # what was wanted is no lack of memory
     await asyncio.to_thread(_assert_ends_with_its_engine, recomputing_server)
     for old, new, met in ((0, 1, at_once), (1, 2, in_pause)):
+        num_compared = 0
         for completion in met:
             before = np.array(completion.steps()) == old
-            assert difference(completion, models[old])[before].max() < EXACT
-            expected = reference(models[new], completion)
-            assert difference(completion, models[new])[~before].max() < EXACT
-            listed = completion.column(ColumnKind.TOPK_LOGPROBS)[~before]
-            assert np.abs(listed - expected.candidates[~before]).max() < EXACT
+            earlier, later = reference(models[old], completion), reference(models[new], completion)
+            logprobs = completion.column(ColumnKind.BEHAVIOR_LOGPROBS)
+            assert_near(logprobs, earlier.logprobs, before & earlier.decided())
+            after = ~before & later.decided()
+            num_compared += int(after.sum())
+            assert_near(logprobs, later.logprobs, after)
+            assert_near(completion.column(ColumnKind.TOPK_LOGPROBS), later.candidates, after)
             # The first token after the swap comes from the position before it, which was computed again.
             first = int(before.sum()) + len(completion.prompt) - 1
-            routing, earlier = completion.column(ColumnKind.ROUTING), reference(models[old], completion).routing
-            assert expected.routing is not None
-            assert earlier is not None
-            np.testing.assert_array_equal(np.sort(routing[first + 1 :]), expected.routing[first + 1 :])
+            routing = np.sort(completion.column(ColumnKind.ROUTING))
+            assert later.routing is not None
+            assert earlier.routing is not None
+            again = slice(first + 1, later.num_decided)
+            np.testing.assert_array_equal(routing[again], later.routing[again])
             # SGLang forgets the routing of the first computation.
-            kept = expected.routing if recomputing_server.engine == "sglang" else earlier
-            np.testing.assert_array_equal(np.sort(routing[:first]), kept[:first])
+            kept = later if recomputing_server.engine == "sglang" else earlier
+            assert kept.routing is not None
+            once = slice(min(first, kept.num_decided))
+            np.testing.assert_array_equal(routing[once], kept.routing[once])
+        assert num_compared
+
+
+def assert_near(found: Array, expected: Array, where: Array) -> None:
+    """Equal but for rounding, of the tokens in question; [n] or [n, K], and [n] bool."""
+    assert not where.any() or np.abs(found - expected)[where].max() < EXACT
 
 
 def _assert_ends_with_its_engine(server: EngineServer) -> None:

@@ -13,6 +13,8 @@ import asyncio
 import contextlib
 import copy
 import random
+import signal
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +38,14 @@ from tests.engines.engine_server import (
     interpreter,
     started_server,
 )
-from tests.engines.sampled import Completion, reference, sample
+from tests.engines.sampled import PATIENCE_SECONDS, Completion, reference, sample
+from tests.engines.stopping import assert_stops
 from tests.push.faults import Faults, FaultyPublisher
 from tests.unit import tiny_models
 
 EXACT = 1e-4
 PUSHES = 10
+MOST_PUSHES = 60
 KILLED_AT = 4
 SEED = 11
 
@@ -80,6 +84,11 @@ class Account:
         self.num_swapped = 0
         self.versions: set[PolicyVersion] = set()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether enough was seen for it to say something."""
+        return self.num_tokens > 200 and self.num_swapped > 0 and len(self.versions) > PUSHES // 2
+
     def check(self, completion: Completion) -> None:
         spans = _merged(completion.spans)
         self.num_swapped += len(spans) > 1
@@ -91,8 +100,7 @@ class Account:
             assert np.abs(logprobs - expected.logprobs)[labelled].max() < EXACT, span
             candidates = completion.column(ColumnKind.TOPK_LOGPROBS)
             assert np.abs(candidates - expected.candidates)[labelled].max() < EXACT, span
-            listed = completion.column(ColumnKind.TOPK_TOKEN_IDS)
-            np.testing.assert_array_equal(listed[labelled, 0], expected.topk_token_ids[labelled, 0])
+            assert np.abs(candidates[:, 0] - expected.best)[labelled].max() < EXACT, span
             self.versions.add(span.version)
             self.num_tokens += span.end_token - span.start_token
 
@@ -114,7 +122,6 @@ def _merged(spans: Sequence[VersionSpan]) -> list[VersionSpan]:
     return merged
 
 
-@pytest.mark.timeout(900)  # two starts of the engine
 @pytest.mark.parametrize("engine", ENGINES)
 async def test_no_server_ever_serves_a_mixture_and_every_label_is_right(engine: str, tmp_path: Path) -> None:
     try:
@@ -140,36 +147,40 @@ async def test_no_server_ever_serves_a_mixture_and_every_label_is_right(engine: 
             async with _sequences(server, account, 1):
                 for _ in range(KILLED_AT):
                     await _push(publisher, history, server, account)
-                history.train()
-                await publisher.publish(history.publish())
-                if recomputed:
-                    await _until_staged(staging)
-                await _kill(server)
+                await _kill_while_it_stages(publisher, history, server, staging if recomputed else None)
         with started_server(engine, python, settings, tmp_path) as server:
             async with _sequences(server, account, 2):
-                for _ in range(PUSHES - KILLED_AT - 1):
+                # What goes wrong, and what a swap meets, is chance: more pushes follow until enough has been seen.
+                for number in range(MOST_PUSHES):
+                    if number >= PUSHES - KILLED_AT and account.is_full and _is_full(faults, publisher):
+                        break
                     await _push(publisher, history, server, account)
                 faults.probability = 0.0
                 history.train()
                 last = history.publish()
                 await publisher.publish(last)
-                await _until(server, lambda version: version == last.version, 60.0)
+                await _until(server, lambda version: version == last.version, PATIENCE_SECONDS)
             account.assert_told_apart(await _served(server, account))
+            await assert_stops(server, path, "STOP-2")
     finally:
         await learner.stop(0.0)
         await publisher.aclose()
     assert list(staging.iterdir()) == []
-    assert sum(faults.counts.values()) >= 3, faults.counts
-    assert account.num_tokens > 200
-    assert account.num_swapped
-    assert len(account.versions) > PUSHES // 2
-    sent = {
+    assert account.is_full
+    assert _is_full(faults, publisher), (faults.counts, _kinds_sent(publisher))
+
+
+def _is_full(faults: Faults, publisher: FaultyPublisher) -> bool:
+    return sum(faults.counts.values()) >= 3 and {"delta", "snapshot"} <= _kinds_sent(publisher)
+
+
+def _kinds_sent(publisher: FaultyPublisher) -> set[str]:
+    return {
         sample.labels["kind"]
         for family in publisher.metrics.published_bytes.collect()
         for sample in family.samples
         if sample.name.endswith("_total") and sample.value
     }
-    assert {"delta", "snapshot"} <= sent
 
 
 async def _push(publisher: FaultyPublisher, history: History, server: EngineServer, account: Account) -> None:
@@ -216,21 +227,51 @@ async def _sequences(server: EngineServer, account: Account, seed: int) -> Async
         ending.set()
 
 
-async def _kill(server: EngineServer) -> None:
-    """SIGKILL; what it has started ends with it."""
+async def _kill_while_it_stages(
+    publisher: FaultyPublisher, history: History, server: EngineServer, staging: Path | None
+) -> None:
+    """SIGKILL, with weights staged beside the engine if there is a place for that; what it has started ends with it.
+
+    It is stopped first: whoever sees a staged file is otherwise too late for it on a busy machine.
+    """
+    for _ in range(MOST_PUSHES):
+        history.train()
+        snapshot = history.publish()
+        await publisher.publish(snapshot)
+        if staging is None:
+            break
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(3.0):
+                while not _holds_a_file(staging):  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+        if _stopped_while(server, staging):
+            break
+    else:
+        raise AssertionError(f"nothing was met in the staging directory in {MOST_PUSHES} pushes")
     children = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()
-    _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=60)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=PATIENCE_SECONDS)
     assert not alive, alive
+
+
+def _holds_a_file(folder: Path) -> bool:
+    return any(folder.iterdir())
+
+
+def _stopped_while(server: EngineServer, staging: Path) -> bool:
+    """Stop the server for good if there is a staged file, which then stays."""
+    server.process.send_signal(signal.SIGSTOP)
+    process = psutil.Process(server.process.pid)
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while process.status() != psutil.STATUS_STOPPED:
+        assert time.monotonic() < deadline
+    if not _holds_a_file(staging):
+        server.process.send_signal(signal.SIGCONT)
+        return False
+    return True
 
 
 async def _until(server: EngineServer, condition: Callable[[PolicyVersion | None], bool], seconds: float) -> None:
     async with asyncio.timeout(seconds):
         while not condition((await server.info()).version):  # noqa: ASYNC110
             await asyncio.sleep(0.1)
-
-
-async def _until_staged(staging: Path) -> None:
-    async with asyncio.timeout(30):
-        while not any(staging.iterdir()):  # noqa: ASYNC110, ASYNC240
-            await asyncio.sleep(0.001)
