@@ -153,18 +153,24 @@ async def all_serve(servers: Sequence[Server], wanted: WeightSnapshot) -> None:
     await asyncio.gather(*(server.serves(wanted) for server in servers))
 
 
+async def all_have(learner: Learner, servers: Sequence[Server], wanted: WeightSnapshot) -> None:
+    """They serve it, and the learner, which may hear of it last, has ended the broadcast and kept the group."""
+    await all_serve(servers, wanted)
+    await until(lambda: learner.group)
+
+
 async def test_snapshot_and_deltas_reach_all_servers_bit_for_bit_and_are_sent_once() -> None:
     async with fleet(2) as (learner, servers):
         first = snapshot(1)
         await learner.publisher.publish(first)
-        await all_serve(servers, first)
+        await all_have(learner, servers, first)
         assert learner.sent("collective") == first.manifest.size_bytes
         group = learner.group
         newest = first
         for step in (2, 3):
             newest = snapshot(step, newest)
             await learner.publisher.publish(newest)
-            await all_serve(servers, newest)
+            await all_have(learner, servers, newest)
             await until(lambda n=newest: all(v == n.version for v in learner.publisher.servers.values()))
             assert learner.group == group != 0  # nobody joined or left
         assert learner.sent("grpc") == learner.sent("grpc", "delta") == learner.failed == 0
@@ -177,14 +183,14 @@ async def test_a_late_joiner_has_a_broadcast_of_its_own_and_is_with_the_others_n
     async with fleet(2) as (learner, servers):
         first = snapshot(1)
         await learner.publisher.publish(first)
-        await all_serve(servers, first)
+        await all_have(learner, servers, first)
         group = learner.group
         servers.append(Server("server-2", learner.address))
-        await servers[2].serves(first)
+        await all_have(learner, servers[2:], first)
         assert servers[2].received("collective") == first.manifest.size_bytes
         second = snapshot(2, first)
         await learner.publisher.publish(second)
-        await all_serve(servers, second)
+        await all_have(learner, servers, second)
         assert learner.broadcasts._group is not None
         assert learner.broadcasts._group[1].size == 4
         assert learner.group != group
@@ -192,7 +198,7 @@ async def test_a_late_joiner_has_a_broadcast_of_its_own_and_is_with_the_others_n
         await servers.pop(0).stop()
         await until(lambda: len(learner.publisher.servers) == 2)
         await learner.publisher.publish(third)
-        await all_serve(servers, third)
+        await all_have(learner, servers, third)
         assert learner.broadcasts._group[1].size == 3
         assert learner.sent("grpc") == learner.sent("grpc", "delta") == learner.failed == 0
 
