@@ -36,9 +36,7 @@ from inference_server.text import Tokenizer
 from inference_server.ticket_calls import TicketCalls
 from inference_server.trajectory_writer import TrajectoryWriter
 from inference_server.write_window import WriterLimits
-from leeway.errors import (
-    LeewayError,
-)
+from leeway.errors import LeewayError
 from leeway.metrics import InferenceServerMetrics
 from leeway.process import unless_stopped
 from leeway.replay_client import ReplayClient

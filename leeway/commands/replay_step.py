@@ -47,20 +47,11 @@ def _replay_step(arguments: argparse.Namespace) -> int:
 
 
 async def _replay(folder: RunFolder, ranks: int, step: int) -> int:
-    document = folder.document
-    async with open_replay(document) as client:
+    async with open_replay(folder.document) as client:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),
-            *(
-                "--config",
-                str(document.path),
-                "--directory",
-                str(folder.directory),
-                "--step",
-                str(step),
-                "--supervised",
-            ),
-            *("--set", f"network.replay_buffer={client.address}"),
+            *("--config", str(folder.document.path), "--set", f"network.replay_buffer={client.address}"),
+            *("--directory", str(folder.directory), "--step", str(step), "--supervised"),
             stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that we are gone
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
 from leeway.commands.configuration import read_configuration, with_free_ports
 from leeway.config import load_document
+from tests.e2e.processes import command, running
 from tests.e2e.rehearsal import EXAMPLE, SMALL
-from tests.e2e.test_rollback import command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -28,27 +25,11 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@asynccontextmanager
-async def service(module: str, config: Path, *arguments: str) -> AsyncGenerator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", module, "--config", str(config), *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
 async def test_a_run_of_services_that_were_started_by_hand(config: Path) -> None:
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(service("replay_buffer", config))
-        learner = await stack.enter_async_context(service("learner", config))
-        server = await stack.enter_async_context(service("inference_server", config, "--index", "0"))
+        await stack.enter_async_context(running("replay_buffer", "--config", str(config)))
+        learner = await stack.enter_async_context(running("learner", "--config", str(config)))
+        server = await stack.enter_async_context(running("inference_server", "--config", str(config), "--index", "0"))
         stdout, stderr = (text.decode() for text in await learner.communicate())
         assert (learner.returncode, stdout) == (0, ""), stderr
         for step in range(1, STEPS + 1):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import read_journal
+from tests.e2e.processes import command
 from tests.e2e.rehearsal import SMALL
 from tests.e2e.test_stop_and_resume import EXAMPLE, children, command_line, leeway
 
@@ -20,18 +19,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 40
 BACK_TO = 5
-
-
-async def command(*arguments: str) -> tuple[int, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "leeway.commands.main", *arguments),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    stdout, _ = await process.communicate()
-    assert process.returncode is not None
-    return process.returncode, stdout.decode()
 
 
 async def test_a_run_that_is_rolled_back_goes_on_from_the_checkpoint(tmp_path: Path) -> None:

@@ -7,15 +7,15 @@ import json
 import os
 import shlex
 import signal
-import sys
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
 
 from learner.records.journal import read_journal
 from tests.deadlines import WAIT_SECONDS
+from tests.e2e.processes import running
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -28,21 +28,8 @@ def arguments(directory: Path) -> list[str]:
     return ["run", str(EXAMPLE), *(part for override in overrides for part in ("--set", override))]
 
 
-@asynccontextmanager
-async def leeway(arguments: Sequence[str]) -> AsyncGenerator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "leeway.commands.main", *arguments, "--plain"),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-        # Its children hold its pipes' other ends no longer than they live.
-        await process.communicate()
+def leeway(arguments: Sequence[str]) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
+    return running("leeway.commands.main", *arguments, "--plain")
 
 
 async def training_begins(process: asyncio.subprocess.Process) -> None:
