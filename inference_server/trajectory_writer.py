@@ -25,7 +25,7 @@ from inference_server.write_window import MAX_ITEM_BYTES, WriterLimits, WriteWin
 from leeway import codec
 from leeway.errors import ExhaustedError, InvalidDataError, LeewayError, UnavailableError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import cancel_and_wait, from_rpc_error
+from leeway.rpc import cancel_and_wait, cancellation_kept, from_rpc_error
 from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 
@@ -151,14 +151,9 @@ class TrajectoryWriter:
         call = self._client.stub.WriteTrajectories()
         sender = asyncio.create_task(self._send(call), name="trajectory writer")
         try:
-            async with asyncio.timeout(self._limits.answer_timeout_seconds) as self._stall:
-                while isinstance(reply := await call.read(), replay_pb2.WriteTrajectoriesResponse):
-                    for message in reply.results:
-                        self._window.take_answer(codec.result_from_proto(message))
-                    if (retry_seconds := self._window.send_again_when_complete()) is not None:
-                        self._send_not_before = asyncio.get_running_loop().time() + self._told_to_wait(retry_seconds)
-                    self._answered.set()
-                    self._expect_answer()
+            with cancellation_kept():
+                async with asyncio.timeout(self._limits.answer_timeout_seconds) as self._stall:
+                    await self._receive(call)
             return "the buffer closed it"
         except TimeoutError:
             return f"no answer within {self._limits.answer_timeout_seconds:g} s"
@@ -172,6 +167,15 @@ class TrajectoryWriter:
             self._stall = None
             await cancel_and_wait(sender)
             call.cancel()
+
+    async def _receive(self, call: _Call) -> None:
+        while isinstance(reply := await call.read(), replay_pb2.WriteTrajectoriesResponse):
+            for message in reply.results:
+                self._window.take_answer(codec.result_from_proto(message))
+            if (retry_seconds := self._window.send_again_when_complete()) is not None:
+                self._send_not_before = asyncio.get_running_loop().time() + self._told_to_wait(retry_seconds)
+            self._answered.set()
+            self._expect_answer()
 
     async def _send(self, call: _Call) -> None:
         loop = asyncio.get_running_loop()

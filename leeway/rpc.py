@@ -228,9 +228,27 @@ _BY_CODE: Final = {error.code: error for error in reversed(list(_BY_REASON.value
 def mapped_errors(what: str) -> Generator[None]:
     """Turn a failed call's status into the LeewayError that caused it; `what` names call and peer."""
     try:
-        yield
+        with cancellation_kept():
+            yield
     except grpc.aio.AioRpcError as error:
         raise from_rpc_error(error, what) from error
+
+
+@contextmanager
+def cancellation_kept() -> Generator[None]:
+    """End with CancelledError if the task is cancelled inside, whatever else ends the block.
+
+    A stream's first read waits for a task of grpc.aio's own, which takes the cancellation upon itself; if the call ends
+    in the same moment, the reader sees its status only, and a task that calls again would never stop.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "calls are made in tasks"
+    num_cancels = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > num_cancels:
+            raise asyncio.CancelledError
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, what: str) -> LeewayError:

@@ -35,7 +35,7 @@ from leeway.errors import (
     UnavailableError,
 )
 from leeway.metrics import InferenceServerMetrics
-from leeway.rpc import Security, cancel_and_wait, from_rpc_error, open_channel
+from leeway.rpc import Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 
@@ -152,8 +152,9 @@ class WeightReceiver:
         try:
             await call.write(self._hello)
             self._call = call
-            while isinstance(message := await call.read(), policy_pb2.WatchPolicyResponse):
-                await self._take(_announcement_from_proto(message))
+            with cancellation_kept():
+                while isinstance(message := await call.read(), policy_pb2.WatchPolicyResponse):
+                    await self._take(_announcement_from_proto(message))
             return "the learner closed it"
         except grpc.aio.AioRpcError as error:
             if error.code() in _FATAL_CODES:
