@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +79,7 @@ async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Tic
 
 
 @contextmanager
-def leases_of(buffer: ReplayBuffer, seconds: float) -> Iterator[None]:
+def leases_of(buffer: ReplayBuffer, seconds: float) -> Generator[None]:
     """Whatever is lent within the block has such a lease; nothing else can lapse while the test looks on."""
     leases = buffer._runs[RUN].leases
     usual, leases.lease_seconds = leases.lease_seconds, seconds
