@@ -2,8 +2,8 @@
 
     reader ──> SHA-256 and CRC32C of each chunk ──> queue ──> all that waits: one write, one fdatasync ──> one answer
 
-`PORT DIRECTORY`. No identity, order, label or state is looked at, and nothing but the bytes could be found again. A draw
-reads the file back, message by message, one ahead of what is being sent.
+`PORT DIRECTORY`. No identity, order, label or state is looked at, and nothing but the bytes could be found again. A
+draw reads the file back, message by message, one ahead of what is being sent.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class KeptService(BareService):
             messages = [message for message in waiting if message is not None]
             going = len(messages) == len(waiting)
             await asyncio.to_thread(self._keep, [chunk for chunks, _ in messages for chunk in chunks])
-            yield replay_pb2.WriteTrajectoriesResponse(results=[result for _, results in messages for result in results])
+            answered = [result for _, results in messages for result in results]
+            yield replay_pb2.WriteTrajectoriesResponse(results=answered)
         await reader
 
     def _keep(self, chunks: Sequence[bytes]) -> None:
