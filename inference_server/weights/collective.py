@@ -69,7 +69,12 @@ class CollectiveWeights:
         return self._library.name
 
     def reaches(self, announcement: Announcement) -> bool:
-        return announcement.broadcast_port > 0 and announcement.version != self._spoilt and self._library.usable
+        if announcement.broadcast_port == 0 or announcement.version == self._spoilt:
+            return False
+        if not self._library.usable:
+            self._group = None  # it went with what carried it
+            return False
+        return True
 
     async def fetch(
         self, announcement: Announcement, request: WeightRequest, sizes: Sequence[int]

@@ -21,7 +21,7 @@ from typing import Final
 from leeway.collective.carrier import SLOTS, Carrier
 from leeway.collective.library import Part
 from leeway.collective.pieces import copy, gather, pieces
-from leeway.errors import UnavailableError
+from leeway.errors import LeewayError, UnavailableError
 
 _START_SECONDS: Final = 120.0
 _GRACE_SECONDS: Final = 5.0
@@ -62,7 +62,11 @@ class Carried:
     def prepare(self) -> None:
         with self._lock:
             carrier = self._carrier = self._carrier or self._start()
-        self.name = carrier.wait_until_ready(_START_SECONDS)
+        try:
+            self.name = carrier.wait_until_ready(_START_SECONDS)
+        except LeewayError:
+            carrier.kill()
+            raise
 
     def join(
         self, address: tuple[str, int], number: int, rank: int, size: int, patience_seconds: float

@@ -140,10 +140,8 @@ class Member:
         try:
             store.wait(keys, self._patience)
         except RuntimeError as error:
-            missing = ", ".join(str(other) for other, key in enumerate(keys) if not store.check([key]))
-            raise UnavailableError(
-                f"a group of {size} for a broadcast did not form: rank {missing} did not come"
-            ) from error
+            missing = " and ".join(f"rank {other}" for other, key in enumerate(keys) if not store.check([key]))
+            raise UnavailableError(f"a group of {size} for a broadcast did not form: {missing} did not come") from error
         ranks: dict[bytes, int] = {}
         for other, key in enumerate(keys):
             first = ranks.setdefault(store.get(key), other)

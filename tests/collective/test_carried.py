@@ -9,23 +9,26 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from leeway.collective import carried
 from leeway.collective.carried import Carried
+from leeway.collective.carrying import Member
 from leeway.collective.library import Group
 from leeway.collective.nccl import ENVIRONMENT, nccl
 from leeway.collective.rendezvous import Rendezvous
 from leeway.errors import ConfigError, UnavailableError
-from tests.collective.cpu_carrier import ROOT, cpu_library
+from tests.collective.cpu_carrier import ROOT, Cpu, cpu_library
 from tests.collective.members import broadcast, formed, prepared
 from tests.deadlines import WAIT_SECONDS
 
 PIECE_BYTES = 10_000
-SIZES = (0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 7 * PIECE_BYTES + 3)
+SIZES = (0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 70 * PIECE_BYTES + 3)
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +122,27 @@ def test_a_member_that_takes_nothing_ends_the_group_within_the_patience(ready: l
     prepared(ready)
 
 
+def test_a_member_leaves_its_group_before_it_forms_another(meeting: Rendezvous) -> None:
+    calls: list[str] = []
+
+    class Noting(Cpu):
+        def form(self, store: Any, address: tuple[str, int], rank: int, size: int, patience_seconds: float) -> Any:
+            calls.append("form")
+            return super().form(store, address, rank, size, patience_seconds)
+
+        def leave(self, group: Any) -> None:
+            calls.append("leave")
+
+    member = Member(Noting(Namespace(identity="", refuses="", hangs=False)), [torch.zeros(1, dtype=torch.uint8)])
+    for number in (1, 2):
+        member.form(*meeting.address, number, 0, 1, WAIT_SECONDS)
+    assert calls == ["form", "leave", "form"]
+
+
 def test_who_does_not_come_is_named_and_waited_for_no_longer_than_the_patience(
     ready: list[Carried], meeting: Rendezvous
 ) -> None:
-    with pytest.raises(UnavailableError, match=r"group of 3 .* did not form: rank 1, 2 did not come"):
+    with pytest.raises(UnavailableError, match=r"group of 3 .* did not form: rank 1 and rank 2 did not come"):
         ready[0].join(meeting.address, 70, 0, 3, 4.0)
     prepared(ready)
 
