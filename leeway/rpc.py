@@ -201,13 +201,13 @@ def _bind(server: grpc.aio.Server, address: str, security: Security) -> int:
     return server.add_secure_port(address, credentials)
 
 
-async def check_health(address: str, security: Security, timeout_seconds: float) -> None:
-    """Wait until the server at `address` serves.
+async def check_health(address: str, security: Security, timeout_seconds: float, *, patient: bool = True) -> None:
+    """Wait until the server at `address` serves; unless `patient`, only for the answer of one that listens already.
 
     Raises:
         UnavailableError, DeadlineError: it does not.
     """
-    async with open_channel(address, security) as channel:
+    async with open_channel(address, security, patient=patient) as channel:
         with mapped_errors(f"health check of {address}"):
             reply = await _health_grpc.HealthStub(channel).Check(
                 health_pb2.HealthCheckRequest(), timeout=timeout_seconds

@@ -184,11 +184,16 @@ class WeightReceiver:
 
     async def _answer(self, answer: policy_pb2.WatchPolicyRequest) -> None:
         """Tell the learner; if its stream is gone, the next one begins with an announcement again."""
-        if self._call is not None:
-            try:
-                await self._call.write(answer)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                log.info("an answer was not sent: the policy stream ended")
+        if self._call is None:
+            return
+        try:
+            await self._call.write(answer)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from None
+            # Or the other task gave the stream up, which looks as if this one were cancelled.
+            log.info("an answer was not sent: the policy stream ended")
 
     # Applying
 
