@@ -35,7 +35,7 @@ class BareService(replay_pb2_grpc.ReplayServiceServicer):
             for item in request.items:
                 size_bytes += len(item.chunk)
             if request.run == ANSWERED:
-                yield replay_pb2.WriteTrajectoriesResponse(results=map(_acknowledged, request.items))
+                yield replay_pb2.WriteTrajectoriesResponse(results=map(acknowledged, request.items))
                 count = 0
         if count:
             result = replay_pb2.WriteResult(seq=count, expected_seq=size_bytes)
@@ -47,13 +47,14 @@ class BareService(replay_pb2_grpc.ReplayServiceServicer):
         size_bytes, pieces, count = map(int, request.run.split(","))
         response = replay_pb2.DrawBatchResponse()
         for number in range(pieces):
-            response.pieces.add(trajectory=_header(number))
+            response.pieces.add(trajectory=header(number))
             response.pieces.add(chunk=bytes(size_bytes))
         for _ in range(count):
             yield response
 
 
-def _acknowledged(item: replay_pb2.WriteItem) -> replay_pb2.WriteResult:
+def acknowledged(item: replay_pb2.WriteItem) -> replay_pb2.WriteResult:
+    """What an item is answered with."""
     return replay_pb2.WriteResult(
         trajectory_id=item.trajectory_id,
         attempt=item.attempt,
@@ -62,7 +63,8 @@ def _acknowledged(item: replay_pb2.WriteItem) -> replay_pb2.WriteResult:
     )
 
 
-def _header(number: int) -> replay_pb2.TrajectoryHeader:
+def header(number: int) -> replay_pb2.TrajectoryHeader:
+    """What precedes a chunk in a draw."""
     return replay_pb2.TrajectoryHeader(
         trajectory_id=f"bare-g{number}.0",
         attempt=1,
@@ -72,11 +74,11 @@ def _header(number: int) -> replay_pb2.TrajectoryHeader:
     )
 
 
-async def main(port: int) -> None:
-    """Serve until killed."""
+async def serve(port: int, service: BareService) -> None:
+    """Until killed."""
     server = await start_server(
         f"127.0.0.1:{port}",
-        lambda to: replay_pb2_grpc.add_ReplayServiceServicer_to_server(BareService(), to),
+        lambda to: replay_pb2_grpc.add_ReplayServiceServicer_to_server(service, to),
         [],
         Security(),
     )
@@ -87,4 +89,4 @@ async def main(port: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1])))
+    asyncio.run(serve(int(sys.argv[1]), BareService()))

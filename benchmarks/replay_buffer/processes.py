@@ -101,6 +101,13 @@ def bare_server(directory: Path, port: int) -> Server:
     return Server(command, directory / "server.log")
 
 
+def kept_server(directory: Path, port: int) -> Server:
+    """The stream that keeps what comes, and decides nothing."""
+    directory.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "benchmarks.replay_buffer.kept_server", str(port), str(directory.resolve())]
+    return Server(command, directory / "server.log")
+
+
 def redis_server(directory: Path, port: int) -> Server:
     """Redis or Valkey of the distribution, each command durable before its answer.
 

@@ -16,10 +16,11 @@ from benchmarks.replay_buffer.workload import Workload
 from leeway.ports import free_port
 
 HOST: Final = "127.0.0.1"
-BARE, UNANSWERED, FILE, LEEWAY = "bare stream", "bare, unanswered", "plain file", "Leeway"
+BARE, UNANSWERED, KEPT = "bare stream", "bare, unanswered", "bare, kept"
+FILE, LEEWAY = "plain file", "Leeway"
 UNSYNCED, REVERB, REDIS = "Leeway, no fsync", "Reverb 0.14", "Redis"
-NAMES: Final = (BARE, UNANSWERED, FILE, LEEWAY, UNSYNCED, REVERB, REDIS)
-_KINDS: Final = {BARE: Bare, UNANSWERED: Unanswered, LEEWAY: Leeway, UNSYNCED: Leeway}
+NAMES: Final = (BARE, UNANSWERED, KEPT, FILE, LEEWAY, UNSYNCED, REVERB, REDIS)
+_KINDS: Final = {BARE: Bare, UNANSWERED: Unanswered, KEPT: Bare, LEEWAY: Leeway, UNSYNCED: Leeway}
 
 
 async def measure(
@@ -75,6 +76,8 @@ async def started(name: str, folder: Path, peers: Path) -> AsyncGenerator[Conten
     if name in _KINDS:
         if name in (BARE, UNANSWERED):
             server, durability = processes.bare_server(directory, port), "none; counts bytes"
+        elif name == KEPT:
+            server, durability = processes.kept_server(directory, port), "fdatasync before each answer; decides nothing"
         elif name == LEEWAY:
             server, durability = processes.replay_buffer(directory, port), "fdatasync before each answer"
         else:

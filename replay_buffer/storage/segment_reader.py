@@ -95,19 +95,21 @@ class SegmentReader:
         return CorruptDataError(f"{path}: the record at byte {location.offset - HEADER.size} is damaged on disk")
 
     def _bytes(self, segment: int, begin: int, size_bytes: int) -> bytes:
-        path = segment_path(self._directory, segment)
         with self._lock:
             try:
-                return os.pread(self._descriptor(path, segment), size_bytes, begin)
+                return os.pread(self._descriptor(segment), size_bytes, begin)
             except FileNotFoundError as error:
+                path = segment_path(self._directory, segment)
                 raise NotFoundError(f"{path} has been retired; what it held is gone") from error
             except OSError as error:
+                path = segment_path(self._directory, segment)
                 raise CorruptDataError(f"{path}: cannot read byte {begin}: {error.strerror}") from error
 
-    def _descriptor(self, path: Path, segment: int) -> int:
+    def _descriptor(self, segment: int) -> int:
         if segment in self._descriptors:
             self._descriptors.move_to_end(segment)
         else:
+            path = segment_path(self._directory, segment)
             self._descriptors[segment] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             if len(self._descriptors) > _MAX_OPEN_FILES:
                 os.close(self._descriptors.popitem(last=False)[1])
