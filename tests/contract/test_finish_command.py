@@ -117,19 +117,19 @@ def test_a_run_that_is_unknown_is_said(tmp_path: Path, leeway: Leeway) -> None:
     config.write_text(CONFIG.format(run="never", directory=tmp_path, address="127.0.0.1:1"), encoding="utf-8")
     code, said = leeway("buffer", "finish", str(config))
     assert (code, said) == (1, "leeway: run 'never' is unknown here: no learner has opened it\n")
-    assert not (tmp_path / "never" / "learner.lock").exists()
 
 
 async def test_a_run_whose_buffer_serves_ends_for_everyone_who_waits(tmp_path: Path) -> None:
-    """Named by its configuration file; afterwards the buffer is started again."""
+    """Named by its configuration file, on a host without the run's folder; afterwards the buffer is started again."""
     config = tmp_path / "cluster.toml"
-    async with serving(tmp_path / "log") as address, connected(address) as client:
+    async with serving(tmp_path / "log", lease_seconds=3600.0) as address, connected(address) as client:
         config.write_text(CONFIG.format(run=RUN, directory=tmp_path, address=address), encoding="utf-8")
         await leave_a_run(address)
         await client.join_run("late", SIGNATURE, DATASET, WAIT_SECONDS)
         drawing = asyncio.create_task(client.draw_batch(1, 3, WAIT_SECONDS))
         (open_group,) = [record async for record in client.export_groups() if record.state.name == "OPEN"]
         assert await asyncio.to_thread(main, ["buffer", "finish", str(config)]) == 0
+        assert not (tmp_path / RUN).exists()
         with pytest.raises(PreconditionError, match=r"ended for good .* at step 2 of 100; .* another name"):
             await drawing
         assert await client.acquire_tickets("late", version(2), 4, WAIT_SECONDS) == ([], True)
