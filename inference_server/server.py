@@ -49,7 +49,7 @@ from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.tasks import load_tasks
-from leeway.weight_transports import uses_broadcasts
+from leeway.weight_transports import BroadcastLibrary, broadcast_library
 
 log = logging.getLogger("inference_server")
 
@@ -95,7 +95,7 @@ class InferenceServerProcess:
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
-        self.broadcasts = uses_broadcasts(self.network)
+        self.broadcasts: BroadcastLibrary | None = broadcast_library(self.network)
         if joining is None:
             self._take_place(document, index, backend)
         else:

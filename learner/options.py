@@ -40,8 +40,8 @@ class LearnerOptions(Options):
         default=10.0,
         gt=0,
         le=600,
-        description="longest silence of one server in a broadcast (network.weights = collective), per 4 MiB; then all "
-        "of them fetch that version over gRPC",
+        description="longest silence of one server in a broadcast (network.weights = collective or collective-nccl), "
+        "per piece; then all of them fetch that version over gRPC",
     )
     checkpoint_every_steps: int = Field(
         default=50, ge=1, description="steps between checkpoints; a crash repeats at most this many"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Final
+from typing import Final, Literal
 
 from leeway.config import NetworkOptions
 from leeway.errors import ConfigError
 from leeway.rpc import is_loopback
 
+BroadcastLibrary = Literal["gloo", "nccl"]
+"""What broadcasts: see `leeway.collective`."""
+
+_LIBRARIES: Final[dict[str, BroadcastLibrary]] = {"collective": "gloo", "collective-nccl": "nccl"}
 _EVERYWHERE: Final = ("0.0.0.0", "[::]", "*")  # noqa: S104 (refused)
 
 
@@ -17,18 +21,21 @@ def uses_zeromq(network: NetworkOptions) -> bool:
     return network.weights == "zmq" or (network.weights == "auto" and is_loopback(network.policy))
 
 
-def uses_broadcasts(network: NetworkOptions) -> bool:
-    """Whether weights are broadcast to all servers at once.
+def broadcast_library(network: NetworkOptions) -> BroadcastLibrary | None:
+    """What broadcasts weights to all servers at once; None where nothing does.
+
+    Whether a machine can use NCCL shows when it is tried: `Library.prepare`.
 
     Raises:
-        ConfigError: they are to be, and cannot.
+        ConfigError: they are to be broadcast, and cannot.
     """
-    if network.weights != "collective":
-        return False
+    library = _LIBRARIES.get(network.weights)
+    if library is None:
+        return None
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(
-            'network.weights: "collective" needs torch in every process that sends or takes weights; install it or set '
-            '"grpc"'
+            f'network.weights: "{network.weights}" needs torch in every process that sends or takes weights; install '
+            'it or set "grpc"'
         )
     if network.policy.rpartition(":")[0] in _EVERYWHERE:
         raise ConfigError(
@@ -37,7 +44,7 @@ def uses_broadcasts(network: NetworkOptions) -> bool:
         )
     if not (is_loopback(network.policy) or network.insecure):
         raise ConfigError(
-            'network.weights: "collective" would send weights beyond this host unencrypted (digests still guard every '
-            'byte); set network.insecure = true if that network is yours alone, or "grpc"'
+            f'network.weights: "{network.weights}" would send weights beyond this host unencrypted (digests still '
+            'guard every byte); set network.insecure = true if that network is yours alone, or "grpc"'
         )
-    return True
+    return library

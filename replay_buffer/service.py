@@ -75,8 +75,9 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         if request.rank >= world_size:
             raise InvalidDataError(f"rank {request.rank} does not exist among {world_size}")
         groups = await self._buffer.draw(request.run, request.epoch, request.step, _deadline(context))
-        async for message in self._streamed(groups[request.rank :: world_size]):
-            yield message
+        async with aclosing(self._streamed(groups[request.rank :: world_size])) as replies:
+            async for reply in replies:
+                yield reply
 
     async def Advance(self, request: replay_pb2.AdvanceRequest, context: _Context) -> replay_pb2.AdvanceResponse:
         version, parent = codec.version_from_proto(request.version), codec.version_from_proto(request.parent)
@@ -240,15 +241,16 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def ExportGroups(self, request: replay_pb2.ExportGroupsRequest, context: _Context) -> AsyncIterator[Any]:
         wanted = Filter(codec.optional_purpose(request.purpose), codec.optional_state(request.state), request.step)
         async for view in self._buffer.export(request.run, wanted, request.limit):
-            async for message in self._streamed([view]):
-                yield message
+            async with aclosing(self._streamed([view])) as replies:
+                async for reply in replies:
+                    yield reply
 
     async def _streamed(self, views: Sequence[GroupView]) -> AsyncGenerator[bytes]:
         """Serialized messages, read from disk beside the event loop, one ahead of the network."""
         source = messages(views, self._buffer.read_many)
         ahead = asyncio.create_task(asyncio.to_thread(next, source, None))
         try:
-            while (message := await ahead) is not None:
+            while (message := await asyncio.shield(ahead)) is not None:
                 ahead = asyncio.create_task(asyncio.to_thread(next, source, None))
                 yield message
         finally:

@@ -59,6 +59,7 @@ class WriteStream:
             LogFailedError: the log is dead; nothing more is acknowledged.
         """
         reader = self._reader = asyncio.create_task(self._read(), name="write stream")
+        reader.add_done_callback(lambda _: self._read_more.set())  # also if it is stopped before it has begun
         try:
             while await self._something_unanswered():
                 await self._buffer.durable(self._unanswered[0][1])
@@ -88,17 +89,14 @@ class WriteStream:
         return codec.answer_to_wire(results)
 
     async def _read(self) -> None:
-        try:
-            async for request in self._requests:
-                if self._buffer.intake.crowded():
-                    await self._buffer.intake.admit(len(request))
-                self._unanswered.append((self._write(request), self._buffer.mark))
-                self._read_more.set()
-                while len(self._unanswered) >= _UNANSWERED_MESSAGES:
-                    self._room.clear()
-                    await self._room.wait()
-        finally:
+        async for request in self._requests:
+            if self._buffer.intake.crowded():
+                await self._buffer.intake.admit(len(request))
+            self._unanswered.append((self._write(request), self._buffer.mark))
             self._read_more.set()
+            while len(self._unanswered) >= _UNANSWERED_MESSAGES:
+                self._room.clear()
+                await self._room.wait()
 
     def _write(self, request: bytes) -> list[WriteResult]:
         run, server_id, items = codec.write_from_wire(request)

@@ -43,6 +43,7 @@ from learner.weights.collective import CollectiveWeights
 from learner.weights.local import LocalWeights
 from learner.weights.publication import Publication
 from learner.weights.publisher import Publisher, _Server
+from leeway.collective.gloo import Gloo
 from leeway.huggingface import model_signature
 from leeway.metrics import LearnerMetrics
 from leeway.ports import free_port
@@ -74,7 +75,7 @@ class TimedPublisher(Publisher):
     def __init__(self, model: Path, transport: Transport, max_delta_chain: int) -> None:
         metrics = LearnerMetrics(CollectorRegistry())
         self._zmq = LocalWeights(metrics) if transport == "zmq" else None
-        self._collective = CollectiveWeights("127.0.0.1", metrics) if transport == "collective" else None
+        self._collective = CollectiveWeights("127.0.0.1", metrics, Gloo()) if transport == "collective" else None
         super().__init__(RUN, model_signature(model), metrics, self._zmq, max_delta_chain, self._collective)
         self._acknowledgements: asyncio.Queue[tuple[float, policy_pb2.PolicyAcknowledgement]] = asyncio.Queue()
         self.server_process = 0

@@ -77,7 +77,7 @@ async def receive(arguments: argparse.Namespace) -> None:
         address=arguments.policy,
         security=Security(),
         allow_local=arguments.transport == "zmq",
-        broadcasts=arguments.transport == "collective",
+        broadcasts="gloo" if arguments.transport == "collective" else None,
         fetch_timeout_seconds=300.0,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )

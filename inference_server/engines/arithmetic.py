@@ -174,7 +174,8 @@ class ArithmeticEngine:
             if not self._active and not self._waiting:
                 self._work.clear()
                 await self._work.wait()
-            await self._running.wait()
+            while not self._running.is_set():  # a pause may have followed on the resume
+                await self._running.wait()
             if self._policy is not None:
                 self._step(*self._policy)
             # The simulated decode time; at least one turn of the loop, in which updates and requests come in.

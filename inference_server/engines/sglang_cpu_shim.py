@@ -1,7 +1,7 @@
 """What SGLang 0.5.23 needs to run on a CPU without AMX.
 
-`python -m inference_server.engines.sglang_cpu_shim ARGUMENTS` runs `sglang_server` after these repairs, in that process
-and in those that it spawns. Never started where there is a GPU.
+`python -m inference_server.engines.sglang_cpu_shim PARENT ARGUMENTS` runs `sglang_server` after these repairs, in that
+process and in those that it spawns. Never started where there is a GPU.
 
 torchvision   comes with CUDA only; its names must exist to be imported, and text needs none of them.
 sgl_kernel    has CUDA kernels only; likewise, none is called without AMX.

@@ -99,7 +99,7 @@ def _command_line(
     if on_cpu:
         arguments |= {"device": "cpu", "attention-backend": "torch_native", "sampling-backend": "pytorch"}
         flags += ["disable-overlap-schedule", "disable-cuda-graph", "sleep-on-idle"]
-    command = [sys.executable, "-m", module]
+    command = [sys.executable, "-m", module, str(os.getpid())]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     command += [f"--{flag}" for flag in flags] + list(options.arguments)

@@ -15,12 +15,15 @@ from collections.abc import AsyncGenerator, Sequence
 
 from inference_server.weights.transport import Announcement, Part
 from leeway import codec
-from leeway.collective import LIBRARY, Group
-from leeway.errors import InvalidDataError
+from leeway.collective.library import Group, Library
+from leeway.collective.making import make_library
+from leeway.errors import InvalidDataError, LeewayError
 from leeway.host_memory import HostMemory
 from leeway.rpc import mapped_errors
 from leeway.types import PolicyVersion, WeightRequest
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+
+__all__ = ["CollectiveWeights", "make_library"]
 
 log = logging.getLogger(__name__)
 
@@ -32,30 +35,46 @@ class CollectiveWeights:
         stub: the learner's PolicyService.
         address: of that service; groups meet at the announced port of its host.
         server_id: this server's name in the run.
+        library: what broadcasts; closed with this.
         timeout_seconds: longest wait for a seat.
     """
 
     name = "collective"
-    library = LIBRARY
 
     def __init__(
         self,
         stub: policy_pb2_grpc.PolicyServiceAsyncStub,
         address: str,
         server_id: str,
+        library: Library,
         timeout_seconds: float = 60.0,
     ) -> None:
         self._stub = stub
         self._address = address
         self._host = address.rpartition(":")[0]
         self._server_id = server_id
+        self._library = library
         self._timeout_seconds = timeout_seconds
         self._group: tuple[int, Group] | None = None  # with its number
         self._spoilt: PolicyVersion | None = None
         self._memory = HostMemory()
 
+    async def prepare(self) -> str:
+        """What the learner must have, too, so that this server takes part; empty when it cannot."""
+        try:
+            await asyncio.to_thread(self._library.prepare)
+        except LeewayError as error:
+            log.warning("%s takes no part in broadcasts and fetches over gRPC: %s", self._server_id, error.message)
+            return ""
+        return self._library.name
+
     def reaches(self, announcement: Announcement) -> bool:
-        return announcement.broadcast_port > 0 and announcement.version != self._spoilt
+        if announcement.broadcast_port == 0 or announcement.version == self._spoilt:
+            return False
+        if not self._library.usable:
+            self._group = None  # it went with what carried it
+            return False
+        return True
 
     async def fetch(
         self, announcement: Announcement, request: WeightRequest, sizes: Sequence[int]
@@ -68,7 +87,7 @@ class CollectiveWeights:
             address = (self._host, announcement.broadcast_port)
             patience_seconds = codec.seconds_from_proto(seat.patience)
             group = await asyncio.to_thread(
-                Group.join, address, seat.group, seat.rank, seat.world_size, patience_seconds
+                self._library.join, address, seat.group, seat.rank, seat.world_size, patience_seconds
             )
         memory = self._memory.take(sum(sizes))
         first = at = 0
@@ -109,3 +128,4 @@ class CollectiveWeights:
 
     def close(self) -> None:
         self._group = None
+        self._library.close()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
@@ -38,6 +38,10 @@ from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weight_transports import BroadcastLibrary
+
+if TYPE_CHECKING:
+    from inference_server.weights.collective import CollectiveWeights
 
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LAST_BACKOFF_SECONDS: Final = 2.0
@@ -65,7 +69,7 @@ class WeightReceiver:
         address: the learner's PolicyService.
         security: the run's certificates.
         allow_local: whether weights may come over ZeroMQ on the same host.
-        broadcasts: whether to take part in the learner's broadcasts; needs torch.
+        broadcasts: with what to take part in the learner's broadcasts; None to take no part.
         take_deltas: whether to hold the newest weights on the host and fetch only what changed.
         fetch_timeout_seconds: longest fetch of one version.
         metrics: shows pushes and pauses.
@@ -81,7 +85,7 @@ class WeightReceiver:
         address: str,
         security: Security,
         allow_local: bool,
-        broadcasts: bool = False,
+        broadcasts: BroadcastLibrary | None = None,
         take_deltas: bool = True,
         fetch_timeout_seconds: float,
         metrics: InferenceServerMetrics,
@@ -94,21 +98,15 @@ class WeightReceiver:
         transports: list[WeightTransport] = [StreamedWeights(self._stub, address, fetch_timeout_seconds)]
         if allow_local:
             transports.insert(0, IpcWeights())
-        library = ""
-        if broadcasts:
-            from inference_server.weights.collective import CollectiveWeights  # imports torch
+        self._collective: CollectiveWeights | None = None
+        if broadcasts is not None:
+            from inference_server.weights.collective import CollectiveWeights, make_library  # may import torch
 
-            collective = CollectiveWeights(self._stub, address, server_id)
-            transports.insert(0, collective)
-            library = collective.library
+            self._collective = CollectiveWeights(self._stub, address, server_id, make_library(broadcasts))
+            transports.insert(0, self._collective)
         self._fetcher = WeightFetcher(transports, take_deltas=take_deltas, metrics=metrics)
-        self._hello = policy_pb2.WatchPolicyRequest(
-            hello=policy_pb2.PolicyWatcher(
-                run=run,
-                server_id=server_id,
-                signature=codec.signature_to_proto(signature),
-                broadcast_library=library,
-            )
+        self._hello = policy_pb2.PolicyWatcher(
+            run=run, server_id=server_id, signature=codec.signature_to_proto(signature)
         )
         self._call: _Call | None = None
         self._newest: tuple[Announcement, float] | None = None  # with the time it came
@@ -122,11 +120,13 @@ class WeightReceiver:
             PreconditionError: run, model or tokenizer differ from the learner's.
         """
         try:
+            if self._collective is not None:
+                self._hello.broadcast_library = await self._collective.prepare()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch_forever(), name="weight watcher")
                 group.create_task(self._apply_forever(), name="weight applier")
         finally:
-            self._fetcher.close()
+            await asyncio.to_thread(self._fetcher.close)
             await self._channel.close()
 
     # Watching
@@ -150,7 +150,7 @@ class WeightReceiver:
         """
         call = self._stub.WatchPolicy()
         try:
-            await call.write(self._hello)
+            await call.write(policy_pb2.WatchPolicyRequest(hello=self._hello))
             self._call = call
             with cancellation_kept():
                 while isinstance(message := await call.read(), policy_pb2.WatchPolicyResponse):
@@ -184,11 +184,16 @@ class WeightReceiver:
 
     async def _answer(self, answer: policy_pb2.WatchPolicyRequest) -> None:
         """Tell the learner; if its stream is gone, the next one begins with an announcement again."""
-        if self._call is not None:
-            try:
-                await self._call.write(answer)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                log.info("an answer was not sent: the policy stream ended")
+        if self._call is None:
+            return
+        try:
+            await self._call.write(answer)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError from None
+            # Or the other task gave the stream up, which looks as if this one were cancelled.
+            log.info("an answer was not sent: the policy stream ended")
 
     # Applying
 

@@ -6,7 +6,8 @@
 A round is for one version and one base: servers that need the tensors and servers that need deltas are in different
 ones. Rounds go one after the other; who comes while one is on its way is in the next. A newer publication ends rounds
 that have not begun. What began is finished, or fails for all of its servers, which then fetch over gRPC: at once when
-one of them dies, after `patience_seconds` when one is silent. The learner's loop never waits for any of it.
+one of them dies and the library notices, after `patience_seconds` when one is silent. The learner's loop never waits
+for any of it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from typing import Final
 
 from learner.weights.outlet import Seat
 from learner.weights.publication import Part, Publication, kind_of
-from leeway.collective import LIBRARY, Group, Rendezvous
+from leeway.collective.library import Group, Library
+from leeway.collective.making import make_library
+from leeway.collective.rendezvous import Rendezvous
 from leeway.errors import LeewayError, NotFoundError, UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
 from leeway.types import WeightRequest
+
+__all__ = ["CollectiveWeights", "Library", "make_library"]
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ class CollectiveWeights:
     Args:
         host: address of this learner that servers reach; groups meet at a port of it.
         metrics: shows bytes sent and broadcasts that failed.
+        library: what broadcasts; prepared, and closed with this.
         patience_seconds: longest silence of a member before a broadcast is given up.
         gather_seconds: longest wait for the expected servers after the first has asked.
 
@@ -62,12 +68,11 @@ class CollectiveWeights:
         UnavailableError: the host cannot be listened on.
     """
 
-    library = LIBRARY
-
     def __init__(
         self,
         host: str,
         metrics: LearnerMetrics,
+        library: Library,
         *,
         patience_seconds: float = 10.0,
         gather_seconds: float = _GATHER_SECONDS,
@@ -75,8 +80,10 @@ class CollectiveWeights:
         self._metrics = metrics
         self._patience_seconds = patience_seconds
         self._gather_seconds = gather_seconds
+        self._library = library
+        self.library = library.name
         self._rendezvous = Rendezvous(host)
-        self.port = self._rendezvous.port
+        self.port = self._rendezvous.address[1]
         self._publication: Publication | None = None
         self._expected: frozenset[str] = frozenset()
         self._asked: set[str] = set()  # for something of the newest publication
@@ -99,6 +106,9 @@ class CollectiveWeights:
     async def join(self, server_id: str, request: WeightRequest, group: int) -> Seat:
         if self._task.done():
             raise UnavailableError("this learner broadcasts no more; fetch the weights")
+        if not self._library.usable:
+            self._group = None  # it went with what carried it
+            raise UnavailableError("this learner cannot broadcast at the moment; fetch the weights")
         if self._publication is None:
             raise NotFoundError("nothing is published yet; wait for the first announcement")
         whole = replace(request, first_part=0, end_part=0)
@@ -122,6 +132,7 @@ class CollectiveWeights:
         self._closing = True
         await cancel_and_wait(self._task)
         self._group = None
+        await asyncio.to_thread(self._library.close)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """However the task ended, nobody waits for it."""
@@ -189,7 +200,7 @@ class CollectiveWeights:
 
     def _send(self, group: Group | None, number: int, size: int, ready: _Round) -> tuple[Group, int]:
         if group is None:
-            group = Group(self._rendezvous.store, number, 0, size, self._rendezvous.host, self._patience_seconds)
+            group = self._library.join(self._rendezvous.address, number, 0, size, self._patience_seconds)
         sent_bytes = 0
         try:
             with closing(self._pieces(group, ready.parts)) as pieces:

@@ -6,7 +6,7 @@
         (an evaluation keeps                                        │
          servers at its version)        the outlets answer requests ├──> streamed weights (gRPC): servers anywhere
                                         for it and no other         ├──> local weights (ZeroMQ): servers on this host
-                                                                    └──> broadcasts (gloo): all servers at once
+                                                                    └──> broadcasts: all servers at once
 
 `publish` waits for its delta, never for a server. A server that falls behind skips what was overtaken and takes several
 deltas at once; one that joins late gets the newest announcement first. While the publication is held, `publish` keeps
@@ -183,7 +183,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
     ) -> policy_pb2.JoinBroadcastResponse:
         """See policy.proto."""
         if self._broadcasts is None:
-            raise PreconditionError('this learner does not broadcast; set network.weights = "collective" for both')
+            raise PreconditionError("this learner does not broadcast; set the same network.weights for both")
         wanted = codec.weight_request_from_proto(request.weights)
         seat = await self._broadcasts.join(request.server_id, wanted, request.group)
         return policy_pb2.JoinBroadcastResponse(
@@ -224,7 +224,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         log.warning(
             "%s takes no part in broadcasts: it has %s, this learner %s",
             hello.server_id,
-            hello.broadcast_library or 'no library for them; set network.weights = "collective" there, too',
+            hello.broadcast_library or "no library for them; its log says why, or set the same network.weights there",
             self._broadcasts.library,
         )
         return False

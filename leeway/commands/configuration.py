@@ -25,7 +25,7 @@ from leeway.errors import ConfigError
 from leeway.plugins import load_function
 from leeway.ports import free_port
 from leeway.tasks import load_tasks
-from leeway.weight_transports import uses_broadcasts
+from leeway.weight_transports import broadcast_library
 from replay_buffer.options import ReplayBufferOptions, read_options
 
 
@@ -135,7 +135,7 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
             "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"
         )
-    uses_broadcasts(configuration.network)
+    broadcast_library(configuration.network)
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):

@@ -14,9 +14,11 @@ from leeway.ports import free_port
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, check_health
 
-_PROBE_SECONDS: Final = 1.0
+_PROBE_SECONDS: Final = 10.0
+"""For the answer of a buffer that listens, however busy it is; where nobody listens, that is known at once."""
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 10.0
+"""For a buffer that was started here; beyond it is killed, which costs its log nothing."""
 
 
 @asynccontextmanager
@@ -42,7 +44,7 @@ async def open_replay(document: Document) -> AsyncGenerator[ReplayClient]:
 async def _serves(address: str, run: str, security: Security) -> bool:
     """Whether this very run is served there; another run's buffer may have taken the port."""
     try:
-        await check_health(address, security, _PROBE_SECONDS)
+        await check_health(address, security, _PROBE_SECONDS, patient=False)
         async with _client(address, run, security) as client:
             await client.run_status()
     except (UnavailableError, DeadlineError, NotFoundError):
@@ -82,8 +84,17 @@ async def _started(document: Document, address: str, security: Security) -> Asyn
         yield
     finally:
         process.stdin.close()  # its end stops a supervised service
-        await asyncio.wait_for(process.wait(), _STOP_SECONDS)
+        await _ended(process)
         await errors
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    try:
+        async with asyncio.timeout(_STOP_SECONDS):
+            await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()
 
 
 async def _wait_until_serving(

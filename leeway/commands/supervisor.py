@@ -29,6 +29,8 @@ from leeway.process import EXIT_OK, EXIT_REFUSED
 from leeway.rpc import cancel_and_wait
 
 OTHERS_STOP_SECONDS: Final = 2.0
+_KILLED_SECONDS: Final = 10.0
+"""How long the end of a process that was killed is waited for."""
 _FIRST_BACKOFF_SECONDS: Final = 0.25
 _MAX_BACKOFF_SECONDS: Final = 8.0
 _RESTART_WINDOW_SECONDS: Final = 120.0
@@ -144,8 +146,10 @@ class Supervisor:
                 if self._trained:
                     self._on_event(f"{child.service.name} did not stop within {grace_seconds:g} s and was killed")
                 _signal(child, signal.SIGKILL)
-        if late:
-            await asyncio.wait(late)
+        if late:  # a process that it started may hold its pipes, and then its end is not seen
+            _, late = await asyncio.wait(late, timeout=_KILLED_SECONDS)
+        for unseen in late:
+            unseen.cancel()
         await asyncio.sleep(0)  # let the keepers see the exits
 
     async def _keep(self, child: _Child) -> Outcome:
@@ -209,8 +213,11 @@ async def _read_lines(stream: asyncio.StreamReader, on_line: Callable[[str], Non
 
 
 def _signal(child: _Child, number: signal.Signals) -> None:
-    if child.process is not None and child.process.returncode is None:
-        child.process.send_signal(number)
+    process = child.process
+    if process is not None and process.returncode is None:
+        process.send_signal(number)
+        if number is signal.SIGKILL and process.stdin is not None:
+            process.stdin.close()  # what it started and could not stop hears of its end by this
 
 
 def _how_it_ended(code: int) -> str:

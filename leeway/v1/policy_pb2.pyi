@@ -74,8 +74,8 @@ class PolicyWatcher(_message.Message):
     server_id: _builtins.str
     """Name of the server, unique in the run."""
     broadcast_library: _builtins.str
-    """The library with which it can take part in broadcasts, "gloo/" and the version of torch; empty when it cannot. Only
-    who has the learner's own takes part.
+    """The library with which it can take part in broadcasts, with versions: "gloo/2.13.0", of torch, or
+    "nccl/2.28.9 torch/2.13.0"; empty when it cannot. Only who has the learner's own takes part.
     """
     @_builtins.property
     def signature(self) -> _common_pb2.ModelSignature:
@@ -321,8 +321,9 @@ Global___JoinBroadcastRequest: _TypeAlias = JoinBroadcastRequest  # noqa: Y015
 
 @_typing.final
 class JoinBroadcastResponse(_message.Message):
-    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 4 MiB, the
-    last one shorter; each piece is one broadcast of bytes.
+    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 4 MiB with
+    gloo, of 64 MiB with NCCL, the last one shorter; each piece is one broadcast of bytes. With NCCL one of a single byte
+    comes first, and before it every member writes under "device/RANK" in the store which GPU it has: no two may share one.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

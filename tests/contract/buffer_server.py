@@ -46,7 +46,8 @@ async def serving_buffer(
     **options: Any,
 ) -> AsyncGenerator[tuple[str, ReplayBuffer]]:
     """Serve a directory; yields the address and what is behind it."""
-    values = {"directory": directory, "lease_seconds": 60.0, "stop_seconds": 0.2, **options}
+    patience = {"lease_seconds": WAIT_SECONDS, "hold_seconds": WAIT_SECONDS}
+    values = {"directory": directory, "stop_seconds": 0.2, **patience, **options}
     durable_log = Log(LogOptions(directory, retry_seconds=0.01, open_file=open_file))
     buffer = ReplayBuffer(ReplayBufferOptions.model_validate(values), durable_log, free_bytes=free_bytes)
     buffer.start()

@@ -56,7 +56,7 @@ STEPS = 4
 def learner_options(**training: Any) -> LearnerOptions:
     values = {"learning_rate": 1e-3, "warmup_steps": 3, "publish_dtype": "float32", **training}
     return LearnerOptions.model_validate(
-        {"training": values, "checkpoint_every_steps": 2, "keep_checkpoints": 3, "draw_timeout_seconds": 20.0}
+        {"training": values, "checkpoint_every_steps": 2, "keep_checkpoints": 3, "draw_timeout_seconds": WAIT_SECONDS}
     )
 
 

@@ -219,6 +219,24 @@ async def test_pause_keeps_sequences_and_resume_goes_on() -> None:
         completion.check_labels()
 
 
+async def test_a_pause_holds_although_a_resume_came_just_before() -> None:
+    engine = ArithmeticEngine(ArithmeticEngineOptions(chunk_tokens=1))
+    await engine.update_weights(snapshot(1, 0))
+    await engine.pause()
+    events = engine.generate(request(3))
+    first = asyncio.ensure_future(anext(aiter(events)))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    await engine.resume()
+    await engine.pause()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert not first.done()
+    await engine.resume()
+    assert isinstance(await first, TrajectoryChunk)
+    await engine.aclose()
+
+
 async def test_cancelling_frees_the_slot() -> None:
     # At this pace the two would take minutes.
     async with backend(max_concurrency=1, chunk_tokens=1, token_seconds=0.05) as (remote, engine):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Generator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,8 +34,10 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2
+from replay_buffer import service
+from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.storage.segments import AppendFile, segment_path
-from tests.contract.buffer_server import connected, serving, write
+from tests.contract.buffer_server import connected, serving, serving_buffer, write
 from tests.contract.held_disk import HeldDisk
 from tests.deadlines import WAIT_SECONDS
 from tests.unit.replay_buffer.builders import (
@@ -74,6 +76,15 @@ async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Tic
     results = await write(client, [item for ticket in tickets for item in filled(ticket, [at])])
     assert {result.status for result in results} == {ACKNOWLEDGED}
     return tickets
+
+
+@contextmanager
+def leases_of(buffer: ReplayBuffer, seconds: float) -> Generator[None]:
+    """Whatever is lent within the block has such a lease; nothing else can lapse while the test looks on."""
+    leases = buffer._runs[RUN].leases
+    usual, leases.lease_seconds = leases.lease_seconds, seconds
+    yield
+    leases.lease_seconds = usual
 
 
 async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
@@ -192,12 +203,16 @@ async def test_a_waiting_worker_hears_that_the_run_has_finished(client: ReplayCl
     assert await waiting == ([], True)
 
 
-async def test_a_draw_waits_for_whole_groups_and_names_what_is_missing(client: ReplayClient) -> None:
+async def test_a_draw_waits_for_whole_groups_and_names_what_is_missing(
+    client: ReplayClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await client.open_run(spec(), ROOT, [])
     await fill(client, ROOT, 1)
     await client.acquire_tickets("s7", ROOT, 2, WAIT_SECONDS)
+    monkeypatch.setattr(service, "_DEADLINE_MARGIN_SECONDS", WAIT_SECONDS - 0.5)  # its answer comes before ours
     with pytest.raises(DeadlineError, match="needs 2 groups; 1 are ready and 1 are open at s7"):
-        await client.draw_batch(1, 1, 0.5)
+        await client.draw_batch(1, 1, WAIT_SECONDS)
+    monkeypatch.undo()
     drawing = asyncio.create_task(client.draw_batch(1, 1, WAIT_SECONDS))
     await fill(client, ROOT, 1)
     assert len(await drawing) == 2
@@ -244,9 +259,10 @@ async def test_an_older_learner_is_refused_even_while_it_waits(client: ReplayCli
 
 
 async def test_a_lapsed_lease_lends_the_group_again_and_fences_the_first_server(tmp_path: Path) -> None:
-    async with serving(tmp_path, lease_seconds=0.2) as address, connected(address) as client:
+    async with serving_buffer(tmp_path) as (address, buffer), connected(address) as client:
         await client.open_run(spec(max_staleness=0, groups_per_step=1), ROOT, [])
-        first = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
+        with leases_of(buffer, 0.05):
+            first = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
         again = (await client.acquire_tickets("s1", ROOT, 2, WAIT_SECONDS))[0][0]
         assert (again.group_id, again.attempt) == (first.group_id, 2)
         assert {result.status for result in await write(client, filled(first))} == {WriteStatus.ABORTED}
@@ -292,10 +308,11 @@ async def test_a_draw_is_idempotent_and_ranks_partition_it(client: ReplayClient)
 
 
 async def test_a_dead_server_holds_a_draw_up_no_longer_than_its_lease(tmp_path: Path) -> None:
-    async with serving(tmp_path, lease_seconds=0.3) as address, connected(address) as client:
+    async with serving_buffer(tmp_path) as (address, buffer), connected(address) as client:
         await client.open_run(spec(max_staleness=1, groups_per_step=1, members=1), ROOT, [])
+        with leases_of(buffer, 0.3):
+            await client.acquire_tickets("dead", ROOT, 1, WAIT_SECONDS)
         (first,), _ = await client.acquire_tickets("s0", ROOT, 1, WAIT_SECONDS)
-        await client.acquire_tickets("dead", ROOT, 1, WAIT_SECONDS)
         await write(client, filled(first))
         await client.draw_batch(1, 1, WAIT_SECONDS)
         await client.advance(1, version(1), ROOT)

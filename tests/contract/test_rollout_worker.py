@@ -32,6 +32,7 @@ from leeway.types import (
     Drain,
     DrainReason,
     LogprobMode,
+    PolicyVersion,
     Purpose,
     SegmentKind,
     Trajectory,
@@ -98,6 +99,7 @@ async def working(
     reward: Callable[..., Any] = lambda _task, completion: len(completion),
     step: int | None = 0,
     limits: WorkerLimits | None = None,
+    drain_seconds: float = WAIT_SECONDS,
     reward_limits: RewardLimits | None = None,
     engine: Engine | None = None,
     **engine_options: Any,
@@ -117,7 +119,7 @@ async def working(
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
             reward=RewardRunner(reward, "mine:score", reward_limits or RewardLimits(), metrics),
-            limits=limits or WorkerLimits(ticket_wait_seconds=0.5),
+            limits=replace(limits or WorkerLimits(ticket_wait_seconds=0.5), drain_seconds=drain_seconds),
             writer_limits=WriterLimits(flush_seconds=0.001, exhausted_wait_seconds=0.01),
             metrics=metrics,
         )
@@ -171,22 +173,48 @@ async def test_tickets_become_whole_trajectories(late_columns: bool) -> None:
         assert len({tuple(rig.trajectory(f"g1.{m}").token_ids.tolist()) for m in range(4)}) > 1  # seeds differ
 
 
+class HaltingEngine(ArithmeticEngine):
+    """Stands still after each 16 steps until it is told to go on, however late that is."""
+
+    def __init__(self, options: ArithmeticEngineOptions) -> None:
+        super().__init__(options)
+        self.steps = 0
+        self.halts = True
+
+    @property
+    def halted(self) -> bool:
+        return not self._running.is_set()
+
+    def _step(self, version: PolicyVersion, weights: ArithmeticWeights) -> None:
+        super()._step(version, weights)
+        self.steps += 1
+        if self.halts and self.steps % 16 == 0:
+            self._running.clear()
+
+    async def go_on(self) -> None:
+        self.halts = False
+        await self.resume()
+
+
 async def test_labels_hold_while_versions_change() -> None:
     replay = FakeReplay()
     long = replace(SAMPLING, max_tokens=800, stop_token_ids=())
     await replay.add(*(ticket(number, sampling=long) for number in range(4)))
-    async with working(replay, chunk_tokens=4) as rig:
+    engine = HaltingEngine(ArithmeticEngineOptions(chunk_tokens=4))
+    async with working(replay, engine=engine) as rig:
         for step in range(1, 8):
-            before = len(replay.arrived)
-            await until(lambda before=before: len(replay.arrived) > before + 10 or replay.num_endings >= 16)
+            await until(lambda: engine.halted)
             await rig.policy.update(snapshot(step))
+            await engine.resume()
+        await until(lambda: engine.halted)
+        await engine.go_on()
         await rig.ended(16)
         await rig.finish()
         seen = set[int]()
         for number in range(4):
             for member in range(4):
                 seen |= check_provenance(rig.trajectory(f"g{number}.{member}"), len(f"train {number}"))
-        assert len(seen) > 2
+        assert seen == set(range(8))
 
 
 async def test_nothing_is_asked_for_before_a_version_is_in_force() -> None:
@@ -254,9 +282,11 @@ async def test_a_swap_during_an_evaluation_is_noticed() -> None:
     long = replace(SAMPLING, max_tokens=3000, stop_token_ids=())
     version = snapshot(0).version
     await replay.add(ticket(1, purpose=Purpose.EVAL, pinned_version=version, evaluation_id="e", sampling=long))
-    async with working(replay, chunk_tokens=4) as rig:
-        await until(lambda: len(replay.arrived) > 8)
+    engine = HaltingEngine(ArithmeticEngineOptions(chunk_tokens=4))
+    async with working(replay, engine=engine) as rig:
+        await until(lambda: engine.halted and len(replay.arrived) > 8)
         await rig.policy.update(snapshot(1))
+        await engine.go_on()
         await rig.ended(4)
         failure = rig.failure("g1.0")
         assert failure.retryable
@@ -398,7 +428,7 @@ async def test_a_stop_hands_back_what_is_open() -> None:
     replay = FakeReplay()
     endless = replace(SAMPLING, max_tokens=4000, stop_token_ids=())
     await replay.add(ticket(1, sampling=endless), ticket(2, sampling=endless))
-    async with working(replay, chunk_tokens=4, max_concurrency=4, token_seconds=0.001) as rig:
+    async with working(replay, chunk_tokens=4, max_concurrency=4, token_seconds=0.01) as rig:
         await until(lambda: len(replay.arrived) > 8)
         rig.stop.set()
         await asyncio.wait_for(asyncio.shield(rig.task), WAIT_SECONDS)
@@ -430,8 +460,7 @@ async def test_a_stop_that_nobody_answers_says_what_becomes_of_the_rest(caplog: 
     replay = FakeReplay()
     replay.break_stream = lambda _stream, _item: "exhausted"
     await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=4000, stop_token_ids=())))
-    limits = WorkerLimits(ticket_wait_seconds=0.5, drain_seconds=0.1)
-    async with working(replay, limits=limits, chunk_tokens=1, token_seconds=0.01) as rig:
+    async with working(replay, drain_seconds=0.1, chunk_tokens=1, token_seconds=0.01) as rig:
         await until(lambda: replay.streams > 2)
         rig.stop.set()
         await rig.task
@@ -499,7 +528,7 @@ async def test_an_engine_that_is_gone_ends_the_worker() -> None:
     replay = FakeReplay()
     endless = replace(SAMPLING, max_tokens=4000, stop_token_ids=())
     await replay.add(ticket(1, sampling=endless))
-    async with working(replay, token_seconds=0.001, chunk_tokens=1) as rig:
+    async with working(replay, token_seconds=0.01, chunk_tokens=1) as rig:
         await until(lambda: len(replay.arrived) > 3)
         await rig.engine.aclose()
         with pytest.RaisesGroup(pytest.RaisesExc(UnavailableError, match="engine is gone"), flatten_subgroups=True):

@@ -6,157 +6,37 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Generator, Sequence
 
-import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.served_policy import ServedPolicy
 from inference_server.weights import collective as receiving
-from inference_server.weights.receiver import WeightReceiver
-from learner.weights.collective import CollectiveWeights
 from learner.weights.publisher import Publisher
-from leeway import arithmetic, codec, collective
-from leeway.collective import Group, Part
-from leeway.errors import NotFoundError, PreconditionError
-from leeway.metrics import InferenceServerMetrics, LearnerMetrics
-from leeway.rpc import Security, cancel_and_wait, mapped_errors, open_channel, start_server
-from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
-from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights import tensor_entry, weights_digest
+from leeway import arithmetic
+from leeway.collective.gloo import Gloo, GlooGroup
+from leeway.collective.library import Part
+from leeway.errors import ConfigError, NotFoundError, PreconditionError
+from leeway.metrics import LearnerMetrics
+from leeway.v1 import policy_pb2
+from tests.contract.broadcasting import (
+    PIECE_BYTES,
+    RUN,
+    Server,
+    all_have,
+    all_serve,
+    fleet,
+    learner_of,
+    seat_of,
+    snapshot,
+    until,
+)
 from tests.deadlines import WAIT_SECONDS
-from tests.push.engine import WeightsEngine
-
-RUN = "broadcasts"
-SIZES = (300_000, 0, 7, 2_000_000, 1000, 0)  # elements of two bytes: in one piece, in several, empty
-PIECE_BYTES = 500_000
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collective, "PIECE_BYTES", PIECE_BYTES)
-
-
-def snapshot(step: int, base: WeightSnapshot | None = None) -> WeightSnapshot:
-    """Random weights, or a few percent of the base's elements a unit away."""
-    generator = np.random.default_rng(step)
-    words = [generator.integers(0, 1 << 16, size, np.uint16) for size in SIZES]
-    if base is not None:
-        words = [np.frombuffer(buffer, np.uint16).copy() for buffer in base.buffers]
-        for word in words:
-            word[generator.random(len(word)) < 0.02] += 1
-    buffers = [word.astype("<u2").tobytes() for word in words]
-    manifest = WeightManifest(
-        tuple(tensor_entry(f"t{i}", "bfloat16", (len(data) // 2,), data) for i, data in enumerate(buffers))
-    )
-    return WeightSnapshot(PolicyVersion(RUN, 1, step, weights_digest(manifest)), 1, manifest, buffers)
-
-
-class Learner:
-    """A publisher that broadcasts."""
-
-    def __init__(self, patience_seconds: float, gather_seconds: float) -> None:
-        self.metrics = LearnerMetrics(CollectorRegistry())
-        self.broadcasts = CollectiveWeights(
-            "127.0.0.1", self.metrics, patience_seconds=patience_seconds, gather_seconds=gather_seconds
-        )
-        self.publisher = Publisher(RUN, arithmetic.SIGNATURE, self.metrics, None, broadcasts=self.broadcasts)
-        self.address = ""
-
-    def sent(self, transport: str, kind: str = "snapshot") -> int:
-        return int(self.metrics.published_bytes.labels(transport, kind)._value.get())
-
-    @property
-    def failed(self) -> int:
-        return int(self.metrics.failed_broadcasts._value.get())
-
-    @property
-    def group(self) -> int:
-        return self.broadcasts._group[0] if self.broadcasts._group is not None else 0
-
-
-class Server:
-    """An engine with a receiver that takes part in broadcasts."""
-
-    def __init__(self, name: str, address: str, **options: Any) -> None:
-        self.engine = WeightsEngine()
-        self.policy = ServedPolicy(self.engine, RUN)
-        self.metrics = InferenceServerMetrics(CollectorRegistry())
-        fields: dict[str, Any] = {"broadcasts": True, "allow_local": False, "fetch_timeout_seconds": WAIT_SECONDS}
-        self.receiver = WeightReceiver(
-            policy=self.policy,
-            signature=arithmetic.SIGNATURE,
-            run=RUN,
-            server_id=name,
-            address=address,
-            security=Security(),
-            metrics=self.metrics,
-            **(fields | options),
-        )
-        self.task = asyncio.create_task(self.receiver.run())
-
-    def received(self, transport: str, kind: str = "snapshot") -> int:
-        return int(self.metrics.received_weight_bytes.labels(transport, kind)._value.get())
-
-    async def serves(self, wanted: WeightSnapshot) -> None:
-        async with asyncio.timeout(WAIT_SECONDS):
-            while self.policy.version != wanted.version:
-                await self.policy.wait_for_change(self.policy.version)
-        assert [bytes(live) for live in self.engine._live] == [bytes(buffer) for buffer in wanted.buffers]
-
-    async def stop(self) -> None:
-        await cancel_and_wait(self.task)
-
-
-@asynccontextmanager
-async def learner_of(
-    *, patience_seconds: float = WAIT_SECONDS, gather_seconds: float = WAIT_SECONDS
-) -> AsyncGenerator[Learner]:
-    learner = Learner(patience_seconds, gather_seconds)
-    server = await start_server(
-        "127.0.0.1:0",
-        lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(learner.publisher, s),
-        [],
-        Security(),
-    )
-    learner.address = f"127.0.0.1:{server.port}"
-    try:
-        yield learner
-    finally:
-        await server.stop(0.0)
-        await learner.broadcasts.aclose()
-
-
-@asynccontextmanager
-async def fleet(count: int = 2, **options: float) -> AsyncGenerator[tuple[Learner, list[Server]]]:
-    """A learner that has announced nothing, and servers that watch it."""
-    async with learner_of(**options) as learner:
-        servers = [Server(f"server-{index}", learner.address) for index in range(count)]
-        try:
-            await until(lambda: len(learner.publisher.servers) == count)
-            yield learner, servers
-        finally:
-            for server in servers:
-                await server.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not condition():
-            await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0.002))})
-
-
-async def all_serve(servers: Sequence[Server], wanted: WeightSnapshot) -> None:
-    await asyncio.gather(*(server.serves(wanted) for server in servers))
-
-
-async def all_have(learner: Learner, servers: Sequence[Server], wanted: WeightSnapshot) -> None:
-    """They serve it, and the learner, which may hear of it last, has ended the broadcast and kept the group."""
-    await all_serve(servers, wanted)
-    await until(lambda: learner.group)
+    monkeypatch.setattr(Gloo, "piece_bytes", PIECE_BYTES)
 
 
 async def test_snapshot_and_deltas_reach_all_servers_bit_for_bit_and_are_sent_once() -> None:
@@ -218,9 +98,9 @@ async def test_servers_with_and_without_a_base_have_different_broadcasts() -> No
 
 
 async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = Group.send
+    send = GlooGroup.send
 
-    def spoilt(group: Group, parts: Sequence[Part]) -> Generator[int]:
+    def spoilt(group: GlooGroup, parts: Sequence[Part]) -> Generator[int]:
         wrong = bytearray(parts[3])
         wrong[3_000_000] ^= 1
         return send(group, [*parts[:3], bytes(wrong), *parts[4:]])
@@ -228,7 +108,7 @@ async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monk
     async with fleet(2) as (learner, servers):
         first, second = snapshot(1), snapshot(2)
         with monkeypatch.context() as broken:
-            broken.setattr(Group, "send", spoilt)
+            broken.setattr(GlooGroup, "send", spoilt)
             await learner.publisher.publish(first)
             await all_serve(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
@@ -238,16 +118,6 @@ async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monk
         await all_serve(servers, second)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
-
-
-async def seat_of(learner: Learner, name: str, version: WeightSnapshot) -> policy_pb2.JoinBroadcastResponse:
-    wanted = codec.weight_request_to_proto(WeightRequest(version.version))
-    async with open_channel(learner.address, Security()) as channel:
-        stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(channel)
-        with mapped_errors("JoinBroadcast"):
-            return await stub.JoinBroadcast(
-                policy_pb2.JoinBroadcastRequest(server_id=name, weights=wanted), timeout=WAIT_SECONDS
-            )
 
 
 async def test_a_server_that_takes_a_seat_and_never_comes_costs_the_others_their_patience() -> None:
@@ -281,10 +151,10 @@ async def test_a_server_that_does_not_ask_is_not_waited_for() -> None:
 
 MEMBER = """
 import sys, signal
-from leeway.collective import Group
+from leeway.collective.gloo import Gloo
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
-group = Group.join(("127.0.0.1", port), number, rank, size, 600.0)
+group = Gloo().join(("127.0.0.1", port), number, rank, size, 600.0)
 list(group.receive(memoryview(bytearray(piece))))
 print("one", flush=True)
 signal.pause()
@@ -297,9 +167,9 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
 ) -> None:
     hit = asyncio.Event()
     loop = asyncio.get_running_loop()
-    send = Group.send
+    send = GlooGroup.send
 
-    def stopping(group: Group, parts: Sequence[Part]) -> Generator[int]:
+    def stopping(group: GlooGroup, parts: Sequence[Part]) -> Generator[int]:
         sizes = send(group, parts)
         for count, size in enumerate(sizes):
             if count == 1:
@@ -311,7 +181,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
         learner.broadcasts.expect(frozenset({"server-0", "server-1", "victim"}))
         first = snapshot(1)
         with monkeypatch.context() as patched:
-            patched.setattr(Group, "send", stopping)
+            patched.setattr(GlooGroup, "send", stopping)
             victim = await asyncio.create_subprocess_exec(
                 sys.executable, "-W", "ignore", "-c", MEMBER,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
@@ -341,9 +211,9 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
 
 
 async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = Group.send
+    send = GlooGroup.send
 
-    def failing(group: Group, parts: Sequence[Part]) -> Generator[int]:
+    def failing(group: GlooGroup, parts: Sequence[Part]) -> Generator[int]:
         sizes = send(group, parts)
         yield next(sizes)
         raise receiving.InvalidDataError("planted")
@@ -351,7 +221,7 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
     async with fleet(2, patience_seconds=2 * WAIT_SECONDS) as (learner, servers):
         first = snapshot(1)
         with monkeypatch.context() as broken:
-            broken.setattr(Group, "send", failing)
+            broken.setattr(GlooGroup, "send", failing)
             await learner.publisher.publish(first)
             await all_serve(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
@@ -364,12 +234,12 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
 async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thought_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def impossible(_group: Group, _parts: Sequence[Part]) -> Generator[int]:
+    def impossible(_group: GlooGroup, _parts: Sequence[Part]) -> Generator[int]:
         raise ZeroDivisionError
         yield
 
     async with fleet(2, patience_seconds=2 * WAIT_SECONDS) as (learner, servers):
-        monkeypatch.setattr(Group, "send", impossible)
+        monkeypatch.setattr(GlooGroup, "send", impossible)
         for version in (snapshot(1), snapshot(2)):
             await learner.publisher.publish(version)
             await all_serve(servers, version)
@@ -404,15 +274,32 @@ async def test_a_server_that_gives_up_waiting_has_no_seat() -> None:
         assert (seat.rank, seat.world_size) == (1, 2)
 
 
-@pytest.mark.parametrize("library", ["", "gloo/1.0"])
-async def test_a_server_with_another_library_fetches(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiving.CollectiveWeights, "library", library)
+class Another(Gloo):
+    """Of another version."""
+
+    name = "gloo/1.0"
+
+
+class Unusable(Gloo):
+    """Of a machine that cannot take part."""
+
+    def prepare(self) -> None:
+        raise ConfigError("planted")
+
+
+@pytest.mark.parametrize(("library", "said"), [(Another, "it has gloo/1.0"), (Unusable, "no library for them")])
+async def test_a_server_with_another_library_or_none_fetches(
+    library: type[Gloo], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(receiving, "make_library", lambda _name: library())
     async with fleet(1) as (learner, servers):
         first = snapshot(1)
         await learner.publisher.publish(first)
         await servers[0].serves(first)
         assert learner.sent("grpc") == first.manifest.size_bytes
         assert servers[0].metrics.weight_fallbacks.labels("collective")._value.get() == 0
+        assert said in caplog.text
+        assert ("takes no part in broadcasts and fetches over gRPC: planted" in caplog.text) == (library is Unusable)
 
 
 async def test_a_learner_that_does_not_broadcast_says_so() -> None:

@@ -23,6 +23,7 @@ from learner.weights.publisher import Publisher
 from leeway import arithmetic
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.metrics import InferenceServerMetrics, LearnerMetrics
+from leeway.ports import free_port
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.v1 import policy_pb2_grpc
@@ -66,11 +67,12 @@ class Learner:
         self.publisher._acknowledged = on_acknowledged
         self.publisher.FetchWeights = fetch_weights
 
-    async def start(self, address: str = "127.0.0.1:0") -> str:
+    async def start(self, address: str = "") -> str:
+        address = address or f"127.0.0.1:{free_port('127.0.0.1')}"  # nobody else gets it between a stop and a start
         self.server = await start_server(
             address, lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.publisher, s), [], self.security
         )
-        return f"127.0.0.1:{self.server.port}"
+        return address
 
     async def stop(self) -> None:
         if self.server is not None:
@@ -100,6 +102,9 @@ class Server:
             "metrics": InferenceServerMetrics(CollectorRegistry()),
         }
         self.receiver = WeightReceiver(**(fields | options))
+        for transport in self.receiver._fetcher._transports:
+            if isinstance(transport, IpcWeights):
+                transport.timeout_seconds = WAIT_SECONDS  # a learner that is late is not passed over
         self.task = asyncio.create_task(self.receiver.run())
 
     @property

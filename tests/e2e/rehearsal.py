@@ -163,6 +163,14 @@ class SlowSteps(Weather):
         return await super().request(method, first)
 
 
+async def happened(event: asyncio.Event) -> None:
+    """Wait, but not for ever: what is asserted afterwards says that it did not happen."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(WAIT_SECONDS):
+            await event.wait()
+    event.set()
+
+
 async def rehearse(
     directory: Path,
     victim: str,

@@ -18,8 +18,8 @@ from leeway.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
 from tests.deadlines import WAIT_SECONDS
 from tests.e2e.oracle import Oracle
-from tests.e2e.recording_proxy import Call, Write
-from tests.e2e.rehearsal import rehearse
+from tests.e2e.recording_proxy import Call, Fate, Weather, Write
+from tests.e2e.rehearsal import happened, rehearse
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -42,16 +42,22 @@ class HonestOnly(Oracle):
         return (line for line in super().true() if line.partition(":")[0] not in lies or "was to start from" in line)
 
 
-class Visitors:
+class Visitors(Weather):
     """Servers that the configuration does not list, each a process of its own.
 
     late     joins and stays
     leaver   joins, works, and gets SIGTERM
     mortal   joins, works, and gets SIGKILL
     odd      joins through a backend that serves stale weights under new labels
+
+    However long that takes, the run waits until all of them ask for work, until the leaver has said that it goes, and
+    until the odd one has been told that it is drained.
     """
 
     def __init__(self, directory: Path) -> None:
+        self.asking: set[str] = set()
+        self.all_ask, self.left, self.told = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.drained = False
         self.config = directory / "rehearsal" / "config.toml"
         self.logs = directory
         self.processes: dict[str, asyncio.subprocess.Process] = {}
@@ -59,16 +65,38 @@ class Visitors:
         self.closed: Counter[str] = Counter()
         self.gone: set[str] = set()
 
+    async def request(self, method: str, first: bool) -> Fate:
+        if method == "DrawBatch" and self.starting:
+            await happened(self.all_ask)
+            if "leaver" in self.gone:
+                await happened(self.left)
+            if self.drained:
+                await happened(self.told)
+        return Fate.ARRIVES
+
     def on_event(self, event: str, subject: Call | Write) -> None:
-        if event == "Advance.ended" and isinstance(subject, Call) and not self.starting:
-            if subject.request.version.step >= JOIN_AT_STEP:
-                self.starting = [asyncio.create_task(self._start())]
-        elif event == "write.answered" and isinstance(subject, Write):
+        if isinstance(subject, Call):
+            self._on_call(event, subject)
+        elif event == "write.answered":
             self.closed[subject.server_id] += subject.item.WhichOneof("content") == "close"
             for name, number in (("leaver", signal.SIGTERM), ("mortal", signal.SIGKILL)):
                 if self.closed[name] >= ENOUGH_CLOSES and name not in self.gone:
                     self.gone.add(name)
                     self.processes[name].send_signal(number)
+
+    def _on_call(self, event: str, call: Call) -> None:
+        if event == "Advance.ended" and not self.starting and call.request.version.step >= JOIN_AT_STEP:
+            self.starting = [asyncio.create_task(self._start())]
+        elif event == "AcquireTickets.begun":
+            self.asking.add(call.request.server_id)
+            if self.asking >= {"late", "leaver", "mortal", "odd"}:
+                self.all_ask.set()
+        elif event == "LeaveRun.ended" and call.request.server_id == "leaver":
+            self.left.set()
+        elif event == "DrainServer.ended":
+            self.drained = call.succeeded
+        elif event == "AcquireTickets.ended" and call.request.server_id == "odd" and call.reply.HasField("drained"):
+            self.told.set()
 
     async def _start(self) -> None:
         for name in ("late", "leaver", "mortal"):
@@ -100,13 +128,16 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     visitors = Visitors(tmp_path)
     overrides = (
         f"run.steps={STEPS}",
-        "inference_server.arithmetic.token_seconds=0.03",  # a run that outlasts the start of seven processes
+        f"learner.draw_timeout_seconds={4 * WAIT_SECONDS}",
+        "inference_server.drain_seconds=60",  # the leaver's last words may take their time
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
         f"learner.fleet.window_steps={STEPS}",  # however little comes of the liar in each step
     )
     try:
-        outcome, _, _, evidence = await rehearse(tmp_path, "nobody", [], overrides, [visitors.on_event])
+        outcome, _, _, evidence = await rehearse(
+            tmp_path, "nobody", [], overrides, [visitors.on_event], weather=visitors
+        )
     finally:
         codes = await visitors.ended() if visitors.processes else {}
     assert outcome.error == ""

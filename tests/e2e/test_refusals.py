@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from pathlib import Path
 
 import pytest
 
 from leeway.commands.main import main
-from tests.e2e.rehearsal import EXAMPLE
+from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
+from tests.e2e.recording_proxy import Call, Fate, Weather, Write
+from tests.e2e.rehearsal import EXAMPLE, happened, rehearse
 
 pytestmark = pytest.mark.e2e
 
@@ -57,12 +60,47 @@ def test_broadcasts_beyond_this_host_need_a_word(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_whose_weights_are_broadcast_comes_to_its_end(tmp_path: Path) -> None:
-    arguments = ["run", str(EXAMPLE), "--plain", "--set", f"run.directory={tmp_path}", "--set", "run.steps=12"]
-    assert main([*arguments, "--set", "network.weights=collective"]) == 0
+class BothAtWork(Weather):
+    """Training begins when both servers ask for work: what is published then goes to both."""
+
+    def __init__(self) -> None:
+        self._asking: set[str] = set()
+        self._both = asyncio.Event()
+
+    async def request(self, method: str, first: bool) -> Fate:
+        if method == "DrawBatch":
+            await happened(self._both)
+        return Fate.ARRIVES
+
+    def on_event(self, event: str, subject: Call | Write) -> None:
+        if event == "AcquireTickets.begun" and isinstance(subject, Call):
+            self._asking.add(subject.request.server_id)
+            if len(self._asking) == 2:
+                self._both.set()
+
+
+@pytest.mark.timeout(RUN_SECONDS)
+async def test_a_run_whose_weights_are_broadcast_comes_to_its_end(tmp_path: Path) -> None:
+    weather = BothAtWork()
+    overrides = ("run.steps=12", "network.weights=collective", f"learner.draw_timeout_seconds={2 * WAIT_SECONDS}")
+    outcome, _, _, _ = await rehearse(tmp_path, "nobody", [], overrides, [weather.on_event], weather=weather)
+    assert outcome.error == ""
     logs = {file.stem: file.read_text(encoding="utf-8") for file in (tmp_path / "rehearsal" / "logs").iterdir()}
     assert "a group of 3 for broadcasts: the learner and server-0, server-1" in logs["learner"]
     assert not [name for name, text in logs.items() if "broadcast" in text and "fails" in text]
+
+
+def test_nccl_without_a_gpu_is_refused_by_the_learner_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    arguments = ["run", str(EXAMPLE), "--plain", "--set", f"run.directory={tmp_path}"]
+    assert main([*arguments, "--set", "network.weights=collective-nccl"]) != 0
+    said = (tmp_path / "rehearsal" / "logs" / "learner.log").read_text(encoding="utf-8").splitlines()
+    refusals = [line for line in said if 'network.weights: "collective-nccl", but torch' in line]
+    assert len(refusals) == 1
+    assert 'set network.weights = "collective"' in refusals[0]
+    assert "Traceback" not in "".join(said)
 
 
 def test_a_port_in_use_is_named_and_the_next_start_is_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from leeway.types import GroupState, Purpose
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
 from tests.e2e.oracle import violations
 from tests.e2e.recording_proxy import Call, Fate, Weather, Write
-from tests.e2e.rehearsal import rehearse
+from tests.e2e.rehearsal import happened, rehearse
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(RUN_SECONDS)]
 
@@ -49,9 +48,9 @@ class SlowServer(Weather):
 
     async def request(self, method: str, first: bool) -> Fate:
         if method == "DrawBatch" and self._start is not None:
-            await _happened(self._asks)
+            await happened(self._asks)
             if self._drained:
-                await _happened(self._told)
+                await happened(self._told)
         return Fate.ARRIVES
 
     def on_event(self, event: str, subject: Call | Write) -> None:
@@ -86,14 +85,6 @@ class SlowServer(Weather):
         finally:
             if self.process.returncode is None:
                 self.process.kill()
-
-
-async def _happened(event: asyncio.Event) -> None:
-    """Wait, but not for ever: what is asserted says that it did not happen."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(WAIT_SECONDS):
-            await event.wait()
-    event.set()
 
 
 async def test_a_slow_server_is_drained_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,9 @@ from tests.e2e.rehearsal import EXAMPLE, SMALL
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 30
+SLOW = ("--set", "inference_server.arithmetic.token_seconds=0.05")
+"""A step takes a second: the run is far from its end when the test does something to it."""
+FAST = ("--set", "inference_server.arithmetic.token_seconds=0.004")
 
 
 def arguments(directory: Path) -> list[str]:
@@ -42,7 +45,7 @@ async def training_begins(process: asyncio.subprocess.Process) -> None:
 
 async def resume(arguments: Sequence[str], run_directory: Path) -> None:
     """Finish an interrupted run, and look at what it left behind."""
-    async with leeway(arguments) as process:
+    async with leeway([*arguments, *FAST]) as process:
         _, stderr = await process.communicate()
     assert process.returncode == 0, stderr.decode()
     records = read_journal(run_directory / "metrics.jsonl")
@@ -56,8 +59,8 @@ async def resume(arguments: Sequence[str], run_directory: Path) -> None:
 
 
 async def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
-    patient = "--set", f"learner.stop_seconds={2 * WAIT_SECONDS}"
-    async with leeway([*arguments(tmp_path), *patient]) as process:
+    patient = "--set", f"learner.stop_seconds={2 * WAIT_SECONDS}", "--set", f"learner.checkpoint_every_steps={STEPS}"
+    async with leeway([*arguments(tmp_path), *SLOW, *patient]) as process:
         await training_begins(process)
         (learner,) = [child for child in children(process.pid) if "learner" in command_line(child)]
         os.kill(learner, signal.SIGSTOP)  # it will never write its checkpoint
@@ -77,7 +80,7 @@ async def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
 
 async def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
     run_directory = tmp_path / "rehearsal"
-    async with leeway(arguments(tmp_path)) as process:
+    async with leeway([*arguments(tmp_path), *SLOW]) as process:
         await training_begins(process)
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(WAIT_SECONDS):
@@ -96,7 +99,7 @@ async def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: P
 
 
 async def test_a_killed_supervisor_leaves_nothing_running_and_the_run_resumes(tmp_path: Path) -> None:
-    async with leeway(arguments(tmp_path)) as process:
+    async with leeway([*arguments(tmp_path), *SLOW]) as process:
         await training_begins(process)
         descriptors = [os.pidfd_open(child) for child in children(process.pid)]
         assert len(descriptors) == 4

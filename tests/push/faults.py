@@ -22,7 +22,8 @@ from learner.weights.publication import Part, Publication
 from learner.weights.publisher import Publisher
 from learner.weights.streamed import StreamedWeights
 from leeway import arithmetic
-from leeway.collective import Group
+from leeway.collective.gloo import Gloo
+from leeway.collective.library import Group
 from leeway.errors import UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import RunningServer, Security, start_server
@@ -128,7 +129,7 @@ class FaultyBroadcasts(CollectiveWeights):
     """Broadcasts, at times something else, too little, or nothing for longer than the servers' patience."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
-        super().__init__("127.0.0.1", metrics, patience_seconds=1.0, gather_seconds=0.1)
+        super().__init__("127.0.0.1", metrics, Gloo(), patience_seconds=1.0, gather_seconds=0.1)
         self._faults = faults
 
     def _pieces(self, group: Group, parts: Sequence[Part]) -> Generator[int]:

@@ -10,16 +10,13 @@ from prometheus_client import CollectorRegistry
 
 from inference_server.engines.remote import RemoteEngine
 from inference_server.served_policy import ServedPolicy
-from inference_server.weights import collective as _collective_weights  # imported before the fork: it takes seconds
 from inference_server.weights.receiver import WeightReceiver
-from leeway import collective
+from leeway.collective.gloo import Gloo  # imported before the fork: torch takes seconds
 from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security
 from tests.deadlines import WAIT_SECONDS
 from tests.push.history import PIECE_BYTES, RUN
 from tests.push.processes import messages
-
-assert _collective_weights
 
 
 async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
@@ -32,7 +29,7 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
         address=policy,
         security=Security(),
         allow_local=transport == "zmq",
-        broadcasts=transport == "collective",
+        broadcasts="gloo" if transport == "collective" else None,
         fetch_timeout_seconds=WAIT_SECONDS,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
@@ -44,5 +41,5 @@ def receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> 
     """Feed the engine at `backend` from the learner at `policy` until killed."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
-    collective.PIECE_BYTES = PIECE_BYTES  # type: ignore[misc]
+    Gloo.piece_bytes = PIECE_BYTES
     asyncio.run(_receive(pipe, name, backend, policy, transport))

@@ -9,17 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.collective import PIECE_BYTES, Group, Rendezvous, _gather, pieces
+from leeway.collective.gloo import Gloo
+from leeway.collective.pieces import gather, pieces
+from leeway.collective.rendezvous import Rendezvous
 from leeway.config import NetworkOptions
 from leeway.errors import ConfigError, UnavailableError
-from leeway.weight_transports import uses_broadcasts, uses_zeromq
+from leeway.weight_transports import broadcast_library, uses_zeromq
 
 
-@given(st.integers(0, 5 * PIECE_BYTES))
-def test_pieces_follow_each_other_and_are_all(size_bytes: int) -> None:
-    ranges = list(pieces(size_bytes))
+@given(st.integers(0, 5000), st.integers(1, 1100))
+def test_pieces_follow_each_other_and_are_all(size_bytes: int, piece_bytes: int) -> None:
+    ranges = list(pieces(size_bytes, piece_bytes))
     assert [start for start, _ in ranges] == [0, *(end for _, end in ranges)][: len(ranges)]
-    assert all(start < end <= start + PIECE_BYTES for start, end in ranges)
+    assert all(start < end <= start + piece_bytes for start, end in ranges)
     assert (ranges[-1][1] if ranges else 0) == size_bytes
 
 
@@ -29,7 +31,7 @@ def test_a_piece_holds_the_bytes_of_its_range(parts: list[bytes], data: st.DataO
     start = data.draw(st.integers(0, len(whole)))
     end = data.draw(st.integers(start, len(whole)))
     memory = memoryview(bytearray(end - start))
-    _gather(parts, start, memory)
+    gather(parts, start, memory)
     assert bytes(memory) == whole[start:end]
 
 
@@ -37,20 +39,21 @@ def options(**values: object) -> NetworkOptions:
     return NetworkOptions.model_validate({"weights": "collective", **values})
 
 
-def test_broadcasts_stay_on_this_host_unless_insecure() -> None:
-    assert uses_broadcasts(options())
-    assert uses_broadcasts(options(policy="learner:7402", insecure=True))
-    with pytest.raises(ConfigError, match="insecure = true"):
-        uses_broadcasts(options(policy="learner:7402"))
+@pytest.mark.parametrize(("weights", "library"), [("collective", "gloo"), ("collective-nccl", "nccl")])
+def test_broadcasts_stay_on_this_host_unless_insecure(weights: str, library: str) -> None:
+    assert broadcast_library(options(weights=weights)) == library
+    assert broadcast_library(options(weights=weights, policy="learner:7402", insecure=True)) == library
+    with pytest.raises(ConfigError, match=f'"{weights}" would send.*insecure = true'):
+        broadcast_library(options(weights=weights, policy="learner:7402"))
     with pytest.raises(ConfigError, match="names no host"):
-        uses_broadcasts(options(policy="0.0.0.0:7402", insecure=True))
+        broadcast_library(options(weights=weights, policy="0.0.0.0:7402", insecure=True))
 
 
 def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match="needs torch"):
-        uses_broadcasts(options())
-    assert not uses_broadcasts(options(weights="grpc"))
+        broadcast_library(options())
+    assert broadcast_library(options(weights="grpc")) is None
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
         ("zmq", "learner:1", True),
         ("grpc", "127.0.0.1:1", False),
         ("collective", "127.0.0.1:1", False),
+        ("collective-nccl", "127.0.0.1:1", False),
     ],
 )
 def test_zeromq_is_for_one_host(weights: str, policy: str, zeromq: bool) -> None:
@@ -69,10 +73,8 @@ def test_zeromq_is_for_one_host(weights: str, policy: str, zeromq: bool) -> None
 
 async def test_a_member_that_takes_nothing_is_noticed_by_the_end() -> None:
     meeting = Rendezvous("127.0.0.1")
-    address = meeting.host, meeting.port
     sender, member = await asyncio.gather(
-        asyncio.to_thread(Group, meeting.store, 7, 0, 2, meeting.host, 1.0),
-        asyncio.to_thread(Group.join, address, 7, 1, 2, 1.0),
+        *(asyncio.to_thread(Gloo().join, meeting.address, 7, rank, 2, 1.0) for rank in range(2))
     )
     with pytest.raises(UnavailableError, match="broke"):
         await asyncio.to_thread(lambda: list(sender.send([b"one piece"])))

@@ -19,6 +19,7 @@ from leeway.metrics import InferenceServerMetrics
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, cancellation_kept, mapped_errors
 from leeway.types import WriteItem
+from leeway.v1 import policy_pb2
 
 
 class EndingCall:
@@ -124,11 +125,9 @@ async def test_a_writer_stops_although_its_stream_ends_in_that_moment(error: grp
     await client.aclose()
 
 
-@pytest.mark.parametrize("error", ENDINGS[1:], ids=["unavailable", "closed"])
-async def test_a_receiver_stops_although_its_stream_ends_in_that_moment(error: grpc.aio.AioRpcError | None) -> None:
-    stub = Stub(error)
+def weight_receiver() -> WeightReceiver:
     engine = ArithmeticEngine(ArithmeticEngineOptions())
-    receiver = WeightReceiver(
+    return WeightReceiver(
         policy=ServedPolicy(engine, "run"),
         signature=engine.info().signature,
         run="run",
@@ -139,9 +138,42 @@ async def test_a_receiver_stops_although_its_stream_ends_in_that_moment(error: g
         fetch_timeout_seconds=1.0,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
+
+
+@pytest.mark.parametrize("error", ENDINGS[1:], ids=["unavailable", "closed"])
+async def test_a_receiver_stops_although_its_stream_ends_in_that_moment(error: grpc.aio.AioRpcError | None) -> None:
+    stub, receiver = Stub(error), weight_receiver()
     receiver._stub = cast("Any", stub)
     task = asyncio.create_task(receiver.run())
     await stub.reading.wait()
     await cancel_and_wait(task)
     assert task.cancelled()
     assert stub.calls == 1
+
+
+async def test_an_answer_on_a_stream_that_is_given_up_ends_nobody_but_who_is_cancelled() -> None:
+    class GivenUp:
+        """As a call that another task has cancelled."""
+
+        writing = asyncio.Event()
+        end = asyncio.Event()
+
+        async def write(self, _message: object) -> None:
+            self.writing.set()
+            await self.end.wait()
+            raise asyncio.CancelledError
+
+    receiver = weight_receiver()
+    call = GivenUp()
+    receiver._call = cast("Any", call)
+    call.end.set()
+    await receiver._answer(policy_pb2.WatchPolicyRequest())  # the next stream is answered again
+
+    call.end.clear()
+    call.writing.clear()
+    task = asyncio.create_task(receiver._answer(policy_pb2.WatchPolicyRequest()))
+    await call.writing.wait()
+    await cancel_and_wait(task)
+    assert task.cancelled()
+    receiver._fetcher.close()
+    await receiver._channel.close()

@@ -103,6 +103,14 @@ async def test_what_was_read_before_a_stop_is_answered() -> None:
         await anext(answers)
 
 
+async def test_a_stop_ends_a_stream_that_has_just_come() -> None:
+    stream = WriteStream(Disk(), requests())  # type: ignore[arg-type]
+    first = asyncio.ensure_future(anext(stream.answers()))
+    asyncio.get_running_loop().call_soon(stream.stop)  # before the first request is read
+    with pytest.raises(UnavailableError, match="is stopping"):
+        await asyncio.wait_for(first, WAIT_SECONDS)
+
+
 async def test_a_stream_is_not_read_while_too_much_is_unanswered() -> None:
     disk: Any = Disk()
     answers = WriteStream(disk, requests(*(request(seq) for seq in range(1000)))).answers()

@@ -1,0 +1,30 @@
+"""A command that started a replay buffer gets rid of it, and knows a busy one from none."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+
+import pytest
+
+from leeway.commands import replay_access
+from leeway.errors import DeadlineError, UnavailableError
+from leeway.ports import free_port
+from leeway.rpc import Security, check_health
+from tests.deadlines import WAIT_SECONDS
+
+
+async def test_a_buffer_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_access, "_STOP_SECONDS", 0.05)
+    process = await asyncio.create_subprocess_exec("sleep", "600")
+    async with asyncio.timeout(WAIT_SECONDS):
+        await replay_access._ended(process)
+    assert process.returncode == -signal.SIGKILL
+
+
+async def test_where_nobody_listens_is_known_at_once_and_a_busy_server_is_waited_for() -> None:
+    with pytest.raises(UnavailableError):
+        await check_health(f"127.0.0.1:{free_port('127.0.0.1')}", Security(), 10 * WAIT_SECONDS, patient=False)
+    with socket.create_server(("127.0.0.1", 0)) as busy, pytest.raises(DeadlineError):
+        await check_health(f"127.0.0.1:{busy.getsockname()[1]}", Security(), 0.5, patient=False)
