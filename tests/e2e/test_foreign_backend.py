@@ -80,7 +80,7 @@ def test_the_node_backend_keeps_the_contract(
 async def test_the_node_backend_samples_by_the_law_to_the_bit(temperature: float) -> None:
     backend = node_backend("--chunk-tokens", "7")
     async with running(backend):
-        remote = await RemoteEngine.connect(backend.address, Security(), timeout_seconds=60)
+        remote = await RemoteEngine.connect(backend.address, Security(), timeout_seconds=WAIT_SECONDS)
         try:
             await remote.update_weights(snapshot(1, 2))
             generation = request(400, seed=2**64 - 1, temperature=temperature, topk=6, routing=True)

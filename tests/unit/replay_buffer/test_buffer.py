@@ -21,7 +21,7 @@ LEASE_SECONDS = 10.0
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [1000.0]
+    now = [-1e6]  # behind the event loop's, which may have begun just now: no wait for a moment of it lasts
     monkeypatch.setattr(ReplayBuffer, "_now", staticmethod(lambda: now[0]))
     return now
 
