@@ -6,6 +6,7 @@ as `Refused` with its code, and bytes of an update travel cut as the check says.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from leeway import codec, rpc
 from leeway.conformance.completion import Completion
 from leeway.conformance.violation import Violation
 from leeway.errors import InvalidDataError
-from leeway.rpc import Security
+from leeway.rpc import Security, cancellation_kept
 from leeway.types import EngineInfo, FinishReason, Int32Array, PolicyVersion, SamplingParams, WeightManifest
 from leeway.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
@@ -169,7 +170,7 @@ class BackendClient:
                     await call.done_writing()
             except grpc.aio.AioRpcError:
                 pass  # the server has answered before the end; the answer is read below
-            except (grpc.aio.UsageError, grpc.aio.InternalError):
+            except (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError):
                 pass  # likewise: the call is done already
             if update.cancel_at_end:
                 call.cancel()
@@ -207,6 +208,7 @@ async def _messages(update: Update) -> AsyncIterator[inference_pb2.UpdateWeights
 @contextmanager
 def _refusals(call: str) -> Generator[None]:
     try:
-        yield
+        with cancellation_kept():
+            yield
     except grpc.aio.AioRpcError as error:
         raise Refused(call, error.code(), error.details() or "") from error
