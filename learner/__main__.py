@@ -20,7 +20,7 @@ from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
 from learner.records.journal import Journal
 from learner.records.receipts import ReceiptBook, deciding_options
 from learner.records.run_lock import held_run
-from learner.records.summary import summarize
+from learner.records.summary import summarize, write_summary
 from learner.trainer import Trainer
 from learner.training.loss_options import check_recorded_topk
 from learner.weights.local import LocalWeights
@@ -37,7 +37,6 @@ from leeway.config import (
     load_document,
     section,
 )
-from leeway.durable import replace_file
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.metrics import LearnerMetrics, serve_metrics
 from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
@@ -162,8 +161,7 @@ class LearnerProcess:
             if stop.is_set():
                 buffer.patience_seconds = LAST_ANSWER_SECONDS
             status = await buffer.run_status()
-            summary = summarize(journal.records, status, publisher.push_times.seconds)
-            replace_file(self.directory / "summary.json", json.dumps(summary, indent=1) + "\n")
+            write_summary(self.directory, summarize(journal.records, status, publisher.push_times.seconds))
             log.info("%s at step %d", "finished" if finished else "stopped with a checkpoint", learner.step)
         finally:
             journal.close()

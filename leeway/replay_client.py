@@ -297,6 +297,13 @@ class ReplayClient:
             reply = await self.stub.RollbackRun(request, timeout=self.patience_seconds)
         return reply.epoch, reply.dropped_count
 
+    async def give_up_run(self) -> int:
+        """End the run for good, whoever is at work on it; returns the number of groups dropped, 0 when it had ended."""
+        request = replay_pb2.FinishRunRequest(run=self.run, give_up=True)
+        with mapped_errors(f"FinishRun at {self.address}"):
+            reply = await self.stub.FinishRun(request, timeout=self.patience_seconds)
+        return reply.dropped_count
+
     async def dead_letters(self, limit: int = 0) -> list[DeadLetter]:
         """Groups that were set aside and whose tasks nobody queued again, oldest first; `limit` keeps the newest."""
         with mapped_errors(f"ListDeadLetters at {self.address}"):

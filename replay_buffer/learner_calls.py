@@ -102,9 +102,11 @@ class LearnerCalls(Recorder):
         await self.intake.settled()
         return result
 
-    async def finish_run(self, name: str, epoch: int) -> None:
-        """End a run. Raises: see ReplayService.FinishRun."""
-        await self._decided(name, decide_finish(self._run(name).state, epoch))
+    async def finish_run(self, name: str, epoch: int) -> int:
+        """End a run; returns how many groups this call dropped. Raises: see ReplayService.FinishRun."""
+        finished = decide_finish(self._run(name).state, epoch)
+        await self._decided(name, finished)
+        return 0 if finished is None else len(finished.group_ids)
 
 
 def _blocker(state: RunState, step: int) -> str:

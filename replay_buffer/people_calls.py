@@ -13,6 +13,7 @@ from leeway.types import (
 )
 from replay_buffer.recorder import Recorder
 from replay_buffer.rules.dead_letters import decide_requeue, decide_requeue_all, list_dead_letters
+from replay_buffer.rules.lifecycle import decide_give_up
 from replay_buffer.rules.opening import decide_after_open, decide_rollback
 from replay_buffer.storage.backup import Backup
 from replay_buffer.storage.index_file import Filter
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class PeopleCalls(Recorder):
-    """Status and listings, rollback, dead letters, backup."""
+    """Status and listings, rollback, giving a run up, dead letters, backup."""
 
     async def rollback_run(self, name: str, version: PolicyVersion) -> tuple[int, int]:
         """Return to an older version; returns the raised epoch and how many groups this call dropped.
@@ -41,6 +42,16 @@ class PeopleCalls(Recorder):
         epoch = run.state.epoch
         await self.intake.settled()
         return epoch, len(rolled_back.group_ids) if rolled_back is not None else 0
+
+    async def give_up_run(self, name: str) -> int:
+        """End a run for good, whoever is at work on it; returns how many groups this call dropped."""
+        run = self._run(name)
+        finished = decide_give_up(run.state)
+        if finished is not None:
+            dropped = len(finished.group_ids)
+            log.warning("run %s is given up at %s; %d groups are dropped", name, run.state.head, dropped)
+        await self._decided(name, finished)
+        return 0 if finished is None else len(finished.group_ids)
 
     async def dead_letters(self, name: str, limit: int) -> list[DeadLetter]:
         """Groups that were set aside, oldest first; a limit keeps the newest. Raises NotFoundError: no such run."""

@@ -114,8 +114,11 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
         )
 
     async def FinishRun(self, request: replay_pb2.FinishRunRequest, context: _Context) -> replay_pb2.FinishRunResponse:
-        await self._buffer.finish_run(request.run, request.epoch)
-        return replay_pb2.FinishRunResponse()
+        if request.give_up:
+            dropped = await self._buffer.give_up_run(request.run)
+        else:
+            dropped = await self._buffer.finish_run(request.run, request.epoch)
+        return replay_pb2.FinishRunResponse(dropped_count=dropped)
 
     # The workers' calls
 

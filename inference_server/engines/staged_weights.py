@@ -65,11 +65,18 @@ def remove_abandoned(directory: Path) -> None:
 
 
 def _locked_folder(directory: Path) -> tuple[Path, int]:
-    """A new folder, and the open file that locks it while this process lives; it has its name once it is locked."""
-    unnamed = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}", dir=directory))
-    lock = os.open(unnamed, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    return unnamed.rename(directory / unnamed.name.removeprefix(".")), lock
+    """A new folder, and the open file that locks it while this process lives.
+
+    Before it is locked, another server's start may take it for abandoned: then another one is made.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=directory))
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
 
 
 def write_safetensors(snapshot: WeightSnapshot, file: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from leeway.durable import replace_file
 from leeway.types import RunStatus
 
 Interval = tuple[float, float]
@@ -94,6 +97,11 @@ def summarize(records: Sequence[Mapping[str, Any]], status: RunStatus, push_seco
         ],
         "learner_epochs": status.epoch,
     }
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary into the run's folder."""
+    replace_file(directory / "summary.json", json.dumps(summary, indent=1) + "\n")
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,23 @@ from rich.table import Table
 
 from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
+from learner.records.journal import read_journal
+from learner.records.run_lock import held_run
+from learner.records.summary import summarize, write_summary
 from leeway.commands import buffer_files
 from leeway.commands.replay_access import open_replay
-from leeway.commands.run_folder import add_run_argument, open_run_folder
+from leeway.commands.run_folder import add_run_argument, has_finished, open_run_folder
 from leeway.config import section
+from leeway.errors import PreconditionError, UnavailableError
 from leeway.process import EXIT_OK
-from leeway.types import DeadLetter, PolicyVersion
+from leeway.types import DeadLetter, PolicyVersion, RunStatus
 
 
 def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
     """Declare the group of commands."""
     parser = subparsers.add_parser("buffer", help="look after a run's replay buffer", description=__doc__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_rollback, _add_dead_letters, _add_requeue, _add_backup, buffer_files.add_commands):
+    for add in (_add_rollback, _add_finish, _add_dead_letters, _add_requeue, _add_backup, buffer_files.add_commands):
         add(commands)
 
 
@@ -68,6 +73,85 @@ def _rollback(arguments: argparse.Namespace) -> int:
 
 def _named(version: PolicyVersion) -> str:
     return f"step {version.step} ({version})"
+
+
+# leeway buffer finish
+
+
+def _add_finish(commands: Any) -> None:  # noqa: ANN401
+    parser = _command(
+        commands,
+        "finish",
+        "end a run for good that nobody will continue",
+        "Drops every group that has not ended (drop reason run_end), those of steps included that are trained but not "
+        "committed, so that retention can let the run's segments go. What has ended stays as long as retention keeps "
+        "it, and no checkpoint is touched. Servers are told and end. A learner at work in the run's folder is left "
+        "alone unless --force is given; one on another host cannot be seen. Whichever learner calls next is told that "
+        "the run was ended, and ends with that line. There is no way back.",
+    )
+    parser.add_argument("--force", action="store_true", help="also when a learner is at work on the run")
+    parser.set_defaults(handler=_finish)
+
+
+def _finish(arguments: argparse.Namespace) -> int:
+    folder = open_run_folder(arguments.run)
+
+    async def finish() -> None:
+        async with open_replay(folder.document) as client:
+            status = await client.run_status()
+            if status.finished:
+                print(f"run {status.spec.run!r} has ended before, {_at_step(status)}; nothing is changed")
+            else:
+                with _no_learner(folder.directory, force=arguments.force):
+                    print(_what_finish_does(status), flush=True)
+                    dropped = await client.give_up_run()
+                print(
+                    f"run {status.spec.run!r} is ended for good: {dropped} groups are dropped, evaluations included; "
+                    f"{status.consumed} consumed and {sum(status.dropped.values())} dropped before stay as long as "
+                    "retention keeps them"
+                )
+                status = await client.run_status()
+            _note_the_end(folder.directory, status)
+
+    asyncio.run(finish())
+    return EXIT_OK
+
+
+@contextmanager
+def _no_learner(directory: Path, *, force: bool) -> Generator[None]:
+    """Keep learners out of the run's folder meanwhile.
+
+    Raises:
+        PreconditionError: one is at work in it.
+    """
+    with ExitStack() as stack:
+        if directory.is_dir() and not force:
+            try:
+                stack.enter_context(held_run(directory))
+            except UnavailableError as error:
+                raise PreconditionError(f"{error.message}; to end the run under it, give --force") from error
+        yield
+
+
+def _at_step(status: RunStatus) -> str:
+    return f"at step {status.head.step} of {status.spec.total_steps}"
+
+
+def _what_finish_does(status: RunStatus) -> str:
+    first, last = status.committed_step + 1, status.head.step
+    steps = f"step {last}, which is" if first == last else f"steps {first} to {last}, which are"
+    among = f", with those of {steps} trained but not committed" if first <= last else ""
+    return (
+        f"run {status.spec.run!r} is {_at_step(status)}: {status.open} open, {status.ready} ready and {status.drawn} "
+        f"drawn groups are to be dropped (run_end){among}"
+    )
+
+
+def _note_the_end(directory: Path, status: RunStatus) -> None:
+    """Leave in the run's folder what its learner would have left at its end, so that nobody is told to resume it."""
+    records = read_journal(directory / "metrics.jsonl")
+    if records and not has_finished(directory):
+        write_summary(directory, summarize(records, status, ()))
 
 
 # leeway buffer dead-letters, leeway buffer requeue

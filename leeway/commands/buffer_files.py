@@ -147,10 +147,16 @@ def _described(run: RunState) -> str:
     status = run.status()
     dropped = sum(status.dropped.values())
     return (
-        f"run {run.spec.run}: {'finished' if run.finished else f'epoch {run.epoch}'}, head {run.head}, "
+        f"run {run.spec.run}: {_standing(run)}, head {run.head}, "
         f"committed to step {run.committed_step}; of {status.issued} groups {status.open} open, {status.ready} ready, "
         f"{status.drawn} drawn, {status.consumed} consumed, {dropped} dropped"
     )
+
+
+def _standing(run: RunState) -> str:
+    if run.given_up:
+        return f"given up at step {run.head.step} of {run.spec.total_steps}"
+    return "finished" if run.finished else f"epoch {run.epoch}"
 
 
 def _state(group: Group) -> str:

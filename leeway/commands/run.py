@@ -24,7 +24,7 @@ from learner.records.journal import read_journal
 from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.commands.progress import open_progress
 from leeway.commands.report import write_report
-from leeway.commands.run_folder import open_run_folder
+from leeway.commands.run_folder import has_finished, open_run_folder
 from leeway.commands.supervisor import Outcome, Service, Supervisor
 from leeway.commands.torchrun import launcher
 from leeway.config import RunOptions, load_document
@@ -63,9 +63,10 @@ def _prepare_folder(run: RunOptions, *, resume: bool) -> None:
     started = bool(read_journal(directory / "metrics.jsonl"))
     if resume and not started:
         raise PreconditionError(f"{directory}: there is no run to resume; start it without --resume")
-    if started and _finished(directory):
+    if started and has_finished(directory):
+        report = directory / "report.html"
         raise PreconditionError(
-            f"{directory}: this run is finished; its report is {directory / 'report.html'}. "
+            f"{directory}: this run is finished{f'; its report is {report}' if report.exists() else ''}. "
             "To train again, choose another name with --set run.name=NAME, or remove the folder"
         )
     if started and not resume:
@@ -77,11 +78,6 @@ def _prepare_folder(run: RunOptions, *, resume: bool) -> None:
         for name in ("replay", "checkpoints"):
             shutil.rmtree(directory / name, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
-
-
-def _finished(directory: Path) -> bool:
-    path = directory / "summary.json"
-    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
 async def _supervise(configuration: RunConfiguration, config_path: Path, *, plain: bool) -> Outcome:
@@ -139,7 +135,7 @@ def _conclude(run: RunOptions, command: str, outcome: Outcome) -> int:
         return EXIT_REFUSED if outcome.refused else EXIT_FAILED
     steps = sum(record["kind"] == "step" for record in read_journal(directory / "metrics.jsonl"))
     report = write_report(open_run_folder(directory)) if steps else None
-    if not _finished(directory):
+    if not has_finished(directory):
         again = f"{command} --resume" if steps else command
         print(f"leeway: stopped at step {steps}{_checkpoint_words(directory, steps)}; continue with: {again}")
         return EXIT_OK

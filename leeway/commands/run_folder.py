@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def open_run_folder(path: Path) -> RunFolder:
 def is_run_folder(path: Path) -> bool:
     """Whether `leeway run` made it."""
     return _configuration(path).is_file()
+
+
+def has_finished(directory: Path) -> bool:
+    """Whether the run's summary says that it has finished."""
+    path = directory / "summary.json"
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
 def _configuration(directory: Path) -> Path:

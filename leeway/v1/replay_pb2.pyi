@@ -1668,19 +1668,23 @@ class FinishRunRequest(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    GIVE_UP_FIELD_NUMBER: _builtins.int
     run: _builtins.str
     """The run."""
     epoch: _builtins.int
-    """The learner's epoch."""
+    """The learner's epoch; ignored when the run is given up."""
+    give_up: _builtins.bool
+    """A person ends the run, whoever is at work on it. Steps that are trained but not committed are dropped like any live group."""
     def __init__(
         self,
         *,
         run: _builtins.str = ...,
         epoch: _builtins.int = ...,
+        give_up: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "give_up", b"give_up", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1692,12 +1696,17 @@ class FinishRunResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    DROPPED_COUNT_FIELD_NUMBER: _builtins.int
+    dropped_count: _builtins.int
+    """Groups that this call dropped as run_end, evaluations included; 0 when the run had ended before."""
     def __init__(
         self,
+        *,
+        dropped_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_count", b"dropped_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

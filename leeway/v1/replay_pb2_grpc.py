@@ -171,7 +171,8 @@ class ReplayServiceServicer(object):
         """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
         the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
         repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
-        fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
+        fenced; FAILED_PRECONDITION when the run exists with another specification, the ledger contradicts what was drawn, or a
+        person has given the run up.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -293,8 +294,9 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FinishRun(self, request, context):
-        """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
-        epoch.
+        """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
+        whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+        Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -46,7 +46,8 @@ class ReplayServiceStub:
     """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
     the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
     repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
-    fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
+    fenced; FAILED_PRECONDITION when the run exists with another specification, the ledger contradicts what was drawn, or a
+    person has given the run up.
     """
     JoinRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.JoinRunRequest, _replay_pb2.JoinRunResponse]
     """Waits until the run is open and checks that server and run fit. Idempotent. Errors: FAILED_PRECONDITION naming
@@ -104,8 +105,9 @@ class ReplayServiceStub:
     ListServers: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ListServersRequest, _replay_pb2.ListServersResponse]
     """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
     FinishRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.FinishRunRequest, _replay_pb2.FinishRunResponse]
-    """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
-    epoch.
+    """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
+    whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+    Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
     """
     GetRunStatus: _grpc.UnaryUnaryMultiCallable[_replay_pb2.GetRunStatusRequest, _replay_pb2.GetRunStatusResponse]
     """Counts and versions of a run, for people, dashboards and summaries. Idempotent."""
@@ -150,7 +152,8 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
     the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
     repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
-    fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
+    fenced; FAILED_PRECONDITION when the run exists with another specification, the ledger contradicts what was drawn, or a
+    person has given the run up.
     """
     JoinRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.JoinRunRequest, _replay_pb2.JoinRunResponse]  # type: ignore[assignment]
     """Waits until the run is open and checks that server and run fit. Idempotent. Errors: FAILED_PRECONDITION naming
@@ -208,8 +211,9 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     ListServers: _aio.UnaryUnaryMultiCallable[_replay_pb2.ListServersRequest, _replay_pb2.ListServersResponse]  # type: ignore[assignment]
     """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
     FinishRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.FinishRunRequest, _replay_pb2.FinishRunResponse]  # type: ignore[assignment]
-    """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
-    epoch.
+    """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
+    whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+    Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
     """
     GetRunStatus: _aio.UnaryUnaryMultiCallable[_replay_pb2.GetRunStatusRequest, _replay_pb2.GetRunStatusResponse]  # type: ignore[assignment]
     """Counts and versions of a run, for people, dashboards and summaries. Idempotent."""
@@ -257,7 +261,8 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         """Opens or reopens a run for a new incarnation of the learner: allocates an epoch (fencing every older one), commits
         the steps of the checkpoint's ledger, and returns every other drawn group to READY. Idempotent per incarnation, so that a
         repeated or late call never takes a run away from its learner. Errors: ABORTED for an incarnation that a newer one has
-        fenced; FAILED_PRECONDITION when the run exists with another specification, or the ledger contradicts what was drawn.
+        fenced; FAILED_PRECONDITION when the run exists with another specification, the ledger contradicts what was drawn, or a
+        person has given the run up.
         """
 
     @_abc_1.abstractmethod
@@ -405,8 +410,9 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.FinishRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.FinishRunResponse, _abc.Awaitable[_replay_pb2.FinishRunResponse]]:
-        """Ends the run: live groups are dropped with reason run_end and workers are told. Idempotent. Errors: ABORTED for an older
-        epoch.
+        """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
+        whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+        Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
         """
 
     @_abc_1.abstractmethod

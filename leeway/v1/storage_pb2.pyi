@@ -185,6 +185,7 @@ class RunSnapshot(_message.Message):
     INCARNATIONS_FIELD_NUMBER: _builtins.int
     DEAD_LETTER_COUNT_FIELD_NUMBER: _builtins.int
     DRAINED_SERVERS_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """The learner's newest epoch."""
     head: _builtins.int
@@ -205,6 +206,8 @@ class RunSnapshot(_message.Message):
     """Training groups consumed."""
     dead_letter_count: _builtins.int
     """All dead letters whose tasks were not queued again."""
+    given_up: _builtins.bool
+    """Whether it has finished because a person gave it up."""
     @_builtins.property
     def spec(self) -> _replay_pb2.RunSpec:
         """The run."""
@@ -285,10 +288,11 @@ class RunSnapshot(_message.Message):
         incarnations: _abc.Iterable[Global___Incarnation] | None = ...,
         dead_letter_count: _builtins.int = ...,
         drained_servers: _abc.Iterable[Global___DrainedServer] | None = ...,
+        given_up: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letter_count", b"dead_letter_count", "dead_letters", b"dead_letters", "drained_servers", b"drained_servers", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batches", b"batches", "committed_step", b"committed_step", "consumed", b"consumed", "created", b"created", "dead_letter_count", b"dead_letter_count", "dead_letters", b"dead_letters", "drained_servers", b"drained_servers", "dropped", b"dropped", "epoch", b"epoch", "evaluations", b"evaluations", "finished", b"finished", "given_up", b"given_up", "groups", b"groups", "head", b"head", "incarnations", b"incarnations", "issued", b"issued", "lost_attempts", b"lost_attempts", "oldest_kept_step", b"oldest_kept_step", "requeued", b"requeued", "restored_at", b"restored_at", "rollback", b"rollback", "spec", b"spec", "task_cursor", b"task_cursor", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -75,7 +75,7 @@ def apply(run: RunState, transition: Transition, recorded_at_ns: int, location: 
             run.evaluations[evaluation.evaluation_id] = EvaluationState(evaluation)
         case RunFinished():
             _drop(run, transition.group_ids, DropReason.RUN_END, "the run ended", location)
-            run.finished = True
+            run.finished, run.given_up = True, transition.given_up
             for evaluation_state in list(run.evaluations.values()):
                 evaluation_state.closed = True
                 _end_if_complete(run, evaluation_state, location)

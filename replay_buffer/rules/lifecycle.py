@@ -35,6 +35,11 @@ def check_live(run: RunState) -> None:
     Raises:
         PreconditionError: it has finished.
     """
+    if run.given_up:
+        raise PreconditionError(
+            f"run {run.spec.run!r} was ended for good (`leeway buffer finish`) at step {run.head.step} of "
+            f"{run.spec.total_steps}; it cannot go on: start a run with another name"
+        )
     if run.finished:
         raise PreconditionError(f"run {run.spec.run!r} has finished; start a run with another name")
 
@@ -113,6 +118,7 @@ def decide_commit(run: RunState, epoch: int, step: int, oldest_kept_step: int = 
         return None
     if step > run.head.step:
         raise PreconditionError(f"run {run.spec.run!r}: step {step} cannot be committed, the head is {run.head}")
+    check_live(run)
     return StepsCommitted(step, oldest_kept_step)
 
 
@@ -132,3 +138,13 @@ def decide_finish(run: RunState, epoch: int) -> RunFinished | None:
             "write a checkpoint and commit it before FinishRun"
         )
     return RunFinished(tuple(group.group_id for group in run.unended()))
+
+
+def decide_give_up(run: RunState) -> RunFinished | None:
+    """End the run because a person gives it up; None when it has ended.
+
+    Also dropped is what was trained and never committed: no checkpoint is known that says so.
+    """
+    if run.finished:
+        return None
+    return RunFinished(tuple(run.groups.unended), given_up=True)

@@ -22,7 +22,8 @@ def decide_open_run(
 
     Raises:
         FencedError: this learner has opened the run before, and another one since.
-        PreconditionError: another specification, an unknown or abandoned checkpoint, a ledger unlike what was drawn.
+        PreconditionError: another specification, an unknown or abandoned checkpoint, a ledger unlike what was drawn, a
+            run that a person gave up.
     """
     if run is None:
         if checkpoint != spec.root or ledger:
@@ -32,6 +33,8 @@ def decide_open_run(
             )
         return RunOpened(spec, 1, checkpoint, incarnation)
     _check_spec(run.spec, spec)
+    if run.given_up:
+        check_live(run)
     if run.finished:
         return None
     if incarnation in run.incarnations:

@@ -58,6 +58,7 @@ class RunState:
         self.committed_step = 0
         self.oldest_kept_step = 0  # of the learner's checkpoints; 0 while it has not said
         self.finished = False
+        self.given_up = False  # it has finished because a person said so
         self.groups = Groups(ended)
         self.live: dict[str, Group] = {}  # training groups that have not ended, in the order of issue
         self.live_evaluation: dict[str, Group] = {}

@@ -119,6 +119,7 @@ class RunFinished:
     """The run ended; the groups that were still live are dropped with reason run_end."""
 
     group_ids: tuple[str, ...]
+    given_up: bool = False  # by a person: groups of steps that are trained and not committed are among them
 
 
 @dataclass(frozen=True, slots=True)

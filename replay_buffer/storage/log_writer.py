@@ -89,7 +89,7 @@ class LogWriter:
         self._fail = fail
         self._queue: list[Queued] = []
         self._queued_bytes = 0
-        self._synced_at = 0.0  # when the latest fsync began
+        self._synced_at = float("-inf")  # when the latest fsync began
         self._stopping = False
         self._changed = threading.Condition()
         self.stalled = False

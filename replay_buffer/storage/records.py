@@ -127,6 +127,7 @@ def _message(record: Record) -> log_pb2.LogRecord:
             # An empty message still has to say which transition it is.
             message.run_finished.SetInParent()
             message.run_finished.group_ids.extend(finished.group_ids)
+            message.run_finished.given_up = finished.given_up
         case RunRolledBack() as rolled_back:
             message.run_rolled_back.version.CopyFrom(codec.version_to_proto(rolled_back.version))
             message.run_rolled_back.epoch = rolled_back.epoch
@@ -215,7 +216,7 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             request: replay_pb2.CreateEvaluationRequest = message.evaluation_created.evaluation
             return EvaluationCreated(codec.evaluation_from_proto(request), request.epoch)
         case "run_finished":
-            return RunFinished(tuple(message.run_finished.group_ids))
+            return RunFinished(tuple(message.run_finished.group_ids), message.run_finished.given_up)
         case "run_rolled_back":
             rolled_back = message.run_rolled_back
             return RunRolledBack(

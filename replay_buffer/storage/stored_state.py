@@ -116,6 +116,7 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
         committed_step=state.committed_step,
         oldest_kept_step=state.oldest_kept_step,
         finished=state.finished,
+        given_up=state.given_up,
         groups=[group_to_proto(group) for group in state.groups.unended.values()],
         batches=[
             storage_pb2.BatchSnapshot(step=batch.step, group_ids=batch.group_ids, sealed=batch.sealed)
@@ -170,7 +171,7 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
         raise CorruptDataError(f"the snapshot of run {message.spec.run!r} contradicts itself: {error!r}") from error
     state.epoch = message.epoch
     state.committed_step, state.oldest_kept_step = message.committed_step, message.oldest_kept_step
-    state.finished = message.finished
+    state.finished, state.given_up = message.finished, message.given_up
     state.batches = {batch.step: Batch(batch.step, tuple(batch.group_ids), batch.sealed) for batch in message.batches}
     for evaluation in map(evaluation_from_proto, message.evaluations):
         state.evaluations[evaluation.evaluation.evaluation_id] = evaluation

@@ -94,7 +94,7 @@ class EngineServer:
 def shown_metrics(port: int) -> dict[str, float]:
     """What a server shows Prometheus, samples of one name summed."""
     values: dict[str, float] = {}
-    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=START_SECONDS) as page:
         for line in page.read().decode().splitlines():
             if line and not line.startswith("#"):
                 name, value = line.rpartition(" ")[::2]

@@ -176,7 +176,7 @@ class ReplayTarget:
             ("AcquireTickets", tickets),
             ("AwaitEvaluation", replay_pb2.AwaitEvaluationRequest(run=name, evaluation_id="e")),
             ("DrawBatch", replay_pb2.DrawBatchRequest(run=name, epoch=1, step=1)),
-            ("FinishRun", replay_pb2.FinishRunRequest(run=name, epoch=1)),
+            ("FinishRun", replay_pb2.FinishRunRequest(run=name, epoch=1, give_up=rng.random() < 0.5)),
         ):
             outcome = self.harness.do(self._judged(self._methods_by_name(method), request), 4 * _PATIENCE_SECONDS)
         return f"wild {outcome}"

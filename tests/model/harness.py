@@ -22,6 +22,7 @@ from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.service import ReplayService
 from replay_buffer.storage.log import Log, LogFailedError, LogOptions
 from replay_buffer.storage.segments import AppendFile
+from tests.deadlines import WAIT_SECONDS
 
 T = TypeVar("T")
 
@@ -90,17 +91,21 @@ def _parsed(method: str, reply: Any) -> Any:
 class Harness:
     """One log directory, one buffer at a time."""
 
-    def __init__(self, directory: Path, *, lease_seconds: float = 10.0, segment_bytes: int = 1 << 20) -> None:
+    def __init__(self, directory: Path, *, lease_seconds: float = 1000.0, segment_bytes: int = 1 << 20) -> None:
         self.directory = directory
         self._segment_bytes = segment_bytes
         self.loop = Clock()
         self.disk = VolatileDisk()
         self._options = ReplayBufferOptions(
-            directory=directory, lease_seconds=lease_seconds, soft_free_bytes=0, hard_free_bytes=0
+            directory=directory,
+            lease_seconds=lease_seconds,
+            hold_seconds=WAIT_SECONDS,
+            soft_free_bytes=0,
+            hard_free_bytes=0,
         )
         self.do(self._open())
 
-    def do(self, work: Coroutine[Any, Any, T], timeout_seconds: float = 20.0) -> T:
+    def do(self, work: Coroutine[Any, Any, T], timeout_seconds: float = WAIT_SECONDS) -> T:
         """Run something on the loop, with a deadline of real time."""
         return self.loop.run_until_complete(asyncio.wait_for(work, timeout_seconds))
 

@@ -107,6 +107,7 @@ class Law:
         self.evaluations: dict[str, replay_pb2.CreateEvaluationRequest] = {}
         self.committed = 0
         self.finished = False
+        self.given_up = False
         self.requeued: Counter[int] = Counter()
         self.dropped: Counter[int] = Counter()
         self.dead_letters: set[str] = set()
@@ -409,13 +410,15 @@ class Law:
         self.evaluations[request.evaluation_id] = request
 
     def _take_run_finished(self, finished: log_pb2.RunFinished) -> None:
-        _must(self.committed == self.step, 3, f"the run ends with steps {self.committed + 1} to {self.step} open")
+        _must(not self.finished, 3, "the run ends again")
+        whole = finished.given_up or self.committed == self.step
+        _must(whole, 3, f"the run ends with steps {self.committed + 1} to {self.step} open")
         for group_id in finished.group_ids:
             if not self.groups[group_id].ended:
                 self._drop(self.groups[group_id], replay_pb2.DROP_REASON_RUN_END, group_id)
         left = [group_id for group_id, group in self.groups.items() if not group.ended]
         _must(not left, 3, f"the run ends with {left} live")
-        self.finished = True
+        self.finished, self.given_up = True, finished.given_up
 
     def _take_server_drained(self, drained: log_pb2.ServerDrained) -> None:
         server = drained.server_id

@@ -27,7 +27,8 @@ from tests.model.law import OPEN, READY, TRAIN, End, Law, Version, name, read_lo
 from tests.unit.replay_buffer import builders
 
 RUN = builders.RUN
-LEASE_SECONDS = 10.0
+LEASE_SECONDS = 1000.0
+"""No example takes as long: a lease lapses when the clock jumps, and never else."""
 SERVERS = ("a", "b")
 STRANGER = common_pb2.PolicyVersion(run=RUN, epoch=7, step=1, digest=hashlib.sha256(b"stranger").digest())
 
@@ -104,6 +105,9 @@ class BufferMachine(RuleBasedStateMachine):
     def open_at(self, checkpoint: common_pb2.PolicyVersion, ledger: Sequence[replay_pb2.LedgerStep]) -> None:
         request = replay_pb2.OpenRunRequest(spec=self.spec, checkpoint=checkpoint, ledger=ledger)
         version, law = name(checkpoint), self.law
+        if self.taken and law.given_up:
+            self.refused(PreconditionError, "OpenRun", request)
+            return
         if self.taken and law.finished:
             assert self.call("OpenRun", request).finished
             return
@@ -206,7 +210,7 @@ class BufferMachine(RuleBasedStateMachine):
         request = replay_pb2.CommitRequest(run=RUN, epoch=law.epoch - behind, step=step)
         if behind:
             self.refused(FencedError, "Commit", request)
-        elif step > law.step or law.must_open_at is not None:
+        elif step > law.step or law.must_open_at is not None or (law.finished and step > law.committed):
             self.refused(PreconditionError, "Commit", request)
         else:
             committed = law.committed
@@ -343,6 +347,24 @@ class BufferMachine(RuleBasedStateMachine):
         if not sure:
             self.call("FinishRun", replay_pb2.FinishRunRequest(run=RUN, epoch=self.law.epoch))
             assert self.law.finished
+
+    @precondition(lambda self: self.law.committed < self.law.step >= 2)
+    @rule(sure=st.integers(0, 2), epoch=st.integers(0, 2))
+    def give_up(self, sure: int, epoch: int) -> None:
+        """A person ends the run, whatever its learner is about."""
+        if not sure:
+            return
+        law = self.law
+        request = replay_pb2.FinishRunRequest(run=RUN, epoch=epoch, give_up=True)
+        live = 0 if law.finished else sum(not group.ended for group in law.groups.values())
+        ended = law.finished
+        assert self.call("FinishRun", request).dropped_count == live
+        assert law.finished
+        assert law.given_up or ended
+        assert self.call("FinishRun", request).dropped_count == 0
+        # The learner's checkpoint was on its way; another learner starts from it.
+        self.commit(0, law.step)
+        self.open_at(_proto(law.head), [])
 
     # Workers
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,23 +54,55 @@ def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
         pass
 
 
-def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+_KILLED_WITH_WEIGHTS = """
+import fcntl, os, pathlib, signal, sys
+from inference_server.engines.staged_weights import staged_weights
+from tests.unit.inference_server.fake_driver import snapshot
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2] == "before it is locked":
+    fcntl.flock = die
+with staged_weights(snapshot(1), pathlib.Path(sys.argv[1])):
+    die()
+"""
+
+
+@pytest.mark.parametrize("when", ["staged", "before it is locked"])
+def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path, when: str) -> None:
     snapshot = tiny_models.snapshot(tiny_models.make_model(0))
-    script = (
-        "import os, pathlib, signal, sys\n"
-        "from inference_server.engines.staged_weights import staged_weights\n"
-        "from tests.unit.inference_server.fake_driver import snapshot\n"
-        "staged = staged_weights(snapshot(1), pathlib.Path(sys.argv[1]))\n"
-        "staged.__enter__()\n"
-        "os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
     other = tmp_path / "leeway-other"
     other.mkdir()
     with staged_weights(snapshot, tmp_path) as mine:
-        killed = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=CHECKOUT, check=False)
+        command = [sys.executable, "-c", _KILLED_WITH_WEIGHTS, str(tmp_path), when]
+        killed = subprocess.run(command, cwd=CHECKOUT, check=False)
         assert killed.returncode == -signal.SIGKILL
         assert len(list(tmp_path.iterdir())) == 3
         remove_abandoned(tmp_path)
         assert set(tmp_path.iterdir()) == {mine, other}
         assert (mine / "model.safetensors").is_file()
     assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("before", [(os, "open"), (fcntl, "flock")], ids=["it is opened", "it is locked"])
+def test_a_folder_taken_for_abandoned_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: tuple[ModuleType, str]
+) -> None:
+    module, name = before
+    whole: Callable[..., Any] = getattr(module, name)
+    started: list[None] = []
+
+    def another_server_starts(*arguments: Any, **named: Any) -> Any:
+        if not started:
+            started.append(None)
+            remove_abandoned(tmp_path)
+        return whole(*arguments, **named)
+
+    monkeypatch.setattr(module, name, another_server_starts)
+    with staged_weights(tiny_models.snapshot(tiny_models.make_model(0)), tmp_path) as folder:
+        assert started
+        assert (folder / "model.safetensors").is_file()
+        assert list(tmp_path.iterdir()) == [folder]
+        remove_abandoned(tmp_path)
+        assert folder.is_dir()

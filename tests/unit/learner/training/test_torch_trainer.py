@@ -32,6 +32,7 @@ from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, CorruptDataError, LeewayError, PreconditionError
 from leeway.types import Trajectory, TrajectoryGroup
 from leeway.weights import verify_weights, weights_digest
+from tests.deadlines import WAIT_SECONDS
 from tests.unit.learner.helpers import (
     DENSE,
     MOE,
@@ -489,7 +490,7 @@ def test_a_checkpoint_is_of_the_moment_it_was_begun(tmp_path: Path, monkeypatch:
     trained, write = threading.Event(), training_state._save_alone
 
     def write_late(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-        assert trained.wait(20)
+        assert trained.wait(WAIT_SECONDS)
         write(directory, tensors)
 
     monkeypatch.setattr(training_state, "_save_alone", write_late)

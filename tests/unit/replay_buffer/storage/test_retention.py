@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from leeway.errors import CorruptDataError, NotFoundError
+from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from leeway.types import Evaluation, GroupState, Purpose, SamplingParams, WriteItem, WriteStatus
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage import directory as storage_module
@@ -90,6 +90,33 @@ async def test_a_finished_run_lets_go_once_another_goes_on(tmp_path: Path) -> No
         with pytest.raises(NotFoundError, match="step 6 trained on have been retired"):
             [view async for view in run.buffer.export("ended", Filter(step=6), 0)]
         assert (await steps_listed(run))[-2:] == [11, 12]
+
+
+async def test_a_run_that_was_left_pins_the_log_until_it_is_given_up(tmp_path: Path) -> None:
+    async with opened(tmp_path, cleanly=False, retain_bytes=0) as run:
+        left = run.of("left")
+        await left.open_run()
+        await train(left, 6, keep=4)
+        await left.step(commit=False)  # trained, and its learner died before the checkpoint
+        tickets, _ = await run.buffer.acquire_tickets("left", "s0", left.state.head, 1000, 0)
+        run.buffer.write("left", filled(tickets[0], [left.state.head]))
+        await run.open_run()
+        await train(run, 12, keep=2)
+        segments = [group.oldest_segment for group in left.state.groups.unended.values()]
+        pinned = min(number for number in segments if number is not None)
+        assert segment_numbers(tmp_path)[0] <= pinned
+        assert run.log.size_bytes > 8 * SEGMENT_BYTES
+
+        assert await run.buffer.give_up_run("left") == len(segments)
+        await train(run, 4, keep=2)
+        assert segment_numbers(tmp_path)[0] > pinned
+        assert run.log.size_bytes < 8 * SEGMENT_BYTES
+        before = described(left.state)
+    async with opened(tmp_path, retain_bytes=0) as run:
+        assert described(run.of("left").state) == before
+        with pytest.raises(PreconditionError, match="was ended for good"):
+            await run.of("left").open_run(version(6, run="left"))
+        await train(run, 2, keep=2)
 
 
 async def test_two_finished_runs_keep_what_can_be_replayed(tmp_path: Path) -> None:

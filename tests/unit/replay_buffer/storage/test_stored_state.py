@@ -51,7 +51,7 @@ def rich_state() -> RunState:
         decide_drain(state, "s9", DrainReason.DIVERGING, "odd", epoch=state.epoch, others_at_work={"s0"}, force=False)
     )
     state.requeued.extend([4, 1])
-    state.finished = True
+    state.finished = state.given_up = True
     return state
 
 
