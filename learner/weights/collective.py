@@ -107,7 +107,6 @@ class CollectiveWeights:
         if self._task.done():
             raise UnavailableError("this learner broadcasts no more; fetch the weights")
         if not self._library.usable:
-            self._group = None  # it went with what carried it
             raise UnavailableError("this learner cannot broadcast at the moment; fetch the weights")
         if self._publication is None:
             raise NotFoundError("nothing is published yet; wait for the first announcement")

@@ -37,6 +37,7 @@ def test_without_two_gpus_the_check_says_so_and_fails() -> None:
 
 def test_the_check_itself_holds_on_a_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(carried, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(nccl_check, "LATE_SECONDS", WAIT_SECONDS)
     code = nccl_check.main(["--on-cpu", "--megabytes", "2", "--patience", "8"])
     printed = capsys.readouterr().out
     assert code == 0, printed
