@@ -109,6 +109,7 @@ class WeightReceiver:
             run=run, server_id=server_id, signature=codec.signature_to_proto(signature)
         )
         self._call: _Call | None = None
+        self._answering = asyncio.Lock()
         self._newest: tuple[Announcement, float] | None = None  # with the time it came
         self._announced = asyncio.Event()
         self._fetching: asyncio.Task[WeightSnapshot] | None = None
@@ -184,10 +185,10 @@ class WeightReceiver:
 
     async def _answer(self, answer: policy_pb2.WatchPolicyRequest) -> None:
         """Tell the learner; if its stream is gone, the next one begins with an announcement again."""
-        if self._call is None:
-            return
         try:
-            await self._call.write(answer)
+            async with self._answering:  # both tasks answer, and a call takes one message at a time
+                if self._call is not None:
+                    await self._call.write(answer)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError, asyncio.CancelledError):
             task = asyncio.current_task()
             if task is not None and task.cancelling():

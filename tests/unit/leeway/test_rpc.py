@@ -177,3 +177,26 @@ async def test_an_answer_on_a_stream_that_is_given_up_ends_nobody_but_who_is_can
     assert task.cancelled()
     receiver._fetcher.close()
     await receiver._channel.close()
+
+
+async def test_answers_of_both_tasks_go_out_one_after_the_other() -> None:
+    class OneAtATime:
+        """As gRPC: a second message before the first is sent is an error that ends the call."""
+
+        writing = False
+        written = 0
+
+        async def write(self, _message: object) -> None:
+            assert not self.writing, "Internal error from Core"
+            self.writing = True
+            await asyncio.sleep(0)
+            self.writing = False
+            self.written += 1
+
+    receiver = weight_receiver()
+    call = OneAtATime()
+    receiver._call = cast("Any", call)
+    await asyncio.gather(*(receiver._answer(policy_pb2.WatchPolicyRequest()) for _ in range(3)))
+    assert call.written == 3
+    receiver._fetcher.close()
+    await receiver._channel.close()
