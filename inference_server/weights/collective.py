@@ -17,7 +17,7 @@ from inference_server.weights.transport import Announcement, Part
 from leeway import codec
 from leeway.collective.library import Group, Library
 from leeway.collective.making import make_library
-from leeway.errors import InvalidDataError, LeewayError
+from leeway.errors import InvalidDataError, LeewayError, PreconditionError, UnavailableError
 from leeway.host_memory import HostMemory
 from leeway.rpc import mapped_errors
 from leeway.types import PolicyVersion, WeightRequest
@@ -115,8 +115,11 @@ class CollectiveWeights:
             weights=codec.weight_request_to_proto(request),
             group=self._group[0] if self._group is not None else 0,
         )
-        with mapped_errors(f"JoinBroadcast at {self._address}"):
-            seat = await self._stub.JoinBroadcast(message, timeout=self._timeout_seconds)
+        try:
+            with mapped_errors(f"JoinBroadcast at {self._address}"):
+                seat = await self._stub.JoinBroadcast(message, timeout=self._timeout_seconds)
+        except PreconditionError as error:  # which the call, unlike an UNAVAILABLE, does not repeat
+            raise UnavailableError(error.message) from error
         if not 0 < seat.rank < seat.world_size:
             raise InvalidDataError(f"JoinBroadcast at {self._address}: rank {seat.rank} of {seat.world_size} is none")
         return seat

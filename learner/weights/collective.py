@@ -25,7 +25,7 @@ from learner.weights.publication import Part, Publication, kind_of
 from leeway.collective.library import Group, Library
 from leeway.collective.making import make_library
 from leeway.collective.rendezvous import Rendezvous
-from leeway.errors import LeewayError, NotFoundError, UnavailableError
+from leeway.errors import LeewayError, NotFoundError, PreconditionError, UnavailableError
 from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
 from leeway.types import WeightRequest
@@ -35,6 +35,7 @@ __all__ = ["CollectiveWeights", "Library", "make_library"]
 log = logging.getLogger(__name__)
 
 _GATHER_SECONDS: Final = 0.5
+_NO_MORE: Final = "this learner broadcasts no more; fetch the weights"
 
 
 @dataclass(slots=True)
@@ -105,9 +106,10 @@ class CollectiveWeights:
 
     async def join(self, server_id: str, request: WeightRequest, group: int) -> Seat:
         if self._task.done():
-            raise UnavailableError("this learner broadcasts no more; fetch the weights")
+            raise PreconditionError(_NO_MORE)
         if not self._library.usable:
-            raise UnavailableError("this learner cannot broadcast at the moment; fetch the weights")
+            self._group = None  # it went with what carried it
+            raise PreconditionError("this learner cannot broadcast at the moment; fetch the weights")
         if self._publication is None:
             raise NotFoundError("nothing is published yet; wait for the first announcement")
         whole = replace(request, first_part=0, end_part=0)
@@ -137,7 +139,7 @@ class CollectiveWeights:
         """However the task ended, nobody waits for it."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("broadcasts have ended, servers fetch over gRPC from now on: %r", error)
-        self._refuse_waiting(UnavailableError("this learner broadcasts no more; fetch the weights"))
+        self._refuse_waiting(PreconditionError(_NO_MORE))
 
     def _refuse_waiting(self, error: LeewayError) -> None:
         for waiting in self._rounds:

@@ -84,9 +84,9 @@ class PolicyServiceServicer(object):
     def JoinBroadcast(self, request, context):
         """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
         asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast; UNAVAILABLE when it
-        cannot at the moment. A broadcast that fails fails for all that take part: they take that version another way, and
-        the next broadcast forms a new group.
+        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+        A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
+        a new group.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -51,9 +51,9 @@ class PolicyServiceStub:
     JoinBroadcast: _grpc.UnaryUnaryMultiCallable[_policy_pb2.JoinBroadcastRequest, _policy_pb2.JoinBroadcastResponse]
     """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
     asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast; UNAVAILABLE when it
-    cannot at the moment. A broadcast that fails fails for all that take part: they take that version another way, and
-    the next broadcast forms a new group.
+    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+    A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
+    a new group.
     """
 
 @_typing.type_check_only
@@ -79,9 +79,9 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     JoinBroadcast: _aio.UnaryUnaryMultiCallable[_policy_pb2.JoinBroadcastRequest, _policy_pb2.JoinBroadcastResponse]  # type: ignore[assignment]
     """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
     asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast; UNAVAILABLE when it
-    cannot at the moment. A broadcast that fails fails for all that take part: they take that version another way, and
-    the next broadcast forms a new group.
+    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+    A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
+    a new group.
     """
 
 class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -122,9 +122,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_policy_pb2.JoinBroadcastResponse, _abc.Awaitable[_policy_pb2.JoinBroadcastResponse]]:
         """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
         asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast; UNAVAILABLE when it
-        cannot at the moment. A broadcast that fails fails for all that take part: they take that version another way, and
-        the next broadcast forms a new group.
+        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+        A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
+        a new group.
         """
 
 def add_PolicyServiceServicer_to_server(servicer: PolicyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

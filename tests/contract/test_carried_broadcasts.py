@@ -113,6 +113,7 @@ async def test_a_group_is_not_used_again_when_what_carried_it_has_died(
         dying._carrier._process.wait()
         await learner.publisher.publish(snapshot(2))
         await all_serve(servers, snapshot(2))
+        assert (learner.group == 0) == (whose == "learner"), "another server may still hold it and ask for it again"
         prepared([dying])
         await learner.publisher.publish(snapshot(3))
         await all_serve(servers, snapshot(3))
