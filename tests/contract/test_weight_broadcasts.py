@@ -218,13 +218,14 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
         yield next(sizes)
         raise receiving.InvalidDataError("planted")
 
-    async with fleet(2, patience_seconds=2 * WAIT_SECONDS) as (learner, servers):
+    async with fleet(2, patience_seconds=8.0) as (learner, servers):
         first = snapshot(1)
         with monkeypatch.context() as broken:
             broken.setattr(GlooGroup, "send", failing)
             await learner.publisher.publish(first)
             await all_serve(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
+        learner.broadcasts._patience_seconds = WAIT_SECONDS
         second = snapshot(2)
         await learner.publisher.publish(second)
         await all_serve(servers, second)
@@ -238,7 +239,8 @@ async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thou
         raise ZeroDivisionError
         yield
 
-    async with fleet(2, patience_seconds=2 * WAIT_SECONDS) as (learner, servers):
+    # A server that is still forming the group, with another that has given it up, waits for as long as its patience.
+    async with fleet(2, patience_seconds=8.0) as (learner, servers):
         monkeypatch.setattr(GlooGroup, "send", impossible)
         for version in (snapshot(1), snapshot(2)):
             await learner.publisher.publish(version)
