@@ -27,7 +27,7 @@ _gloo: Any = dist.ProcessGroupGloo
 class Gloo:
     """Implements `leeway.collective.library.Library`. A peer that dies is noticed at once: its connections close."""
 
-    piece_bytes: int = 4 << 20
+    piece_bytes: int = 8 << 20
     """Enough that what each costs by itself does not count, few enough that little is left to check when the last has
     come."""
     name = "gloo/" + torch.__version__.partition("+")[0]

@@ -321,7 +321,7 @@ Global___JoinBroadcastRequest: _TypeAlias = JoinBroadcastRequest  # noqa: Y015
 
 @_typing.final
 class JoinBroadcastResponse(_message.Message):
-    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 4 MiB with
+    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 8 MiB with
     gloo, of 64 MiB with NCCL, the last one shorter; each piece is one broadcast of bytes. With NCCL one of a single byte
     comes first, and before it every member writes under "device/RANK" in the store which GPU it has: no two may share one.
     """
