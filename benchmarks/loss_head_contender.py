@@ -153,8 +153,8 @@ def leeway(inputs: Inputs) -> Tensor:
 
 def fused_pass(inputs: Inputs, weight_gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Loss and d loss / d hidden; the weight's gradient is added to what is given."""
-    from learner.training.head import Head
-    from learner.training.head.fused import fused_head
+    from learner.policy.head import Head
+    from learner.policy.head.fused import fused_head
 
     result = fused_head(
         inputs.hidden.detach(),
@@ -175,15 +175,15 @@ def leeway_zeros(inputs: Inputs) -> Tensor:
 
 def leeway_scores(inputs: Inputs) -> Tensor:
     """Log-probs and entropies without loss or gradient: a step in which every advantage is zero."""
-    from learner.training.head import Head
-    from learner.training.head.fused import fused_head
+    from learner.policy.head import Head
+    from learner.policy.head.fused import fused_head
 
     scores = fused_head(inputs.hidden.detach(), Head(inputs.weight.detach()), _targets(inputs)).scores
     return cispo(scores.logprobs, inputs)
 
 
 def _targets(inputs: Inputs):  # noqa: ANN202 - the peers' environment has no learner to import the type from
-    from learner.training.head import Targets
+    from learner.policy.head import Targets
 
     return Targets(inputs.token_ids, torch.ones(inputs.token_ids.shape[0]))
 

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learner.training import step_batch
-from learner.training.model import PolicyModel
+from learner.batch import step_batch
+from learner.batch.packing import plan_micro_batches
+from learner.policy.model import PolicyModel
 from learner.training.options import TrainingOptions
-from learner.training.packing import plan_micro_batches
 from learner.training.torch_trainer import TorchTrainer
 from leeway.types import FinishReason, ModelSignature, Trajectory, TrajectoryGroup
 

@@ -52,7 +52,7 @@ def run(output: Path, seed: int, bound: int) -> dict[str, Any]:
     """One whole run; its summary."""
     name = f"staleness-{bound}-seed-{seed}"
     overrides = {"run.name": name, "run.directory": str(output.resolve()), "run.seed": seed, "run.max_staleness": bound}
-    command = [sys.executable, "-m", "leeway.commands.main", "run", str(CONFIG), "--plain"]
+    command = [sys.executable, "-m", "leeway.cli.main", "run", str(CONFIG), "--plain"]
     for key, value in overrides.items():
         command += ["--set", f"{key}={json.dumps(value)}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import Field
 
 from inference_server.engines.arithmetic import ArithmeticEngineOptions
-from inference_server.engines.sglang_options import SglangEngineOptions
-from inference_server.engines.transformers_options import TransformersEngineOptions
-from inference_server.engines.vllm_options import VllmEngineOptions
-from inference_server.reward import RewardLimits
-from inference_server.rollout_worker import WorkerLimits
-from inference_server.write_window import WriterLimits
+from inference_server.engines.sglang.options import SglangEngineOptions
+from inference_server.engines.transformers.options import TransformersEngineOptions
+from inference_server.engines.vllm.options import VllmEngineOptions
+from inference_server.rollout.reward import RewardLimits
+from inference_server.rollout.worker import WorkerLimits
+from inference_server.rollout.write_window import WriterLimits
 from leeway.config import Address, Options
 from leeway.errors import ConfigError
 

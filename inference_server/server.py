@@ -23,11 +23,11 @@ from inference_server.engine import Engine, EngineProcess
 from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
 from inference_server.options import InferenceServerOptions
-from inference_server.reward import RewardRunner
-from inference_server.rollout_worker import RolloutWorker
+from inference_server.rollout.reward import RewardRunner
+from inference_server.rollout.text import HuggingFaceTokenizer, Tokenizer
+from inference_server.rollout.worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
-from inference_server.text import HuggingFaceTokenizer, Tokenizer
 from inference_server.weights.receiver import WeightReceiver
 from leeway.arithmetic import ArithmeticTokenizer
 from leeway.config import (
@@ -42,14 +42,14 @@ from leeway.config import (
     section,
 )
 from leeway.errors import ConfigError, LeewayError
-from leeway.metrics import InferenceServerMetrics, serve_metrics
-from leeway.plugins import load_function
-from leeway.ports import free_port
-from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
+from leeway.service.metrics import InferenceServerMetrics, serve_metrics
+from leeway.service.plugins import load_function
+from leeway.service.ports import free_port
+from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.tasks import load_tasks
-from leeway.weight_transports import BroadcastLibrary, broadcast_library
+from leeway.weights.transports import BroadcastLibrary, broadcast_library
 
 log = logging.getLogger("inference_server")
 
@@ -215,15 +215,15 @@ class InferenceServerProcess:
             return ArithmeticEngine(self.options.arithmetic)
         if self.engine == "vllm":
             _require_module("vllm")
-            from inference_server.engines import vllm_engine
+            from inference_server.engines.vllm import engine as vllm_engine
 
             return await vllm_engine.start(self.model.directory, self.options.vllm)
         if self.engine == "sglang":
             _require_module("sglang")
-            from inference_server.engines import sglang_engine
+            from inference_server.engines.sglang import engine as sglang_engine
 
             return await sglang_engine.start(self.model.directory, self.options.sglang)
-        from inference_server.engines.transformers_engine import TransformersEngine
+        from inference_server.engines.transformers.engine import TransformersEngine
 
         return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)
 

@@ -16,7 +16,7 @@ from leeway import codec
 from leeway.errors import DeadlineError, FencedError, InvalidDataError, PreconditionError
 from leeway.types import WeightManifest, WeightSnapshot
 from leeway.v1 import inference_pb2, inference_pb2_grpc
-from leeway.weights import verify_weights
+from leeway.weights.digests import verify_weights
 
 SERVICE_NAME: Final = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
+from learner.factory import make_trainer
 from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.making import make_trainer
+from learner.losses.options import check_recorded_topk
 from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
 from learner.records.journal import Journal
@@ -22,7 +23,6 @@ from learner.records.receipts import ReceiptBook, deciding_options
 from learner.records.run_lock import held_run
 from learner.records.summary import summarize, write_summary
 from learner.trainer import Trainer
-from learner.training.loss_options import check_recorded_topk
 from learner.weights.local import LocalWeights
 from learner.weights.publisher import Publisher
 from leeway.config import (
@@ -38,15 +38,15 @@ from leeway.config import (
     section,
 )
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
-from leeway.metrics import LearnerMetrics, serve_metrics
-from leeway.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, start_server
+from leeway.service.metrics import LearnerMetrics, serve_metrics
+from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.tasks import load_tasks
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weight_transports import BroadcastLibrary, broadcast_library, uses_zeromq
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
+from leeway.weights.transports import BroadcastLibrary, broadcast_library, uses_zeromq
 
 if TYPE_CHECKING:
     from learner.weights.collective import CollectiveWeights, Library
@@ -87,7 +87,7 @@ class LearnerProcess:
                 library = await self._prepare_broadcasts()
                 await self._lead(make_trainer(self.options, self.model, self.sampling), library, stop)
             return
-        from learner.making import join_world, make_ranked_trainer
+        from learner.factory import join_world, make_ranked_trainer
         from learner.training.distributed import DistributedTrainer, follow
 
         world = join_world(self.options)

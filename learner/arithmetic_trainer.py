@@ -16,10 +16,10 @@ from typing import Final
 
 import numpy as np
 
+from learner.batch.checks import check_group, check_trajectory
+from learner.batch.packing import token_temperatures
 from learner.records.checkpoint import Branch
 from learner.trainer import FinishSave, StepResult
-from learner.training.checks import check_group, check_trajectory
-from learner.training.packing import token_temperatures
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import CorruptDataError

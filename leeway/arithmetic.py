@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from leeway.errors import PreconditionError
 from leeway.types import ModelSignature, PolicyVersion, WeightManifest
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 
 END_OF_SEQUENCE: Final = 0
 """The token id that ends a completion."""

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from leeway.config import TaskOptions
 from leeway.errors import ConfigError
-from leeway.plugins import load_function
+from leeway.service.plugins import load_function
 
 Task = Mapping[str, Any]
 

@@ -34,15 +34,15 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.fleet_calls import FleetCalls
-from replay_buffer.intake import Cause
 from replay_buffer.learner_calls import LearnerCalls
+from replay_buffer.live.backpressure import Cause
+from replay_buffer.live.writing import decide_write
 from replay_buffer.people_calls import PeopleCalls
-from replay_buffer.recorder import Run
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.lifecycle import check_fit
 from replay_buffer.rules.tickets import Server, TicketOffice
 from replay_buffer.rules.transitions import TicketIssued
-from replay_buffer.writing import decide_write
+from replay_buffer.run_store import Run
 
 _FAR_FROM_FULL_BYTES: Final = 1 << 30
 _ROOM_SECONDS: Final = 0.05

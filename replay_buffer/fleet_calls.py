@@ -13,8 +13,8 @@ import logging
 import statistics
 
 from leeway.types import Drain, DrainReason, GroupState, ServerStatus
-from replay_buffer.recorder import Recorder, Run, open_groups
 from replay_buffer.rules.drain import decide_drain, decide_readmit
+from replay_buffer.run_store import Recorder, Run, open_groups
 
 log = logging.getLogger(__name__)
 

@@ -12,13 +12,13 @@ from leeway.types import (
     PolicyVersion,
     RunSpec,
 )
-from replay_buffer.recorder import Recorder, open_groups
+from replay_buffer.live.views import GroupView, view_group
 from replay_buffer.rules.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.rules.evaluation import decide_evaluation, result_of
 from replay_buffer.rules.lifecycle import decide_advance, decide_commit, decide_finish
 from replay_buffer.rules.opening import Ledger, decide_after_open, decide_open_run
 from replay_buffer.rules.state import RunState
-from replay_buffer.views import GroupView, view_group
+from replay_buffer.run_store import Recorder, open_groups
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from prometheus_client import Counter
 
-from leeway.metrics import ReplayBufferMetrics
+from leeway.service.metrics import ReplayBufferMetrics
 from leeway.types import (
     DropReason,
     GroupState,
@@ -21,9 +21,9 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.fleet import Fleet
-from replay_buffer.intake import Cause
-from replay_buffer.observer import Ending, Observer
+from replay_buffer.live.backpressure import Cause
+from replay_buffer.live.observer import Ending, Observer
+from replay_buffer.live.servers import Fleet
 from replay_buffer.rules.leases import Leases
 from replay_buffer.rules.state import RunState
 

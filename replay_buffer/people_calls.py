@@ -11,14 +11,14 @@ from leeway.types import (
     PolicyVersion,
     RunStatus,
 )
-from replay_buffer.recorder import Recorder
+from replay_buffer.live.views import GroupView, view_group
 from replay_buffer.rules.dead_letters import decide_requeue, decide_requeue_all, list_dead_letters
 from replay_buffer.rules.lifecycle import decide_give_up
 from replay_buffer.rules.opening import decide_after_open, decide_rollback
+from replay_buffer.run_store import Recorder
 from replay_buffer.storage.backup import Backup
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.selection import check_kept, select
-from replay_buffer.views import GroupView, view_group
 
 log = logging.getLogger(__name__)
 

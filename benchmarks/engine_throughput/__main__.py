@@ -30,8 +30,8 @@ from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.remote import RemoteEngine
 from inference_server.requests import Closing
 from leeway.huggingface import save_model
-from leeway.ports import free_port
 from leeway.rpc import Security
+from leeway.service.ports import free_port
 
 PROMISE = 0.9
 CHECKOUT = Path(__file__).parents[2]

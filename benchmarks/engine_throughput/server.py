@@ -18,8 +18,8 @@ import psutil
 
 from benchmarks.engine_throughput.requests import Round, tokens_per_second
 from inference_server.engine import GenerationRequest
-from inference_server.engines import vllm_engine
-from inference_server.engines.vllm_options import VllmEngineOptions
+from inference_server.engines.vllm import engine as vllm_engine
+from inference_server.engines.vllm.options import VllmEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
 from leeway.conformance.weights import checkpoint_weights

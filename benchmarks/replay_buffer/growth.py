@@ -13,7 +13,7 @@ from benchmarks.replay_buffer.contenders import Leeway, write_all
 from benchmarks.replay_buffer.processes import killed_at_end
 from benchmarks.replay_buffer.recovery import restarted
 from benchmarks.replay_buffer.workload import WORKLOADS, Workload, messages, prepare
-from leeway.ports import free_port
+from leeway.service.ports import free_port
 
 HOST: Final = "127.0.0.1"
 WRITERS: Final = (1, 4, 16, 64, 256)

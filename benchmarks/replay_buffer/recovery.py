@@ -12,7 +12,7 @@ from benchmarks.replay_buffer import processes
 from benchmarks.replay_buffer.contenders import Leeway
 from benchmarks.replay_buffer.processes import Driver, MissingPeer, killed_at_end
 from benchmarks.replay_buffer.workload import Workload, prepare, run_spec
-from leeway.ports import free_port
+from leeway.service.ports import free_port
 
 HOST = "127.0.0.1"
 WORKLOAD = Workload("190 KB", 344, topk=True, routing=True, count=1536)

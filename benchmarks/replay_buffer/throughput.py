@@ -13,7 +13,7 @@ from benchmarks.replay_buffer.contenders import Bare, Contender, Leeway, Peer, P
 from benchmarks.replay_buffer.processes import Driver, MissingPeer, killed_at_end
 from benchmarks.replay_buffer.report import Key, Results
 from benchmarks.replay_buffer.workload import Workload
-from leeway.ports import free_port
+from leeway.service.ports import free_port
 
 HOST: Final = "127.0.0.1"
 BARE, UNANSWERED, KEPT = "bare stream", "bare, unanswered", "bare, kept"

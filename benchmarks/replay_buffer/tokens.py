@@ -15,7 +15,7 @@ from benchmarks.replay_buffer import processes
 from benchmarks.replay_buffer.contenders import Leeway, Sample, write_all
 from benchmarks.replay_buffer.processes import killed_at_end
 from benchmarks.replay_buffer.workload import MEMBERS, Workload, messages, prepare
-from leeway.ports import free_port
+from leeway.service.ports import free_port
 
 STREAMS: Final = 16
 CHUNK_TOKENS: Final = 32

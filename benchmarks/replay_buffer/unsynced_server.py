@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from leeway.process import service_parser
+from leeway.service.process import service_parser
 from replay_buffer.__main__ import main
 from replay_buffer.storage.segments import AppendFile
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from benchmarks.routing_wire import entropy
 from benchmarks.routing_wire.sources import Source, drawn, joined, sortmix8
-from inference_server.rollout_worker import WorkerLimits
+from inference_server.rollout.worker import WorkerLimits
 from leeway import codec
-from leeway.routing import pack_routing, unpack_routing
+from leeway.codec.routing import pack_routing, unpack_routing
 from leeway.types import Array, Column, ColumnKind, TrajectoryChunk
 
 PROMISED_RATIO = 1.05

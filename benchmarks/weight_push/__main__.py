@@ -43,13 +43,13 @@ from learner.weights.collective import CollectiveWeights
 from learner.weights.local import LocalWeights
 from learner.weights.publication import Publication
 from learner.weights.publisher import Publisher, _Server
-from leeway.collective.gloo import Gloo
 from leeway.huggingface import model_signature
-from leeway.metrics import LearnerMetrics
-from leeway.ports import free_port
 from leeway.rpc import Security, start_server
+from leeway.service.metrics import LearnerMetrics
+from leeway.service.ports import free_port
 from leeway.types import WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights.broadcast.gloo import Gloo
 
 ROOT = Path(__file__).parents[2]
 RATES = (1e-6, 1e-5)

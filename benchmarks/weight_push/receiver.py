@@ -17,13 +17,13 @@ from prometheus_client import CollectorRegistry
 
 from benchmarks.weight_push.training import RUN
 from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.transformers_engine import TransformersEngine
-from inference_server.engines.transformers_options import TransformersEngineOptions
+from inference_server.engines.transformers.engine import TransformersEngine
+from inference_server.engines.transformers.options import TransformersEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
 from leeway.huggingface import model_signature
-from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import EngineInfo, LogprobMode, ModelSignature, SamplingParams, TrajectoryChunk, WeightSnapshot
 
 

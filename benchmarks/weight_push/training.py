@@ -16,14 +16,14 @@ import torch
 from examples.sortmix8.task import reward as sorted_reward
 from examples.sortmix8.task import tasks
 from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.transformers_engine import TransformersEngine
-from inference_server.engines.transformers_options import TransformersEngineOptions
-from inference_server.recorder import TrajectoryRecorder
-from inference_server.text import HuggingFaceTokenizer
+from inference_server.engines.transformers.engine import TransformersEngine
+from inference_server.engines.transformers.options import TransformersEngineOptions
+from inference_server.rollout.text import HuggingFaceTokenizer
+from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
 from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.assembly import assemble_trajectory
 from leeway.config import SamplingOptions
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     PolicyVersion,
     Purpose,
@@ -35,7 +35,7 @@ from leeway.types import (
     TrajectoryRecord,
     WeightSnapshot,
 )
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sortmix8"
 RUN = "weight-push"

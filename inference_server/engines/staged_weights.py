@@ -12,7 +12,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 
-from leeway.dtypes import element_size_bytes
+from leeway.codec.dtypes import element_size_bytes
 from leeway.errors import PreconditionError
 from leeway.types import WeightSnapshot
 

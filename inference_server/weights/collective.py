@@ -13,15 +13,15 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 
+from inference_server.weights.host_memory import HostMemory
 from inference_server.weights.transport import Announcement, Part
 from leeway import codec
-from leeway.collective.library import Group, Library
-from leeway.collective.making import make_library
 from leeway.errors import InvalidDataError, LeewayError, PreconditionError, UnavailableError
-from leeway.host_memory import HostMemory
 from leeway.rpc import mapped_errors
 from leeway.types import PolicyVersion, WeightRequest
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights.broadcast.library import Group, Library
+from leeway.weights.broadcast.making import make_library
 
 __all__ = ["CollectiveWeights", "make_library"]
 

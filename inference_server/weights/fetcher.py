@@ -20,11 +20,11 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from inference_server.weights.transport import Announcement, Part, WeightTransport, batches
-from leeway.deltas import apply_deltas
 from leeway.errors import CorruptDataError, DeadlineError, InvalidDataError, NotFoundError, UnavailableError
-from leeway.metrics import InferenceServerMetrics
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import WeightDelta, WeightRequest, WeightSnapshot
-from leeway.weights import verify_weights, weights_digest
+from leeway.weights.deltas import apply_deltas
+from leeway.weights.digests import verify_weights, weights_digest
 
 log = logging.getLogger(__name__)
 

@@ -34,11 +34,11 @@ from leeway.errors import (
     NotFoundError,
     UnavailableError,
 )
-from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weight_transports import BroadcastLibrary
+from leeway.weights.transports import BroadcastLibrary
 
 if TYPE_CHECKING:
     from inference_server.weights.collective import CollectiveWeights

@@ -23,8 +23,8 @@ from learner.fleet.mismatch import MismatchWindow, Standing, samples_of
 from learner.fleet.options import FleetOptions
 from learner.records.checkpoint import Branch
 from leeway.errors import DeadlineError, ExhaustedError, LeewayError, PreconditionError, UnavailableError
-from leeway.metrics import LearnerMetrics
 from leeway.replay_client import ReplayClient
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import DrainReason, Float32Array, ServerStatus, TrajectoryGroup
 
 log = logging.getLogger(__name__)

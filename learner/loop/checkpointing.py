@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from learner.loop.answers import Answers
-from learner.loop.parts import Parts
+from learner.loop.context import Parts
+from learner.loop.stop_deadline import Answers
 from learner.records.checkpoint import Branch, LedgerStep, PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.rpc import cancel_and_wait

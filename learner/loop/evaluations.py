@@ -13,13 +13,13 @@ import asyncio
 import logging
 from typing import Final
 
-from learner.loop.answers import Answers
-from learner.loop.parts import Parts
+from learner.loop.context import Parts
 from learner.loop.reports import Reports
+from learner.loop.stop_deadline import Answers
 from leeway.config import EvaluationOptions
 from leeway.errors import LeewayError
-from leeway.process import unless_stopped
 from leeway.rpc import cancel_and_wait
+from leeway.service.process import unless_stopped
 from leeway.types import Evaluation, PolicyVersion, RunSpec
 
 log = logging.getLogger(__name__)

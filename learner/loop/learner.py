@@ -24,20 +24,20 @@ from dataclasses import replace
 
 from learner.errors import UnusableGroupError
 from learner.fleet.watch import FleetWatch
-from learner.loop.answers import Answers
+from learner.lineage import token_staleness
 from learner.loop.checkpointing import Checkpointing
+from learner.loop.context import Parts
 from learner.loop.evaluations import Evaluations
-from learner.loop.parts import Parts
 from learner.loop.reports import Reports, Trained
+from learner.loop.stop_deadline import Answers
 from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, Checkpoint
-from learner.staleness import token_staleness
 from leeway.config import EvaluationOptions
 from leeway.errors import DeadlineError
-from leeway.process import unless_stopped
 from leeway.rpc import cancel_and_wait
+from leeway.service.process import unless_stopped
 from leeway.types import DropReason, PolicyVersion, RunSpec, RunStatus, TrajectoryGroup, WeightSnapshot
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from learner.fleet.watch import Verdict
-from learner.loop.parts import Parts
+from learner.loop.context import Parts
 from learner.records.checkpoint import Branch
 from learner.records.policy_logprobs import write_policy_logprobs
 from learner.records.receipts import make_receipt
 from learner.records.summary import merge_intervals
 from learner.trainer import StepResult
-from leeway.metrics import STALENESS_BUCKETS
+from leeway.service.metrics import STALENESS_BUCKETS
 from leeway.types import EvaluationResult, PolicyVersion, TrajectoryGroup, WeightManifest
 
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from leeway.durable import make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
+from leeway.service.durable import make_directory, sync_directory
 from leeway.types import PolicyVersion, Rollback
 
 _MANIFEST: Final = "manifest.json"

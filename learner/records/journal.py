@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from leeway.durable import replace_file
+from leeway.service.durable import replace_file
 
 
 class Journal:

@@ -25,8 +25,8 @@ from typing import Any, Final
 from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch
 from learner.records.journal import read_journal
-from leeway.durable import replace_file
 from leeway.errors import CorruptDataError, NotFoundError
+from leeway.service.durable import replace_file
 from leeway.types import ModelSignature, PolicyVersion, SegmentKind, Trajectory, TrajectoryGroup, WeightManifest
 
 FILE: Final = "receipts.jsonl"

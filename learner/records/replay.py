@@ -24,10 +24,10 @@ from learner.records.receipts import (
 )
 from learner.trainer import Trainer
 from leeway import codec
-from leeway.assembly import assemble_trajectory
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import GroupRecord, PolicyVersion, TrajectoryGroup
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 
 ExportStep = Callable[[int], AsyncIterator[GroupRecord]]
 """The training groups of a step, from the buffer's log."""

@@ -19,7 +19,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
-from learner.making import join_world, make_ranked_trainer, make_trainer
+from learner.factory import join_world, make_ranked_trainer, make_trainer
 from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, CheckpointStore
 from learner.records.receipts import Receipts, deciding_options, read_receipts
@@ -27,9 +27,9 @@ from learner.records.replay import ExportStep, find_start, read_groups, replay
 from learner.trainer import Trainer
 from leeway.config import ModelOptions, NetworkOptions, RunOptions, SamplingOptions, load_document, section
 from leeway.errors import ConfigError
-from leeway.process import report_error, serve, service_parser
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security
+from leeway.service.process import report_error, serve, service_parser
 from leeway.types import GroupRecord, Purpose, TrajectoryGroup
 
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from leeway.durable import hold_file, make_directory
 from leeway.errors import ConfigError, UnavailableError
+from leeway.service.durable import hold_file, make_directory
 
 FILE: Final = "learner.lock"
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from leeway.durable import replace_file
+from leeway.service.durable import replace_file
 from leeway.types import RunStatus
 
 Interval = tuple[float, float]

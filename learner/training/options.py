@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from learner.training.advantages import Baseline
-from learner.training.loss_options import LossOptions
-from learner.training.overlong import OverlongRule
+from learner.batch.advantages import Baseline
+from learner.batch.overlong import OverlongRule
+from learner.losses.options import LossOptions
 from learner.training.schedule import Schedule
 from leeway.config import Options
 

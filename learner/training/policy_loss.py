@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from learner.batch.packing import MicroBatch
 from learner.losses import LossParameters
 from learner.losses.batch_statistics import (
     BatchStatistics,
@@ -32,10 +33,9 @@ from learner.losses.form import (
     token_losses,
     token_values,
 )
-from learner.training.head import TokenScores
+from learner.policy.head import TokenScores
 from learner.training.mismatch import RunningMismatch
 from learner.training.options import TrainingOptions
-from learner.training.packing import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from learner.batch.step_batch import StepBatch
 from learner.losses.form import TokenTerms, TokenValues
 from learner.training.statistics import candidate_statistics, token_statistics
-from learner.training.step_batch import StepBatch
 from learner.training.world import World, gather_arrays, gather_tensor
 from leeway.types import Float32Array
 

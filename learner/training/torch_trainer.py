@@ -15,23 +15,23 @@ from typing import cast
 
 import torch
 
+from learner.batch.checks import check_candidates, check_group, check_trajectory
+from learner.batch.step_batch import step_batch
+from learner.batch.step_parts import Partition
+from learner.losses.options import check_recorded_topk
+from learner.policy.model import PolicyModel
+from learner.policy.r3 import check_routing
 from learner.records.checkpoint import Branch
 from learner.trainer import FinishSave, StepResult
 from learner.training import state as training_state
-from learner.training.checks import check_candidates, check_group, check_trajectory
 from learner.training.gradient import StepGradient
-from learner.training.loss_options import check_recorded_topk
 from learner.training.mismatch import RunningMismatch
-from learner.training.model import PolicyModel
 from learner.training.older_policies import OlderPolicy
 from learner.training.optimizer import Optimizer
 from learner.training.options import TrainingOptions
 from learner.training.policy_loss import PolicyLoss
-from learner.training.r3 import check_routing
 from learner.training.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
 from learner.training.state import TrainerScalars
-from learner.training.step_batch import step_batch
-from learner.training.step_parts import Partition
 from learner.training.world import TorchWorld, World
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError, PreconditionError
@@ -46,7 +46,7 @@ from leeway.huggingface import (
     torch_dtype,
 )
 from leeway.types import ModelSignature, TensorEntry, Trajectory, TrajectoryGroup, WeightManifest
-from leeway.weights import tensor_entry
+from leeway.weights.digests import tensor_entry
 
 
 class TorchTrainer:

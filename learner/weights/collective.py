@@ -22,13 +22,13 @@ from typing import Final
 
 from learner.weights.outlet import Seat
 from learner.weights.publication import Part, Publication, kind_of
-from leeway.collective.library import Group, Library
-from leeway.collective.making import make_library
-from leeway.collective.rendezvous import Rendezvous
 from leeway.errors import LeewayError, NotFoundError, PreconditionError, UnavailableError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import WeightRequest
+from leeway.weights.broadcast.library import Group, Library
+from leeway.weights.broadcast.making import make_library
+from leeway.weights.broadcast.rendezvous import Rendezvous
 
 __all__ = ["CollectiveWeights", "Library", "make_library"]
 

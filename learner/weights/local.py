@@ -19,8 +19,8 @@ import zmq.asyncio
 from learner.weights.publication import Part, Publication, kind_of
 from leeway import codec
 from leeway.errors import InvalidDataError, NotFoundError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
+from leeway.service.metrics import LearnerMetrics
 from leeway.v1 import policy_pb2
 
 log = logging.getLogger(__name__)

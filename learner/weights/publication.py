@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from leeway.deltas import encode_delta, payload_digest
 from leeway.errors import InvalidDataError, NotFoundError
 from leeway.types import WeightDelta, WeightRequest, WeightSnapshot
-from leeway.weights import WEIGHT_THREADS
+from leeway.weights.deltas import encode_delta, payload_digest
+from leeway.weights.digests import WEIGHT_THREADS
 
 Part = bytes | memoryview
 

@@ -29,8 +29,8 @@ from learner.weights.publication import Publication
 from learner.weights.streamed import StreamedWeights
 from leeway import codec
 from leeway.errors import InvalidDataError, PreconditionError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 

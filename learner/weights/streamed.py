@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from learner.weights.publication import Publication, kind_of
 from leeway.errors import NotFoundError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import BULK_PIECE_BYTES
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import WeightRequest
 
 

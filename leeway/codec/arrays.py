@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from leeway.dtypes import dtype_name, wire_number
+from leeway.codec.dtypes import dtype_name, wire_number
 from leeway.errors import InvalidDataError
 from leeway.types import Array
 from leeway.v1 import common_pb2

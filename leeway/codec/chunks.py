@@ -10,6 +10,8 @@ import numpy as np
 
 from leeway.codec.arrays import array_to_proto, check_array, numpy_dtype
 from leeway.codec.basics import enum_from_proto, parse
+from leeway.codec.dtypes import wire_number
+from leeway.codec.fields import Bytes, WireColumn
 from leeway.codec.policies import (
     check_sampling,
     sampling_from_proto,
@@ -17,12 +19,10 @@ from leeway.codec.policies import (
     version_from_proto,
     version_to_proto,
 )
-from leeway.dtypes import wire_number
+from leeway.codec.routing import pack_routing, unpack_planes, unpack_routing
 from leeway.errors import InvalidDataError
-from leeway.routing import pack_routing, unpack_planes, unpack_routing
 from leeway.types import Array, Column, ColumnKind, PolicyVersion, Segment, SegmentKind, TrajectoryChunk, VersionSpan
 from leeway.v1 import common_pb2, trajectory_pb2
-from leeway.wire import Bytes, WireColumn
 
 _SEGMENT_KINDS: Final = frozenset(int(kind) for kind in SegmentKind)
 _PACKED_ROUTING: Final = int(common_pb2.COLUMN_ENCODING_PACKED_ROUTING)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator
 
 from leeway.codec.basics import enum_from_proto
+from leeway.codec.dtypes import dtype_name, element_size_bytes, wire_number
 from leeway.codec.policies import signature_from_proto, signature_to_proto, version_from_proto, version_to_proto
-from leeway.dtypes import dtype_name, element_size_bytes, wire_number
 from leeway.errors import InvalidDataError
 from leeway.types import EngineInfo, LogprobMode, TensorEntry, WeightDelta, WeightManifest, WeightRequest
 from leeway.v1 import inference_pb2, policy_pb2

@@ -16,10 +16,10 @@ from leeway.codec.basics import (
     timestamp_to_proto,
     varint,
 )
+from leeway.codec.fields import CHUNK, CLOSE, FAILURE, WireItem, WireWrite, read_write
 from leeway.errors import InvalidDataError
 from leeway.types import FinishReason, TrajectoryClose, TrajectoryFailure, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2, trajectory_pb2
-from leeway.wire import CHUNK, CLOSE, FAILURE, WireItem, WireWrite, read_write
 
 _RESULTS: Final = field_tag(replay_pb2.WriteTrajectoriesResponse, "results")
 _STATUS: Final = replay_pb2.WriteResult.STATUS_FIELD_NUMBER << 3

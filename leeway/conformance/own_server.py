@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from leeway.conformance.client import BackendClient, Refused
 from leeway.errors import ConfigError, UnavailableError
-from leeway.ports import free_port
 from leeway.rpc import Security, cancel_and_wait
+from leeway.service.ports import free_port
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from xml.etree import ElementTree as ET
 
 from leeway.conformance.requirement import Result, Status
-from leeway.process import EXIT_FAILED, EXIT_OK
+from leeway.service.process import EXIT_FAILED, EXIT_OK
 
 
 def exit_code(results: Sequence[Result]) -> int:

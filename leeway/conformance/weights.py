@@ -12,7 +12,7 @@ import safetensors
 from leeway import arithmetic
 from leeway.errors import ConfigError
 from leeway.types import ModelSignature, TensorEntry, WeightManifest
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 
 _DTYPES: Final = {
     "F64": "float64",

@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from leeway.errors import ConfigError
+from leeway.huggingface.moe import moe_shape
 from leeway.huggingface.published import listing, published_parts, published_tensors
-from leeway.moe import moe_shape
 from leeway.types import ModelSignature
 
 # What a config.json may say without changing the function from tokens to logits.

@@ -19,8 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from leeway.errors import ConfigError, PreconditionError
+from leeway.huggingface.moe import FAMILIES, checkpoint_name
 from leeway.huggingface.tensors import torch_dtype
-from leeway.moe import FAMILIES, checkpoint_name
 
 
 def published_tensors(model: PreTrainedModel, dtype_name: str) -> list[tuple[str, torch.Tensor]]:

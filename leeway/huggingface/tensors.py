@@ -7,7 +7,7 @@ from typing import Final
 
 import torch
 
-from leeway.dtypes import element_size_bytes
+from leeway.codec.dtypes import element_size_bytes
 from leeway.errors import InvalidDataError
 
 _TORCH_DTYPE: Final = {
@@ -23,7 +23,7 @@ _TORCH_DTYPE: Final = {
 
 
 def torch_dtype(dtype_name: str) -> torch.dtype:
-    """The torch element type of a name in leeway.dtypes.
+    """The torch element type of a name in leeway.codec.dtypes.
 
     Raises:
         InvalidDataError: for a name that has no wire form.
@@ -33,7 +33,7 @@ def torch_dtype(dtype_name: str) -> torch.dtype:
 
 
 def tensor_dtype_name(tensor: torch.Tensor) -> str:
-    """The name in leeway.dtypes of a tensor's element type."""
+    """The name in leeway.codec.dtypes of a tensor's element type."""
     return str(tensor.dtype).removeprefix("torch.")
 
 

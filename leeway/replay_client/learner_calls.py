@@ -6,10 +6,10 @@ import time
 from collections.abc import Sequence
 
 from leeway import codec
-from leeway.assembly import assemble_groups
 from leeway.errors import ExhaustedError, UnavailableError
 from leeway.replay_client.connection import MARGIN_SECONDS, Connection
 from leeway.rpc import mapped_errors
+from leeway.trajectory.assembly import assemble_groups
 from leeway.types import (
     Evaluation,
     EvaluationResult,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 
 from leeway import codec
-from leeway.assembly import assemble_records
 from leeway.replay_client.connection import Connection
 from leeway.rpc import mapped_errors
+from leeway.trajectory.assembly import assemble_records
 from leeway.types import (
     DeadLetter,
     GroupRecord,

@@ -18,8 +18,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from leeway.durable import sync_directory
 from leeway.errors import PreconditionError
+from leeway.service.durable import sync_directory
 from replay_buffer.storage.generation import Generation, write_generation
 from replay_buffer.storage.segments import Position, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions

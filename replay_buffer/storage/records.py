@@ -9,10 +9,10 @@ from google.protobuf.message import DecodeError
 
 from leeway import codec
 from leeway.codec import varint
+from leeway.codec.fields import Bytes, leading_columns, varint_at
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import DrainReason, DropReason, PolicyVersion
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
-from leeway.wire import Bytes, leading_columns, varint_at
 from replay_buffer.rules.transitions import (
     BatchDrawn,
     ChunkWritten,

@@ -19,8 +19,8 @@ from typing import Final, NamedTuple, Protocol
 
 import google_crc32c
 
-from leeway.durable import hold_file, make_directory, sync_directory
 from leeway.errors import ConfigError, CorruptDataError
+from leeway.service.durable import hold_file, make_directory, sync_directory
 
 HEADER: Final = struct.Struct("<II")
 crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]

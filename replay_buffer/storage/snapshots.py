@@ -16,8 +16,8 @@ from typing import Final
 
 from google.protobuf.message import DecodeError
 
-from leeway.durable import sync_directory
 from leeway.errors import CorruptDataError
+from leeway.service.durable import sync_directory
 from leeway.v1 import storage_pb2
 from replay_buffer.storage.generation import Generation
 from replay_buffer.storage.segment_scan import record_checksum

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from leeway import arithmetic, codec
-from leeway.assembly import assemble_records
+from leeway.trajectory.assembly import assemble_records
 from leeway.types import DropReason, GroupRecord, GroupState, Purpose, TrajectoryRecord
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 from tests.e2e.oracle import LEGAL_DROPS, Evidence, Oracle
 from tests.e2e.recording_proxy import Record
 

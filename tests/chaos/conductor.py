@@ -25,7 +25,7 @@ from functools import partial
 from random import Random
 from typing import Any, Final
 
-from leeway.process import EXIT_OK, EXIT_REFUSED
+from leeway.service.process import EXIT_OK, EXIT_REFUSED
 from tests.chaos.archive import install_archive
 from tests.chaos.dial import Dial, Room, install_clock, install_disk
 from tests.chaos.fleet import Child, Program, lose_power

@@ -7,7 +7,7 @@ from typing import Final
 import inference_server.server
 import learner.__main__
 import replay_buffer.__main__
-from leeway.process import service_parser
+from leeway.service.process import service_parser
 
 _SEGMENT_BYTES: Final = 32 << 10
 

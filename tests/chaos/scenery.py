@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from leeway.commands.configuration import RunConfiguration, read_configuration, with_free_ports
+from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.config import NetworkOptions, load_document
 from tests.chaos import programs
 from tests.chaos.fleet import Program

@@ -12,7 +12,7 @@ import pytest
 
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import Journal, read_journal
-from leeway.durable import replace_file, sync_directory
+from leeway.service.durable import replace_file, sync_directory
 from leeway.types import PolicyVersion
 from replay_buffer.storage.log import Log, LogOptions
 from tests.chaos.disk import DurableView, Witness, power_loss

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from leeway.collective.carried import Carried
-from leeway.collective.carrying import carry
-from leeway.collective.gloo import form_gloo
-from leeway.collective.rendezvous import local_host
 from leeway.errors import ConfigError
+from leeway.weights.broadcast.carried import Carried
+from leeway.weights.broadcast.carrying import carry
+from leeway.weights.broadcast.gloo import form_gloo
+from leeway.weights.broadcast.rendezvous import local_host
 
 ROOT = Path(__file__).parents[2]
 
 
 class Cpu:
-    """Implements `leeway.collective.carrying.Device`."""
+    """Implements `leeway.weights.broadcast.carrying.Device`."""
 
     device = torch.device("cpu")
 
@@ -46,7 +46,7 @@ class Cpu:
 
 
 def cpu_library(piece_bytes: int, *options: str, environment: dict[str, str] | None = None) -> Carried:
-    """What `leeway.collective.nccl.nccl` is for GPUs."""
+    """What `leeway.weights.broadcast.nccl.nccl` is for GPUs."""
     program = [sys.executable, "-W", "ignore", "-m", "tests.collective.cpu_carrier", *options]
     return Carried(program, piece_bytes, {"PYTHONPATH": str(ROOT), **(environment or {})})
 

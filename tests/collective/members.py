@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-from leeway.collective.library import Group, Library, Part
-from leeway.collective.rendezvous import Rendezvous
 from leeway.errors import UnavailableError
+from leeway.weights.broadcast.library import Group, Library, Part
+from leeway.weights.broadcast.rendezvous import Rendezvous
 
 T = TypeVar("T")
 

@@ -19,11 +19,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from leeway.collective.carried import Carried
-from leeway.collective.gloo import Gloo
-from leeway.collective.library import Group, Library
-from leeway.collective.nccl import nccl
 from leeway.errors import LeewayError, UnavailableError
+from leeway.weights.broadcast.carried import Carried
+from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast.library import Group, Library
+from leeway.weights.broadcast.nccl import nccl
 from tests.collective.cpu_carrier import cpu_library
 from tests.collective.members import broadcast, formed, prepared
 

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
-from leeway.collective import carried
-from leeway.collective.carried import Carried
-from leeway.collective.carrying import Member
-from leeway.collective.library import Group
-from leeway.collective.nccl import ENVIRONMENT, nccl
-from leeway.collective.rendezvous import Rendezvous
 from leeway.errors import ConfigError, UnavailableError
+from leeway.weights.broadcast import carried
+from leeway.weights.broadcast.carried import Carried
+from leeway.weights.broadcast.carrying import Member
+from leeway.weights.broadcast.library import Group
+from leeway.weights.broadcast.nccl import ENVIRONMENT, nccl
+from leeway.weights.broadcast.rendezvous import Rendezvous
 from tests.collective.cpu_carrier import ROOT, Cpu, cpu_library
 from tests.collective.members import broadcast, formed, prepared
 from tests.deadlines import WAIT_SECONDS

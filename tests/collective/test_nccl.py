@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from leeway.collective import carried, nccl_carrier
-from leeway.collective.nccl_carrier import Gpu
 from leeway.errors import ConfigError
+from leeway.weights.broadcast import carried, nccl_carrier
+from leeway.weights.broadcast.nccl_carrier import Gpu
 from tests.collective import nccl_check
 from tests.collective.cpu_carrier import ROOT
 from tests.deadlines import WAIT_SECONDS

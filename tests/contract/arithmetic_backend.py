@@ -13,8 +13,8 @@ import tomllib
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
-from leeway.process import serve
 from leeway.rpc import Security, start_server
+from leeway.service.process import serve
 
 
 async def _serve(arguments: argparse.Namespace, stop: asyncio.Event) -> None:

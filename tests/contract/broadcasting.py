@@ -15,13 +15,13 @@ from inference_server.weights.receiver import WeightReceiver
 from learner.weights.collective import CollectiveWeights
 from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec
-from leeway.collective.gloo import Gloo
-from leeway.collective.library import Library
-from leeway.metrics import InferenceServerMetrics, LearnerMetrics
 from leeway.rpc import Security, cancel_and_wait, mapped_errors, open_channel, start_server
+from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast.library import Library
+from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
 from tests.push.engine import WeightsEngine
 

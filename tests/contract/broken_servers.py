@@ -35,7 +35,7 @@ from leeway.types import (
     WeightSnapshot,
 )
 from leeway.v1 import common_pb2, inference_pb2, trajectory_pb2
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 
 Response = inference_pb2.GenerateResponse
 Chunk = trajectory_pb2.TrajectoryChunk

@@ -15,7 +15,7 @@ from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.options import ReplayBufferOptions
-from replay_buffer.service import SERVICE_NAME, ReplayService
+from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import AppendFile, OpenFile
 from tests.deadlines import WAIT_SECONDS

@@ -11,9 +11,9 @@ from typing import Any
 import grpc
 
 from leeway import arithmetic, codec
-from leeway.assembly import assemble_trajectory
 from leeway.errors import ExhaustedError
 from leeway.rpc import RunningServer, Security, start_server
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     Drain,
     Purpose,

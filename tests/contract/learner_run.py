@@ -24,7 +24,7 @@ from learner.trainer import Trainer
 from learner.weights.publisher import Publisher
 from leeway import codec
 from leeway.config import EvaluationOptions
-from leeway.metrics import LearnerMetrics
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import (
     Column,
     ColumnKind,
@@ -42,7 +42,7 @@ from leeway.types import (
     VersionSpan,
     WriteItem,
 )
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 from tests.contract.buffer_server import connected, write
 from tests.deadlines import WAIT_SECONDS
 from tests.unit.learner.helpers import VOCABULARY, dense_model, moe_model, random_routing

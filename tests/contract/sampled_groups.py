@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.transformers_engine import TransformersEngine
-from inference_server.recorder import TrajectoryRecorder
+from inference_server.engines.transformers.engine import TransformersEngine
+from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
 from learner.training.torch_trainer import TorchTrainer
-from leeway.assembly import assemble_trajectory
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     Float32Array,
     Int32Array,
@@ -26,7 +26,7 @@ from leeway.types import (
     TrajectoryRecord,
     WeightSnapshot,
 )
-from leeway.weights import weights_digest
+from leeway.weights.digests import weights_digest
 
 
 def snapshot(trainer: TorchTrainer, step: int) -> WeightSnapshot:

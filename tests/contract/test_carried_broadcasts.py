@@ -7,8 +7,8 @@ from collections.abc import Generator, Sequence
 import pytest
 
 from inference_server.weights import collective as receiving
-from leeway.collective.carried import Carried, CarriedGroup
-from leeway.collective.library import Part
+from leeway.weights.broadcast.carried import Carried, CarriedGroup
+from leeway.weights.broadcast.library import Part
 from tests.collective.cpu_carrier import cpu_library
 from tests.collective.members import prepared
 from tests.contract.broadcasting import PIECE_BYTES, all_have, all_serve, fleet, snapshot, until

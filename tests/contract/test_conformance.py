@@ -17,7 +17,7 @@ from inference_server.engine import Engine
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, InferenceServicer
-from leeway.commands.main import main
+from leeway.cli.main import main
 from leeway.conformance import kit, limits
 from leeway.conformance.client import BackendClient
 from leeway.conformance.report import exit_code, junit
@@ -102,8 +102,8 @@ async def test_late_columns_pass() -> None:
 
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 async def test_the_transformers_server_passes(tmp_path: Path, moe: bool) -> None:
-    from inference_server.engines.transformers_engine import TransformersEngine
-    from inference_server.engines.transformers_options import TransformersEngineOptions
+    from inference_server.engines.transformers.engine import TransformersEngine
+    from inference_server.engines.transformers.options import TransformersEngineOptions
     from tests.unit.tiny_models import make_model, save
 
     save(make_model(0, moe=moe), tmp_path)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from examples.sortmix8.task import tasks
-from inference_server.engines.transformers_engine import TransformersEngine
-from inference_server.engines.transformers_options import TransformersEngineOptions
-from inference_server.text import HuggingFaceTokenizer, prompt_token_ids
+from inference_server.engines.transformers.engine import TransformersEngine
+from inference_server.engines.transformers.options import TransformersEngineOptions
+from inference_server.rollout.text import HuggingFaceTokenizer, prompt_token_ids
 from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions

@@ -15,7 +15,7 @@ import pytest
 
 from learner.records.run_lock import held_run
 from learner.trainer import Trainer
-from leeway.commands.main import main
+from leeway.cli.main import main
 from leeway.errors import PreconditionError
 from leeway.types import DropReason, WriteItem, WriteStatus
 from tests.contract.buffer_server import connected, serving, serving_buffer, write

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.commands.main import main
+from leeway.cli.main import main
 from leeway.types import DrainReason
 from tests.contract.buffer_server import connected, serving
 from tests.deadlines import WAIT_SECONDS

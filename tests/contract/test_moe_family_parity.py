@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.transformers_engine import TransformersEngine
-from inference_server.engines.transformers_options import TransformersEngineOptions
+from inference_server.engines.transformers.engine import TransformersEngine
+from inference_server.engines.transformers.options import TransformersEngineOptions
 from learner.errors import UnusableGroupError
 from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.assembly import join_chunks
 from leeway.config import SamplingOptions
 from leeway.errors import InvalidDataError
 from leeway.huggingface import load_model
+from leeway.trajectory.assembly import join_chunks
 from leeway.types import (
     Array,
     Column,

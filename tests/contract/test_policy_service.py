@@ -14,11 +14,11 @@ from learner.weights.local import PROTOCOL, LocalWeights
 from learner.weights.publisher import Publisher
 from leeway import codec
 from leeway.errors import NotFoundError, PreconditionError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import Security, mapped_errors, open_channel, start_server
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import ModelSignature, PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
 
 SIGNATURE = ModelSignature(b"m" * 32, b"t" * 32, 64, 0, 0, 0, 128)

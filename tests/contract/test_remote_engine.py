@@ -14,8 +14,8 @@ import pytest
 from inference_server.engine import GenerationEnd
 from inference_server.engines.remote import RemoteEngine
 from leeway.errors import PreconditionError, UnavailableError
-from leeway.ports import free_port
 from leeway.rpc import Security
+from leeway.service.ports import free_port
 from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.deadlines import WAIT_SECONDS
 

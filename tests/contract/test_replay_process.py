@@ -13,8 +13,8 @@ from urllib.request import urlopen
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from leeway.ports import free_port
 from leeway.rpc import check_health
+from leeway.service.ports import free_port
 from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogOptions

@@ -34,8 +34,8 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2
-from replay_buffer import service
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.rpc import service
 from replay_buffer.storage.segments import AppendFile, segment_path
 from tests.contract.buffer_server import connected, serving, serving_buffer, write
 from tests.contract.held_disk import HeldDisk

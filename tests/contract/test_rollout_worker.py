@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server import joining
 from inference_server.engine import Engine
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
-from inference_server.reward import RewardLimits, RewardRunner
-from inference_server.rollout_worker import RolloutWorker, WorkerLimits
+from inference_server.rollout import run_joiner
+from inference_server.rollout.reward import RewardLimits, RewardRunner
+from inference_server.rollout.worker import RolloutWorker, WorkerLimits
+from inference_server.rollout.write_window import WriterLimits
 from inference_server.served_policy import ServedPolicy
-from inference_server.write_window import WriterLimits
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
 from leeway.errors import ExhaustedError, PreconditionError, UnavailableError
-from leeway.metrics import InferenceServerMetrics
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import (
     Drain,
@@ -243,7 +243,7 @@ async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_
 async def test_a_server_that_waits_for_its_first_version_hears_that_the_run_has_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(joining, "_JOIN_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(run_joiner, "_JOIN_WAIT_SECONDS", 0.01)
     replay = FakeReplay()
     async with working(replay, step=None) as rig:
         await until(lambda: replay.joined > 2)  # it is asked again and again
@@ -345,7 +345,7 @@ async def test_writes_survive_a_stream_that_breaks_again_and_again() -> None:
 
 
 async def test_a_chunk_beyond_the_message_limit_is_a_failure_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("inference_server.trajectory_writer.MAX_ITEM_BYTES", 4096)
+    monkeypatch.setattr("inference_server.rollout.trajectory_writer.MAX_ITEM_BYTES", 4096)
     replay = FakeReplay()
     # Routing of 2000 tokens comes at the end, in one chunk after small ones.
     await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=2000, stop_token_ids=())))
@@ -480,7 +480,7 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
         await replay.add(ticket(1))
         await rig.ended(4)
         await rig.finish()
-    told = [record.message for record in caplog.records if record.name == "inference_server.ticket_calls"]
+    told = [record.message for record in caplog.records if record.name == "inference_server.rollout.ticket_calls"]
     assert told == [
         "server server-0 is drained (diverging) and gets no work until `leeway fleet readmit`: 2 nats from the others",
         f"server server-0 is readmitted to run {RUN}",

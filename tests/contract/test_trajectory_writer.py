@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from inference_server.trajectory_writer import TrajectoryWriter
-from inference_server.write_window import MAX_ITEM_BYTES, WriterLimits
+from inference_server.rollout.trajectory_writer import TrajectoryWriter
+from inference_server.rollout.write_window import MAX_ITEM_BYTES, WriterLimits
 from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
-from leeway.ports import free_port
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
+from leeway.service.ports import free_port
 from leeway.types import WriteItem, WriteResult, WriteStatus
 from tests.contract.fake_replay import RUN, FakeReplay, result, serving
 

@@ -14,11 +14,11 @@ from prometheus_client import CollectorRegistry
 from inference_server.weights import collective as receiving
 from learner.weights.publisher import Publisher
 from leeway import arithmetic
-from leeway.collective.gloo import Gloo, GlooGroup
-from leeway.collective.library import Part
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
-from leeway.metrics import LearnerMetrics
+from leeway.service.metrics import LearnerMetrics
 from leeway.v1 import policy_pb2
+from leeway.weights.broadcast.gloo import Gloo, GlooGroup
+from leeway.weights.broadcast.library import Part
 from tests.contract.broadcasting import (
     PIECE_BYTES,
     RUN,
@@ -151,7 +151,7 @@ async def test_a_server_that_does_not_ask_is_not_waited_for() -> None:
 
 MEMBER = """
 import sys, signal
-from leeway.collective.gloo import Gloo
+from leeway.weights.broadcast.gloo import Gloo
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
 group = Gloo().join(("127.0.0.1", port), number, rank, size, 600.0)

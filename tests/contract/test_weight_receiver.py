@@ -22,12 +22,12 @@ from learner.weights.local import LocalWeights
 from learner.weights.publisher import Publisher
 from leeway import arithmetic
 from leeway.errors import NotFoundError, PreconditionError
-from leeway.metrics import InferenceServerMetrics, LearnerMetrics
-from leeway.ports import free_port
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
+from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics
+from leeway.service.ports import free_port
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.v1 import policy_pb2_grpc
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
 
 RUN = "rehearsal"

@@ -10,15 +10,15 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
-from inference_server.reward import RewardLimits, RewardRunner
-from inference_server.rollout_worker import RolloutWorker, WorkerLimits
+from inference_server.rollout.reward import RewardLimits, RewardRunner
+from inference_server.rollout.worker import RolloutWorker, WorkerLimits
+from inference_server.rollout.write_window import WriterLimits
 from inference_server.served_policy import ServedPolicy
-from inference_server.write_window import WriterLimits
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
-from leeway.metrics import InferenceServerMetrics
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.buffer_server import connected, serving

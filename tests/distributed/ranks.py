@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from learner.errors import UnusableGroupError
-from learner.training.model import PolicyModel
+from learner.policy.model import PolicyModel
 from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
 from learner.training.world import TorchWorld, World

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from learner.training.world import World
-from leeway.ports import free_port
+from leeway.service.ports import free_port
 from tests.deadlines import RUN_SECONDS
 from tests.distributed.ranks import CASES, RESUMED, STEPS, make, published, train
 

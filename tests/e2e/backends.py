@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from leeway.ports import free_port
 from leeway.rpc import cancel_and_wait
+from leeway.service.ports import free_port
 from tests.deadlines import WAIT_SECONDS
 
 NODE_BACKEND = Path(__file__).parents[2] / "examples" / "node-backend"

@@ -31,8 +31,8 @@ import numpy as np
 from learner.records.policy_logprobs import read_policy_logprobs
 from leeway import arithmetic, codec
 from leeway.arithmetic import ArithmeticWeights
-from leeway.assembly import assemble_trajectory
 from leeway.errors import LeewayError
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     DropReason,
     GroupRecord,

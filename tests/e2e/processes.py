@@ -29,7 +29,7 @@ async def running(module: str, *arguments: str) -> AsyncGenerator[asyncio.subpro
 async def command(*arguments: str) -> tuple[int, str]:
     """`leeway ARGUMENTS`: exit code, and what it said on both streams."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "leeway.commands.main", *arguments),
+        *(sys.executable, "-m", "leeway.cli.main", *arguments),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

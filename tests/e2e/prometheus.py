@@ -18,7 +18,7 @@ from urllib.request import urlopen
 import pytest
 import yaml
 
-from leeway.ports import free_port
+from leeway.service.ports import free_port
 
 CONFIGURATION = Path(__file__).parents[2] / "deploy" / "prometheus.yml"
 

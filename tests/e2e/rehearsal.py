@@ -21,9 +21,9 @@ from typing import Any
 
 import grpc
 
-from leeway.commands.configuration import read_configuration, with_free_ports
-from leeway.commands.replay_access import open_replay
-from leeway.commands.supervisor import Outcome, Service, Supervisor
+from leeway.cli.configuration import read_configuration, with_free_ports
+from leeway.cli.replay_access import open_replay
+from leeway.cli.supervisor import Outcome, Service, Supervisor
 from leeway.config import load_document
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from tests.deadlines import WAIT_SECONDS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.commands.configuration import read_configuration, with_free_ports
+from leeway.cli.configuration import read_configuration, with_free_ports
 from leeway.config import load_document
 from tests.e2e.processes import command, running
 from tests.e2e.rehearsal import EXAMPLE, SMALL

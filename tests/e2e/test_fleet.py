@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import pytest
 
-from leeway.commands.main import main
-from leeway.ports import free_port
+from leeway.cli.main import main
+from leeway.service.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
 from tests.deadlines import WAIT_SECONDS
 from tests.e2e.oracle import Oracle

@@ -13,9 +13,9 @@ import pytest
 from inference_server.engines.remote import RemoteEngine
 from leeway import arithmetic, codec
 from leeway.arithmetic import ArithmeticWeights
-from leeway.commands.main import main
-from leeway.ports import free_port
+from leeway.cli.main import main
 from leeway.rpc import Security
+from leeway.service.ports import free_port
 from leeway.types import ColumnKind, GroupState, Purpose
 from tests.contract.test_conformance import patient
 from tests.contract.test_inference_service import Completion, request, snapshot

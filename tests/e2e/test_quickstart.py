@@ -14,10 +14,10 @@ import pytest
 
 from learner.records.journal import read_journal
 from leeway.huggingface import published_tensors, tensor_bytes
-from leeway.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
-from leeway.ports import free_port
+from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
+from leeway.service.ports import free_port
 from leeway.types import WeightManifest
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import RUN_SECONDS
 from tests.e2e.prometheus import running_prometheus, wait_until
 
@@ -41,7 +41,7 @@ class FinishedRun:
 
 
 def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "leeway.commands.main", *arguments]
+    command = [sys.executable, "-m", "leeway.cli.main", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
@@ -61,7 +61,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"metrics.learner={ports[1]}",
         f"metrics.inference_servers={ports[2:]}",
     ]
-    command = [sys.executable, "-m", "leeway.commands.main", "run", "examples/sortmix8.toml", "--plain"]
+    command = [sys.executable, "-m", "leeway.cli.main", "run", "examples/sortmix8.toml", "--plain"]
     for override in overrides:
         command += ["--set", override]
     targets = {"replay_buffer": ports[:1], "learner": ports[1:2], "inference_server": ports[2:]}

@@ -29,7 +29,7 @@ SMALL = (
 
 def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "leeway.commands.main", *arguments],
+        [sys.executable, "-m", "leeway.cli.main", *arguments],
         check=False,
         capture_output=True,
         text=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.commands.main import main
+from leeway.cli.main import main
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
 from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import EXAMPLE, happened, rehearse

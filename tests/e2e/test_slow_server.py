@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.commands.main import main
+from leeway.cli.main import main
 from leeway.types import GroupState, Purpose
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
 from tests.e2e.oracle import violations

@@ -32,7 +32,7 @@ def arguments(directory: Path) -> list[str]:
 
 
 def leeway(arguments: Sequence[str]) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
-    return running("leeway.commands.main", *arguments, "--plain")
+    return running("leeway.cli.main", *arguments, "--plain")
 
 
 async def training_begins(process: asyncio.subprocess.Process) -> None:

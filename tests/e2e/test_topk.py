@@ -30,7 +30,7 @@ OVERRIDES = (
 
 
 def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "leeway.commands.main", *arguments]
+    command = [sys.executable, "-m", "leeway.cli.main", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 

@@ -16,8 +16,8 @@ import tomli_w
 
 from inference_server.engines.remote import RemoteEngine
 from leeway.errors import UnavailableError
-from leeway.ports import free_port
 from leeway.rpc import Security
+from leeway.service.ports import free_port
 from leeway.types import EngineInfo
 
 CHECKOUT = Path(__file__).parents[2]

@@ -20,10 +20,10 @@ import pytest
 import tomli_w
 
 from learner.records.journal import read_journal
-from leeway.assembly import assemble_trajectory
-from leeway.commands.replay_access import open_replay
+from leeway.cli.replay_access import open_replay
 from leeway.config import load_document
-from leeway.ports import free_port
+from leeway.service.ports import free_port
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import GroupState
 from tests.engines.conftest import ENGINES, make_model
 from tests.engines.engine_server import (
@@ -97,7 +97,7 @@ async def test_the_learner_computes_what_each_engine_sampled(tmp_path: Path) -> 
     log_path = tmp_path / "run.log"
     with log_path.open("wb") as log:
         run = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "leeway.commands.main", "run", str(path), "--plain"),
+            *(sys.executable, "-m", "leeway.cli.main", "run", str(path), "--plain"),
             cwd=CHECKOUT,
             stdout=log,
             stderr=log,

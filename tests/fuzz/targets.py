@@ -28,7 +28,7 @@ from inference_server.service import InferenceServicer
 from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec
 from leeway.errors import LeewayError
-from leeway.metrics import LearnerMetrics
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import Evaluation, SamplingParams, WeightSnapshot, WriteItem
 from leeway.v1 import inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.storage.records import decode

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
-from leeway.ports import free_port
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
+from leeway.service.ports import free_port
 from leeway.types import PolicyVersion
 from tests.push.engine import WeightsEngine
 from tests.push.faults import PLACES

@@ -13,7 +13,7 @@ from inference_server.engine import GenerationEnd, GenerationRequest
 from leeway import arithmetic
 from leeway.errors import FencedError
 from leeway.types import EngineInfo, LogprobMode, PolicyVersion, TrajectoryChunk, WeightManifest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 
 
 class WeightsEngine:

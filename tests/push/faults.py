@@ -22,13 +22,13 @@ from learner.weights.publication import Part, Publication
 from learner.weights.publisher import Publisher
 from learner.weights.streamed import StreamedWeights
 from leeway import arithmetic
-from leeway.collective.gloo import Gloo
-from leeway.collective.library import Group
 from leeway.errors import UnavailableError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import RunningServer, Security, start_server
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import ModelSignature, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast.library import Group
 from tests.push.history import RUN
 
 _PIECE_BYTES = 40_000

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from leeway.durable import replace_file
+from leeway.service.durable import replace_file
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 
 RUN = "push"
 SIZES = (9000, 0, 700, 140_000)  # elements of two bytes

@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leeway.collective.gloo import Gloo
+from leeway.weights.broadcast.gloo import Gloo
 from tests.push.faults import Faults, FaultyPublisher
 from tests.push.history import PIECE_BYTES, History
 from tests.push.processes import messages, tell

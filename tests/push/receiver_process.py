@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 from inference_server.engines.remote import RemoteEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
-from leeway.collective.gloo import Gloo  # imported before the fork: torch takes seconds
-from leeway.metrics import InferenceServerMetrics
 from leeway.rpc import Security
+from leeway.service.metrics import InferenceServerMetrics
+from leeway.weights.broadcast.gloo import Gloo  # imported before the fork: torch takes seconds
 from tests.deadlines import WAIT_SECONDS
 from tests.push.history import PIECE_BYTES, RUN
 from tests.push.processes import messages

@@ -8,7 +8,7 @@ from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import PreconditionError
 from leeway.types import WeightManifest
-from leeway.weights import verify_weights
+from leeway.weights.digests import verify_weights
 
 WEIGHTS = ArithmeticWeights.of(arithmetic.policy_version("r", epoch=2, step=7, history=3))
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from inference_server.engines.sampling import sample, uniforms
+from inference_server.engines.transformers.sampling import sample, uniforms
 
 
 def test_tokens_follow_the_distribution() -> None:

@@ -23,7 +23,7 @@ from leeway.huggingface import (
     tensor_dtype_name,
     tensor_from_bytes,
 )
-from leeway.moe import find_routers
+from leeway.huggingface.moe import find_routers
 from tests.unit.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save, save_tokenizer
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -43,7 +43,7 @@ def run_without(packages: tuple[str, ...], *command: str) -> subprocess.Complete
         pytest.param(OF_A_MODEL + OF_THE_REPORT, ("replay_buffer", "--help"), id="replay_buffer"),
         pytest.param(OF_THE_REPORT, ("learner", "--help"), id="learner"),
         pytest.param(OF_THE_REPORT, ("inference_server", "--help"), id="inference_server"),
-        pytest.param(OF_A_MODEL + OF_THE_REPORT, ("leeway.commands.main", "health", "--help"), id="health"),
+        pytest.param(OF_A_MODEL + OF_THE_REPORT, ("leeway.cli.main", "health", "--help"), id="health"),
     ],
 )
 def test_starts_with_what_its_image_holds(packages: tuple[str, ...], command: tuple[str, ...]) -> None:

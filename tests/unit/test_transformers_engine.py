@@ -13,8 +13,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from inference_server.engine import Engine, GenerationEnd, GenerationRequest
-from inference_server.engines.transformers_engine import TransformersEngine
-from inference_server.engines.transformers_options import TransformersEngineOptions
+from inference_server.engines.transformers.engine import TransformersEngine
+from inference_server.engines.transformers.options import TransformersEngineOptions
 from leeway.errors import (
     ConfigError,
     ExhaustedError,

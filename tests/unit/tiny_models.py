@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from leeway.huggingface import published_tensors, save_model, tensor_bytes, tensor_dtype_name
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 
 VOCAB_SIZE = 32
 CONTEXT_LENGTH = 48

@@ -28,7 +28,7 @@ from leeway.types import (
     WeightManifest,
     WeightSnapshot,
 )
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
 
 SIGNATURE = ModelSignature(b"model", b"tokenizer", 32, 0, 0, 0, 48)

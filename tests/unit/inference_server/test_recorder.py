@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from inference_server.engine import GenerationEnd
-from inference_server.recorder import TrajectoryRecorder
+from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
 from leeway import codec
-from leeway.assembly import assemble_trajectory
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     Array,
     Column,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inference_server.refusals import Refusals
+from inference_server.rollout.refusals import Refusals
 from leeway.types import WriteResult, WriteStatus
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.reward import RewardLimits, RewardRunner
+from inference_server.rollout.reward import RewardLimits, RewardRunner
 from leeway.errors import ExhaustedError
-from leeway.metrics import InferenceServerMetrics
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import TrajectoryFailure
 from tests.deadlines import WAIT_SECONDS
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from inference_server.engines.routing_capture import RoutingCapture
+from inference_server.engines.transformers.routing_capture import RoutingCapture
 from tests.unit.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model
 
 

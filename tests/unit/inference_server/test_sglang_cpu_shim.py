@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from inference_server.engines.sglang_cpu_shim import draw
+from inference_server.engines.sglang.cpu_shim import draw
 
 ROWS = 20_000
 

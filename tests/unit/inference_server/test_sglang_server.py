@@ -11,7 +11,7 @@ from tests.deadlines import WAIT_SECONDS
 
 _STARTER = """
 import subprocess, sys, os
-child = "import os, time; from inference_server.engines.sglang_server import die_with_parent as d; d(os.getppid())"
+child = "import os, time; from inference_server.engines.sglang.server import die_with_parent as d; d(os.getppid())"
 child += "; print(os.getpid(), flush=True); time.sleep(600)"
 subprocess.run([sys.executable, "-c", child])
 """
@@ -26,7 +26,7 @@ def test_it_is_killed_when_its_parent_is() -> None:
 
 
 def test_it_does_not_start_when_its_parent_is_gone_already() -> None:
-    command = [sys.executable, "-m", "inference_server.engines.sglang_server", "1", "--model-path", "none"]
+    command = [sys.executable, "-m", "inference_server.engines.sglang.server", "1", "--model-path", "none"]
     started = subprocess.run(command, capture_output=True, text=True, check=False, timeout=WAIT_SECONDS)
     assert started.returncode == 1
     assert started.stderr.strip() == "SGLang's server was started by a process that is gone"

@@ -20,7 +20,7 @@ from inference_server.engines.staged_weights import remove_abandoned, staged_wei
 from leeway.errors import PreconditionError
 from leeway.huggingface import tensor_bytes
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 from tests.unit import tiny_models
 
 CHECKOUT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inference_server.text import HuggingFaceTokenizer, prompt_token_ids
+from inference_server.rollout.text import HuggingFaceTokenizer, prompt_token_ids
 from leeway.errors import ConfigError
 
 MODEL = Path(__file__).parents[3] / "examples" / "sortmix8" / "model-moe"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from inference_server.engines.vllm_outputs import sampled_tokens, signed_seed
+from inference_server.engines.vllm.outputs import sampled_tokens, signed_seed
 from leeway.errors import UnavailableError
 from leeway.types import ColumnKind
 

@@ -10,9 +10,9 @@ from prometheus_client import CollectorRegistry
 from inference_server.weights.fetcher import WeightFetcher
 from inference_server.weights.transport import BATCH_BYTES, Announcement, Part
 from leeway.errors import CorruptDataError, InvalidDataError
-from leeway.metrics import InferenceServerMetrics
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.digests import tensor_entry, weights_digest
 
 SIZES = (BATCH_BYTES + 1, 7, BATCH_BYTES, 0, 5)
 PARTS = [bytes([1 + index]) * size for index, size in enumerate(SIZES)]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from learner.training.model import PolicyModel
+from learner.policy.model import PolicyModel
 from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
 from leeway.huggingface import torch_dtype

@@ -18,7 +18,7 @@ from tests.deadlines import WAIT_SECONDS
 from tests.unit.learner.helpers import groups
 
 ROOT = Path(__file__).parents[3]
-PARTS = ("learner.__main__", "learner.arithmetic_trainer", "inference_server.server", "leeway.commands.run")
+PARTS = ("learner.__main__", "learner.arithmetic_trainer", "inference_server.server", "leeway.cli.run")
 
 
 def digest_after(*steps: list[TrajectoryGroup]) -> ArithmeticWeights:

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from learner.staleness import lineage_step, token_staleness
+from learner.lineage import lineage_step, token_staleness
 from leeway.types import FinishReason, PolicyVersion, Segment, SegmentKind, Trajectory, TrajectoryGroup, VersionSpan
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from leeway.commands import buffer_export
-from leeway.commands.main import main
+from leeway.cli import buffer_export
+from leeway.cli.main import main
 from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.segments import HEADER, segment_path
 from tests.unit.replay_buffer.builders import RUN, chunk

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway import codec
-from leeway.assembly import assemble_trajectory, check_against_spec
-from leeway.checking import TrajectoryCheck
+from leeway.codec.fields import leading_columns
 from leeway.errors import CorruptDataError, InvalidDataError
+from leeway.trajectory.assembly import assemble_trajectory, check_against_spec
+from leeway.trajectory.check import TrajectoryCheck
 from leeway.types import (
     Column,
     ColumnKind,
@@ -30,7 +31,6 @@ from leeway.types import (
     VersionSpan,
 )
 from leeway.v1 import common_pb2, trajectory_pb2
-from leeway.wire import leading_columns
 from tests.unit.replay_buffer.builders import ROOT, SIGNATURE, close, spec, version
 
 SPEC = replace(

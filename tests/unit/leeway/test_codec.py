@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from leeway import codec
-from leeway.assembly import assemble_trajectory
 from leeway.errors import CorruptDataError, InvalidDataError
+from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     Column,
     ColumnKind,
@@ -171,7 +171,7 @@ def test_malformed_tensors_are_refused_before_anything_is_allocated(tensor: comm
 
 def test_a_stream_of_weights_is_cut_at_tensor_boundaries() -> None:
     from leeway.types import WeightManifest
-    from leeway.weights import tensor_entry
+    from leeway.weights.digests import tensor_entry
 
     buffers = [b"abcd", b"", b"efghijkl"]
     manifest = WeightManifest(

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.collective.gloo import Gloo
-from leeway.collective.pieces import gather, pieces
-from leeway.collective.rendezvous import Rendezvous
 from leeway.config import NetworkOptions
 from leeway.errors import ConfigError, UnavailableError
-from leeway.weight_transports import broadcast_library, uses_zeromq
+from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast.pieces import gather, pieces
+from leeway.weights.broadcast.rendezvous import Rendezvous
+from leeway.weights.transports import broadcast_library, uses_zeromq
 
 
 @given(st.integers(0, 5000), st.integers(1, 1100))

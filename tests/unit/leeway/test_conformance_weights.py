@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from leeway.conformance.weights import Weights, checkpoint_weights, flipped, pieces, renamed, rolled
 from leeway.errors import ConfigError
-from leeway.weights import verify_weights
+from leeway.weights.digests import verify_weights
 
 
 @pytest.fixture

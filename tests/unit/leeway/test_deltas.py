@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from leeway import deltas
-from leeway.deltas import apply_deltas, encode_delta
 from leeway.errors import CorruptDataError
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights import deltas
+from leeway.weights.deltas import apply_deltas, encode_delta
+from leeway.weights.digests import tensor_entry, weights_digest
 
 Tensors = dict[str, tuple[str, NDArray[np.unsignedinteger]]]  # dtype's name and bit patterns
 WORDS = {"uint8": "<u1", "bfloat16": "<u2", "float16": "<u2", "float32": "<u4", "float64": "<u8"}

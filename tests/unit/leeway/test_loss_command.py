@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from learner.losses import ALGORITHMS
-from leeway.commands.configuration import read_configuration
-from leeway.commands.main import main
+from leeway.cli.configuration import read_configuration
+from leeway.cli.main import main
 from leeway.config import load_document
 from leeway.errors import ConfigError
 

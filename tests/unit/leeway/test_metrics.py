@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from leeway.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
+from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
 
 PAGE = Path(__file__).parents[3] / "docs" / "metrics.md"
 UNITS = ("_seconds", "_bytes", "_total", "_ratio")

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from leeway import ports
 from leeway.errors import UnavailableError
+from leeway.service import ports
 
 HOST = "127.0.0.1"
 
@@ -46,7 +46,9 @@ def test_a_port_is_given_to_one_caller_and_a_service_may_listen_there(only: int)
 
 def test_other_processes_are_given_others(only: int) -> None:
     assert ports.free_port(HOST) == only
-    program = f"from leeway import ports; ports._FIRST, ports._END = {only}, {only + 1}; ports.free_port({HOST!r})"
+    program = (
+        f"from leeway.service import ports; ports._FIRST, ports._END = {only}, {only + 1}; ports.free_port({HOST!r})"
+    )
     asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert "UnavailableError: 127.0.0.1: no free port" in asked.stderr
 

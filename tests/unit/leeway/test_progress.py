@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.commands.progress import open_progress
+from leeway.cli.progress import open_progress
 from leeway.config import RunOptions
 
 

@@ -8,10 +8,10 @@ import socket
 
 import pytest
 
-from leeway.commands import replay_access
+from leeway.cli import replay_access
 from leeway.errors import DeadlineError, UnavailableError
-from leeway.ports import free_port
 from leeway.rpc import Security, check_health
+from leeway.service.ports import free_port
 from tests.deadlines import WAIT_SECONDS
 
 

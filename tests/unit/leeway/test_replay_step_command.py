@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from leeway.commands.replay_step import _reason
+from leeway.cli.replay_step import _reason
 
 TORCHRUN = """\
 replay-step: rank 1 lost rank 0

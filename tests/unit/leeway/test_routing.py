@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway import codec
+from leeway.codec.fields import leading_columns
+from leeway.codec.routing import MAX_EXPANSION, MAX_UNPACKED_BYTES, pack_routing, unpack_planes, unpack_routing
 from leeway.errors import InvalidDataError
-from leeway.routing import MAX_EXPANSION, MAX_UNPACKED_BYTES, pack_routing, unpack_planes, unpack_routing
 from leeway.types import Array, Column, ColumnKind, TrajectoryChunk
 from leeway.v1 import common_pb2, trajectory_pb2
-from leeway.wire import leading_columns
 from tests.fuzz.inputs import Inputs
 
 

@@ -10,14 +10,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.rollout.trajectory_writer import TrajectoryWriter
+from inference_server.rollout.write_window import WriterLimits
 from inference_server.served_policy import ServedPolicy
-from inference_server.trajectory_writer import TrajectoryWriter
 from inference_server.weights.receiver import WeightReceiver
-from inference_server.write_window import WriterLimits
 from leeway.errors import ExhaustedError
-from leeway.metrics import InferenceServerMetrics
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, cancellation_kept, mapped_errors
+from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import WriteItem
 from leeway.v1 import policy_pb2
 

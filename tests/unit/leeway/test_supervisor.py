@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from leeway.commands import supervisor
-from leeway.commands.supervisor import Outcome, Service, Supervisor
+from leeway.cli import supervisor
+from leeway.cli.supervisor import Outcome, Service, Supervisor
 from tests.deadlines import WAIT_SECONDS
 
 MODULE = "tests.unit.leeway.stubborn"

@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leeway import codec
+from leeway.codec.fields import read_write
 from leeway.errors import InvalidDataError
 from leeway.types import WriteItem, WriteResult, WriteStatus
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
-from leeway.wire import read_write
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed
 from replay_buffer.storage.records import Record, decode, encode
 from tests.unit.replay_buffer.builders import chunk, close

@@ -31,7 +31,9 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.drafts import Drafts
+from replay_buffer.live.open_trajectories import Drafts
+from replay_buffer.live.views import view_group
+from replay_buffer.live.writing import decide_write
 from replay_buffer.rules.draw import decide_draw, drawn_batch
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Location
@@ -43,8 +45,6 @@ from replay_buffer.rules.transitions import Transition
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.records import Record, decode, encode
 from replay_buffer.storage.run_index import RunIndex
-from replay_buffer.views import view_group
-from replay_buffer.writing import decide_write
 
 RUN = "test-run"
 MOMENT = datetime(2026, 11, 22, tzinfo=UTC)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem
-from replay_buffer import asks
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.live import ticket_demand
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log, LogOptions
@@ -90,7 +90,7 @@ async def test_what_servers_asked_for_is_bounded_however_many_names_come_and_go(
     buffer: ReplayBuffer, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock[0] = asyncio.get_running_loop().time()
-    monkeypatch.setattr(asks, "_MOST_SERVERS", 8)
+    monkeypatch.setattr(ticket_demand, "_MOST_SERVERS", 8)
     (ticket,), _ = await buffer.acquire_tickets(RUN, "holder", ROOT, 2, 0)
     waiting = asyncio.create_task(buffer.acquire_tickets(RUN, "patient", ROOT, 2, 30))
     await asyncio.sleep(0)

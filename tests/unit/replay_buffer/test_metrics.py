@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import pytest
 from prometheus_client import CollectorRegistry
 
-from leeway.metrics import ReplayBufferMetrics
+from leeway.service.metrics import ReplayBufferMetrics
 from leeway.types import Purpose, WriteItem, WriteResult, WriteStatus
+from replay_buffer.live.observer import Ending, endings
 from replay_buffer.metrics import observer
-from replay_buffer.observer import Ending, endings
 from replay_buffer.rules.lifecycle import decide_advance, decide_commit
 from tests.unit.replay_buffer.builders import RUN, Machine, spec, version
 

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from replay_buffer import service
-from replay_buffer.service import ReplayService
+from replay_buffer.rpc import service
+from replay_buffer.rpc.service import ReplayService
 from tests.deadlines import WAIT_SECONDS
 
 

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from leeway import codec
-from leeway.assembly import assemble_records
 from leeway.errors import CorruptDataError
+from leeway.trajectory.assembly import assemble_records
 from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem, WriteStatus
 from leeway.v1 import log_pb2, replay_pb2
-from replay_buffer.drafts import Drafts
-from replay_buffer.pieces import messages
+from replay_buffer.live.open_trajectories import Drafts
+from replay_buffer.live.views import view_group
+from replay_buffer.rpc.response_stream import messages
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.records import Record, decode, encode, stored_chunk, stored_close
 from replay_buffer.storage.segment_reader import SegmentReader
 from replay_buffer.storage.segments import frame, segment_path
-from replay_buffer.views import view_group
 from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, close, spec, whole
 
 ACKNOWLEDGED = WriteStatus.ACKNOWLEDGED

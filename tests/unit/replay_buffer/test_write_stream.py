@@ -11,7 +11,7 @@ import pytest
 from leeway.errors import UnavailableError
 from leeway.types import WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2
-from replay_buffer.write_stream import WriteStream
+from replay_buffer.rpc.write_stream import WriteStream
 from tests.deadlines import WAIT_SECONDS
 
 

@@ -12,8 +12,8 @@ from learner.fleet.mismatch import Sample
 from learner.fleet.options import FleetOptions
 from learner.fleet.watch import FleetWatch, Verdict
 from leeway.errors import FencedError, LeewayError, PreconditionError, UnavailableError
-from leeway.metrics import LearnerMetrics
 from leeway.rpc import cancel_and_wait
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import Drain, DrainReason, ServerStatus
 from tests.unit.learner.fleet.test_server_mismatch import MOMENT
 

@@ -14,7 +14,7 @@ from learner.loop import Learner
 from learner.options import LearnerOptions
 from learner.records.checkpoint import Checkpoint
 from learner.records.journal import Journal
-from leeway.metrics import LearnerMetrics
+from leeway.service.metrics import LearnerMetrics
 from leeway.types import PolicyVersion
 from tests.unit.learner.helpers import groups
 

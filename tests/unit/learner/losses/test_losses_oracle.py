@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.batch.advantages import group_advantages
 from learner.losses import ALGORITHMS, INFINITY, LossParameters, Penalties, find_algorithm
 from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import merge_statistics
@@ -23,7 +24,6 @@ from learner.losses.form import (
     token_losses,
     token_values,
 )
-from learner.training.advantages import group_advantages
 from tests.unit.learner.losses import oracle
 from tests.unit.learner.losses.oracle import Numbers, Token
 

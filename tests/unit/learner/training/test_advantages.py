@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from learner.training.advantages import STD_EPSILON, group_advantages
+from learner.batch.advantages import STD_EPSILON, group_advantages
 
 
 def test_worked_advantages() -> None:

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from learner.losses import find_algorithm
 from learner.losses.form import TokenBatch, load_algorithm, token_losses
-from learner.training.head import Head, Targets, TokenLoss, TokenScores, chunk
-from learner.training.head.fused import FusedResult, fused_head
-from learner.training.head.reference import reference_head
+from learner.policy.head import Head, Targets, TokenLoss, TokenScores, chunk
+from learner.policy.head.fused import FusedResult, fused_head
+from learner.policy.head.reference import reference_head
 
 HIDDEN = 12
 VOCABULARY = 53  # not a multiple of the tile's width

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from learner.training.model import PolicyModel, Scores
-from learner.training.packing import pack
+from learner.batch.packing import pack
+from learner.policy.model import PolicyModel, Scores
 from leeway.errors import ConfigError
 from leeway.types import Trajectory
 from tests.unit.learner.helpers import dense_model, moe_model, trajectory

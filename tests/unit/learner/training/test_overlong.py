@@ -10,9 +10,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from learner.training.advantages import group_advantages
+from learner.batch.advantages import group_advantages
+from learner.batch.overlong import OverlongRule, is_overlong, shape_group, soft_penalty
 from learner.training.options import TrainingOptions
-from learner.training.overlong import OverlongRule, is_overlong, shape_group, soft_penalty
 from leeway.types import FinishReason, TrajectoryGroup
 from tests.unit.learner.helpers import dense_model, groups, moe_model, trainer, trajectory
 

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from learner.batch.packing import pack
 from learner.errors import UnusableGroupError
+from learner.lineage import trajectory_staleness
 from learner.losses import ALGORITHMS
 from learner.losses.batch_statistics import Reduction
-from learner.staleness import trajectory_staleness
-from learner.training.loss_options import check_recorded_topk
+from learner.losses.options import check_recorded_topk
+from learner.policy.model import PolicyModel
 from learner.training.mismatch import RunningMismatch
-from learner.training.model import PolicyModel
 from learner.training.options import TrainingOptions
-from learner.training.packing import pack
 from learner.training.policy_loss import PolicyLoss
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions

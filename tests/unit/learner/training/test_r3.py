@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.training.model import PolicyModel, Scores
-from learner.training.packing import MicroBatch, pack
-from learner.training.r3 import RoutingReplay, check_routing, find_routers
+from learner.batch.packing import MicroBatch, pack
+from learner.policy.model import PolicyModel, Scores
+from learner.policy.r3 import RoutingReplay, check_routing, find_routers
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
-from leeway.moe import ROUTERS
+from leeway.huggingface.moe import ROUTERS
 from leeway.types import Array, Trajectory
 from tests.unit.learner.helpers import (
     EXPERTS,
@@ -44,7 +44,7 @@ every_law = pytest.mark.parametrize(
 
 
 def expected_gates(family: str, logits: Tensor, experts: Tensor, *, renormalise: bool) -> Tensor:
-    """The families' laws, written another way than in learner.training.r3."""
+    """The families' laws, written another way than in learner.policy.r3."""
     chosen = logits.gather(-1, experts)
     if family == "deepseek_v3":
         sigmoid = 1 / (1 + (-chosen).exp())

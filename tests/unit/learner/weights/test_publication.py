@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from learner.weights.publication import Publication
-from leeway.deltas import apply_deltas
 from leeway.errors import InvalidDataError, NotFoundError
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
-from leeway.weights import tensor_entry, weights_digest
+from leeway.weights.deltas import apply_deltas
+from leeway.weights.digests import tensor_entry, weights_digest
 
 
 def snapshot(step: int, changed: int = 40, size: int = 20_000) -> WeightSnapshot:

@@ -9,7 +9,7 @@ import pytest
 
 from leeway.errors import FencedError, PreconditionError
 from leeway.types import DropReason, GroupState, WriteItem, WriteStatus
-from replay_buffer import recorder
+from replay_buffer import run_store
 from replay_buffer.storage import backup as backup_module
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.backup import write_backup
@@ -117,8 +117,8 @@ async def test_restored_copies_are_above_the_original_and_apart_whatever_the_clo
         restored = original.parent / f"restored-{number}"
         shutil.copytree(copy, restored)
         with monkeypatch.context() as clock:
-            clock.setattr(recorder.time, "time", lambda now=now: now)
-            clock.setattr(recorder.time, "time_ns", lambda now=now: max(int(now * 1e9), 0))
+            clock.setattr(run_store.time, "time", lambda now=now: now)
+            clock.setattr(run_store.time, "time_ns", lambda now=now: max(int(now * 1e9), 0))
             async with opened(restored) as run:
                 fences.append((run.state.epoch, run.state.created))
                 await run.open_run(run.state.head)

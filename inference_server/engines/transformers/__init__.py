@@ -1,0 +1,1 @@
+"""The engine that runs a Hugging Face model in this process."""

@@ -1,0 +1,1 @@
+"""The rollout worker: tickets in, scored trajectories out."""

@@ -1,0 +1,1 @@
+"""From drawn groups to packed micro-batches. NumPy only."""

@@ -1,0 +1,129 @@
+"""Refuses groups that cannot be trained on, before anything is computed. Needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from learner.batch.packing import token_temperatures
+from learner.errors import UnusableGroupError
+from leeway.errors import InvalidDataError
+from leeway.types import ModelSignature, Trajectory, TrajectoryGroup
+
+LOGPROB_ROUNDING = 1e-4
+"""How far above 0 an engine's float32 rounding may push a log-probability near 0."""
+
+MASS_ROUNDING = 1e-3
+"""How far above 1 the probabilities of the candidates may add up."""
+
+
+def check_group(group: TrajectoryGroup, check: Callable[[Trajectory], None]) -> None:
+    """Apply a check to every member.
+
+    Raises:
+        UnusableGroupError: what the check refused, under the group's name; or the group is empty.
+    """
+    if not group.trajectories:
+        raise UnusableGroupError(group.group_id, "has no trajectories; every member must be closed before it is drawn")
+    for trajectory in group.trajectories:
+        try:
+            check(trajectory)
+        except InvalidDataError as error:
+            raise UnusableGroupError(group.group_id, error.message) from error
+
+
+def check_trajectory(trajectory: Trajectory, signature: ModelSignature, longest: int | None) -> None:
+    """Refuse a trajectory whose columns do not make sense for this model.
+
+    Args:
+        trajectory: as drawn.
+        signature: of the model.
+        longest: most tokens that can be trained on; None for the model's context.
+
+    Raises:
+        InvalidDataError: naming the trajectory and what is wrong with it.
+    """
+    name = f"trajectory {trajectory.trajectory_id}"
+    limit = signature.context_length if longest is None else min(longest, signature.context_length)
+    if not 1 <= trajectory.num_tokens <= limit:
+        raise InvalidDataError(f"{name} has {trajectory.num_tokens} tokens where 1 to {limit} can be trained on")
+    expected = (trajectory.num_tokens,)
+    for column, values in (("behavior_logprobs", trajectory.behavior_logprobs), ("loss_mask", trajectory.loss_mask)):
+        if values.shape != expected:
+            raise InvalidDataError(
+                f"{name}: {column} has shape {list(values.shape)} where tokens have {list(expected)}"
+            )
+    if int(trajectory.token_ids.min()) < 0 or int(trajectory.token_ids.max()) >= signature.vocab_size:
+        raise InvalidDataError(f"{name} has token ids outside the vocabulary of {signature.vocab_size}")
+    if not math.isfinite(trajectory.reward):
+        raise InvalidDataError(
+            f"{name} has reward {trajectory.reward}; the reward function must return a finite number"
+        )
+    if trajectory.loss_mask[0]:
+        raise InvalidDataError(
+            f"{name} has its first token in the loss, which nothing predicts; a prompt must come before it"
+        )
+    _check_trained_tokens(trajectory, name)
+
+
+def _check_trained_tokens(trajectory: Trajectory, name: str) -> None:
+    trained = trajectory.loss_mask
+    behavior = trajectory.behavior_logprobs[trained]
+    unusable = ~(np.isfinite(behavior) & (behavior <= LOGPROB_ROUNDING))
+    if unusable.any():
+        token = int(np.flatnonzero(trained)[np.argmax(unusable)])
+        raise InvalidDataError(
+            f"{name}: token {token} has behavior log-prob {trajectory.behavior_logprobs[token]:g}, "
+            "where a finite number of at most 0 is needed; the engine must record what it sampled with"
+        )
+    temperatures = token_temperatures(trajectory)[trained]
+    if not (np.isfinite(temperatures) & (temperatures > 0)).all():
+        raise InvalidDataError(
+            f"{name} was sampled at temperature {temperatures.min()}; only positive ones can be trained on"
+        )
+
+
+def check_candidates(trajectory: Trajectory, signature: ModelSignature, topk: int) -> None:
+    """Refuse recorded candidates that a top-K loss cannot use.
+
+    Args:
+        trajectory: as drawn.
+        signature: of the model.
+        topk: K of the loss.
+
+    Raises:
+        InvalidDataError: missing, fewer than K, shapes that disagree, or not K different tokens with log-probs.
+    """
+    name = f"trajectory {trajectory.trajectory_id}"
+    token_ids, logprobs = trajectory.topk_token_ids, trajectory.topk_logprobs
+    if token_ids is None or logprobs is None:
+        raise InvalidDataError(
+            f"{name} has no recorded candidates; set sampling.topk = {topk}, or choose an algorithm without top-K"
+        )
+    if token_ids.ndim != 2 or token_ids.shape != logprobs.shape or token_ids.shape[0] != trajectory.num_tokens:
+        raise InvalidDataError(
+            f"{name}: candidates have shapes {list(token_ids.shape)} (ids) and {list(logprobs.shape)} (log-probs) "
+            f"where both are [{trajectory.num_tokens}, K]"
+        )
+    if token_ids.shape[1] < topk:
+        raise InvalidDataError(
+            f"{name} has {token_ids.shape[1]} recorded candidates per token where the loss takes {topk}; "
+            f"set sampling.topk = {topk}, or learner.training.topk = {token_ids.shape[1]}"
+        )
+    trained = np.flatnonzero(trajectory.loss_mask)
+    token_ids, logprobs = token_ids[trained], logprobs[trained]
+    ordered = np.sort(token_ids, axis=-1)
+    faults = {
+        "a candidate outside the vocabulary": ((token_ids < 0) | (token_ids >= signature.vocab_size)).any(axis=-1),
+        "the same candidate twice": (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1),
+        "a candidate whose log-prob is not a finite number of at most 0": ~(
+            np.isfinite(logprobs) & (logprobs <= LOGPROB_ROUNDING)
+        ).all(axis=-1),
+        "candidates of more than all probability": np.exp(logprobs.astype(np.float64)).sum(axis=-1) > 1 + MASS_ROUNDING,
+    }
+    for fault, tokens in faults.items():
+        if tokens.any():
+            token = int(trained[np.argmax(tokens)])
+            raise InvalidDataError(f"{name}: token {token} has {fault}; the engine must record what it sampled from")

@@ -1,0 +1,1 @@
+"""The model that is trained: loading, output head, routing replay, adapters."""

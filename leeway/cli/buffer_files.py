@@ -1,0 +1,251 @@
+"""`leeway buffer verify | ls | show | export`: the files of a replay buffer, read without changing them.
+
+They need no running buffer, and do not mind one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from leeway import codec
+from leeway.cli.buffer_export import EXPORTED_STATES, FORMATS, OPTIONAL_COLUMNS, export_groups
+from leeway.cli.run_folder import is_run_folder, open_run_folder
+from leeway.errors import ConfigError
+from leeway.service.process import EXIT_FAILED, EXIT_OK
+from leeway.types import GroupState, Purpose
+from replay_buffer.options import read_options
+from replay_buffer.rules.groups import Group, Member, Progress
+from replay_buffer.rules.state import RunState
+from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
+from replay_buffer.storage.index_file import Filter
+from replay_buffer.storage.offline import Directory, open_directory
+from replay_buffer.storage.records import decode
+from replay_buffer.storage.segments import list_segments
+from replay_buffer.storage.verification import verify
+
+_STATES: Final = {state.name.lower(): state for state in GroupState}
+
+
+def directory_of(path: Path) -> Path:
+    """The log's directory: of a run, or the path itself."""
+    if path.is_file() or is_run_folder(path):
+        return read_options(open_run_folder(path).document).directory
+    return path
+
+
+def add_commands(commands: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
+    """Declare them under `leeway buffer`."""
+    _add(commands, "verify", _verify, "check every byte of a log, its index and its snapshots", _VERIFY)
+    ls = _add(commands, "ls", _ls, "list runs, groups or segments", "Lists runs and their newest groups, or segments.")
+    _add_filter(ls)
+    ls.add_argument("--limit", type=int, default=20, metavar="N", help="newest groups to show (default 20; 0: all)")
+    ls.add_argument("--segments", action="store_true", help="the files of the log instead")
+    show = _add(commands, "show", _show, "show one group or trajectory", "Shows where it stands and what it holds.")
+    show.add_argument("name", metavar="ID", help="a group such as sortmix8-g12, or a trajectory such as sortmix8-g12.0")
+    export = _add(commands, "export", _export, "write trajectories as JSONL or safetensors", _EXPORT)
+    export.add_argument("output", type=Path, metavar="FILE", help="ends in .jsonl or .safetensors; must not exist")
+    _add_filter(export)
+    export.add_argument(
+        "--columns",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAMES",
+        help=f"besides tokens and log-probs: {', '.join(OPTIONAL_COLUMNS)}; what is not named is not read from disk",
+    )
+
+
+_VERIFY: Final = (
+    "Reads the whole log and checks every record's checksum, every close's digest, and that the index and every "
+    "snapshot equal what the log says. Changes nothing. Exit code 1 when something is wrong."
+)
+_EXPORT: Final = (
+    "Writes the complete trajectories of consumed, ready and drawn groups (or of --state): token ids, behavior "
+    "log-probs, loss mask, version labels, rewards. JSONL has a line per trajectory; safetensors has one array per "
+    "column, trajectories one after another, with `offsets` [M + 1]; large exports are split into numbered files."
+)
+
+
+def _add(commands: Any, name: str, handler: Any, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401
+    parser = commands.add_parser(name, help=summary, description=description)
+    parser.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help="a run's folder or configuration file, or the directory of a replay buffer",
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def _add_filter(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", default="", metavar="NAME", help="which run, where the log holds several")
+    parser.add_argument("--state", choices=sorted(_STATES), help="only groups in this state")
+    parser.add_argument("--step", type=int, default=0, help="only what this step trained on")
+    parser.add_argument("--evaluation", action="store_true", help="held-out groups instead of training ones")
+
+
+def _filter(arguments: argparse.Namespace) -> Filter:
+    purpose = Purpose.EVAL if arguments.evaluation else Purpose.TRAIN
+    return Filter(purpose, _STATES[arguments.state] if arguments.state else None, arguments.step)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    report = verify(directory_of(arguments.path))
+    print(
+        f"{report.segments} segments, {report.size_bytes >> 20} MiB, {report.records} records, {report.closes} closes, "
+        f"{report.snapshots} snapshots, {report.index_entries} index entries checked"
+    )
+    for note in report.notes:
+        print(f"note: {note}")
+    for problem in report.problems:
+        print(f"wrong: {problem}")
+    print("nothing is wrong" if not report.problems else f"{len(report.problems)} things are wrong")
+    return EXIT_FAILED if report.problems else EXIT_OK
+
+
+def _ls(arguments: argparse.Namespace) -> int:
+    path, console = directory_of(arguments.path), _console()
+    if arguments.segments and list_segments(path):
+        table = Table("segment", "bytes", "newest record", box=None, pad_edge=False)
+        for segment in list_segments(path):
+            table.add_row(str(segment.number), str(segment.size_bytes), _time(segment.written_at))
+        console.print(table)
+        return EXIT_OK
+    directory = open_directory(path)
+    try:
+        for run in directory.runs.values():
+            console.print(_described(run))
+        run = directory.run(arguments.run)
+        table = Table(
+            "group", "task", "state", "step", "attempt", "members", "server", "issued", box=None, pad_edge=False
+        )
+        for group in directory.select(run, _filter(arguments), arguments.limit):
+            table.add_row(
+                group.group_id,
+                str(group.task_index),
+                _state(group),
+                str(group.step or ""),
+                str(group.attempt),
+                f"{len(group.members) - len(group.missing)}/{len(group.members)}",
+                group.server_id,
+                _time(group.issued_at_ns / 1e9),
+            )
+        console.print(table)
+    finally:
+        directory.close()
+    return EXIT_OK
+
+
+def _described(run: RunState) -> str:
+    status = run.status()
+    dropped = sum(status.dropped.values())
+    return (
+        f"run {run.spec.run}: {_standing(run)}, head {run.head}, "
+        f"committed to step {run.committed_step}; of {status.issued} groups {status.open} open, {status.ready} ready, "
+        f"{status.drawn} drawn, {status.consumed} consumed, {dropped} dropped"
+    )
+
+
+def _standing(run: RunState) -> str:
+    if run.given_up:
+        return f"given up at step {run.head.step} of {run.spec.total_steps}"
+    return "finished" if run.finished else f"epoch {run.epoch}"
+
+
+def _state(group: Group) -> str:
+    reason = "" if group.drop_reason is None else f" ({group.drop_reason.name.lower()})"
+    return group.state.name.lower() + reason
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    console = _console()
+    directory = open_directory(directory_of(arguments.path))
+    try:
+        run, group, member = directory.find(arguments.name)
+        console.print(
+            f"group {group.group_id} of run {run.spec.run}, {group.purpose.name.lower()}, task {group.task_index}, "
+            f"{_state(group)}{f', step {group.step}' if group.step else ''}, attempt {group.attempt}, issued "
+            f"{_time(group.issued_at_ns / 1e9)} to {group.server_id}"
+        )
+        if group.drop_message:
+            console.print(f"  {group.drop_message}")
+        for each in group.members if member is None else [group.members[member]]:
+            _show_member(console, directory, each, details=member is not None)
+    finally:
+        directory.close()
+    return EXIT_OK
+
+
+def _show_member(console: Console, directory: Directory, member: Member, *, details: bool) -> None:
+    size_bytes = sum(location.size_bytes for location in member.records)
+    ending = "open"
+    if member.progress is not Progress.OPEN:
+        match decode(directory.reader.read(member.records[len(member.records) - 1])).transition:
+            case TrajectoryClosed(close=close):
+                ending = f"{close.token_count} tokens, {close.finish_reason.name.lower()}, reward {close.reward:g}"
+            case TrajectoryFailed(failure=failure):
+                ending = f"failed: {failure.message}"
+            case other:
+                ending = f"ends with {type(other).__name__}"
+    console.print(
+        f"{member.trajectory_id}  attempt {member.attempt}, {member.server_id or 'no server'}, "
+        f"{member.chunk_count} chunks, {size_bytes} bytes: {ending}"
+    )
+    if not details:
+        return
+    table = Table("seq", "segment", "byte", "bytes", "columns", box=None, pad_edge=False)
+    for seq, location in enumerate(member.records):
+        written = decode(directory.reader.read(location)).transition
+        columns = ""
+        if isinstance(written, ChunkWritten):
+            chunk = codec.decode_chunk(written.chunk)
+            columns = ", ".join(
+                f"{column.kind.name.lower()} [{column.start_token}, {column.end_token})" for column in chunk.columns
+            )
+        table.add_row(
+            str(seq),
+            str(location.segment),
+            str(location.offset),
+            str(location.size_bytes),
+            columns or type(written).__name__,
+        )
+    console.print(table)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    output: Path = arguments.output
+    if output.suffix not in FORMATS:
+        raise ConfigError(f"{output}: name a file that ends in {' or '.join(FORMATS)}")
+    if unknown := set(arguments.columns) - set(OPTIONAL_COLUMNS):
+        raise ConfigError(f"--columns: {', '.join(sorted(unknown))} is none of {', '.join(OPTIONAL_COLUMNS)}")
+    directory = open_directory(directory_of(arguments.path))
+    try:
+        run, wanted = directory.run(arguments.run), _filter(arguments)
+        groups = (
+            group
+            for group in directory.select(run, wanted)
+            if wanted.state is not None or group.state in EXPORTED_STATES
+        )
+        exported = export_groups(directory, groups, output, arguments.columns)
+    finally:
+        directory.close()
+    print(f"{exported.trajectories} trajectories of {exported.groups} groups, {exported.tokens} tokens:")
+    for path in exported.paths:
+        print(path)
+    return EXIT_OK
+
+
+def _console() -> Console:
+    """Tables keep their lines whole where nobody watches."""
+    return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

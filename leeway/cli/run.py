@@ -1,0 +1,160 @@
+"""`leeway run CONFIG`: every service of a run as supervised processes, until the run is finished.
+
+configuration ── resolve ──> runs/NAME/config.toml ──> supervisor: replay buffer, inference servers, learner
+                                                            │ journal lines of the learner
+                                                            ▼
+                                          progress display ──> report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from learner.records.checkpoint import CheckpointStore
+from learner.records.journal import read_journal
+from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
+from leeway.cli.progress import open_progress
+from leeway.cli.report import write_report
+from leeway.cli.run_folder import has_finished, open_run_folder
+from leeway.cli.supervisor import Outcome, Service, Supervisor
+from leeway.cli.torchrun import launcher
+from leeway.config import RunOptions, load_document
+from leeway.errors import PreconditionError
+from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
+
+
+def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
+    """Declare the command."""
+    parser = subparsers.add_parser("run", help="run every service of a configuration", description=__doc__)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML configuration")
+    add_override_option(parser)
+    parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--plain", action="store_true", help="log lines instead of the live display")
+    parser.set_defaults(handler=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    configuration = read_configuration(load_document(arguments.config, arguments.overrides))
+    if arguments.check:
+        print(f"{arguments.config}: fine")
+        return EXIT_OK
+    run = configuration.run
+    _prepare_folder(run, resume=arguments.resume)
+    config_path = run.run_directory / "config.toml"
+    configuration = with_free_ports(configuration)
+    configuration.write(config_path)
+    outcome = asyncio.run(_supervise(configuration, config_path, plain=arguments.plain))
+    return _conclude(run, _command(arguments), outcome)
+
+
+def _prepare_folder(run: RunOptions, *, resume: bool) -> None:
+    """Make the run's folder; one that holds anything trained or measured is never overwritten."""
+    directory = run.run_directory
+    started = bool(read_journal(directory / "metrics.jsonl"))
+    if resume and not started:
+        raise PreconditionError(f"{directory}: there is no run to resume; start it without --resume")
+    if started and has_finished(directory):
+        report = directory / "report.html"
+        raise PreconditionError(
+            f"{directory}: this run is finished{f'; its report is {report}' if report.exists() else ''}. "
+            "To train again, choose another name with --set run.name=NAME, or remove the folder"
+        )
+    if started and not resume:
+        raise PreconditionError(
+            f"{directory}: holds an unfinished run; continue it with --resume, "
+            "or choose another name with --set run.name=NAME"
+        )
+    if not started:  # what a refused start left behind
+        for name in ("replay", "checkpoints"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+async def _supervise(configuration: RunConfiguration, config_path: Path, *, plain: bool) -> Outcome:
+    run, network = configuration.run, configuration.network
+    arguments = ("--config", str(config_path), "--supervised")
+    options = configuration.inference_server
+    servers = tuple(
+        Service(
+            f"server-{index}",
+            ("inference_server", *arguments, "--index", str(index)),
+            str(options.python(options.engine_of(index)) or sys.executable),
+        )
+        for index in range(len(network.inference_servers))
+    )
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    with open_progress(run, plain=plain or not sys.stderr.isatty()) as progress:
+        supervisor = Supervisor(
+            replay_buffer=Service("replay-buffer", ("replay_buffer", *arguments)),
+            learner=Service("learner", (*launcher(configuration.learner.ranks), "learner", *arguments)),
+            servers=servers,
+            learner_stop_seconds=configuration.learner.stop_seconds,
+            log_directory=run.run_directory / "logs",
+            on_journal_line=progress.on_journal_line,
+            on_event=progress.on_event,
+        )
+
+        def on_signal() -> None:
+            if stop.is_set():
+                supervisor.kill()  # whoever asks twice does not want to wait
+            stop.set()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, on_signal)
+        return await supervisor.run(stop)
+
+
+def _checkpoint_words(directory: Path, step: int) -> str:
+    if not step:
+        return ""
+    newest = CheckpointStore(directory / "checkpoints", keep=1).steps()[-1]
+    return " with a checkpoint" if newest == step else f"; its newest checkpoint is of step {newest}"
+
+
+def _command(arguments: argparse.Namespace) -> str:
+    """What starts this run again, with every override."""
+    overrides = [part for override in arguments.overrides for part in ("--set", override)]
+    return shlex.join(["leeway", "run", str(arguments.config), *overrides])
+
+
+def _conclude(run: RunOptions, command: str, outcome: Outcome) -> int:
+    directory = run.run_directory
+    if outcome.error:
+        print(f"leeway: {outcome.error}\nleeway: logs are in {directory / 'logs'}", file=sys.stderr)
+        return EXIT_REFUSED if outcome.refused else EXIT_FAILED
+    steps = sum(record["kind"] == "step" for record in read_journal(directory / "metrics.jsonl"))
+    report = write_report(open_run_folder(directory)) if steps else None
+    if not has_finished(directory):
+        again = f"{command} --resume" if steps else command
+        print(f"leeway: stopped at step {steps}{_checkpoint_words(directory, steps)}; continue with: {again}")
+        return EXIT_OK
+    print(_closing_lines(json.loads((directory / "summary.json").read_text(encoding="utf-8"))))
+    print(f"report: {report}")
+    return EXIT_OK
+
+
+def _closing_lines(summary: Mapping[str, Any]) -> str:
+    lines = [f"{summary['run']}: {summary['steps']} steps in {summary['wall_seconds']:.0f} s"]
+    if summary["heldout_before"] is not None:
+        lines.append(
+            f"held-out reward {summary['heldout_before']:.3f} -> {summary['heldout_after']:.3f} "
+            f"({summary['heldout_draws']} draws)"
+        )
+    lines.append(
+        f"{summary['tokens_per_second']:.0f} trained tokens/s; "
+        f"{summary['stale_token_fraction']:.0%} of them stale by a step or more; "
+        f"learner idle {summary['learner_idle_fraction']:.0%}; "
+        f"generation and training overlapped {summary['overlap_seconds']:.0f} s"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Published weights: digests, deltas between versions, and the transports that carry them."""
