@@ -35,8 +35,8 @@ import numpy as np
 import prometheus_client
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from vllm import SamplingParams as VllmSamplingParams
-from vllm import __version__ as vllm_version
+from vllm import SamplingParams as VllmSamplingParams  # pyright: ignore[reportAttributeAccessIssue] (the folder here)
+from vllm import __version__ as vllm_version  # pyright: ignore[reportAttributeAccessIssue]
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.platforms import current_platform
