@@ -23,7 +23,7 @@ from leeway.weights.broadcast.gloo import Gloo
 from leeway.weights.broadcast.library import Library
 from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
-from tests.push.engine import WeightsEngine
+from tests.harness.weights_engine import WeightsEngine
 
 RUN = "broadcasts"
 SIZES = (300_000, 0, 7, 2_000_000, 1000, 0)  # elements of two bytes: in one piece, in several, empty
