@@ -21,7 +21,7 @@ from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSna
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
-from tests.push.engine import WeightsEngine
+from tests.harness.weights_engine import WeightsEngine
 
 RUN = "broadcasts"
 SIZES = (300_000, 0, 7, 2_000_000, 1000, 0)  # elements of two bytes: in one piece, in several, empty

@@ -10,8 +10,8 @@ import pytest
 
 from leeway.cli.main import main
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
-from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import EXAMPLE, happened, rehearse
+from tests.harness.recording_proxy import Call, Fate, Weather, Write
 
 pytestmark = pytest.mark.e2e
 
