@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from learner.weights.publication import Publication
 from learner.weights.publisher import _Server
 from leeway import codec
+from leeway.config import ArithmeticEngineOptions
 from leeway.rpc import Security, cancel_and_wait, open_channel
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
