@@ -29,11 +29,10 @@ class NetworkOptions(Options):
     authority: ConfigPath | None = Field(
         default=None, description="PEM file of the authority that signed the certificates of all services."
     )
-    weights: Literal["auto", "zmq", "grpc", "collective", "collective-nccl"] = Field(
+    weights: Literal["auto", "zmq", "grpc", "collective"] = Field(
         default="auto",
         description="How weights travel: ZeroMQ on one host, gRPC beyond; auto picks by address. collective broadcasts "
-        "them to all servers at once over torch.distributed, unencrypted, with gRPC where that fails: through host "
-        "memory (gloo), collective-nccl through a GPU of each process (NCCL).",
+        "them to all servers at once over torch.distributed (gloo), unencrypted, with gRPC where that fails.",
     )
 
 

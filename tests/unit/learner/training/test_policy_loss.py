@@ -26,7 +26,7 @@ from leeway.config import SamplingOptions, TrainingOptions, check_recorded_topk
 from leeway.config.algorithms import ALGORITHMS
 from leeway.errors import ConfigError
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
-from tests.unit.learner.helpers import VOCABULARY, dense_model, groups, trainer
+from tests.harness.learner_builders import VOCABULARY, dense_model, groups, trainer
 from tests.unit.learner.losses import oracle
 from tests.unit.learner.losses.oracle import Numbers, Token
 
