@@ -49,7 +49,7 @@ from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.tasks import load_tasks
-from leeway.weights.transports import BroadcastLibrary, broadcast_library
+from leeway.weights.transports import uses_broadcasts
 
 log = logging.getLogger("inference_server")
 
@@ -95,7 +95,7 @@ class InferenceServerProcess:
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
-        self.broadcasts: BroadcastLibrary | None = broadcast_library(self.network)
+        self.broadcasts = uses_broadcasts(self.network)
         if joining is None:
             self._take_place(document, index, backend)
         else:

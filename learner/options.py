@@ -40,7 +40,7 @@ class LearnerOptions(Options):
         default=10.0,
         gt=0,
         le=600,
-        description="longest silence of one server in a broadcast (network.weights = collective or collective-nccl), "
+        description="longest silence of one server in a broadcast (network.weights = collective), "
         "per piece; then all of them fetch that version over gRPC",
     )
     checkpoint_every_steps: int = Field(

@@ -25,7 +25,7 @@ from leeway.errors import ConfigError
 from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.tasks import load_tasks
-from leeway.weights.transports import broadcast_library
+from leeway.weights.transports import uses_broadcasts
 from replay_buffer.options import ReplayBufferOptions, read_options
 
 
@@ -135,7 +135,7 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
             "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"
         )
-    broadcast_library(configuration.network)
+    uses_broadcasts(configuration.network)
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):

@@ -173,11 +173,10 @@ class NetworkOptions(Options):
     certificate: ConfigPath | None = Field(default=None, description="PEM certificate of this service (mutual TLS)")
     key: ConfigPath | None = Field(default=None, description="PEM private key of the certificate")
     authority: ConfigPath | None = Field(default=None, description="PEM certificate of the authority of all services")
-    weights: Literal["auto", "zmq", "grpc", "collective", "collective-nccl"] = Field(
+    weights: Literal["auto", "zmq", "grpc", "collective"] = Field(
         default="auto",
         description="how weights travel: ZeroMQ on one host, gRPC beyond; auto picks by address; collective broadcasts "
-        "them to all servers at once over torch.distributed, unencrypted, with gRPC where that fails: through host "
-        "memory (gloo), collective-nccl through a GPU of each process (NCCL)",
+        "them to all servers at once over torch.distributed (gloo), unencrypted, with gRPC where that fails",
     )
 
 

@@ -43,11 +43,11 @@ from leeway.types import (
     WriteItem,
 )
 from leeway.weights.digests import weights_digest
-from tests.contract.buffer_server import connected, write
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.learner.helpers import VOCABULARY, dense_model, moe_model, random_routing
-from tests.unit.learner.helpers import trainer as make_trainer
-from tests.unit.replay_buffer.builders import DATASET, MOMENT
+from tests.harness.buffer_server import connected, write
+from tests.harness.learner_builders import VOCABULARY, dense_model, moe_model, random_routing
+from tests.harness.learner_builders import trainer as make_trainer
+from tests.harness.replay_builders import DATASET, MOMENT
 
 RUN = "learner-run"
 STEPS = 4

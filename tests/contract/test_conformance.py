@@ -37,7 +37,7 @@ OPTIONS = KitOptions(
 )
 SEEN_IN_QUIET = {"PAUSE-1", "PAUSE-2", "LIMIT-2"}
 """Who breaks these is seen by what comes, or meets what, while nothing should come: it needs time for that."""
-BACKEND = f"{shlex.quote(sys.executable)} -m tests.contract.arithmetic_backend --address {{address}}"
+BACKEND = f"{shlex.quote(sys.executable)} -m tests.harness.arithmetic_backend --address {{address}}"
 STOPPING = {"STOP-1", "STOP-2"}
 
 
@@ -104,7 +104,7 @@ async def test_late_columns_pass() -> None:
 async def test_the_transformers_server_passes(tmp_path: Path, moe: bool) -> None:
     from inference_server.engines.transformers.engine import TransformersEngine
     from inference_server.engines.transformers.options import TransformersEngineOptions
-    from tests.unit.tiny_models import make_model, save
+    from tests.harness.tiny_models import make_model, save
 
     save(make_model(0, moe=moe), tmp_path)
     engine = TransformersEngine(tmp_path, TransformersEngineOptions(max_concurrency=8, chunk_tokens=4))

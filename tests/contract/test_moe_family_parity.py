@@ -38,7 +38,7 @@ from leeway.types import (
     VersionSpan,
 )
 from tests.contract.sampled_groups import largest_difference, sample_group, snapshot
-from tests.unit.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model, save
+from tests.harness.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model, save
 
 SAMPLING = SamplingParams(0.9, 10, (1,), routing=True)
 every_family = pytest.mark.parametrize("family", MOE_FAMILIES)

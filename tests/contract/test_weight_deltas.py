@@ -22,8 +22,8 @@ from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import tensor_entry, verify_weights, weights_digest
-from tests.contract.certificates import make_security
 from tests.contract.test_weight_receiver import RUN, Learner, Server, pair, until
+from tests.harness.certificates import make_security
 
 
 def snapshot(step: int, epoch: int = 1, *, seed: int | None = None) -> WeightSnapshot:

@@ -21,9 +21,9 @@ from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
-from tests.contract.buffer_server import connected, serving
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.buffer_server import connected, serving
 
 TASKS = TaskSet(
     [{"prompt": f"train {n}"} for n in range(8)], [{"prompt": f"held out {n}"} for n in range(4)], b"d" * 32

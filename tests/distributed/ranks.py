@@ -18,7 +18,7 @@ from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
 from learner.training.world import TorchWorld, World
 from leeway.types import TrajectoryGroup
-from tests.unit.learner.helpers import DENSE, MOE, dense_model, groups, moe_model
+from tests.harness.learner_builders import DENSE, MOE, dense_model, groups, moe_model
 
 STEPS = 4
 

@@ -17,9 +17,9 @@ from leeway.cli.main import main
 from leeway.service.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
 from tests.deadlines import WAIT_SECONDS
-from tests.e2e.oracle import Oracle
-from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import happened, rehearse
+from tests.harness.oracle import Oracle
+from tests.harness.recording_proxy import Call, Fate, Weather, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

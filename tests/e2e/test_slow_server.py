@@ -16,9 +16,9 @@ import pytest
 from leeway.cli.main import main
 from leeway.types import GroupState, Purpose
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
-from tests.e2e.oracle import violations
-from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import happened, rehearse
+from tests.harness.oracle import violations
+from tests.harness.recording_proxy import Call, Fate, Weather, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(RUN_SECONDS)]
 

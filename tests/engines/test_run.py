@@ -32,7 +32,7 @@ from tests.engines.engine_server import (
     engine_options,
     interpreter,
 )
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 NOTHING = 1e-12
 

@@ -34,9 +34,9 @@ from leeway.v1 import inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.segment_scan import verify_segment
 from replay_buffer.storage.segments import frame
-from tests.fuzz.inputs import Inputs
-from tests.model.harness import Context, Harness
-from tests.unit.replay_buffer import builders
+from tests.harness import replay_builders as builders
+from tests.harness.handler_calls import Context, Harness
+from tests.harness.inputs import Inputs
 
 WRITE: Final = "WriteTrajectories"
 _PATIENCE_SECONDS: Final = 60.0

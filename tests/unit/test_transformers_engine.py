@@ -35,7 +35,7 @@ from leeway.types import (
     WeightSnapshot,
 )
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
+from tests.harness.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
 
 NUM_LAYERS, EXPERTS_PER_TOKEN = 2, 2
 MakeEngine = Callable[..., Awaitable[TransformersEngine]]

@@ -14,7 +14,7 @@ from replay_buffer.live import ticket_demand
 from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log, LogOptions
-from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec, version
+from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec, version
 
 LEASE_SECONDS = 10.0
 

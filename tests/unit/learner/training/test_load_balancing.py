@@ -14,7 +14,7 @@ from learner.policy.r3 import find_routers
 from learner.training.options import TrainingOptions
 from leeway.errors import ConfigError
 from leeway.types import Trajectory
-from tests.unit.learner.helpers import EXPERTS, SLOTS, dense_model, groups, moe_model, trainer, trajectory, weights
+from tests.harness.learner_builders import EXPERTS, SLOTS, dense_model, groups, moe_model, trainer, trajectory, weights
 
 FAMILIES = ["qwen3_moe", "mixtral"]
 

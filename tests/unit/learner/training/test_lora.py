@@ -16,8 +16,8 @@ from leeway.config import SamplingOptions
 from leeway.errors import ConfigError
 from leeway.huggingface import load_published, tensor_from_bytes
 from leeway.types import TrajectoryGroup
-from tests.unit import tiny_models
-from tests.unit.learner.helpers import dense_model, groups, moe_model, trainer, weights
+from tests.harness import tiny_models
+from tests.harness.learner_builders import dense_model, groups, moe_model, trainer, weights
 
 
 def options(**changes: Any) -> TrainingOptions:

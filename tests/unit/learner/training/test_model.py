@@ -14,7 +14,7 @@ from learner.batch.packing import pack
 from learner.policy.model import PolicyModel, Scores
 from leeway.errors import ConfigError
 from leeway.types import Trajectory
-from tests.unit.learner.helpers import dense_model, moe_model, trajectory
+from tests.harness.learner_builders import dense_model, moe_model, trajectory
 
 
 def alone(model: PreTrainedModel, t: Trajectory, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

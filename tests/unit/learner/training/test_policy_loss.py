@@ -28,7 +28,7 @@ from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions
 from leeway.errors import ConfigError
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
-from tests.unit.learner.helpers import VOCABULARY, dense_model, groups, trainer
+from tests.harness.learner_builders import VOCABULARY, dense_model, groups, trainer
 from tests.unit.learner.losses import oracle
 from tests.unit.learner.losses.oracle import Numbers, Token
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from learner.training.options import TrainingOptions
 from learner.training.schedule import Schedule, scheduled_learning_rate
-from tests.unit.learner.helpers import dense_model, groups, trainer
+from tests.harness.learner_builders import dense_model, groups, trainer
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from leeway.errors import ConfigError, CorruptDataError, LeewayError, Preconditi
 from leeway.types import Trajectory, TrajectoryGroup
 from leeway.weights.digests import verify_weights, weights_digest
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.learner.helpers import (
+from tests.harness.learner_builders import (
     DENSE,
     MOE,
     VOCABULARY,

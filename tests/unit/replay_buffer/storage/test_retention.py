@@ -16,8 +16,8 @@ from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.retention import choose_beginning, first_needed
 from replay_buffer.storage.segments import Segment, remove_segments, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
-from tests.unit.replay_buffer.builders import RUN, chunk, close, filled, version
-from tests.unit.replay_buffer.disk_runs import SEGMENT_BYTES, OpenBuffer, described, opened
+from tests.harness.replay_builders import RUN, chunk, close, filled, version
+from tests.harness.replay_directory import SEGMENT_BYTES, OpenBuffer, described, opened
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The arithmetic engine's InferenceService as a process of its own, without worker and run: a foreign backend.
 
-`python -m tests.contract.arithmetic_backend --address HOST:PORT [--set key=value ...]`
+`python -m tests.harness.arithmetic_backend --address HOST:PORT [--set key=value ...]`
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import AppendFile, OpenFile
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import RUN
+from tests.harness.replay_builders import RUN
 
 PLAIN = Security()
 

@@ -17,7 +17,7 @@ from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import Position
-from tests.unit.replay_buffer.builders import RUN, filled, spec, version
+from tests.harness.replay_builders import RUN, filled, spec, version
 
 SEGMENT_BYTES = 2048
 
