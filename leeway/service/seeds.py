@@ -6,7 +6,7 @@ Recorded results depend on these functions: whoever repeats a run must get the s
 from __future__ import annotations
 
 import hashlib
-from typing import Final, TypeVar
+from typing import Final, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,9 @@ BitsT = TypeVar("BitsT", int, NDArray[np.uint64])
 
 def mix64(bits: BitsT) -> BitsT:
     """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), of one number or of each in an array."""
-    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
-    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & MASK_64
-    return bits ^ (bits >> 31)
+    mixed = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK_64
+    return cast("BitsT", mixed ^ (mixed >> 31))
 
 
 def seed_of(data: bytes) -> int:
