@@ -15,8 +15,6 @@ from prometheus_client import CollectorRegistry
 
 from learner.factory import make_trainer
 from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.losses.options import check_recorded_topk
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
 from learner.records.journal import Journal
 from learner.records.receipts import ReceiptBook, deciding_options
@@ -28,12 +26,14 @@ from learner.weights.publisher import Publisher
 from leeway.config import (
     Document,
     EvaluationOptions,
+    LearnerOptions,
     MetricsOptions,
     ModelOptions,
     NetworkOptions,
     RunOptions,
     SamplingOptions,
     TaskOptions,
+    check_recorded_topk,
     load_document,
     section,
 )
