@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from inference_server.weights.transport import Announcement, Part, WeightTransport, batches
+from inference_server.weights.transports import Announcement, Part, WeightTransport, batches
 from leeway.errors import CorruptDataError, DeadlineError, InvalidDataError, NotFoundError, UnavailableError
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import WeightDelta, WeightRequest, WeightSnapshot

@@ -20,12 +20,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from learner.weights.outlet import Seat
+from learner.weights.outlets import Seat
 from learner.weights.publication import Part, Publication, kind_of
 from leeway.errors import LeewayError, NotFoundError, PreconditionError, UnavailableError
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import WeightRequest
+from leeway.v1 import policy_pb2
 from leeway.weights.broadcast import LIBRARY, BroadcastGroup, Rendezvous
 
 log = logging.getLogger(__name__)
@@ -51,12 +52,12 @@ class _Round:
     peers: dict[str, _BroadcastPeer] = field(default_factory=dict[str, _BroadcastPeer])
 
 
-class CollectiveWeights:
-    """Implements `learner.weights.outlet.Broadcasts`.
+class BroadcastOutlet:
+    """Implements `learner.weights.outlets.Broadcasts`.
 
     Args:
-        host: address of this learner that servers reach; groups meet at a port of it.
         metrics: shows bytes sent and broadcasts that failed.
+        host: address of this learner that servers reach; groups meet at a port of it.
         patience_seconds: longest silence of a peer before a broadcast is given up.
         gather_seconds: longest wait for the expected servers after the first has asked.
 
@@ -66,9 +67,8 @@ class CollectiveWeights:
 
     def __init__(
         self,
-        host: str,
         metrics: LearnerMetrics,
-        *,
+        host: str,
         patience_seconds: float = 10.0,
         gather_seconds: float = _GATHER_SECONDS,
     ) -> None:
@@ -77,7 +77,6 @@ class CollectiveWeights:
         self._gather_seconds = gather_seconds
         self.library = LIBRARY
         self._rendezvous = Rendezvous(host)
-        self.port = self._rendezvous.address[1]
         self._publication: Publication | None = None
         self._expected: frozenset[str] = frozenset()
         self._asked: set[str] = set()  # for something of the newest publication
@@ -92,6 +91,9 @@ class CollectiveWeights:
         self._publication = publication
         self._asked.clear()
         self._refuse_waiting(NotFoundError("a newer version is published; wait for its announcement"))
+
+    def announce(self, message: policy_pb2.WatchPolicyResponse, hello: policy_pb2.PolicyWatcher) -> None:
+        message.broadcast_port = self._rendezvous.address[1] if hello.broadcast_library == self.library else 0
 
     def expect(self, server_ids: frozenset[str]) -> None:
         self._expected = server_ids

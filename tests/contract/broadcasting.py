@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
-from learner.weights.collective import CollectiveWeights
+from learner.weights.collective import BroadcastOutlet
 from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec
 from leeway.rpc import Security, cancel_and_wait, mapped_errors, open_channel, start_server
@@ -48,10 +48,8 @@ class Learner:
 
     def __init__(self, patience_seconds: float, gather_seconds: float) -> None:
         self.metrics = LearnerMetrics(CollectorRegistry())
-        self.broadcasts = CollectiveWeights(
-            "127.0.0.1", self.metrics, patience_seconds=patience_seconds, gather_seconds=gather_seconds
-        )
-        self.publisher = Publisher(RUN, arithmetic.SIGNATURE, self.metrics, None, broadcasts=self.broadcasts)
+        self.broadcasts = BroadcastOutlet(self.metrics, "127.0.0.1", patience_seconds, gather_seconds)
+        self.publisher = Publisher(RUN, arithmetic.SIGNATURE, self.metrics, [self.broadcasts])
         self.address = ""
 
     def sent(self, transport: str, kind: str = "snapshot") -> int:
@@ -73,7 +71,7 @@ class Server:
         self.engine = WeightsEngine()
         self.policy = ServedPolicy(self.engine, RUN)
         self.metrics = InferenceServerMetrics(CollectorRegistry())
-        fields: dict[str, Any] = {"broadcasts": True, "allow_local": False, "fetch_timeout_seconds": WAIT_SECONDS}
+        fields: dict[str, Any] = {"transports": ("collective", "grpc"), "fetch_timeout_seconds": WAIT_SECONDS}
         self.receiver = WeightReceiver(
             policy=self.policy,
             signature=arithmetic.SIGNATURE,

@@ -65,18 +65,20 @@ def rewriting(
 ) -> type[InferenceServicer]:
     """A service that changes what it says of itself, each request, each chunk with its number, or the end."""
 
+    change_request = request
+
     class Rewriting(InferenceServicer):
-        async def GetServerInfo(self, _request: Any, context: Any) -> Any:
-            reply = await super().GetServerInfo(_request, context)
+        async def GetServerInfo(self, request: Any, context: Any) -> Any:
+            reply = await super().GetServerInfo(request, context)
             info(reply)
             return reply
 
-        async def Generate(self, _request: Any, context: Any) -> AsyncIterator[Response]:
-            request(_request)
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
+            change_request(request)
             number = 0
-            async for response in super().Generate(_request, context):
+            async for response in super().Generate(request, context):
                 if response.WhichOneof("event") == "chunk":
-                    chunk(_request, response.chunk, number)
+                    chunk(request, response.chunk, number)
                     number += 1
                 else:
                     finished(response.finished)

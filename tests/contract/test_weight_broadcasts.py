@@ -190,7 +190,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
             await victim.stdout.readline()
             await learner.publisher.publish(first)
             seat = await seat_of(learner, "victim", first)
-            group = learner.broadcasts.port, seat.group, seat.rank, seat.world_size, PIECE_BYTES
+            group = learner.broadcasts._rendezvous.address[1], seat.group, seat.rank, seat.world_size, PIECE_BYTES
             victim.stdin.write(" ".join(map(str, group)).encode() + b"\n")
             await victim.stdout.readline()
             os.kill(victim.pid, how)
@@ -275,13 +275,16 @@ async def test_a_server_that_gives_up_waiting_has_no_seat() -> None:
         assert (seat.rank, seat.world_size) == (1, 2)
 
 
-@pytest.mark.parametrize(("takes_part", "said"), [(True, "it has gloo/1.0"), (False, "no library for them")])
+@pytest.mark.parametrize(
+    ("transports", "said"),
+    [(("collective", "grpc"), "it has gloo/1.0"), (("grpc",), "no library for them")],
+)
 async def test_a_server_with_another_library_or_none_fetches(
-    takes_part: bool, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    transports: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(receiving, "LIBRARY", "gloo/1.0")
     async with learner_of() as learner:
-        server = Server("server-0", learner.address, broadcasts=takes_part)
+        server = Server("server-0", learner.address, transports=transports)
         first = snapshot(1)
         await learner.publisher.publish(first)
         await server.serves(first)
@@ -292,6 +295,6 @@ async def test_a_server_with_another_library_or_none_fetches(
 
 
 async def test_a_learner_that_does_not_broadcast_says_so() -> None:
-    publisher = Publisher(RUN, arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()), None)
+    publisher = Publisher(RUN, arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()))
     with pytest.raises(PreconditionError, match="does not broadcast"):
         await publisher.JoinBroadcast(policy_pb2.JoinBroadcastRequest(), None)  # type: ignore[arg-type]

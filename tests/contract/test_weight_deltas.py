@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
 from learner.weights.publication import Publication
-from learner.weights.publisher import _Server
 from leeway import codec
 from leeway.config import ArithmeticEngineOptions
 from leeway.rpc import Security, cancel_and_wait, open_channel
@@ -261,7 +260,7 @@ async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(
         await learner.publisher.publish(replace(good, buffers=[b"\0" * 80_000, *good.buffers[1:]]))
         await until(learner.refusal)
         assert learner.publisher._metrics.refusing_servers._value.get() == 1
-        learner.publisher._streamed.offer(Publication(good))
+        learner.publisher._grpc.offer(Publication(good))
         await server.reaches(good.version)
         await until(lambda: good.version in learner.acknowledged)
         assert not learner.refusal()
@@ -274,7 +273,7 @@ async def test_an_announcement_names_the_chain_and_no_more_than_that() -> None:
     for step in range(6):
         await learner.publisher.publish(snapshot(step))
     assert learner.publisher._newest is not None
-    message = learner.publisher._announcement(learner.publisher._newest, _Server())
+    message = learner.publisher._announcement(learner.publisher._newest, policy_pb2.PolicyWatcher())
     deltas = [codec.delta_from_proto(delta) for delta in message.deltas]
     assert [delta.base_digest for delta in deltas] == [snapshot(step).version.digest for step in (2, 3, 4)]
     assert [delta.target_digest for delta in deltas] == [snapshot(step).version.digest for step in (3, 4, 5)]

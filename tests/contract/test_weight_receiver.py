@@ -16,9 +16,9 @@ from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
-from inference_server.weights.ipc import IpcWeights
 from inference_server.weights.receiver import WeightReceiver
-from learner.weights.local import LocalWeights
+from inference_server.weights.transports import ZmqTransport
+from learner.weights.outlets import ZmqOutlet
 from learner.weights.publisher import Publisher
 from leeway import arithmetic
 from leeway.config import ArithmeticEngineOptions
@@ -47,8 +47,8 @@ class Learner:
         self.security = security or Security()
         self.registry = CollectorRegistry()
         metrics = LearnerMetrics(self.registry)
-        self.local = LocalWeights(metrics) if local else None
-        self.publisher = Publisher(run, arithmetic.SIGNATURE, metrics, self.local)
+        self.local = ZmqOutlet(metrics) if local else None
+        self.publisher = Publisher(run, arithmetic.SIGNATURE, metrics, [self.local] if self.local is not None else [])
         self.acknowledged: list[PolicyVersion] = []
         self.refused: list[str] = []
         self.fetched_over_grpc = 0
@@ -98,20 +98,20 @@ class Server:
             "server_id": "server-0",
             "address": address,
             "security": Security(),
-            "allow_local": True,
+            "transports": ("zmq", "grpc"),
             "fetch_timeout_seconds": WAIT_SECONDS,
             "metrics": InferenceServerMetrics(CollectorRegistry()),
         }
         self.receiver = WeightReceiver(**(fields | options))
         for transport in self.receiver._fetcher._transports:
-            if isinstance(transport, IpcWeights):
+            if isinstance(transport, ZmqTransport):
                 transport.timeout_seconds = WAIT_SECONDS  # a learner that is late is not passed over
         self.task = asyncio.create_task(self.receiver.run())
 
     @property
-    def local(self) -> IpcWeights:
+    def local(self) -> ZmqTransport:
         transport = self.receiver._fetcher._transports[0]
-        assert isinstance(transport, IpcWeights)
+        assert isinstance(transport, ZmqTransport)
         return transport
 
     async def reaches(self, version: PolicyVersion) -> None:
@@ -144,7 +144,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.mark.parametrize(("local", "allowed"), [(True, True), (False, True), (True, False)])
 async def test_versions_come_into_force_and_are_acknowledged(local: bool, allowed: bool) -> None:
-    async with pair(local=local, allow_local=allowed) as (learner, server, _):
+    async with pair(local=local, transports=("zmq", "grpc") if allowed else ("grpc",)) as (learner, server, _):
         for step in range(4):
             await learner.publisher.publish(snapshot(step))
             await server.reaches(snapshot(step).version)

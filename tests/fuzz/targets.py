@@ -271,7 +271,7 @@ class PolicyTarget:
         self._loop = asyncio.new_event_loop()
         self._inputs = Inputs(rng)
         self._rng = rng
-        self._publisher = Publisher("r", arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()), None)
+        self._publisher = Publisher("r", arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()))
         version, (manifest, buffers) = arithmetic.policy_version("r", 1, 1), arithmetic.published_weights(0, 1)
         self._loop.run_until_complete(self._publisher.publish(WeightSnapshot(version, 1, manifest, buffers)))
         hello = policy_pb2.PolicyWatcher(
