@@ -59,8 +59,7 @@ class WriteItem(NamedTuple):
     trajectory_id: str
     attempt: int
     seq: int
-    content: bytes | memoryview | TrajectoryClose | TrajectoryFailure
-    encoded: bytes = b""  # the whole item as it came; empty for one that is made here
+    content: bytes | TrajectoryClose | TrajectoryFailure
 
 
 class WriteResult(NamedTuple):
