@@ -15,8 +15,8 @@ from leeway.v1 import common_pb2, replay_pb2
 from leeway.weights.digests import tensor_entry
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed
 from replay_buffer.storage.records import Record, decode, encode
+from tests.harness.replay_builders import chunk, close
 from tests.unit.leeway.test_trajectory import parts
-from tests.unit.replay_buffer.builders import chunk, close
 
 
 def test_chunks_survive_the_wire() -> None:
