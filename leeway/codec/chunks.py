@@ -74,6 +74,11 @@ EMPTY_CHAIN: Final = hashlib.sha256().digest()
 """d(0) of `chain_digest`."""
 
 
+def chunk_versions(data: bytes) -> tuple[PolicyVersion, ...]:
+    """Those of a serialized chunk; see `span_versions`."""
+    return span_versions(parse(trajectory_pb2.TrajectoryChunk, data))
+
+
 def span_versions(chunk: trajectory_pb2.TrajectoryChunk) -> tuple[PolicyVersion, ...]:
     """The policy versions that a chunk's spans name, each once; not checked."""
     versions: tuple[PolicyVersion, ...] = ()

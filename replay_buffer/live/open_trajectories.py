@@ -13,7 +13,6 @@ from typing import Final
 from leeway import codec
 from leeway.trajectory.check import TrajectoryCheck
 from leeway.types import PolicyVersion
-from leeway.v1 import trajectory_pb2
 from replay_buffer.rules.groups import Location, Member
 
 _MOST_DRAFTS: Final = 16_384
@@ -39,7 +38,7 @@ class Drafts:
         if not written:
             draft = TrajectoryCheck()
         elif draft is None or draft.num_chunks != written:
-            return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk))
+            return codec.chunk_versions(chunk)
         versions = draft.add(chunk)
         self._drafts[key] = draft
         self._drafts.move_to_end(key)

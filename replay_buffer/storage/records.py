@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError, Message
 from leeway import codec
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import DrainReason, DropReason
-from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
+from leeway.v1 import log_pb2, replay_pb2
 from replay_buffer.rules.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -161,8 +161,7 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
         case "chunk_written":
             written = message.chunk_written
             chunk = written.chunk
-            versions = codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, chunk))
-            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, versions)
+            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, codec.chunk_versions(chunk))
         case "trajectory_closed":
             closed = message.trajectory_closed
             return TrajectoryClosed(closed.trajectory_id, closed.attempt, codec.close_from_proto(closed.close))
