@@ -9,5 +9,5 @@ live/          in memory while serving: writing (judges one item), open_trajecto
 rules/         pure: the state as a fold of transitions, and every decision about it
 storage/       the log on disk, and what makes it quick to open, small in memory and short
 
-Beside it: observer and metrics (watching), options, malloc_tuning.
+Beside it: observer and metrics (watching), malloc_tuning.
 """

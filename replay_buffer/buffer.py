@@ -29,6 +29,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import DeadlineError
 from leeway.types import (
     AcquiredTickets,
@@ -53,7 +54,6 @@ from replay_buffer.live.observer import Observer
 from replay_buffer.live.open_trajectories import Drafts
 from replay_buffer.live.views import GroupView, view_group
 from replay_buffer.live.writing import decide_write
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.dead_letters import decide_requeue, decide_requeue_all, list_dead_letters
 from replay_buffer.rules.drain import decide_drain, decide_readmit
 from replay_buffer.rules.draw import decide_draw, decide_reject, drawn_batch

@@ -20,8 +20,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import ExhaustedError
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage.log import Log
 
 _FAR_FROM_FULL_BYTES: Final = 1 << 30
