@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from leeway import codec
 from leeway.errors import ExhaustedError, UnavailableError
-from leeway.rpc import Security, mapped_errors, open_channel
+from leeway.rpc import Backoff, Security, mapped_errors, open_channel
 from leeway.trajectory.assembly import assemble_groups, assemble_records
 from leeway.types import (
     AcquiredTickets,
@@ -44,7 +44,7 @@ _MARGIN_SECONDS: Final = 10.0
 """Added to a call's own wait, so that the server's answer wins over the client's deadline."""
 _FULL_PATIENCE_SECONDS: Final = 6 * 3600.0
 """How long the learner's calls wait for room."""
-_RETRY_SECONDS: Final = 2.0
+_PAUSE_SECONDS: Final = 2.0
 """Pause before a call is repeated that the buffer had no room for, unless it says how long."""
 _BULK_PATIENCE: Final = 10
 """Backups and exports may take so many times `patience_seconds`."""
@@ -341,6 +341,6 @@ class ReplayClient:
 
 async def _wait_for_room(error: ExhaustedError) -> None:
     """Wait as long as a buffer without room has asked for."""
-    pause_seconds = error.retry_seconds or _RETRY_SECONDS
+    pause_seconds = Backoff(_PAUSE_SECONDS).next_seconds(error.retry_seconds)
     log.warning("the replay buffer has no room (%s); calling again in %g s", error.message, pause_seconds)
     await asyncio.sleep(pause_seconds)
