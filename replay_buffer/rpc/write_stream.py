@@ -3,7 +3,7 @@
 client ──> read: decide and append, message by message ──> unanswered ──> answer: wait until durable ──> client
              ▲                                                                  │
              └── waits while too much is unanswered, or received and not yet    │   one message answers everything
-                 on disk (intake.py)                                            │
+                 on disk (backpressure.py)                                            │
                                                                                 └── that one fsync made durable
 
 waits     read, for the next message, and for room; answer, for something unanswered, and for the disk
@@ -90,8 +90,8 @@ class WriteStream:
 
     async def _read(self) -> None:
         async for request in self._requests:
-            if self._buffer.intake.crowded():
-                await self._buffer.intake.admit(len(request))
+            if self._buffer.backpressure.crowded():
+                await self._buffer.backpressure.admit(len(request))
             self._unanswered.append((self._write(request), self._buffer.mark))
             self._read_more.set()
             while len(self._unanswered) >= _UNANSWERED_MESSAGES:
