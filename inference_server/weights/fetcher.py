@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a part must be."""
+    """A part as it was announced."""
 
     name: str
     size_bytes: int

@@ -7,7 +7,7 @@
 Two tasks: one watches, and opens the stream again when the learner restarts; one applies. An announcement that comes
 while another is applied waits; of several only the newest remains. What is being fetched is finished, so that a learner
 that publishes faster than this server fetches cannot starve it; but not when the stream breaks: then its learner is
-gone, and the next one announces anew. Within one incarnation of the learner steps only rise: an announcement of an
+gone, and the next one announces again. Within one incarnation of the learner steps only rise: an announcement of an
 earlier step comes too late and is passed over, one that comes twice is acknowledged twice.
 """
 

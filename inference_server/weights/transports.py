@@ -71,7 +71,7 @@ class WeightTransport(Protocol):
         ...
 
     def reaches(self, announcement: Announcement) -> bool:
-        """Whether this way leads to the learner that announced."""
+        """True if this way leads to the learner that announced."""
         ...
 
     def fetch(
@@ -87,7 +87,7 @@ class WeightTransport(Protocol):
         ...
 
     def gave_trouble(self, announcement: Announcement) -> None:
-        """What came was wrong, or nothing came: `reaches` may say no from now on."""
+        """Wrong bytes came, or none: `reaches` may say no from now on."""
         ...
 
     def close(self) -> None:

@@ -4,7 +4,7 @@
          seats (ranks) for those who came ──> group: the last one if its peers are the same, else a new one ──> pieces
 
 A round is for one version and one base: servers that need the tensors and servers that need deltas are in different
-ones. Rounds go one after the other; who comes while one is on its way is in the next. A newer publication ends rounds
+ones. Rounds go one after the other; a server that asks during one is in the next. A newer publication ends rounds
 that have not begun. What began is finished, or fails for all of its servers, which then fetch over gRPC: at once when
 one of them dies and the library notices, after `patience_seconds` when one is silent. The learner's loop never waits
 for any of it.
@@ -121,13 +121,13 @@ class BroadcastOutlet:
                 del joined.peers[server_id]
 
     async def aclose(self) -> None:
-        """Stop broadcasting; a piece on its way ends within its patience."""
+        """Stop broadcasting; a piece that is being sent ends within its patience."""
         self._closing = True
         await cancel_and_wait(self._task)
         self._group = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """However the task ended, nobody waits for it."""
+        """The task has ended, however it did: nobody waits for it any more."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("broadcasts have ended, servers fetch over gRPC from now on: %r", error)
         self._refuse_waiting(PreconditionError(_NO_MORE))

@@ -104,7 +104,7 @@ class Completion:
         return [span for chunk in self.chunks for span in chunk.version_spans]
 
     def equals(self, other: Completion, tolerance: float, count: int | None = None) -> bool:
-        """Whether the first `count` tokens are the same and their log-probs agree."""
+        """True if the first `count` tokens are the same and their log-probs agree."""
         ids, logprobs = self.token_ids[:count], self.logprobs[:count]
         other_ids, other_logprobs = other.token_ids[:count], other.logprobs[:count]
         return (

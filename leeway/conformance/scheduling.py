@@ -137,7 +137,7 @@ async def _cancelling_frees(session: Session) -> str:
 
 
 async def _whole_seconds(session: Session) -> float:
-    """How long a sequence that fills the context takes, from a shorter one."""
+    """Duration of a sequence that fills the context, extrapolated from a shorter one."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     completion = await session.generate(11, SamplingParams(max_tokens=session.long_tokens))
@@ -145,7 +145,7 @@ async def _whole_seconds(session: Session) -> float:
 
 
 async def _served_after_cancelling(session: Session, limit: float, rounds: int) -> str | None:
-    """What was cancelled, if a request after it is served within the limit."""
+    """Cancel requests; a description of them if one after them is served within the limit, else None."""
     longest = session.longest
     count = min(rounds * session.info.max_concurrency, 2 * _MOST_AT_ONCE)
     decoding = asyncio.Semaphore(0)

@@ -79,7 +79,7 @@ class Session:
 
     @property
     def info(self) -> EngineInfo:
-        """What the server said at the beginning."""
+        """The server's description of itself, from the beginning."""
         if self._info is None:
             raise Violation("the server has not said what it serves")
         return self._info
@@ -201,7 +201,7 @@ class Session:
         return [await self.generate(number, each) for number, each in enumerate(sampling)]
 
     def same_fingerprint(self, one: Sequence[Completion], other: Sequence[Completion]) -> bool:
-        """Whether two fingerprints are of the same weights."""
+        """True if two fingerprints are of the same weights."""
         return all(a.equals(b, self.options.tolerance) for a, b in zip(one, other, strict=True))
 
     # State
