@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from learner.batch.packing import token_temperatures
-from learner.errors import UnusableGroupError
+from learner.trainer import UnusableGroupError
 from leeway.errors import InvalidDataError
 from leeway.types import ModelSignature, Trajectory, TrajectoryGroup
 

@@ -12,10 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
-from learner.records.run_lock import held_run
-from learner.records.summary import summarize, write_summary
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal, summarize, write_summary
+from learner.run_artifacts.run_lock import held_run
 from leeway.cli import buffer_files
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import add_run_argument, has_finished, open_run_folder

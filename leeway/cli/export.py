@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from learner.records.checkpoint import CheckpointStore
+from learner.run_artifacts.checkpoint import CheckpointStore
 from leeway.cli.run_folder import add_run_argument, open_run_folder
 from leeway.config import LearnerOptions, ModelOptions, RunOptions, SamplingOptions, section
 from leeway.errors import NotFoundError, PreconditionError

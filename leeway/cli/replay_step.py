@@ -12,9 +12,9 @@ import asyncio
 import sys
 from typing import Any
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.receipts import read_receipts
-from learner.records.replay import find_start
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.receipts import read_receipts
+from learner.run_artifacts.recompute import find_start
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.cli.torchrun import launcher
@@ -48,7 +48,7 @@ def _replay_step(arguments: argparse.Namespace) -> int:
 async def _replay(folder: RunFolder, ranks: int, step: int) -> int:
     async with open_replay(folder.document) as client:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),
+            *(sys.executable, "-m", *launcher(ranks), "learner.recompute_process"),
             *("--config", str(folder.document.path), "--set", f"network.replay_buffer={client.address}"),
             *("--directory", str(folder.directory), "--step", str(step), "--supervised"),
             stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that we are gone

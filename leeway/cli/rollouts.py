@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from learner.records.policy_logprobs import read_policy_logprobs
+from learner.run_artifacts.journal import read_policy_logprobs
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.config import Document, InferenceServerOptions, ModelOptions, section

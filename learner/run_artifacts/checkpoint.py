@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from learner.lineage import Branch
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from leeway.service.durable import make_directory, sync_directory
 from leeway.types import PolicyVersion, Rollback
@@ -30,9 +31,6 @@ _PREFIX: Final = "step-"
 
 LedgerStep = tuple[int, tuple[str, ...]]
 """(step, its group ids in order)"""
-
-Branch = tuple[int, int]
-"""(epoch, step of the checkpoint that it started from)"""
 
 
 @dataclass(frozen=True, slots=True)
