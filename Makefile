@@ -22,7 +22,7 @@ INPUTS ?= 1000000
 SEED ?=
 
 .PHONY: help quickstart env engine-env test test-engines chaos fuzz lint lint-python lint-proto format proto \
-	deploy-check push-chaos clean
+	deploy-check diagrams push-chaos clean
 
 help: ## shows this list
 	@grep -hE '^[a-z-]+:.* ## ' $(MAKEFILE_LIST) | sed 's/:.* ## /\t/' | expand -t 16
@@ -75,13 +75,7 @@ lint-proto: env
 	$(BIN)/buf lint proto
 	$(BIN)/buf format proto --diff --exit-code
 	proto/generate --check
-	@tag=$$(git describe --tags --abbrev=0 2>/dev/null); \
-	if [ -z "$$tag" ]; then \
-		echo "buf breaking: there is no tag yet, so nothing to compare the contract with"; \
-	else \
-		echo "buf breaking: comparing the contract with $$tag"; \
-		$(BIN)/buf breaking proto --against ".git#tag=$$tag,subdir=proto"; \
-	fi
+	$(BIN)/python proto/baseline.py
 
 format: env ## formats Python and proto files
 	$(BIN)/ruff check --fix --select I
@@ -90,6 +84,10 @@ format: env ## formats Python and proto files
 
 proto: ## generates leeway/v1 from proto/leeway/v1
 	proto/generate
+
+diagrams: ## draws docs/architecture.svg from docs/architecture.dot; needs graphviz
+	dot -Tsvg -o docs/architecture.svg docs/architecture.dot
+	@printf '<!-- drawn from %s -->\n' "$$(sha256sum < docs/architecture.dot | cut -d ' ' -f 1)" >> docs/architecture.svg
 
 push-chaos: env ## pushes weights PUSHES times under kills and corruption; 1000 unless set
 	$(BIN)/python -m tests.push --pushes $(or $(PUSHES),1000)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from leeway.cli.command import add_run_argument
 from leeway.cli.run_folder import open_run_folder
-from leeway.config import ModelOptions, RunOptions, SamplingOptions, section
+from leeway.config import LearnerOptions, ModelOptions, RunOptions, SamplingOptions, section
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.process import EXIT_OK
 

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import sys
 
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from learner.records.receipts import read_receipts
 from learner.records.replay import find_start
@@ -14,7 +13,7 @@ from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, open_run_folder
 from leeway.cli.serve import on_ranks
-from leeway.config import section
+from leeway.config import LearnerOptions, section
 from leeway.errors import LeewayError
 from leeway.service.children import python_command, running
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED

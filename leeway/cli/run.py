@@ -93,7 +93,7 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
             f"server-{index}",
             serve_command(
                 *("inference-server", *arguments, "--index", str(index)),
-                python=str(options.python(options.engine_of(index)) or sys.executable),
+                python=str(options.python_of(options.engine_of(index)) or sys.executable),
             ),
         )
         for index in range(len(network.inference_servers))

@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from leeway.rpc import cancel_and_wait
+from leeway.rpc import Backoff, cancel_and_wait
 from leeway.service.children import Child, start
 from leeway.service.process import EXIT_OK, EXIT_REFUSED, RUN_FINISHED
 
 OTHERS_STOP_SECONDS: Final = 2.0
-_FIRST_BACKOFF_SECONDS: Final = 0.25
-_MAX_BACKOFF_SECONDS: Final = 8.0
+_FIRST_PAUSE_SECONDS: Final = 0.25
+_LONGEST_PAUSE_SECONDS: Final = 8.0
 _RESTART_WINDOW_SECONDS: Final = 120.0
 _MAX_RESTARTS: Final = 10
 """Restarts of one service within the window before the supervisor gives up."""
@@ -166,9 +166,10 @@ class Supervisor:
                     f"{name} ended {len(supervised.restarts)} times within {_RESTART_WINDOW_SECONDS:.0f} s; "
                     f"its last line: {supervised.last_line or 'none'}"
                 )
-            backoff = min(_FIRST_BACKOFF_SECONDS * 2 ** (len(supervised.restarts) - 1), _MAX_BACKOFF_SECONDS)
-            self._on_event(f"{name} {_how_it_ended(code)}; starting it again in {backoff:g} s")
-            await asyncio.sleep(backoff)
+            backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, num_failures=len(supervised.restarts) - 1)
+            pause_seconds = backoff.next_seconds()
+            self._on_event(f"{name} {_how_it_ended(code)}; starting it again in {pause_seconds:g} s")
+            await asyncio.sleep(pause_seconds)
             if supervised.stopping:
                 return Outcome()
 

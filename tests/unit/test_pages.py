@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -44,3 +45,22 @@ def test_the_patterns_find_something() -> None:
     texts = [page.read_text(encoding="utf-8") for page in PAGES]
     for pattern in (_NAMED, _LINKED, _MODULE):
         assert sum(len(pattern.findall(text)) for text in texts) > 10, pattern.pattern
+
+
+def test_the_drawing_is_that_of_its_source() -> None:
+    source = (CHECKOUT / "docs" / "architecture.dot").read_bytes()
+    drawing = (CHECKOUT / "docs" / "architecture.svg").read_text(encoding="utf-8")
+    assert f"<!-- drawn from {hashlib.sha256(source).hexdigest()} -->" in drawing, "run: make diagrams"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_pages_are_wrapped_at_100_columns(page: Path) -> None:
+    """Tables, links that stand alone and code keep their lines."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    long, in_code = [], False
+    for number, line in enumerate(lines, start=1):
+        in_code ^= line.startswith("```")
+        is_prose = not (in_code or line.startswith(("|", "![", "[")))
+        if is_prose and len(line) > 100:
+            long.append(f"{number}: {line}")
+    assert long == []

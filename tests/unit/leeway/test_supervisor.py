@@ -68,7 +68,7 @@ async def test_a_service_that_exits_0_before_the_run_has_ended_is_named_and_star
 
 
 async def test_exits_with_0_count_as_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "_FIRST_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "_FIRST_PAUSE_SECONDS", 0.0)
     run, events = supervised(tmp_path, buffer=("echo", "my own module"), learner=FOREVER)
     async with asyncio.timeout(WAIT_SECONDS):
         outcome = await run.run(asyncio.Event())
