@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from leeway.config import Document, RunOptions, load_document, section
 from leeway.errors import NotFoundError, PreconditionError
 
