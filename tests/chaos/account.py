@@ -1,6 +1,6 @@
 """The oracle's judgement at the end of a chaos run: what passed the proxies, beside what the buffer exports.
 
-Invariants 1 and 3 to 7 are those of `tests.e2e.oracle`. Here what was trained is read off the versions themselves: a
+Invariants 1 and 3 to 7 are those of `tests.harness.oracle`. Here what was trained is read off the versions: a
 rehearsal's digest hashes its whole history, so the chain of announced digests says which groups led to each of them.
 
     2  once       the version of each surviving step is the law's for the groups that were drawn for it, in their order
@@ -20,8 +20,8 @@ from leeway import arithmetic, codec
 from leeway.trajectory.assembly import assemble_records
 from leeway.types import DropReason, GroupRecord, GroupState, Purpose, TrajectoryRecord
 from leeway.weights.digests import weights_digest
-from tests.e2e.oracle import LEGAL_DROPS, Evidence, Oracle
-from tests.e2e.recording_proxy import Record
+from tests.harness.oracle import LEGAL_DROPS, Evidence, Oracle
+from tests.harness.recording_proxy import Record
 
 
 @dataclass(frozen=True, slots=True)

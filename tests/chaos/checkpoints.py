@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.chaos.disk import DurableView
+from tests.harness.disks import DurableView
 
 
 def missing_checkpoint(run_directory: Path, ledger: Path, step: int) -> Iterator[str]:

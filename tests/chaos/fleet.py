@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from tests.chaos.disk import LEDGER, Losses, Witness, power_loss
+from tests.harness.disks import LEDGER, Losses, Witness, power_loss
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ from tests.chaos.account import Account, Blind, wrongly_retired
 from tests.chaos.archive import gather
 from tests.chaos.checkpoints import missing_checkpoint
 from tests.chaos.weather import TEMPERATE, BadWeather, Climate, CrashPoint
-from tests.contract.buffer_server import connected, serving
-from tests.e2e.oracle import Evidence
-from tests.e2e.recording_proxy import Call, Record, Write, recording_proxy
+from tests.harness.buffer_server import connected, serving
+from tests.harness.oracle import Evidence
+from tests.harness.recording_proxy import Call, Record, Write, recording_proxy
 from tests.model.law import Broken, audit, read_log
 
 _PROBE_SECONDS: Final = 2.0

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.chaos.disk import Losses
 from tests.chaos.weather import TEMPERATE, Climate
+from tests.harness.disks import Losses
 
 BUFFER, LEARNER, SERVERS = "replay-buffer", "learner", ("server-0", "server-1")
 

@@ -15,7 +15,7 @@ from learner.records.journal import Journal, read_journal
 from leeway.service.durable import replace_file, sync_directory
 from leeway.types import PolicyVersion
 from replay_buffer.storage.log import Log, LogOptions
-from tests.chaos.disk import DurableView, Witness, power_loss
+from tests.harness.disks import DurableView, Witness, power_loss
 
 
 class Disk:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from tests.e2e.recording_proxy import WRITE, Fate, Weather
+from tests.harness.recording_proxy import WRITE, Fate, Weather
 
 _HOLD_SECONDS: Final = 30.0
 _NEVER_TWICE: Final = frozenset({"FetchWeights", "Check"})

@@ -11,9 +11,9 @@ import pytest
 
 from leeway.errors import ExhaustedError
 from leeway.types import WriteItem, WriteStatus
-from tests.contract.buffer_server import connected, serving_buffer, write
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import ROOT, chunk, spec
+from tests.harness.buffer_server import connected, serving_buffer, write
+from tests.harness.replay_builders import ROOT, chunk, spec
 
 MIB = 1 << 20
 CHUNK = chunk(sampled=3000)

@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
 from learner.loop import Learner, Parts
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import Journal
 from learner.records.receipts import Options, ReceiptBook, deciding_options, read_receipts
@@ -23,7 +22,7 @@ from learner.records.replay import Difference, find_start, replay
 from learner.trainer import Trainer
 from learner.weights.publisher import Publisher
 from leeway import codec
-from leeway.config import EvaluationOptions
+from leeway.config import EvaluationOptions, LearnerOptions
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import (
     Column,
@@ -43,11 +42,11 @@ from leeway.types import (
     WriteItem,
 )
 from leeway.weights.digests import weights_digest
-from tests.contract.buffer_server import connected, write
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.learner.helpers import VOCABULARY, dense_model, moe_model, random_routing
-from tests.unit.learner.helpers import trainer as make_trainer
-from tests.unit.replay_buffer.builders import DATASET, MOMENT
+from tests.harness.buffer_server import connected, write
+from tests.harness.learner_builders import VOCABULARY, dense_model, moe_model, random_routing
+from tests.harness.learner_builders import trainer as make_trainer
+from tests.harness.replay_builders import DATASET, MOMENT
 
 RUN = "learner-run"
 STEPS = 4

@@ -19,10 +19,10 @@ from leeway.errors import ExhaustedError
 from leeway.rpc import from_rpc_error
 from leeway.types import Ticket, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2
-from tests.contract.buffer_server import connected, serving, serving_buffer, write
-from tests.contract.held_disk import HeldDisk
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import ROOT, chunk, filled, spec, version
+from tests.harness.buffer_server import connected, serving, serving_buffer, write
+from tests.harness.held_disk import HeldDisk
+from tests.harness.replay_builders import ROOT, chunk, filled, spec, version
 
 ROOT_DIRECTORY = Path(__file__).parents[2]
 LARGE = chunk(sampled=3000)

@@ -14,10 +14,11 @@ import grpc
 import pytest
 
 from inference_server.engine import Engine
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, InferenceServicer
 from leeway.cli.main import main
+from leeway.config import ArithmeticEngineOptions
 from leeway.conformance import kit, limits
 from leeway.conformance.client import BackendClient
 from leeway.conformance.report import exit_code, junit
@@ -37,7 +38,7 @@ OPTIONS = KitOptions(
 )
 SEEN_IN_QUIET = {"PAUSE-1", "PAUSE-2", "LIMIT-2"}
 """Who breaks these is seen by what comes, or meets what, while nothing should come: it needs time for that."""
-BACKEND = f"{shlex.quote(sys.executable)} -m tests.contract.arithmetic_backend --address {{address}}"
+BACKEND = f"{shlex.quote(sys.executable)} -m tests.harness.arithmetic_backend --address {{address}}"
 STOPPING = {"STOP-1", "STOP-2"}
 
 
@@ -103,8 +104,8 @@ async def test_late_columns_pass() -> None:
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 async def test_the_transformers_server_passes(tmp_path: Path, moe: bool) -> None:
     from inference_server.engines.transformers.engine import TransformersEngine
-    from inference_server.engines.transformers.options import TransformersEngineOptions
-    from tests.unit.tiny_models import make_model, save
+    from leeway.config import TransformersEngineOptions
+    from tests.harness.tiny_models import make_model, save
 
     save(make_model(0, moe=moe), tmp_path)
     engine = TransformersEngine(tmp_path, TransformersEngineOptions(max_concurrency=8, chunk_tokens=4))

@@ -18,11 +18,11 @@ from learner.trainer import Trainer
 from leeway.cli.main import main
 from leeway.errors import PreconditionError
 from leeway.types import DropReason, WriteItem, WriteStatus
-from tests.contract.buffer_server import connected, serving, serving_buffer, write
 from tests.contract.learner_run import RUN as LEARNER_RUN
 from tests.contract.learner_run import LearnerRun
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, chunk, filled, spec, version
+from tests.harness.buffer_server import connected, serving, serving_buffer, write
+from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, chunk, filled, spec, version
 
 CONFIG = """
 run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step = 2, members = 2, max_staleness = 2 }}

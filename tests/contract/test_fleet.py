@@ -11,9 +11,9 @@ import pytest
 from leeway.errors import FencedError, InvalidDataError, PreconditionError
 from leeway.replay_client import ReplayClient
 from leeway.types import DrainReason, DropReason, ServerStatus, WriteStatus
-from tests.contract.buffer_server import connected, serving, write
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import DATASET, ROOT, SIGNATURE, filled, spec, whole
+from tests.harness.buffer_server import connected, serving, write
+from tests.harness.replay_builders import DATASET, ROOT, SIGNATURE, filled, spec, whole
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ import pytest
 
 from leeway.cli.main import main
 from leeway.types import DrainReason
-from tests.contract.buffer_server import connected, serving
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import DATASET, ROOT, RUN, SIGNATURE, spec
+from tests.harness.buffer_server import connected, serving
+from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, spec
 
 CONFIG = """
 run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step = 2, members = 2, max_staleness = 2 }}

@@ -27,9 +27,9 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2
-from tests.contract.buffer_server import connected, serving
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import MOMENT, ROOT, RUN, SIGNATURE, spec
+from tests.harness.buffer_server import connected, serving
+from tests.harness.replay_builders import MOMENT, ROOT, RUN, SIGNATURE, spec
 
 MIB = 1 << 20
 CHUNKS, CHUNK_TOKENS, TOPK = 32, 128, 256

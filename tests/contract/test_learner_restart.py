@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import read_journal
 from learner.records.receipts import read_receipts
-from tests.contract.buffer_server import serving, serving_buffer
 from tests.contract.learner_run import STEPS, CrashError, LearnerRun
+from tests.harness.buffer_server import serving, serving_buffer
 
 
 def tensors(run: LearnerRun) -> dict[str, torch.Tensor]:

@@ -13,11 +13,9 @@ import torch
 
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from learner.errors import UnusableGroupError
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
 from leeway.errors import InvalidDataError
 from leeway.huggingface import load_model
 from leeway.trajectory.assembly import join_chunks
@@ -38,7 +36,7 @@ from leeway.types import (
     VersionSpan,
 )
 from tests.contract.sampled_groups import largest_difference, sample_group, snapshot
-from tests.unit.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model, save
+from tests.harness.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model, save
 
 SAMPLING = SamplingParams(0.9, 10, (1,), routing=True)
 every_family = pytest.mark.parametrize("family", MOE_FAMILIES)

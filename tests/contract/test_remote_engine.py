@@ -25,7 +25,7 @@ async def process(address: str) -> AsyncGenerator[asyncio.subprocess.Process]:
     """The arithmetic backend as a process, killed at the end."""
     # At this pace a long completion takes most of a minute: it is in flight whenever this side gets to look.
     pace = ("--set", "token_seconds=0.01", "--set", "chunk_tokens=1")
-    command = ["-m", "tests.contract.arithmetic_backend", "--address", address, "--run", "rehearsal", *pace]
+    command = ["-m", "tests.harness.arithmetic_backend", "--address", address, "--run", "rehearsal", *pace]
     backend = await asyncio.create_subprocess_exec(sys.executable, *command)
     try:
         yield backend

@@ -19,9 +19,9 @@ from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import segment_path
-from tests.contract.buffer_server import PLAIN, connected, write
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import ROOT, filled, spec, version
+from tests.harness.buffer_server import PLAIN, connected, write
+from tests.harness.replay_builders import ROOT, filled, spec, version
 
 
 async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:

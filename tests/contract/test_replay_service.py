@@ -37,10 +37,10 @@ from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.rpc import service
 from replay_buffer.storage.segments import AppendFile, segment_path
-from tests.contract.buffer_server import connected, serving, serving_buffer, write
-from tests.contract.held_disk import HeldDisk
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.replay_buffer.builders import (
+from tests.harness.buffer_server import connected, serving, serving_buffer, write
+from tests.harness.held_disk import HeldDisk
+from tests.harness.replay_builders import (
     DATASET,
     ROOT,
     RUN,

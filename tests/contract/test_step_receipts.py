@@ -14,8 +14,8 @@ from learner.records.receipts import FILE, ReceiptBook, read_receipts
 from learner.trainer import StepResult, Trainer
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from replay_buffer.storage.segments import segment_path
-from tests.contract.buffer_server import serving
 from tests.contract.learner_run import STEPS, LearnerRun, learner_options, with_flipped_byte
+from tests.harness.buffer_server import serving
 
 
 @pytest.fixture(params=[False, True], ids=["dense", "moe"])

@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from learner.weights.publication import Publication
 from learner.weights.publisher import _Server
 from leeway import codec
+from leeway.config import ArithmeticEngineOptions
 from leeway.rpc import Security, cancel_and_wait, open_channel
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import tensor_entry, verify_weights, weights_digest
-from tests.contract.certificates import make_security
 from tests.contract.test_weight_receiver import RUN, Learner, Server, pair, until
+from tests.harness.certificates import make_security
 
 
 def snapshot(step: int, epoch: int = 1, *, seed: int | None = None) -> WeightSnapshot:

@@ -84,7 +84,7 @@ async def running(*backends: Backend) -> AsyncGenerator[None]:
 def arithmetic_backend(*options: str) -> Backend:
     """The arithmetic engine behind the contract, without a worker."""
     flags = [part for option in options for part in ("--set", option)]
-    command = [sys.executable, "-m", "tests.contract.arithmetic_backend", "--address", "{address}"]
+    command = [sys.executable, "-m", "tests.harness.arithmetic_backend", "--address", "{address}"]
     return Backend([*command, "--run", "rehearsal", *flags], NODE_BACKEND.parents[1])
 
 

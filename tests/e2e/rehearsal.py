@@ -27,8 +27,8 @@ from leeway.cli.supervisor import Outcome, Service, Supervisor
 from leeway.config import load_document
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from tests.deadlines import WAIT_SECONDS
-from tests.e2e.oracle import Evidence
-from tests.e2e.recording_proxy import Call, Fate, Record, Weather, Write, recording_proxy
+from tests.harness.oracle import Evidence
+from tests.harness.recording_proxy import Call, Fate, Record, Weather, Write, recording_proxy
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
 STEPS = 40
@@ -43,7 +43,7 @@ SMALL = (
     "evaluation.tasks=4",
     "evaluation.members=1",
     # A server takes on two groups, which last a step: every kill finds both servers at work.
-    "inference_server.prefetch=0",
+    "inference_server.worker.prefetch=0",
     "inference_server.arithmetic.max_concurrency=4",
     "inference_server.arithmetic.token_seconds=0.004",
     "inference_server.arithmetic.chunk_tokens=4",

@@ -9,8 +9,8 @@ import pytest
 
 from leeway.cli.configuration import read_configuration, with_free_ports
 from leeway.config import load_document
-from tests.e2e.processes import command, running
 from tests.e2e.rehearsal import EXAMPLE, SMALL
+from tests.harness.processes import command, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

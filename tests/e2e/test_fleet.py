@@ -17,9 +17,9 @@ from leeway.cli.main import main
 from leeway.service.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
 from tests.deadlines import WAIT_SECONDS
-from tests.e2e.oracle import Oracle
-from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import happened, rehearse
+from tests.harness.oracle import Oracle
+from tests.harness.recording_proxy import Call, Fate, Weather, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -129,7 +129,7 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     overrides = (
         f"run.steps={STEPS}",
         f"learner.draw_timeout_seconds={4 * WAIT_SECONDS}",
-        "inference_server.drain_seconds=60",  # the leaver's last words may take their time
+        "inference_server.worker.drain_seconds=60",  # the leaver's last words may take their time
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
         f"learner.fleet.window_steps={STEPS}",  # however little comes of the liar in each step

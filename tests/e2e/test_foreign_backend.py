@@ -21,9 +21,9 @@ from tests.contract.test_conformance import patient
 from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.deadlines import WAIT_SECONDS
 from tests.e2e.backends import Backend, arithmetic_backend, node_backend, node_command, running
-from tests.e2e.oracle import Evidence, violations
-from tests.e2e.recording_proxy import Call, Write
 from tests.e2e.rehearsal import EXAMPLE, STEPS, SlowSteps, rehearse
+from tests.harness.oracle import Evidence, violations
+from tests.harness.recording_proxy import Call, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

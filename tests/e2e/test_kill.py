@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.oracle import violations
 from tests.e2e.rehearsal import STEPS, KillPoint, rehearse
+from tests.harness.oracle import violations
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

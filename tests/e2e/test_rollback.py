@@ -11,9 +11,9 @@ import pytest
 
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import read_journal
-from tests.e2e.processes import command
 from tests.e2e.rehearsal import SMALL
 from tests.e2e.test_stop_and_resume import EXAMPLE, children, command_line, leeway
+from tests.harness.processes import command
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

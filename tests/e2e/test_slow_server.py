@@ -16,9 +16,9 @@ import pytest
 from leeway.cli.main import main
 from leeway.types import GroupState, Purpose
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
-from tests.e2e.oracle import violations
-from tests.e2e.recording_proxy import Call, Fate, Weather, Write
 from tests.e2e.rehearsal import happened, rehearse
+from tests.harness.oracle import violations
+from tests.harness.recording_proxy import Call, Fate, Weather, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(RUN_SECONDS)]
 
@@ -29,7 +29,7 @@ OVERRIDES = (
     "run.groups_per_step=6",
     "replay_buffer.lease_seconds=3",
     "learner.fleet.slow_ratio=10",
-    "learner.fleet.min_loans=2",
+    "learner.fleet.min_groups=2",
     "learner.fleet.slow_seconds=4",
     "learner.fleet.check_seconds=0.5",
     f"learner.draw_timeout_seconds={2 * WAIT_SECONDS}",

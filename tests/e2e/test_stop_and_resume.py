@@ -15,8 +15,8 @@ import pytest
 
 from learner.records.journal import read_journal
 from tests.deadlines import WAIT_SECONDS
-from tests.e2e.processes import running
 from tests.e2e.rehearsal import EXAMPLE, SMALL
+from tests.harness.processes import running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 

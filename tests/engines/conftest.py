@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from tests.engines.engine_server import EngineServer, EnvironmentMissingError, engine_server
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 ENGINES = ("transformers", "vllm", "sglang")
 VOCAB_SIZE = 256

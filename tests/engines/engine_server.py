@@ -21,7 +21,7 @@ from leeway.service.ports import free_port
 from leeway.types import EngineInfo
 
 CHECKOUT = Path(__file__).parents[2]
-RUN = "run"  # the run of tests.unit.tiny_models.snapshot
+RUN = "run"  # the run of tests.harness.tiny_models.snapshot
 START_SECONDS = 600.0  # of an engine, on a busy machine
 _INSECURE = Security.from_files(None, None, None, insecure=True)
 

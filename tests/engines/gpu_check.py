@@ -25,7 +25,7 @@ from tests.engines.conftest import VOCAB_SIZE, make_model
 from tests.engines.engine_server import EngineServer, engine_server
 from tests.engines.in_flight import MOST_ATTEMPTS, always_running, swapped
 from tests.engines.sampled import Completion, difference, reference, sample
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 MEAN_DIFFERENCE = 0.05  # nats, bfloat16 against float32
 EQUAL_ROUTING = 0.95  # of rows

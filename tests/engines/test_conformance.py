@@ -18,7 +18,7 @@ from leeway.rpc import Security
 from tests.engines.engine_server import RUN, EngineServer
 from tests.engines.sampled import PATIENCE_SECONDS
 from tests.engines.stopping import STOPPING
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 OPTIONS = KitOptions(
     run=RUN,

@@ -21,7 +21,7 @@ from tests.engines.conftest import CONTEXT_LENGTH, VOCAB_SIZE
 from tests.engines.engine_server import EngineServer
 from tests.engines.in_flight import all_started, always_running, attempted, long_sampling, paused, prompts, swapped
 from tests.engines.sampled import PATIENCE_SECONDS, Completion, difference, reference, sample
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 EXACT = 1e-4
 ENOUGH = 8  # tokens, for other weights to show in one of them

@@ -40,8 +40,8 @@ from tests.engines.engine_server import (
 )
 from tests.engines.sampled import PATIENCE_SECONDS, Completion, reference, sample
 from tests.engines.stopping import assert_stops
+from tests.harness import tiny_models
 from tests.push.faults import Faults, FaultyPublisher
-from tests.unit import tiny_models
 
 EXACT = 1e-4
 PUSHES = 10

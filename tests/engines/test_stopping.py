@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from tests.engines.engine_server import EngineServer
 from tests.engines.stopping import assert_stops
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 
 async def test_a_server_stops_cleanly(server: EngineServer, models: list[PreTrainedModel], tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ import numpy as np
 from google.protobuf.message import Message
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import InferenceServicer
 from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec
+from leeway.config import ArithmeticEngineOptions
 from leeway.errors import LeewayError
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import Evaluation, SamplingParams, WeightSnapshot, WriteItem
@@ -34,9 +35,9 @@ from leeway.v1 import inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.segment_scan import verify_segment
 from replay_buffer.storage.segments import frame
-from tests.fuzz.inputs import Inputs
-from tests.model.harness import Context, Harness
-from tests.unit.replay_buffer import builders
+from tests.harness import replay_builders as builders
+from tests.harness.handler_calls import Context, Harness
+from tests.harness.inputs import Inputs
 
 WRITE: Final = "WriteTrajectories"
 _PATIENCE_SECONDS: Final = 60.0

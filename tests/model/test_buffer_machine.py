@@ -22,9 +22,9 @@ from leeway import codec
 from leeway.errors import DeadlineError, FencedError, LeewayError, PreconditionError
 from leeway.types import Evaluation, SamplingParams, TrajectoryClose, TrajectoryFailure, WriteItem
 from leeway.v1 import common_pb2, replay_pb2
-from tests.model.harness import Harness
+from tests.harness import replay_builders as builders
+from tests.harness.handler_calls import Harness
 from tests.model.law import OPEN, READY, TRAIN, End, Law, Version, name, read_log
-from tests.unit.replay_buffer import builders
 
 RUN = builders.RUN
 LEASE_SECONDS = 1000.0

@@ -25,7 +25,7 @@ from inference_server.service import SERVICE_NAME, add_inference_service
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
 from leeway.service.ports import free_port
 from leeway.types import PolicyVersion
-from tests.push.engine import WeightsEngine
+from tests.harness.weights_engine import WeightsEngine
 from tests.push.faults import PLACES
 from tests.push.history import RUN
 from tests.push.learner_process import learn

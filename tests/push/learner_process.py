@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast import BroadcastGroup
 from tests.push.faults import Faults, FaultyPublisher
 from tests.push.history import PIECE_BYTES, History
 from tests.push.processes import messages, tell
@@ -82,6 +82,6 @@ def learn(pipe: Any, address: str, directory: str, seed: int, epoch: int, start:
     """Be one incarnation of the learner."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
-    Gloo.piece_bytes = PIECE_BYTES
+    BroadcastGroup.piece_bytes = PIECE_BYTES
     logging.disable(logging.CRITICAL)
     asyncio.run(_learn(pipe, address, Path(directory), seed, epoch, start, probability))

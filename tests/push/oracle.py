@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from leeway.types import PolicyVersion
-from tests.push.engine import WeightsEngine
+from tests.harness.weights_engine import WeightsEngine
 
 
 @dataclass

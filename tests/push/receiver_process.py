@@ -13,7 +13,7 @@ from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
 from leeway.rpc import Security
 from leeway.service.metrics import InferenceServerMetrics
-from leeway.weights.broadcast.gloo import Gloo  # imported before the fork: torch takes seconds
+from leeway.weights.broadcast import BroadcastGroup  # imported before the fork: torch takes seconds
 from tests.deadlines import WAIT_SECONDS
 from tests.push.history import PIECE_BYTES, RUN
 from tests.push.processes import messages
@@ -29,7 +29,7 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
         address=policy,
         security=Security(),
         allow_local=transport == "zmq",
-        broadcasts="gloo" if transport == "collective" else None,
+        broadcasts=transport == "collective",
         fetch_timeout_seconds=WAIT_SECONDS,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
@@ -41,5 +41,5 @@ def receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> 
     """Feed the engine at `backend` from the learner at `policy` until killed."""
     with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
         os.dup2(nowhere.fileno(), 2)
-    Gloo.piece_bytes = PIECE_BYTES
+    BroadcastGroup.piece_bytes = PIECE_BYTES
     asyncio.run(_receive(pipe, name, backend, policy, transport))

@@ -11,8 +11,8 @@ import pytest
 
 from inference_server.served_policy import ServedPolicy
 from leeway.types import PolicyVersion, WeightSnapshot
+from tests.harness.weights_engine import WeightsEngine
 from tests.push.chaos import chaos
-from tests.push.engine import WeightsEngine
 from tests.push.history import RUN, History
 from tests.push.oracle import Oracle, Outcome
 

@@ -24,7 +24,7 @@ from leeway.huggingface import (
     tensor_from_bytes,
 )
 from leeway.huggingface.moe import find_routers
-from tests.unit.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save, save_tokenizer
+from tests.harness.tiny_models import CONTEXT_LENGTH, VOCAB_SIZE, make_model, save, save_tokenizer
 
 MODELS: dict[str, dict[str, Any]] = {
     "moe": {"moe": True},

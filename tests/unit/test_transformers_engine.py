@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from inference_server.engine import Engine, GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
+from leeway.config import TransformersEngineOptions
 from leeway.errors import (
     ConfigError,
     ExhaustedError,
@@ -35,7 +35,7 @@ from leeway.types import (
     WeightSnapshot,
 )
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
+from tests.harness.tiny_models import CONTEXT_LENGTH, MOE_FAMILIES, VOCAB_SIZE, make_model, save, snapshot
 
 NUM_LAYERS, EXPERTS_PER_TOKEN = 2, 2
 MakeEngine = Callable[..., Awaitable[TransformersEngine]]

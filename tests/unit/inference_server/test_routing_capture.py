@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from inference_server.engines.transformers.routing_capture import RoutingCapture
-from tests.unit.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model
+from tests.harness.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from leeway.errors import PreconditionError
 from leeway.huggingface import tensor_bytes
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.weights.digests import tensor_entry, weights_digest
-from tests.unit import tiny_models
+from tests.harness import tiny_models
 
 CHECKOUT = Path(__file__).parents[3]
 

@@ -15,7 +15,7 @@ from leeway.arithmetic import ArithmeticWeights, next_distribution, read_weights
 from leeway.errors import CorruptDataError
 from leeway.types import TrajectoryGroup
 from tests.deadlines import WAIT_SECONDS
-from tests.unit.learner.helpers import groups
+from tests.harness.learner_builders import groups
 
 ROOT = Path(__file__).parents[3]
 PARTS = ("learner.__main__", "learner.arithmetic_trainer", "inference_server.server", "leeway.cli.run")

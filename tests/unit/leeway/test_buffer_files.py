@@ -13,8 +13,8 @@ from leeway.cli import buffer_export
 from leeway.cli.main import main
 from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.segments import HEADER, segment_path
-from tests.unit.replay_buffer.builders import RUN, chunk
-from tests.unit.replay_buffer.disk_runs import opened
+from tests.harness.replay_builders import RUN, chunk
+from tests.harness.replay_directory import opened
 
 STEPS, PER_STEP, MEMBERS, TOKENS = 4, 2, 2, 7
 

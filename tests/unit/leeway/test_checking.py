@@ -31,7 +31,7 @@ from leeway.types import (
     VersionSpan,
 )
 from leeway.v1 import common_pb2, trajectory_pb2
-from tests.unit.replay_buffer.builders import ROOT, SIGNATURE, close, spec, version
+from tests.harness.replay_builders import ROOT, SIGNATURE, close, spec, version
 
 SPEC = replace(
     spec(),

@@ -17,7 +17,7 @@ from leeway.codec.routing import MAX_EXPANSION, MAX_UNPACKED_BYTES, pack_routing
 from leeway.errors import InvalidDataError
 from leeway.types import Array, Column, ColumnKind, TrajectoryChunk
 from leeway.v1 import common_pb2, trajectory_pb2
-from tests.fuzz.inputs import Inputs
+from tests.harness.inputs import Inputs
 
 
 def routing(n: int, layers: int, experts: int, k: int, seed: int = 0) -> Array:

@@ -13,7 +13,7 @@ from leeway.types import WriteItem, WriteResult, WriteStatus
 from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed
 from replay_buffer.storage.records import Record, decode, encode
-from tests.unit.replay_buffer.builders import chunk, close
+from tests.harness.replay_builders import chunk, close
 
 NUMBERS = st.sampled_from([0, 1, 127, 128, 300, 2**21, 2**32 - 1])
 LONG_NUMBERS = st.one_of(NUMBERS, st.sampled_from([2**35, 2**63, 2**64 - 1]))

@@ -12,7 +12,7 @@ from leeway.types import Purpose, WriteItem, WriteResult, WriteStatus
 from replay_buffer.live.observer import Ending, endings
 from replay_buffer.metrics import observer
 from replay_buffer.rules.lifecycle import decide_advance, decide_commit
-from tests.unit.replay_buffer.builders import RUN, Machine, spec, version
+from tests.harness.replay_builders import RUN, Machine, spec, version
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway import codec
+from leeway.config import ReplayBufferOptions
 from leeway.types import (
     Column,
     ColumnKind,
@@ -29,10 +30,9 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.transitions import ChunkWritten
 from replay_buffer.storage.log import Log, LogOptions
-from tests.unit.replay_buffer.builders import ROOT, RUN, Machine, close, filled, snapshot, spec
+from tests.harness.replay_builders import ROOT, RUN, Machine, close, filled, snapshot, spec
 
 PROMPT = 3
 CHUNK_TOKENS = 2

@@ -21,7 +21,7 @@ from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.records import Record, decode, encode, stored_chunk, stored_close
 from replay_buffer.storage.segment_reader import SegmentReader
 from replay_buffer.storage.segments import frame, segment_path
-from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, close, spec, whole
+from tests.harness.replay_builders import ROOT, Machine, chunk, close, spec, whole
 
 ACKNOWLEDGED = WriteStatus.ACKNOWLEDGED
 

@@ -17,7 +17,7 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, close, filled, snapshot, spec, version, whole
+from tests.harness.replay_builders import ROOT, Machine, chunk, close, filled, snapshot, spec, version, whole
 
 ACKNOWLEDGED = WriteStatus.ACKNOWLEDGED
 

@@ -11,12 +11,12 @@ from prometheus_client import CollectorRegistry
 
 from learner.errors import UnusableGroupError
 from learner.loop import Learner
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Checkpoint
 from learner.records.journal import Journal
+from leeway.config import LearnerOptions
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import PolicyVersion
-from tests.unit.learner.helpers import groups
+from tests.harness.learner_builders import groups
 
 
 async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Path) -> None:

@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions
 from leeway.errors import ConfigError
 from leeway.huggingface import load_published, tensor_from_bytes
 from leeway.types import TrajectoryGroup
-from tests.unit import tiny_models
-from tests.unit.learner.helpers import dense_model, groups, moe_model, trainer, weights
+from tests.harness import tiny_models
+from tests.harness.learner_builders import dense_model, groups, moe_model, trainer, weights
 
 
 def options(**changes: Any) -> TrainingOptions:

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from learner.batch.advantages import group_advantages
 from learner.batch.overlong import OverlongRule, is_overlong, shape_group, soft_penalty
-from learner.training.options import TrainingOptions
+from leeway.config import TrainingOptions
 from leeway.types import FinishReason, TrajectoryGroup
-from tests.unit.learner.helpers import dense_model, groups, moe_model, trainer, trajectory
+from tests.harness.learner_builders import dense_model, groups, moe_model, trainer, trajectory
 
 CUT = {FinishReason.LENGTH, FinishReason.CONTEXT}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from learner.batch.packing import PADDING_SEGMENT, pack, pack_rows, plan_micro_batches, token_temperatures
 from learner.policy.model import attention_mask
-from tests.unit.learner.helpers import MOE, trajectory
+from tests.harness.learner_builders import MOE, trajectory
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 

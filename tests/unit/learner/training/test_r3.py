@@ -18,7 +18,7 @@ from learner.policy.r3 import RoutingReplay, check_routing, find_routers
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
 from leeway.huggingface.moe import ROUTERS
 from leeway.types import Array, Trajectory
-from tests.unit.learner.helpers import (
+from tests.harness.learner_builders import (
     EXPERTS,
     MOE,
     MOE_FAMILIES,

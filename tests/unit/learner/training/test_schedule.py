@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from learner.training.options import TrainingOptions
 from learner.training.schedule import Schedule, scheduled_learning_rate
-from tests.unit.learner.helpers import dense_model, groups, trainer
+from leeway.config import TrainingOptions
+from tests.harness.learner_builders import dense_model, groups, trainer
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from replay_buffer.rules.opening import decide_open_run, decide_rollback
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import decide_expired
 from replay_buffer.storage.stored_state import run_to_proto
-from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, filled, snapshot, spec, version, whole
+from tests.harness.replay_builders import ROOT, Machine, chunk, filled, snapshot, spec, version, whole
 
 BOUND = 2
 KEPT_CHECKPOINTS = 3

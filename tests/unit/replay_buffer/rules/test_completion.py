@@ -8,7 +8,7 @@ import pytest
 
 from leeway.types import DropReason
 from replay_buffer.rules.completion import decide_after_restart
-from tests.unit.replay_buffer.builders import ROOT, Machine, filled, spec, version
+from tests.harness.replay_builders import ROOT, Machine, filled, spec, version
 
 
 def without_last_record(machine: Machine) -> Machine:

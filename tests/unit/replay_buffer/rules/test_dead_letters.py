@@ -14,7 +14,7 @@ from replay_buffer.rules.state import KEPT_DEAD_LETTERS, RunState
 from replay_buffer.rules.tickets import decide_expired
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.run_index import RunIndex
-from tests.unit.replay_buffer.builders import Machine, snapshot, spec, version
+from tests.harness.replay_builders import Machine, snapshot, spec, version
 
 ATTEMPTS = 3
 

@@ -8,7 +8,7 @@ from leeway.errors import FencedError, InvalidDataError, PreconditionError
 from leeway.types import DrainReason, DropReason, GroupState
 from replay_buffer.rules.drain import decide_drain, decide_readmit
 from replay_buffer.rules.lifecycle import decide_finish
-from tests.unit.replay_buffer.builders import Machine, snapshot, spec, whole
+from tests.harness.replay_builders import Machine, snapshot, spec, whole
 
 
 def drain(

@@ -13,7 +13,7 @@ from replay_buffer.rules.draw import drawn_batch
 from replay_buffer.rules.evaluation import decide_evaluation, result_of
 from replay_buffer.rules.lifecycle import decide_advance, decide_commit, decide_finish, decide_give_up
 from replay_buffer.rules.opening import decide_open_run, decide_restored, decide_rollback
-from tests.unit.replay_buffer.builders import ROOT, Machine, filled, snapshot, spec, version
+from tests.harness.replay_builders import ROOT, Machine, filled, snapshot, spec, version
 
 
 def given_up() -> tuple[Machine, list[tuple[str, ...]]]:

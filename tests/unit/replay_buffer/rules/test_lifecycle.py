@@ -12,7 +12,7 @@ from replay_buffer.rules.evaluation import decide_evaluation, result_of
 from replay_buffer.rules.lifecycle import check_fit, decide_advance, decide_commit, decide_finish
 from replay_buffer.rules.opening import Ledger, decide_open_run
 from replay_buffer.rules.transitions import EvaluationCreated
-from tests.unit.replay_buffer.builders import DATASET, ROOT, SIGNATURE, Machine, chunk, filled, spec, version, whole
+from tests.harness.replay_builders import DATASET, ROOT, SIGNATURE, Machine, chunk, filled, spec, version, whole
 
 # Opening
 

@@ -12,7 +12,7 @@ from replay_buffer.rules.tickets import task_at
 from replay_buffer.rules.transitions import EvaluationCreated
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import Filter
-from tests.unit.replay_buffer.builders import ROOT, RUN, Machine, spec
+from tests.harness.replay_builders import ROOT, RUN, Machine, spec
 
 
 @pytest.mark.parametrize("field", ["groups_per_step", "members", "total_steps", "train_task_count", "max_attempts"])

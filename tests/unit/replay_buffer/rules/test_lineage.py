@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from leeway.types import PolicyVersion
 from replay_buffer.rules.lineage import Lineage
-from tests.unit.replay_buffer.builders import ROOT, version
+from tests.harness.replay_builders import ROOT, version
 
 
 def grown(lineage: Lineage, epoch: int, steps: range) -> list[PolicyVersion]:

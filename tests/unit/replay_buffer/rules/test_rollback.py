@@ -9,7 +9,7 @@ from leeway.types import DropReason, Evaluation, GroupState, PolicyVersion, Samp
 from replay_buffer.rules.evaluation import decide_evaluation
 from replay_buffer.rules.lifecycle import check_epoch, decide_advance, decide_finish
 from replay_buffer.rules.opening import decide_rollback
-from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, filled, snapshot, spec, version, whole
+from tests.harness.replay_builders import ROOT, Machine, chunk, filled, snapshot, spec, version, whole
 
 
 def roll_back(machine: Machine, to: PolicyVersion) -> None:

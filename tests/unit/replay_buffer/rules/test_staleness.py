@@ -17,7 +17,7 @@ from replay_buffer.rules.admission import deadline_of, may_serve
 from replay_buffer.rules.draw import decide_draw, decide_reject
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.transitions import ChunkWritten, TicketIssued, TrajectoryClosed
-from tests.unit.replay_buffer.builders import Machine, chunk, close, spec, version
+from tests.harness.replay_builders import Machine, chunk, close, spec, version
 
 MEMBERS = 2
 CHECKED = settings(max_examples=300, deadline=None, derandomize=True)

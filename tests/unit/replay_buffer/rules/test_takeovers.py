@@ -8,7 +8,7 @@ from leeway.errors import FencedError, PreconditionError
 from replay_buffer.rules import fold
 from replay_buffer.rules.lifecycle import decide_commit
 from replay_buffer.rules.opening import decide_open_run, decide_rollback
-from tests.unit.replay_buffer.builders import Machine, spec
+from tests.harness.replay_builders import Machine, spec
 
 
 def opened(machine: Machine, incarnation: bytes, step: int = 0) -> int:

@@ -7,7 +7,7 @@ from leeway.types import DropReason, Evaluation, GroupState, Purpose, Trajectory
 from replay_buffer.rules.admission import Admission, deadline
 from replay_buffer.rules.evaluation import decide_evaluation
 from replay_buffer.rules.tickets import decide_expired, member_seed, task_at
-from tests.unit.replay_buffer.builders import ROOT, Machine, chunk, spec, version, whole
+from tests.harness.replay_builders import ROOT, Machine, chunk, spec, version, whole
 
 
 def test_no_more_groups_are_issued_than_the_steps_within_the_bound_take() -> None:

@@ -15,8 +15,8 @@ from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.backup import write_backup
 from replay_buffer.storage.generation import read_generation
 from replay_buffer.storage.segments import segment_numbers, segment_path
-from tests.unit.replay_buffer.builders import ROOT, RUN, chunk, filled, version
-from tests.unit.replay_buffer.disk_runs import OpenBuffer, described, opened
+from tests.harness.replay_builders import ROOT, RUN, chunk, filled, version
+from tests.harness.replay_directory import OpenBuffer, described, opened
 
 
 @pytest.fixture(autouse=True)

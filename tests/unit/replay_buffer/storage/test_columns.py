@@ -18,7 +18,7 @@ from replay_buffer.rules.transitions import ChunkWritten
 from replay_buffer.storage.columns import ColumnReader
 from replay_buffer.storage.records import Record, encode
 from replay_buffer.storage.segments import HEADER, frame, segment_path
-from tests.unit.replay_buffer.builders import ROOT, RUN
+from tests.harness.replay_builders import ROOT, RUN
 
 TOKENS = 2000
 

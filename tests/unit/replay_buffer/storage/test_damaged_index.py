@@ -17,9 +17,9 @@ from leeway.v1 import replay_pb2
 from replay_buffer.rules.opening import decide_rollback
 from replay_buffer.storage.index_file import FILE, connect
 from replay_buffer.storage.log import LogFailedError
-from tests.model.harness import Harness
-from tests.unit.replay_buffer.builders import ROOT, RUN, filled, snapshot, spec, version
-from tests.unit.replay_buffer.disk_runs import opened
+from tests.harness.handler_calls import Harness
+from tests.harness.replay_builders import ROOT, RUN, filled, snapshot, spec, version
+from tests.harness.replay_directory import opened
 
 _PAGE_BYTES = 4096
 

@@ -19,8 +19,8 @@ from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import LogFailedError
 from replay_buffer.storage.segments import segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
-from tests.unit.replay_buffer.builders import RUN, chunk, version, whole
-from tests.unit.replay_buffer.disk_runs import described, opened
+from tests.harness.replay_builders import RUN, chunk, version, whole
+from tests.harness.replay_directory import described, opened
 
 INDEX = FILE
 

@@ -12,8 +12,8 @@ import pytest
 from leeway.types import Evaluation, SamplingParams, WriteItem
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.segments import segment_path, uncache_segments
-from tests.unit.replay_buffer.builders import RUN, chunk, filled
-from tests.unit.replay_buffer.disk_runs import opened
+from tests.harness.replay_builders import RUN, chunk, filled
+from tests.harness.replay_directory import opened
 
 
 def is_cached(path: Path) -> bool:

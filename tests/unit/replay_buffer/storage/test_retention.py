@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from leeway.types import Evaluation, GroupState, Purpose, SamplingParams, WriteItem, WriteStatus
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.retention import choose_beginning, first_needed
 from replay_buffer.storage.segments import Segment, remove_segments, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
-from tests.unit.replay_buffer.builders import RUN, chunk, close, filled, version
-from tests.unit.replay_buffer.disk_runs import SEGMENT_BYTES, OpenBuffer, described, opened
+from tests.harness.replay_builders import RUN, chunk, close, filled, version
+from tests.harness.replay_directory import SEGMENT_BYTES, OpenBuffer, described, opened
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.storage.stored_state import group_from_proto, group_to_proto, run_from_proto, run_to_proto
-from tests.unit.replay_buffer.builders import RUN, Machine, chunk, spec, whole
-from tests.unit.replay_buffer.disk_runs import described
+from tests.harness.replay_builders import RUN, Machine, chunk, spec, whole
+from tests.harness.replay_directory import described
 
 
 def restored(state: RunState) -> RunState:

@@ -21,8 +21,8 @@ from replay_buffer.storage.records import Record, encode
 from replay_buffer.storage.segments import HEADER, frame, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import read_snapshot, snapshot_path, snapshot_positions, write_snapshot
 from replay_buffer.storage.verification import verify
-from tests.unit.replay_buffer.builders import RUN, chunk
-from tests.unit.replay_buffer.disk_runs import described, opened
+from tests.harness.replay_builders import RUN, chunk
+from tests.harness.replay_directory import described, opened
 
 
 @pytest.fixture(autouse=True)

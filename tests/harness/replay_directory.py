@@ -9,15 +9,15 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from leeway.config import ReplayBufferOptions
 from leeway.types import PolicyVersion, RunSpec, WriteStatus
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.groups import Group, Locations, Member
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import Position
-from tests.unit.replay_buffer.builders import RUN, filled, spec, version
+from tests.harness.replay_builders import RUN, filled, spec, version
 
 SEGMENT_BYTES = 2048
 

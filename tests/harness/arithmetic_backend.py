@@ -1,6 +1,6 @@
 """The arithmetic engine's InferenceService as a process of its own, without worker and run: a foreign backend.
 
-`python -m tests.contract.arithmetic_backend --address HOST:PORT [--set key=value ...]`
+`python -m tests.harness.arithmetic_backend --address HOST:PORT [--set key=value ...]`
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import asyncio
 import sys
 import tomllib
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
+from leeway.config import ArithmeticEngineOptions
 from leeway.rpc import Security, start_server
 from leeway.service.process import serve
 

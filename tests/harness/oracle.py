@@ -45,7 +45,7 @@ from leeway.types import (
     VersionSpan,
 )
 from leeway.v1 import replay_pb2
-from tests.e2e.recording_proxy import Call, Record, Write
+from tests.harness.recording_proxy import Call, Record, Write
 
 LEGAL_DROPS = {
     Purpose.TRAIN: {DropReason.STALE, DropReason.LEASE_LOST, DropReason.DEAD_LETTER, DropReason.RUN_END},
