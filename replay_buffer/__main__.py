@@ -15,10 +15,10 @@ from leeway.rpc import Security, start_server
 from leeway.service.metrics import ReplayBufferMetrics, serve_metrics
 from leeway.service.process import report_error, serve, service_parser
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.live.backpressure import free_bytes_of
 from replay_buffer.malloc_tuning import keep_freed_memory
 from replay_buffer.metrics import observer
 from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
-from replay_buffer.run_store import free_bytes_of
 from replay_buffer.storage.log import Log, LogOptions
 
 log = logging.getLogger("replay_buffer")
@@ -52,8 +52,8 @@ async def run(
         metrics.free_bytes.set_function(lambda: free_bytes_of(options.directory))
         metrics.stalled.set_function(lambda: durable_log.stalled)
         buffer = ReplayBuffer(options, durable_log, observer(metrics))
-        metrics.received_bytes.set_function(lambda: buffer.intake.received_bytes)
-        metrics.waiting_bytes.set_function(lambda: buffer.intake.waiting_bytes)
+        metrics.received_bytes.set_function(lambda: buffer.backpressure.received_bytes)
+        metrics.waiting_bytes.set_function(lambda: buffer.backpressure.waiting_bytes)
         buffer.start()
         serve_metrics(registry, metrics_options.host, metrics_options.replay_buffer)
         service = ReplayService(buffer)

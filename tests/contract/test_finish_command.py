@@ -37,7 +37,7 @@ async def leave_a_run(address: str) -> None:
     """Step 1 is committed, step 2 trained; one group is open, one ready, and nobody comes back."""
     async with connected(address) as client:
         await client.open_run(spec(), ROOT, [])
-        tickets, _ = await client.acquire_tickets("s0", ROOT, 12, WAIT_SECONDS)
+        tickets, *_ = await client.acquire_tickets("s0", ROOT, 12, WAIT_SECONDS)
         *whole, half = tickets
         await write(client, [item for ticket in whole for item in filled(ticket)])
         await write(client, [WriteItem(half.members[0].trajectory_id, 1, 0, chunk())])
@@ -132,7 +132,7 @@ async def test_a_run_whose_buffer_serves_ends_for_everyone_who_waits(tmp_path: P
         assert not (tmp_path / RUN).exists()
         with pytest.raises(PreconditionError, match=r"ended for good .* at step 2 of 100; .* another name"):
             await drawing
-        assert await client.acquire_tickets("late", version(2), 4, WAIT_SECONDS) == ([], True)
+        assert await client.acquire_tickets("late", version(2), 4, WAIT_SECONDS) == ([], True, None)
         trajectory = open_group.trajectories[0]
         (late,) = await write(client, [WriteItem(trajectory.trajectory_id, 1, 1, chunk())])
         assert late.status is WriteStatus.ABORTED
@@ -176,7 +176,7 @@ async def test_a_learner_at_work_ends_with_one_line(tmp_path: Path, caplog: pyte
         run = _GivenUpRun(tmp_path / "run", address)
         with pytest.raises(PreconditionError, match="ended for good"):
             await run.train(slow_save=True)
-        (state,) = buffer._states()
+        (state,) = buffer._store._states()
         assert (state.given_up, state.committed_step, state.head.step) == (True, 0, 2)
         assert run.store.steps() == [0, 2]
         with pytest.raises(PreconditionError, match="ended for good"):

@@ -27,7 +27,7 @@ async def log(tmp_path: Path) -> Path:
         await run.open_run()
         for _ in range(STEPS):
             await run.step()
-        tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
+        tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
         failure = TrajectoryFailure("the prompt is too long", retryable=False)
         run.buffer.write(RUN, [WriteItem(tickets[0].members[0].trajectory_id, 1, 0, failure)])
         run.buffer.write(RUN, [WriteItem(tickets[1].members[0].trajectory_id, 1, 0, chunk([run.state.head]))])
