@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from tests.deadlines import RUN_SECONDS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
