@@ -21,7 +21,7 @@ from leeway.types import Ticket, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving, serving_buffer, write
-from tests.harness.held_disk import HeldDisk
+from tests.harness.disks import HeldDisk
 from tests.harness.replay_builders import ROOT, chunk, filled, spec, version
 
 ROOT_DIRECTORY = Path(__file__).parents[2]

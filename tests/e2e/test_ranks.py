@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.deadlines import RUN_SECONDS
+from tests.harness.processes import leeway, overriding
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "run.steps=4",
     "run.groups_per_step=3",
@@ -27,21 +24,10 @@ SMALL = (
 )
 
 
-def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "leeway.cli.main", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=RUN_SECONDS,
-    )
-
-
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_run_with_two_ranks(tmp_path: Path) -> None:
-    overrides = [part for key in (*SMALL, f"run.directory={tmp_path}") for part in ("--set", key)]
+    overrides = overriding((*SMALL, f"run.directory={tmp_path}"))
     finished = leeway("run", "examples/sortmix8.toml", *overrides)
     assert finished.returncode == 0, finished.stderr
     run = tmp_path / "sortmix8"

@@ -1,9 +1,10 @@
-"""The delivery protocol (docs/delivery.md) as a law: what a run's history may look like, told from the log alone.
+"""The delivery protocol (docs/delivery.md) as a law: the judge of a run's history, by the log alone.
 
     records of one run, in order ──> Law.take ──> Broken(invariant, what) at the first that the protocol forbids
 
-Shares no decision with the replay buffer: it keeps its own version tree, its own states and its own inequality, and
-never says what should happen next, only what must not. Its numbers are those of tests/chaos/invariants.md.
+It judges every chaos run (tests/chaos), every end-to-end rehearsal (tests/e2e) and every step of the state machine
+(test_buffer_machine.py). It shares no decision with the replay buffer: its version tree, its states and its inequality
+are its own. It never predicts the next record; it only refuses one. Its numbers are those of tests/chaos/invariants.md.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def name(version: common_pb2.PolicyVersion) -> Version:
 
 
 class End(Enum):
-    """How far a member is in its newest attempt."""
+    """The state of a member in its newest attempt."""
 
     OPEN, CLOSED, FAILED = range(3)
 
@@ -68,6 +69,7 @@ class Member:
     end: End = End.OPEN
     versions: set[Version] = field(default_factory=set[Version])
     server: str = ""
+    chunks: list[bytes] = field(default_factory=list[bytes])
 
 
 @dataclass(slots=True)
@@ -115,8 +117,12 @@ class Law:
         self.must_open_at: Version | None = None
         self.num_records = 0
         self.drained: set[str] = set()
+        self.issued: set[tuple[str, int]] = set()
+        """(group, attempt) of every ticket."""
+        self.drawn: set[tuple[int, int, tuple[str, ...]]] = set()
+        """(epoch, step, groups) of every batch."""
 
-    # The words of the protocol
+    # The terms of the protocol
 
     @property
     def step(self) -> int:
@@ -125,7 +131,7 @@ class Law:
 
     def lineage_step(self, version: Version) -> int:
         """Step of the newest ancestor, itself included, that the head descends from or is."""
-        surviving, at = set(self._ancestry(self.head)), version
+        surviving, at = set(self.ancestry(self.head)), version
         while at not in surviving:
             parent = self.parents[at]
             assert parent is not None
@@ -161,7 +167,8 @@ class Law:
         """Whether a step's batch has all of its groups."""
         return step in self.batches and not any(self.groups[group_id].ended for group_id in self.batches[step])
 
-    def _ancestry(self, version: Version | None) -> Iterator[Version]:
+    def ancestry(self, version: Version | None) -> Iterator[Version]:
+        """A version, its parent, and so on up to the root."""
         while version is not None:
             yield version
             version = self.parents[version]
@@ -170,7 +177,7 @@ class Law:
     def _sampled(group: Group) -> set[Version]:
         return {version for member in group.members for version in member.versions}
 
-    # What happens
+    # The records
 
     def take(self, record: log_pb2.LogRecord) -> None:
         """One record.
@@ -190,7 +197,7 @@ class Law:
         _must(checkpoint in self.parents, 8, f"the run is opened at {checkpoint}, which was never registered")
         _must(not self.finished, 3, "a finished run is opened")
         _must(
-            checkpoint in set(self._ancestry(self.head)) and checkpoint[2] >= self.committed,
+            checkpoint in set(self.ancestry(self.head)) and checkpoint[2] >= self.committed,
             2,
             f"the run is opened at {checkpoint}; the head is {self.head}, step {self.committed} is committed",
         )
@@ -211,7 +218,7 @@ class Law:
     def _take_run_rolled_back(self, rolled_back: log_pb2.RunRolledBack) -> None:
         version, step = name(rolled_back.version), rolled_back.version.step
         _must(rolled_back.epoch == self.epoch + 1, 7, f"epoch {rolled_back.epoch} follows {self.epoch}")
-        _must(not self.finished and version in set(self._ancestry(self.head)), 2, f"{self.head} goes back to {version}")
+        _must(not self.finished and version in set(self.ancestry(self.head)), 2, f"{self.head} goes back to {version}")
         left = {known for known in self.parents if self.lineage_step(known) > step}
         trained = {group_id for at, group_ids in self.batches.items() if at > step for group_id in group_ids}
         dropped = set(rolled_back.group_ids)
@@ -240,19 +247,20 @@ class Law:
 
     def _take_ticket_issued(self, issued: log_pb2.TicketIssued) -> None:
         ticket, version = issued.ticket, name(issued.version)
-        _must(not self.finished, 9, f"{ticket.group_id} is lent after the end")
+        _must(not self.finished, 9, f"{ticket.group_id} is issued after the end")
         _must(
             issued.server_id not in self.drained, 9, f"{ticket.group_id} goes to {issued.server_id}, which is drained"
         )
-        _must(version in self.parents, 9, f"{ticket.group_id} is lent at {version}, which was never registered")
+        _must(version in self.parents, 9, f"{ticket.group_id} is issued at {version}, which was never registered")
         group = self.groups.get(ticket.group_id)
         if group is None:
             group = self._new_group(ticket, version)
         else:
             self._reissue(ticket, version, group)
         group.attempt, group.server_version = ticket.attempt, version
-        for lent in ticket.members:
-            group.members[lent.member] = Member(ticket.attempt, server=issued.server_id)
+        self.issued.add((ticket.group_id, ticket.attempt))
+        for member in ticket.members:
+            group.members[member.member] = Member(ticket.attempt, server=issued.server_id)
 
     def _new_group(self, ticket: replay_pb2.Ticket, version: Version) -> Group:
         group_id, spec = ticket.group_id, self.spec
@@ -290,20 +298,21 @@ class Law:
 
     def _reissue(self, ticket: replay_pb2.Ticket, version: Version, group: Group) -> None:
         group_id = ticket.group_id
-        _must(group.state == OPEN, 9, f"{group_id} is lent again, but it is {group.state}")
+        _must(group.state == OPEN, 9, f"{group_id} is issued again, but it is {group.state}")
         _must(ticket.attempt == group.attempt + 1, 6, f"{group_id}: attempt {ticket.attempt} follows {group.attempt}")
-        _must(ticket.attempt <= self.spec.max_attempts, 9, f"{group_id} is lent for the {ticket.attempt}th time")
+        _must(ticket.attempt <= self.spec.max_attempts, 9, f"{group_id} is issued for the {ticket.attempt}th time")
         places = [member.member for member in ticket.members]
-        _must(places == group.missing, 9, f"{group_id}: {places} are lent again, {group.missing} are missing")
+        _must(places == group.missing, 9, f"{group_id}: {places} are issued again, {group.missing} are missing")
         if group.purpose == TRAIN:
             closed = {at for member in group.members if member.end is End.CLOSED for at in member.versions}
             due = self.deadline(closed | {version})
-            _must(due >= self.step, 9, f"{group_id} is lent again with D = {due} at head {self.step}")
+            _must(due >= self.step, 9, f"{group_id} is issued again with D = {due} at head {self.step}")
 
     def _take_chunk_written(self, written: log_pb2.ChunkWritten) -> None:
         _, member = self._writable(written.trajectory_id, written.attempt)
         _must(written.seq == member.items, 6, f"{written.trajectory_id}: {written.seq} follows {member.items} items")
         member.items += 1
+        member.chunks.append(written.chunk)
         spans = trajectory_pb2.TrajectoryChunk.FromString(written.chunk).version_spans
         member.versions |= {name(span.version) for span in spans}
 
@@ -327,7 +336,11 @@ class Law:
         group = self.groups[group_id]
         _must(int(place) < len(group.members), 6, f"{trajectory_id} is written, but was never issued")
         member = group.members[int(place)]
-        _must(attempt == member.attempt, 7, f"{trajectory_id}: attempt {attempt} is written, {member.attempt} is lent")
+        _must(
+            attempt == member.attempt,
+            7,
+            f"{trajectory_id}: attempt {attempt} is written, not {member.attempt}",
+        )
         _must(member.end is End.OPEN, 6, f"{trajectory_id} is written after its end")
         _must(ended or not group.ended, 3, f"{trajectory_id} is written, but its group is {group.state}")
         return group, member
@@ -363,6 +376,7 @@ class Law:
             _must(due >= self.step, 5, f"step {step} draws {group_id} with D = {due}")
             group.state, group.step = DRAWN, step
         self.batches[step] = group_ids
+        self.drawn.add((drawn.epoch, step, tuple(group_ids)))
 
     def _take_policy_advanced(self, advanced: log_pb2.PolicyAdvanced) -> None:
         version, parent = name(advanced.version), name(advanced.parent)

@@ -111,7 +111,7 @@ class BufferMachine(RuleBasedStateMachine):
         if self.taken and law.finished:
             assert self.call("OpenRun", request).finished
             return
-        surviving = {*law._ancestry(law.head)}
+        surviving = {*law.ancestry(law.head)}
         steps = {entry.step: list(entry.group_ids) for entry in ledger}
         legal = (
             version in surviving
@@ -141,7 +141,7 @@ class BufferMachine(RuleBasedStateMachine):
     def reopen(self, number: int, extra: int, damaged: bool) -> None:
         """At any version there ever was, with the ledger of its checkpoint, or one that lacks or adds something."""
         law = self.law
-        legal = [version for version in law._ancestry(law.head) if version[2] >= law.committed]
+        legal = [version for version in law.ancestry(law.head) if version[2] >= law.committed]
         versions = legal if number % 3 else sorted(law.parents)
         version = versions[number % len(versions)]
         first = max(self.law.committed + 1 - extra, 1)
@@ -264,7 +264,7 @@ class BufferMachine(RuleBasedStateMachine):
         versions = sorted(law.parents)
         version = versions[(number // 3) % len(versions)]
         request = replay_pb2.RollbackRunRequest(run=RUN, version=_proto(version))
-        if law.finished or (version not in {*law._ancestry(law.head)} and version != law.must_open_at):
+        if law.finished or (version not in {*law.ancestry(law.head)} and version != law.must_open_at):
             self.refused(PreconditionError, "RollbackRun", request)
             return
         epoch, again = law.epoch, law.must_open_at == version
