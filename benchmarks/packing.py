@@ -26,8 +26,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from learner.batch import step_batch
 from learner.batch.packing import plan_micro_batches
 from learner.policy.model import PolicyModel
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
+from leeway.config import TrainingOptions
 from leeway.types import FinishReason, ModelSignature, Trajectory, TrajectoryGroup
 
 VOCABULARY, CONTEXT, PROMPT, MEMBERS = 4096, 1024, 8, 8

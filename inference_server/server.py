@@ -11,18 +11,19 @@ handle itself.
 from __future__ import annotations
 
 import asyncio
+import importlib
 import importlib.util
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from inference_server.engine import Engine, EngineProcess
-from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
-from inference_server.options import InferenceServerOptions
 from inference_server.rollout.reward import RewardRunner
 from inference_server.rollout.text import HuggingFaceTokenizer, Tokenizer
 from inference_server.rollout.worker import RolloutWorker
@@ -31,7 +32,10 @@ from inference_server.service import SERVICE_NAME, add_inference_service
 from inference_server.weights.receiver import WeightReceiver
 from leeway.arithmetic import ArithmeticTokenizer
 from leeway.config import (
+    ENGINES,
     Document,
+    EngineOptions,
+    InferenceServerOptions,
     MetricsOptions,
     ModelOptions,
     NetworkOptions,
@@ -49,9 +53,12 @@ from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.tasks import load_tasks
-from leeway.weights.transports import BroadcastLibrary, broadcast_library
+from leeway.weights.transports import uses_broadcasts
 
 log = logging.getLogger("inference_server")
+
+StartEngine = Callable[[Path | None, EngineOptions], Awaitable[Engine]]
+"""Loads the model of a directory, which a rehearsal has not, and returns the engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +102,7 @@ class InferenceServerProcess:
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
-        self.broadcasts: BroadcastLibrary | None = broadcast_library(self.network)
+        self.broadcasts = uses_broadcasts(self.network)
         if joining is None:
             self._take_place(document, index, backend)
         else:
@@ -136,7 +143,7 @@ class InferenceServerProcess:
         reward = RewardRunner(
             load_function(self.task.reward, self.task.python_path),
             self.task.reward,
-            self.options.reward_limits(),
+            self.options.reward,
             metrics,
         )
         tokenizer = self._make_tokenizer()
@@ -170,8 +177,8 @@ class InferenceServerProcess:
             tasks=tasks,
             tokenizer=tokenizer,
             reward=reward,
-            limits=self.options.worker_limits(),
-            writer_limits=self.options.writer_limits(),
+            options=self.options.worker,
+            writer_options=self.options.writer,
             metrics=metrics,
         )
         try:
@@ -209,41 +216,23 @@ class InferenceServerProcess:
     async def _make_engine(self) -> Engine:
         if self.backend is not None:
             return await RemoteEngine.connect(
-                self.backend, self.security, timeout_seconds=self.options.trajectory_timeout_seconds
+                self.backend, self.security, timeout_seconds=self.options.worker.trajectory_timeout_seconds
             )
-        if self.engine == "arithmetic":
-            return ArithmeticEngine(self.options.arithmetic)
-        if self.engine == "vllm":
-            _require_module("vllm")
-            from inference_server.engines.vllm import engine as vllm_engine
-
-            return await vllm_engine.start(self.model.directory, self.options.vllm)
-        if self.engine == "sglang":
-            _require_module("sglang")
-            from inference_server.engines.sglang import engine as sglang_engine
-
-            return await sglang_engine.start(self.model.directory, self.options.sglang)
-        from inference_server.engines.transformers.engine import TransformersEngine
-
-        return await asyncio.to_thread(TransformersEngine, self.model.directory, self.options.transformers)
+        entry = ENGINES[self.engine]
+        if entry.library is not None and importlib.util.find_spec(entry.library) is None:
+            raise ConfigError(
+                f"inference_server.engine: {sys.executable} has no {entry.library}; set "
+                f"inference_server.{self.engine}.python to the interpreter of its environment (`make engine-env "
+                f"ENGINE={self.engine}` builds one)"
+            )
+        module, _, function = entry.start.partition(":")
+        start: StartEngine = getattr(importlib.import_module(module), function)
+        return await start(None if entry.rehearsal else self.model.directory, self.options.options_of(self.engine))
 
     def _make_tokenizer(self) -> Tokenizer:
-        if self.engine == "arithmetic":
+        if ENGINES[self.engine].rehearsal:
             return ArithmeticTokenizer()
         return HuggingFaceTokenizer(self.model.directory, chat=self.task.chat)
-
-
-def _require_module(name: str) -> None:
-    """Say where an engine's library belongs.
-
-    Raises:
-        ConfigError: this interpreter does not have it.
-    """
-    if importlib.util.find_spec(name) is None:
-        raise ConfigError(
-            f"inference_server.engine: {sys.executable} has no {name}; set inference_server.{name}.python to the "
-            f"interpreter of its environment (`make engine-env ENGINE={name}` builds one)"
-        )
 
 
 def _add_place(parser: ArgumentParser) -> None:

@@ -15,8 +15,6 @@ from prometheus_client import CollectorRegistry
 
 from learner.factory import make_trainer
 from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.losses.options import check_recorded_topk
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
 from learner.records.journal import Journal
 from learner.records.receipts import ReceiptBook, deciding_options
@@ -28,12 +26,14 @@ from learner.weights.publisher import Publisher
 from leeway.config import (
     Document,
     EvaluationOptions,
+    LearnerOptions,
     MetricsOptions,
     ModelOptions,
     NetworkOptions,
     RunOptions,
     SamplingOptions,
     TaskOptions,
+    check_recorded_topk,
     load_document,
     section,
 )
@@ -46,10 +46,10 @@ from leeway.tasks import load_tasks
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import weights_digest
-from leeway.weights.transports import BroadcastLibrary, broadcast_library, uses_zeromq
+from leeway.weights.transports import uses_broadcasts, uses_zeromq
 
 if TYPE_CHECKING:
-    from learner.weights.collective import CollectiveWeights, Library
+    from learner.weights.collective import CollectiveWeights
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class LearnerProcess:
                 f"learner.ranks is {self.options.ranks}, but run.groups_per_step is {self.run.groups_per_step}; "
                 "every rank needs a group"
             )
-        self.broadcasts: BroadcastLibrary | None = broadcast_library(self.network)
+        self.broadcasts = uses_broadcasts(self.network)
         if self.options.trainer == "torch":
             check_recorded_topk(self.options.training, self.sampling)
         self.directory = self.run.run_directory
@@ -84,14 +84,12 @@ class LearnerProcess:
         """Be the learner, or one of its ranks."""
         if self.options.ranks == 1:
             with held_run(self.directory):
-                library = await self._prepare_broadcasts()
-                await self._lead(make_trainer(self.options, self.model, self.sampling), library, stop)
+                await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
             return
         from learner.factory import join_world, make_ranked_trainer
         from learner.training.distributed import DistributedTrainer, follow
 
         world = join_world(self.options)
-        library = await self._prepare_broadcasts() if not world.rank else None
         ranked = make_ranked_trainer(self.options, self.model, self.sampling, world)
         if world.rank:
             # Signals reach every rank; rank 0 decides when all of them stop.
@@ -106,11 +104,11 @@ class LearnerProcess:
         else:
             trainer = DistributedTrainer(ranked, world)
             with held_run(self.directory):
-                await self._lead(trainer, library, stop)
+                await self._lead(trainer, stop)
             trainer.stop()
         world.close()
 
-    async def _lead(self, trainer: Trainer, library: Library | None, stop: asyncio.Event) -> None:
+    async def _lead(self, trainer: Trainer, stop: asyncio.Event) -> None:
         """Restore, open, train, and leave a checkpoint and a summary behind."""
         registry = CollectorRegistry()
         metrics = LearnerMetrics(registry)
@@ -124,7 +122,7 @@ class LearnerProcess:
             return
         restored = self._restore(trainer, checkpoints, root)
         local = LocalWeights(metrics) if uses_zeromq(self.network) else None
-        broadcasts = self._make_broadcasts(library, metrics)
+        broadcasts = self._make_broadcasts(metrics)
         publisher = Publisher(
             self.run.name,
             trainer.signature,
@@ -226,28 +224,13 @@ class LearnerProcess:
             drop_no_signal=self.run.drop_no_signal,
         )
 
-    async def _prepare_broadcasts(self) -> Library | None:
-        """What broadcasts weights, ready: before a model is loaded that could then not be sent.
-
-        Raises:
-            ConfigError: this machine cannot broadcast as configured.
-        """
-        if self.broadcasts is None:
-            return None
-        from learner.weights.collective import make_library  # imports torch
-
-        library = make_library(self.broadcasts)
-        await asyncio.to_thread(library.prepare)
-        log.info("weights are broadcast over %s", library.name)
-        return library
-
-    def _make_broadcasts(self, library: Library | None, metrics: LearnerMetrics) -> CollectiveWeights | None:
-        if library is None:
+    def _make_broadcasts(self, metrics: LearnerMetrics) -> CollectiveWeights | None:
+        if not self.broadcasts:
             return None
         from learner.weights.collective import CollectiveWeights  # imports torch
 
         host = self.network.policy.rpartition(":")[0]
-        return CollectiveWeights(host, metrics, library, patience_seconds=self.options.broadcast_patience_seconds)
+        return CollectiveWeights(host, metrics, patience_seconds=self.options.broadcast_patience_seconds)
 
 
 async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from learner.options import LearnerOptions
 from learner.trainer import Trainer
-from leeway.config import ModelOptions, SamplingOptions
+from leeway.config import LearnerOptions, ModelOptions, SamplingOptions
 from leeway.errors import ConfigError
 
 if TYPE_CHECKING:

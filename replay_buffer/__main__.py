@@ -9,7 +9,7 @@ from argparse import Namespace
 
 from prometheus_client import CollectorRegistry
 
-from leeway.config import MetricsOptions, NetworkOptions, load_document, section
+from leeway.config import MetricsOptions, NetworkOptions, ReplayBufferOptions, load_document, read_options, section
 from leeway.errors import LeewayError
 from leeway.rpc import Security, start_server
 from leeway.service.metrics import ReplayBufferMetrics, serve_metrics
@@ -17,7 +17,6 @@ from leeway.service.process import report_error, serve, service_parser
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.malloc_tuning import keep_freed_memory
 from replay_buffer.metrics import observer
-from replay_buffer.options import ReplayBufferOptions, read_options
 from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
 from replay_buffer.run_store import free_bytes_of
 from replay_buffer.storage.log import Log, LogOptions

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
 from leeway.types import GroupState, Purpose
 from replay_buffer.live.backpressure import Intake
@@ -26,7 +27,6 @@ from replay_buffer.live.open_trajectories import Drafts
 from replay_buffer.live.servers import Fleet
 from replay_buffer.live.ticket_demand import Asks
 from replay_buffer.live.wakeup import Signal
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.completion import decide_after_restart
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Group, Location

@@ -19,9 +19,9 @@ import psutil
 from benchmarks.engine_throughput.requests import Round, tokens_per_second
 from inference_server.engine import GenerationRequest
 from inference_server.engines.vllm import engine as vllm_engine
-from inference_server.engines.vllm.options import VllmEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
+from leeway.config import VllmEngineOptions
 from leeway.conformance.weights import checkpoint_weights
 from leeway.rpc import Security, start_server
 from leeway.types import PolicyVersion, WeightSnapshot

@@ -20,13 +20,13 @@ import numpy as np
 
 from benchmarks.routing_wire import entropy
 from benchmarks.routing_wire.sources import Source, drawn, joined, sortmix8
-from inference_server.rollout.worker import WorkerLimits
 from leeway import codec
 from leeway.codec.routing import pack_routing, unpack_routing
+from leeway.config import WorkerOptions
 from leeway.types import Array, Column, ColumnKind, TrajectoryChunk
 
 PROMISED_RATIO = 1.05
-ROWS = WorkerLimits().routing_rows
+ROWS = WorkerOptions().routing_rows
 GPU_TOKENS_PER_SECOND = 10_000
 """What one GPU server is taken to produce."""
 

@@ -12,11 +12,9 @@ import numpy as np
 from examples.sortmix8.task import tasks
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from inference_server.rollout.text import HuggingFaceTokenizer
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
 from leeway.types import Array, ColumnKind, PolicyVersion, WeightSnapshot
 from leeway.weights.digests import weights_digest
 

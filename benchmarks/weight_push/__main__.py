@@ -49,7 +49,6 @@ from leeway.service.metrics import LearnerMetrics
 from leeway.service.ports import free_port
 from leeway.types import WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights.broadcast.gloo import Gloo
 
 ROOT = Path(__file__).parents[2]
 RATES = (1e-6, 1e-5)
@@ -75,7 +74,7 @@ class TimedPublisher(Publisher):
     def __init__(self, model: Path, transport: Transport, max_delta_chain: int) -> None:
         metrics = LearnerMetrics(CollectorRegistry())
         self._zmq = LocalWeights(metrics) if transport == "zmq" else None
-        self._collective = CollectiveWeights("127.0.0.1", metrics, Gloo()) if transport == "collective" else None
+        self._collective = CollectiveWeights("127.0.0.1", metrics) if transport == "collective" else None
         super().__init__(RUN, model_signature(model), metrics, self._zmq, max_delta_chain, self._collective)
         self._acknowledgements: asyncio.Queue[tuple[float, policy_pb2.PolicyAcknowledgement]] = asyncio.Queue()
         self.server_process = 0

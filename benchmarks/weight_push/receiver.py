@@ -18,9 +18,9 @@ from prometheus_client import CollectorRegistry
 from benchmarks.weight_push.training import RUN
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
+from leeway.config import TransformersEngineOptions
 from leeway.huggingface import model_signature
 from leeway.rpc import Security
 from leeway.service.metrics import InferenceServerMetrics

@@ -17,12 +17,10 @@ from examples.sortmix8.task import reward as sorted_reward
 from examples.sortmix8.task import tasks
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from inference_server.rollout.text import HuggingFaceTokenizer
 from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
 from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import (
     PolicyVersion,

@@ -17,13 +17,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
-from pydantic import Field
 
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.requests import check_request
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
-from leeway.config import Options
+from leeway.config import ArithmeticEngineOptions
 from leeway.errors import ExhaustedError, FencedError, LeewayError, PreconditionError, UnavailableError
 from leeway.types import (
     Column,
@@ -36,18 +35,6 @@ from leeway.types import (
     VersionSpan,
     WeightSnapshot,
 )
-
-MAX_TOPK = 20
-
-
-class ArithmeticEngineOptions(Options):
-    """How the arithmetic engine behaves."""
-
-    max_concurrency: int = Field(default=96, ge=1, le=65536, description="sequences decoded at once")
-    max_queued: int = Field(default=4096, ge=0, description="requests that may wait for a slot; more are refused")
-    chunk_tokens: int = Field(default=16, ge=1, description="sampled tokens of a sequence per streamed chunk")
-    token_seconds: float = Field(default=0.0, ge=0, le=60, description="simulated time of one decode step")
-    late_columns: bool = Field(default=False, description="spans and routing only at the end, as vLLM and SGLang send")
 
 
 @dataclass(slots=True, eq=False)
@@ -72,6 +59,11 @@ class _Sequence:
     ended: bool = False
 
 
+async def start(_model_path: None, options: ArithmeticEngineOptions) -> ArithmeticEngine:
+    """The engine; there is nothing to load."""
+    return ArithmeticEngine(options)
+
+
 class ArithmeticEngine:
     """Implements Engine; see the module's docstring."""
 
@@ -93,7 +85,7 @@ class ArithmeticEngine:
             engine="arithmetic/1",
             logprob_mode=LogprobMode.SAMPLED,
             version=self._policy[0] if self._policy else None,
-            max_topk=MAX_TOPK,
+            max_topk=self._options.max_topk,
             routing=True,
             max_concurrency=self._options.max_concurrency,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from inference_server.engines.process_options import ProcessEngineOptions
+from leeway.config import ProcessEngineOptions
 from leeway.errors import ConfigError
 from leeway.huggingface import check_published, model_outline
 from leeway.types import ModelSignature, WeightManifest

@@ -24,19 +24,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from leeway.config import RewardOptions
 from leeway.errors import ExhaustedError
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import Task
 from leeway.types import TrajectoryFailure
-
-
-@dataclass(frozen=True, slots=True)
-class RewardLimits:
-    """Bounds of the reward function."""
-
-    timeout_seconds: float = 30.0
-    concurrency: int = 8
-    max_hung: int = 16  # calls that go on after their timeout
 
 
 class RewardRunner:
@@ -45,22 +37,22 @@ class RewardRunner:
     Args:
         function: the user's; returns a finite number.
         name: its `module:function`, for messages.
-        limits: timeout and concurrency.
+        options: timeout and concurrency.
         metrics: takes the time of each call.
     """
 
     def __init__(
-        self, function: Callable[..., Any], name: str, limits: RewardLimits, metrics: InferenceServerMetrics
+        self, function: Callable[..., Any], name: str, options: RewardOptions, metrics: InferenceServerMetrics
     ) -> None:
         self._function = function
         self._name = name
-        self._limits = limits
+        self._options = options
         self._seconds = metrics.reward_seconds
-        self._slots = asyncio.Semaphore(limits.concurrency)
+        self._slots = asyncio.Semaphore(options.concurrency)
         self._is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004  (the method itself, to see whether it is async)
         )
-        self._threads = _Threads(function, limits.concurrency)
+        self._threads = _Threads(function, options.concurrency)
         self._hung_tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -86,10 +78,10 @@ class RewardRunner:
                 if self._is_async:
                     value = await self._call_async(task, completion)
                 else:
-                    value = await self._threads.call(task, completion, self._limits.timeout_seconds)
+                    value = await self._threads.call(task, completion, self._options.timeout_seconds)
             except TimeoutError:
                 self._check_hung()
-                seconds = self._limits.timeout_seconds
+                seconds = self._options.timeout_seconds
                 return TrajectoryFailure(
                     f"reward {self._name} took longer than {seconds:g} s on {where}", retryable=True
                 )
@@ -113,7 +105,7 @@ class RewardRunner:
     async def _call_async(self, task: Task, completion: str) -> object:
         call = asyncio.create_task(_guarded(self._function, task, completion))
         try:
-            done, _ = await asyncio.wait([call], timeout=self._limits.timeout_seconds)
+            done, _ = await asyncio.wait([call], timeout=self._options.timeout_seconds)
         finally:
             if not call.done():
                 # It may ignore the cancellation: nobody waits for it.
@@ -125,10 +117,10 @@ class RewardRunner:
         return call.result()
 
     def _check_hung(self) -> None:
-        if self.num_hung > self._limits.max_hung:
+        if self.num_hung > self._options.max_hung:
             raise ExhaustedError(
                 f"{self.num_hung} calls of reward {self._name} still run after their timeout of "
-                f"{self._limits.timeout_seconds:g} s; make it return, or raise inference_server.reward_timeout_seconds"
+                f"{self._options.timeout_seconds:g} s; make it return, or raise inference_server.reward_timeout_seconds"
             )
 
 

@@ -14,11 +14,10 @@ from typing import Final
 
 from leeway.errors import DeadlineError, ExhaustedError, UnavailableError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import cancel_and_wait
+from leeway.rpc import Backoff, cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import Drain, PolicyVersion, Ticket
 
-_RETRY_SECONDS: Final = 1.0
 _MAX_CALLS: Final = 2
 
 log = logging.getLogger(__name__)
@@ -49,6 +48,7 @@ class TicketCalls:
         self._metrics = metrics
         self._on_answer = on_answer
         self._calls: dict[asyncio.Task[list[Ticket]], PolicyVersion] = {}
+        self._backoff = Backoff()
         self._drain: Drain | None = None  # set while this server gets no work
         self.finished = False  # whether the run is
 
@@ -87,8 +87,9 @@ class TicketCalls:
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
             log.warning("no tickets: %s; asking again", error.message)
             told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
-            await asyncio.sleep(told_seconds or _RETRY_SECONDS)
+            await self._backoff.pause(told_seconds)
             return []
+        self._backoff.reset()
         if work.finished and not self.finished:
             log.info("run %s has finished", self._client.run)
             self.finished = True

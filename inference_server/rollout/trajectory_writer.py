@@ -21,16 +21,15 @@ from typing import Final
 
 import grpc
 
-from inference_server.rollout.write_window import MAX_ITEM_BYTES, WriterLimits, WriteWindow, size_bytes_of
+from inference_server.rollout.write_window import MAX_ITEM_BYTES, WriteWindow, size_bytes_of
 from leeway import codec
+from leeway.config import WriterOptions
 from leeway.errors import ExhaustedError, InvalidDataError, LeewayError, UnavailableError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import cancel_and_wait, cancellation_kept, from_rpc_error
+from leeway.rpc import Backoff, cancel_and_wait, cancellation_kept, from_rpc_error
 from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 
-_FIRST_BACKOFF_SECONDS: Final = 0.1
-_LAST_BACKOFF_SECONDS: Final = 2.0
 log = logging.getLogger(__name__)
 
 _RAISED_CODES: Final = {
@@ -50,17 +49,17 @@ class TrajectoryWriter:
     Args:
         client: the replay buffer.
         server_id: who writes.
-        limits: window, batches, deadlines.
+        options: window, batches, deadlines.
         on_refused: takes the answer to each item that will not be accepted, however often it is sent.
     """
 
     def __init__(
-        self, client: ReplayClient, server_id: str, limits: WriterLimits, on_refused: Callable[[WriteResult], None]
+        self, client: ReplayClient, server_id: str, options: WriterOptions, on_refused: Callable[[WriteResult], None]
     ) -> None:
         self._client = client
         self._server_id = server_id
-        self._limits = limits
-        self._window = WriteWindow(limits, on_refused)
+        self._options = options
+        self._window = WriteWindow(options, on_refused)
         self._answered = asyncio.Event()  # something left the window, or the writer gave up
         self._send_not_before = 0.0
         self._waiting_since = 0.0  # last answer, or first item after the window was empty
@@ -111,7 +110,7 @@ class TrajectoryWriter:
             LeewayError: the buffer refuses the stream itself.
         """
         loop = asyncio.get_running_loop()
-        backoff_seconds = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff()
         try:
             while True:
                 await self._window.sendable.wait()
@@ -125,15 +124,14 @@ class TrajectoryWriter:
                     continue
                 self._window.take_back()
                 if self._waiting_since > waiting_since:
-                    backoff_seconds = _FIRST_BACKOFF_SECONDS
-                elif loop.time() - self._waiting_since > self._limits.patience_seconds:
+                    backoff.reset()
+                elif loop.time() - self._waiting_since > self._options.patience_seconds:
                     raise UnavailableError(
                         f"the replay buffer at {self._client.address} answered no write for "
-                        f"{self._limits.patience_seconds:g} s ({problem}); is it running?"
+                        f"{self._options.patience_seconds:g} s ({problem}); is it running?"
                     )
                 log.warning("the stream to the replay buffer at %s broke: %s", self._client.address, problem)
-                await asyncio.sleep(backoff_seconds)
-                backoff_seconds = min(2 * backoff_seconds, _LAST_BACKOFF_SECONDS)
+                await backoff.pause()
         except LeewayError as error:
             self._error = error
             self._answered.set()
@@ -152,11 +150,11 @@ class TrajectoryWriter:
         sender = asyncio.create_task(self._send(call), name="trajectory writer")
         try:
             with cancellation_kept():
-                async with asyncio.timeout(self._limits.answer_timeout_seconds) as self._stall:
+                async with asyncio.timeout(self._options.answer_timeout_seconds) as self._stall:
                     await self._receive(call)
             return "the buffer closed it"
         except TimeoutError:
-            return f"no answer within {self._limits.answer_timeout_seconds:g} s"
+            return f"no answer within {self._options.answer_timeout_seconds:g} s"
         except grpc.aio.AioRpcError as error:
             if error.code() in _RAISED_CODES:
                 raise from_rpc_error(error, f"WriteTrajectories at {self._client.address}") from error
@@ -184,7 +182,7 @@ class TrajectoryWriter:
             if self._send_not_before > loop.time():
                 await asyncio.sleep(self._send_not_before - loop.time())
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._limits.flush_seconds):
+                async with asyncio.timeout(self._options.flush_seconds):
                     await self._window.batch_full.wait()
             if not self._window.sendable.is_set():
                 continue
@@ -197,7 +195,7 @@ class TrajectoryWriter:
 
     def _told_to_wait(self, retry_seconds: float | None) -> float:
         """How long to leave a buffer alone that has no room."""
-        wait_seconds = retry_seconds or self._limits.exhausted_wait_seconds
+        wait_seconds = retry_seconds or self._options.exhausted_wait_seconds
         log.warning("the replay buffer at %s has no room; writing again in %g s", self._client.address, wait_seconds)
         return wait_seconds
 
@@ -206,7 +204,7 @@ class TrajectoryWriter:
         now = asyncio.get_running_loop().time()
         self._waiting_since = now
         if self._stall is not None and not self._stall.expired():
-            due = max(now, self._send_not_before) + self._limits.answer_timeout_seconds
+            due = max(now, self._send_not_before) + self._options.answer_timeout_seconds
             self._stall.reschedule(due if self.num_unacknowledged else None)
 
 

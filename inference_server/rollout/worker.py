@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 from inference_server.engine import Engine
 from inference_server.rollout.open_tickets import Loan, Loans, Member, open_loan
@@ -34,8 +33,8 @@ from inference_server.rollout.text import Tokenizer
 from inference_server.rollout.ticket_calls import TicketCalls
 from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
 from inference_server.rollout.trajectory_writer import TrajectoryWriter
-from inference_server.rollout.write_window import WriterLimits
 from inference_server.served_policy import ServedPolicy
+from leeway.config import WorkerOptions, WriterOptions
 from leeway.errors import LeewayError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
@@ -53,25 +52,6 @@ from leeway.types import (
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLimits:
-    """Bounds of the worker.
-
-    Args:
-        prefetch: members taken beyond what the engine decodes at once, so that it never idles.
-        ticket_wait_seconds: longest wait of one call for tickets.
-        trajectory_timeout_seconds: longest generation, queueing included.
-        drain_seconds: longest wait for the last acknowledgements before the end.
-        routing_rows: tokens whose routing is held back to be packed together; 0 writes plain ids as they come.
-    """
-
-    prefetch: int = 16
-    ticket_wait_seconds: float = 2.0
-    trajectory_timeout_seconds: float = 1800.0
-    drain_seconds: float = 4.0
-    routing_rows: int = 8192
-
-
 class RolloutWorker:
     """Feeds one run from one engine; see the module's docstring.
 
@@ -83,8 +63,8 @@ class RolloutWorker:
         tasks: must be those the run was opened with.
         tokenizer: encodes prompts, decodes completions.
         reward: scores completions.
-        limits: bounds of the worker itself.
-        writer_limits: bounds of the stream to the buffer.
+        options: bounds of the worker itself.
+        writer_options: bounds of the stream to the buffer.
         metrics: shows what happens.
     """
 
@@ -98,8 +78,8 @@ class RolloutWorker:
         tasks: TaskSet,
         tokenizer: Tokenizer,
         reward: RewardRunner,
-        limits: WorkerLimits,
-        writer_limits: WriterLimits,
+        options: WorkerOptions,
+        writer_options: WriterOptions,
         metrics: InferenceServerMetrics,
     ) -> None:
         self._engine = engine
@@ -109,18 +89,18 @@ class RolloutWorker:
         self._server_id = server_id
         self._tasks = tasks
         self._tokenizer = tokenizer
-        self._limits = limits
+        self._options = options
         self._metrics = metrics
-        self._writer = TrajectoryWriter(client, server_id, writer_limits, self._on_refused)
+        self._writer = TrajectoryWriter(client, server_id, writer_options, self._on_refused)
         self._rollouts = Rollouts(
-            engine, policy, self._writer, tokenizer, reward, limits.trajectory_timeout_seconds, metrics
+            engine, policy, self._writer, tokenizer, reward, options.trajectory_timeout_seconds, metrics
         )
         self._joining = Joining(client, server_id, self._info, policy, tasks.digest)
         self._loans = Loans()
-        self._refusals = Refusals(capacity=2 * writer_limits.max_items)
+        self._refusals = Refusals(capacity=2 * writer_options.window_items)
         self._members: asyncio.TaskGroup | None = None
         self._turn = asyncio.Event()  # something happened that the main loop looks at
-        self._calls = TicketCalls(client, server_id, limits.ticket_wait_seconds, metrics, self._turn.set)
+        self._calls = TicketCalls(client, server_id, options.ticket_wait_seconds, metrics, self._turn.set)
         self._fatal = False
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -171,7 +151,7 @@ class RolloutWorker:
     def _ask(self, members_per_group: int) -> None:
         """Ask for what fits beside what is open."""
         # The engine is asked each time: it may take on less when its memory is short.
-        capacity = max(self._engine.info().max_concurrency + self._limits.prefetch, members_per_group)
+        capacity = max(self._engine.info().max_concurrency + self._options.prefetch, members_per_group)
         free = capacity - len(self._loans)
         if self._policy.version is not None and free >= members_per_group:
             self._calls.ask(self._policy.version, free)
@@ -191,7 +171,7 @@ class RolloutWorker:
         """Begin to work on a ticket."""
         loan = open_loan(ticket, self._tasks, self._tokenizer)
         for member in ticket.members:
-            recorder = TrajectoryRecorder(ticket, member, loan.prompt, self._info.engine, self._limits.routing_rows)
+            recorder = TrajectoryRecorder(ticket, member, loan.prompt, self._info.engine, self._options.routing_rows)
             loan.members[member.trajectory_id] = entry = Member(recorder)
             entry.task = members.create_task(self._roll_out(loan, recorder))
         self._loans.add(loan)
@@ -268,7 +248,7 @@ class RolloutWorker:
             if not self._calls.finished
         ]
         try:
-            async with asyncio.timeout(self._limits.drain_seconds):
+            async with asyncio.timeout(self._options.drain_seconds):
                 if items:
                     await self._writer.write(items)
                 await self._writer.drain()
@@ -278,5 +258,5 @@ class RolloutWorker:
             log.warning(
                 "the run is left without a word (%s); %d writes were not acknowledged; "
                 "what it holds is lent again when the leases end",
-                *(str(error) or f"no answer within {self._limits.drain_seconds:g} s", self._writer.num_unacknowledged),
+                *(str(error) or f"no answer within {self._options.drain_seconds:g} s", self._writer.num_unacknowledged),
             )

@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from leeway.config import WriterOptions
 from leeway.errors import InvalidDataError
 from leeway.rpc import MAX_MESSAGE_BYTES
 from leeway.types import WriteItem, WriteResult, WriteStatus
@@ -23,41 +23,16 @@ _OVERHEAD_BYTES: Final = 256
 MAX_ITEM_BYTES: Final = MAX_MESSAGE_BYTES - (1 << 16)
 
 
-@dataclass(frozen=True, slots=True)
-class WriterLimits:
-    """Bounds of the writer.
-
-    Args:
-        max_items: writes without an answer; `write` waits beyond it.
-        max_bytes: their bytes.
-        batch_bytes: a message is sent as soon as it has this much.
-        batch_items: or this many items.
-        flush_seconds: or this long after its first item.
-        answer_timeout_seconds: without an answer for so long the stream counts as broken.
-        patience_seconds: without any answer for so long, over all streams, the writer gives up.
-        exhausted_wait_seconds: how long to wait when the buffer has no room and does not say for how long.
-    """
-
-    max_items: int = 4096
-    max_bytes: int = 64 << 20
-    batch_bytes: int = 1 << 20
-    batch_items: int = 256
-    flush_seconds: float = 0.005
-    answer_timeout_seconds: float = 60.0
-    patience_seconds: float = 600.0
-    exhausted_wait_seconds: float = 2.0
-
-
 class WriteWindow:
     """See the module's docstring.
 
     Args:
-        limits: its bounds, and those of a batch.
+        options: its bounds, and those of a batch.
         on_refused: takes the answer to each item that will not be accepted, however often it is sent.
     """
 
-    def __init__(self, limits: WriterLimits, on_refused: Callable[[WriteResult], None]) -> None:
-        self._limits = limits
+    def __init__(self, options: WriterOptions, on_refused: Callable[[WriteResult], None]) -> None:
+        self._options = options
         self._on_refused = on_refused
         self._unsent: deque[WriteItem] = deque()
         self._in_flight: deque[WriteItem] = deque()
@@ -83,9 +58,9 @@ class WriteWindow:
         """The next unsent items, at most one message of them; they are in flight from now on."""
         batch: list[WriteItem] = []
         batch_bytes = 0
-        while self._unsent and len(batch) < self._limits.batch_items:
+        while self._unsent and len(batch) < self._options.batch_items:
             size_bytes = size_bytes_of(self._unsent[0])
-            if batch and batch_bytes + size_bytes > self._limits.batch_bytes:
+            if batch and batch_bytes + size_bytes > self._options.batch_bytes:
                 break
             batch.append(self._unsent.popleft())
             batch_bytes += size_bytes
@@ -160,14 +135,14 @@ class WriteWindow:
     @property
     def is_full(self) -> bool:
         """Whether the next item has to wait."""
-        return len(self) > 0 and (len(self) >= self._limits.max_items or self._bytes >= self._limits.max_bytes)
+        return len(self) > 0 and (len(self) >= self._options.window_items or self._bytes >= self._options.window_bytes)
 
     def _show_unsent(self) -> None:
-        limits = self._limits
+        options = self._options
         _set(self.sendable, bool(self._unsent) and not self._again)
         _set(
             self.batch_full,
-            len(self._unsent) >= limits.batch_items or self._unsent_bytes >= limits.batch_bytes,
+            len(self._unsent) >= options.batch_items or self._unsent_bytes >= options.batch_bytes,
         )
 
 

@@ -16,14 +16,13 @@ from collections.abc import AsyncGenerator, Sequence
 from inference_server.weights.host_memory import HostMemory
 from inference_server.weights.transport import Announcement, Part
 from leeway import codec
-from leeway.errors import InvalidDataError, LeewayError, PreconditionError, UnavailableError
+from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
 from leeway.rpc import mapped_errors
 from leeway.types import PolicyVersion, WeightRequest
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights.broadcast.library import Group, Library
-from leeway.weights.broadcast.making import make_library
+from leeway.weights.broadcast import LIBRARY, BroadcastGroup
 
-__all__ = ["CollectiveWeights", "make_library"]
+__all__ = ["LIBRARY", "CollectiveWeights"]
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,6 @@ class CollectiveWeights:
         stub: the learner's PolicyService.
         address: of that service; groups meet at the announced port of its host.
         server_id: this server's name in the run.
-        library: what broadcasts; closed with this.
         timeout_seconds: longest wait for a seat.
     """
 
@@ -46,35 +44,19 @@ class CollectiveWeights:
         stub: policy_pb2_grpc.PolicyServiceAsyncStub,
         address: str,
         server_id: str,
-        library: Library,
         timeout_seconds: float = 60.0,
     ) -> None:
         self._stub = stub
         self._address = address
         self._host = address.rpartition(":")[0]
         self._server_id = server_id
-        self._library = library
         self._timeout_seconds = timeout_seconds
-        self._group: tuple[int, Group] | None = None  # with its number
+        self._group: tuple[int, BroadcastGroup] | None = None  # with its number
         self._spoilt: PolicyVersion | None = None
         self._memory = HostMemory()
 
-    async def prepare(self) -> str:
-        """What the learner must have, too, so that this server takes part; empty when it cannot."""
-        try:
-            await asyncio.to_thread(self._library.prepare)
-        except LeewayError as error:
-            log.warning("%s takes no part in broadcasts and fetches over gRPC: %s", self._server_id, error.message)
-            return ""
-        return self._library.name
-
     def reaches(self, announcement: Announcement) -> bool:
-        if announcement.broadcast_port == 0 or announcement.version == self._spoilt:
-            return False
-        if not self._library.usable:
-            self._group = None  # it went with what carried it
-            return False
-        return True
+        return announcement.broadcast_port != 0 and announcement.version != self._spoilt
 
     async def fetch(
         self, announcement: Announcement, request: WeightRequest, sizes: Sequence[int]
@@ -87,7 +69,7 @@ class CollectiveWeights:
             address = (self._host, announcement.broadcast_port)
             patience_seconds = codec.seconds_from_proto(seat.patience)
             group = await asyncio.to_thread(
-                self._library.join, address, seat.group, seat.rank, seat.world_size, patience_seconds
+                BroadcastGroup, address, seat.group, seat.rank, seat.world_size, patience_seconds
             )
         memory = self._memory.take(sum(sizes))
         first = at = 0
@@ -131,4 +113,3 @@ class CollectiveWeights:
 
     def close(self) -> None:
         self._group = None
-        self._library.close()

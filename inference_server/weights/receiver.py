@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import grpc
 
@@ -34,17 +34,12 @@ from leeway.errors import (
     NotFoundError,
     UnavailableError,
 )
-from leeway.rpc import Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
+from leeway.rpc import Backoff, Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights.transports import BroadcastLibrary
 
-if TYPE_CHECKING:
-    from inference_server.weights.collective import CollectiveWeights
-
-_FIRST_BACKOFF_SECONDS: Final = 0.1
-_LAST_BACKOFF_SECONDS: Final = 2.0
+_ANNOUNCE_AGAIN_SECONDS: Final = 2.0
 _FATAL_CODES: Final = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -69,7 +64,7 @@ class WeightReceiver:
         address: the learner's PolicyService.
         security: the run's certificates.
         allow_local: whether weights may come over ZeroMQ on the same host.
-        broadcasts: with what to take part in the learner's broadcasts; None to take no part.
+        broadcasts: whether to take part in the learner's broadcasts; needs torch.
         take_deltas: whether to hold the newest weights on the host and fetch only what changed.
         fetch_timeout_seconds: longest fetch of one version.
         metrics: shows pushes and pauses.
@@ -85,7 +80,7 @@ class WeightReceiver:
         address: str,
         security: Security,
         allow_local: bool,
-        broadcasts: BroadcastLibrary | None = None,
+        broadcasts: bool = False,
         take_deltas: bool = True,
         fetch_timeout_seconds: float,
         metrics: InferenceServerMetrics,
@@ -98,16 +93,15 @@ class WeightReceiver:
         transports: list[WeightTransport] = [StreamedWeights(self._stub, address, fetch_timeout_seconds)]
         if allow_local:
             transports.insert(0, IpcWeights())
-        self._collective: CollectiveWeights | None = None
-        if broadcasts is not None:
-            from inference_server.weights.collective import CollectiveWeights, make_library  # may import torch
-
-            self._collective = CollectiveWeights(self._stub, address, server_id, make_library(broadcasts))
-            transports.insert(0, self._collective)
-        self._fetcher = WeightFetcher(transports, take_deltas=take_deltas, metrics=metrics)
         self._hello = policy_pb2.PolicyWatcher(
             run=run, server_id=server_id, signature=codec.signature_to_proto(signature)
         )
+        if broadcasts:
+            from inference_server.weights import collective  # imports torch
+
+            transports.insert(0, collective.CollectiveWeights(self._stub, address, server_id))
+            self._hello.broadcast_library = collective.LIBRARY
+        self._fetcher = WeightFetcher(transports, take_deltas=take_deltas, metrics=metrics)
         self._call: _Call | None = None
         self._answering = asyncio.Lock()
         self._newest: tuple[Announcement, float] | None = None  # with the time it came
@@ -121,8 +115,6 @@ class WeightReceiver:
             PreconditionError: run, model or tokenizer differ from the learner's.
         """
         try:
-            if self._collective is not None:
-                self._hello.broadcast_library = await self._collective.prepare()
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._watch_forever(), name="weight watcher")
                 group.create_task(self._apply_forever(), name="weight applier")
@@ -133,15 +125,14 @@ class WeightReceiver:
     # Watching
 
     async def _watch_forever(self) -> None:
-        backoff_seconds = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff()
         while True:
             before = self._newest
             problem = await self._watch_until_broken()
             if self._newest is not before:
-                backoff_seconds = _FIRST_BACKOFF_SECONDS
+                backoff.reset()
             log.info("the policy stream from %s ended (%s); opening it again", self._address, problem)
-            await asyncio.sleep(backoff_seconds)
-            backoff_seconds = min(2 * backoff_seconds, _LAST_BACKOFF_SECONDS)
+            await backoff.pause()
 
     async def _watch_until_broken(self) -> str:
         """Take announcements until the stream ends; say why it did.
@@ -262,7 +253,7 @@ class WeightReceiver:
     async def _announce_again(self) -> None:
         """Come back to the newest announcement in a moment, or at once when there is a newer one."""
         try:
-            async with asyncio.timeout(_LAST_BACKOFF_SECONDS):
+            async with asyncio.timeout(_ANNOUNCE_AGAIN_SECONDS):
                 await self._announced.wait()
         except TimeoutError:
             self._announced.set()

@@ -6,12 +6,11 @@ Shape legend: G members of a group.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-Baseline = Literal["group-mean", "leave-one-out"]
+from leeway.config.learner import Baseline
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation, so that nearly equal rewards do not explode; the value that verl uses."""

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from leeway.config.learner import OverlongRule
 from leeway.types import FinishReason, Trajectory
-
-OverlongRule = Literal["keep", "mask", "drop"]
 
 
 @dataclass(frozen=True, slots=True)

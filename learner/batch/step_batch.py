@@ -22,9 +22,9 @@ from learner.errors import UnusableGroupError
 from learner.lineage import trajectory_staleness
 from learner.losses.aggregation import sequence_weights
 from learner.records.checkpoint import Branch
-from learner.training.options import TrainingOptions
 from learner.training.statistics import group_statistics
 from learner.training.world import World, gather_arrays
+from leeway.config import TrainingOptions
 from leeway.types import Trajectory, TrajectoryGroup
 
 

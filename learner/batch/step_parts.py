@@ -20,9 +20,9 @@ from learner.batch.packing import MicroBatch
 from learner.batch.step_batch import StepBatch
 from learner.policy.model import PolicyModel
 from learner.training.older_policies import OlderPolicy
-from learner.training.options import TrainingOptions
 from learner.training.policy_loss import OlderLogprobs
 from learner.training.world import World
+from leeway.config import TrainingOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from learner.fleet.mismatch import MismatchWindow, Standing, samples_of
-from learner.fleet.options import FleetOptions
 from learner.records.checkpoint import Branch
+from leeway.config import FleetOptions
 from leeway.errors import DeadlineError, ExhaustedError, LeewayError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.service.metrics import LearnerMetrics
@@ -168,7 +168,7 @@ def verdicts(
 def _slow(servers: Sequence[ServerStatus], options: FleetOptions) -> list[Verdict]:
     if options.slow_ratio is None:
         return []
-    timed = [server for server in servers if server.present and server.timed_loans >= options.min_loans]
+    timed = [server for server in servers if server.present and server.timed_loans >= options.min_groups]
     found: list[Verdict] = []
     for server in timed:
         others = [other.median_loan_seconds for other in timed if other is not server]

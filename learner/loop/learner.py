@@ -30,9 +30,8 @@ from learner.loop.context import Parts
 from learner.loop.evaluations import Evaluations
 from learner.loop.reports import Reports, Trained
 from learner.loop.stop_deadline import Answers
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, Checkpoint
-from leeway.config import EvaluationOptions
+from leeway.config import EvaluationOptions, LearnerOptions
 from leeway.errors import DeadlineError
 from leeway.rpc import cancel_and_wait
 from leeway.service.process import unless_stopped

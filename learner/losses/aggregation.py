@@ -8,14 +8,11 @@ Shape legend: N sequences of a step.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
+from leeway.config.losses import Aggregation
 from leeway.errors import ConfigError
-
-Aggregation = Literal["seq-mean-token-sum", "token-mean", "seq-mean-token-mean", "fixed-horizon"]
 
 
 def sequence_weights(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 
-from learner.losses import LossParameters
 from learner.losses.form import (
     TokenTerms,
     TokenValues,
@@ -21,6 +20,7 @@ from learner.losses.form import (
     outside_clip_interval,
     proximal_ratio,
 )
+from leeway.config.algorithms import LossParameters
 from leeway.errors import PreconditionError
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.losses import DivergenceName
 from learner.losses.form import TokenValues
+from leeway.config.algorithms import DivergenceName
 from leeway.errors import PreconditionError
 
 

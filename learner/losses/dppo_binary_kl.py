@@ -8,9 +8,9 @@ Example: mu = .99, pi = .8, A = -1: D = .181 > .05, masked; mu = 1e-4, pi = .01,
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.divergences import binary_kl
 from learner.losses.form import TokenTerms, TokenValues, outside_trust_region, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

@@ -8,9 +8,9 @@ Example: mu = 1e-4, pi = .01, A = 1: r = 100 but D = .0099, kept, w = 5; mu = .5
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.divergences import binary_tv
 from learner.losses.form import TokenTerms, TokenValues, outside_trust_region, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

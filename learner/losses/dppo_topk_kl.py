@@ -8,9 +8,9 @@ kept; sampled token 2: D = .108 > .05, masked.
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.divergences import topk_kl
 from learner.losses.form import TokenTerms, TokenValues, outside_trust_region, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

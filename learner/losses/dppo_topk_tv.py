@@ -10,9 +10,9 @@ Example: K = 2, mu = [.5, .25, .12, .08, .04, .01], pi = [.4, .25, .05, .1, .1, 
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.divergences import topk_tv
 from learner.losses.form import TokenTerms, TokenValues, outside_trust_region, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

@@ -14,8 +14,8 @@ import math
 
 import torch
 
-from learner.losses import LossParameters
 from learner.losses.form import TokenTerms, TokenValues, delta_high, delta_low
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

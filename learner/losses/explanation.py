@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
-from learner.losses import LossParameters
 from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import BatchStatistics, merge_statistics
 from learner.losses.divergences import binary_kl, binary_tv
@@ -32,8 +31,8 @@ from learner.losses.form import (
     token_losses,
     token_values,
 )
-from learner.losses.options import LossOptions
-from leeway.config import Options
+from leeway.config import LossOptions, Options
+from leeway.config.algorithms import LossParameters
 from leeway.errors import InvalidDataError
 
 LOGPROB_ROUNDING = 1e-4

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from learner.losses import NO_PENALTIES, Algorithm, LossParameters, Penalties
 from learner.losses.batch_statistics import BatchStatistics
 from learner.losses.penalties import penalty_losses
 from learner.losses.staleness_thresholds import staleness_delta
+from leeway.config.algorithms import NO_PENALTIES, Algorithm, LossParameters, Penalties
 from leeway.errors import PreconditionError
 
 

@@ -8,8 +8,8 @@ Example: r = [.4, .5, 1.5, 5, 5.1]: w = [0, .5, 1.5, 5, 0].
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.form import TokenTerms, TokenValues, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from learner.losses import LossParameters
 from learner.losses.form import TokenTerms, TokenValues, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

@@ -7,8 +7,8 @@ Example: mu = .75, pi = .25, A = -1: mu - pi = .5, masked; A = 1: kept, w = 1/3.
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.form import TokenTerms, TokenValues, delta_low, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

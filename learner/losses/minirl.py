@@ -9,8 +9,8 @@ Example: mu = .1, pi_old = .4, pi = .5, A = 1: r' = 1.25 < 1.28, kept, w = 5 (3 
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.form import TokenTerms, TokenValues, outside_clip_interval, proximal_ratio, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.losses import KlEstimator, Penalties
+from leeway.config.algorithms import KlEstimator, Penalties
 from leeway.errors import PreconditionError
 
 

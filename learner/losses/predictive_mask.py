@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from learner.losses import LossParameters
 from learner.losses.divergences import divergence, topk_buckets
 from learner.losses.form import TokenTerms, TokenValues, delta_high, delta_low, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

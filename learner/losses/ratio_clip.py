@@ -9,8 +9,8 @@ Example: delta_low = .2, delta_high = .28: mu = .3, pi = .22, A = -.5: r = .733 
 
 from __future__ import annotations
 
-from learner.losses import LossParameters
 from learner.losses.form import TokenTerms, TokenValues, outside_clip_interval, truncated_terms
+from leeway.config.algorithms import LossParameters
 
 
 def decide(values: TokenValues, parameters: LossParameters) -> TokenTerms:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from learner.losses import LossParameters
+from leeway.config.algorithms import LossParameters
 
 
 def staleness_delta(delta: float, staleness: Tensor | None, parameters: LossParameters) -> float | Tensor:

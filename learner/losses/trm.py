@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from learner.losses import LossParameters
 from learner.losses.batch_statistics import BatchStatistics
 from learner.losses.divergences import divergence
 from learner.losses.form import TokenTerms, TokenValues, delta_high, delta_low, truncated_terms
+from leeway.config.algorithms import LossParameters
 from leeway.errors import PreconditionError
 
 

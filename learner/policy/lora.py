@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from learner.training.options import LoraOptions
 from learner.training.world import whole
+from leeway.config import LoraOptions
 from leeway.errors import ConfigError
 
 _ADAPTER = "default"

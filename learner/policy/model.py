@@ -27,7 +27,7 @@ from learner.policy.head.output import HeadAnswer, HeadImplementation, OutputHea
 from learner.policy.load_balancing import RouterLogits, load_balancing_losses
 from learner.policy.lora import add_adapters, is_adapter, merged_weights
 from learner.policy.r3 import RoutingReplay
-from learner.training.options import LoraOptions
+from leeway.config import LoraOptions
 from leeway.errors import ConfigError
 
 

@@ -22,9 +22,9 @@ from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any, Final
 
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch
 from learner.records.journal import read_journal
+from leeway.config import LearnerOptions
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.service.durable import replace_file
 from leeway.types import ModelSignature, PolicyVersion, SegmentKind, Trajectory, TrajectoryGroup, WeightManifest

@@ -20,12 +20,19 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from learner.factory import join_world, make_ranked_trainer, make_trainer
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Branch, CheckpointStore
 from learner.records.receipts import Receipts, deciding_options, read_receipts
 from learner.records.replay import ExportStep, find_start, read_groups, replay
 from learner.trainer import Trainer
-from leeway.config import ModelOptions, NetworkOptions, RunOptions, SamplingOptions, load_document, section
+from leeway.config import (
+    LearnerOptions,
+    ModelOptions,
+    NetworkOptions,
+    RunOptions,
+    SamplingOptions,
+    load_document,
+    section,
+)
 from leeway.errors import ConfigError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security

@@ -30,10 +30,10 @@ from learner.losses.form import TokenBatch, token_values
 from learner.policy.head import TokenScores
 from learner.policy.model import PolicyModel
 from learner.training.optimizer import Optimizer
-from learner.training.options import TrainingOptions
 from learner.training.policy_loss import PolicyLoss
 from learner.training.scored_tokens import ScoredTokens
 from learner.training.world import World, local_part
+from leeway.config import TrainingOptions
 from leeway.errors import PreconditionError
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from learner.training.options import TrainingOptions
 from learner.training.schedule import scheduled_learning_rate
 from learner.training.world import whole
+from leeway.config import TrainingOptions
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from learner.batch.packing import MicroBatch
-from learner.losses import LossParameters
 from learner.losses.batch_statistics import (
     BatchStatistics,
     Reduce,
@@ -35,7 +34,8 @@ from learner.losses.form import (
 )
 from learner.policy.head import TokenScores
 from learner.training.mismatch import RunningMismatch
-from learner.training.options import TrainingOptions
+from leeway.config import TrainingOptions
+from leeway.config.algorithms import LossParameters
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
-Schedule = Literal["constant", "linear", "cosine"]
+from leeway.config.learner import Schedule
 
 
 def scheduled_learning_rate(

@@ -18,7 +18,6 @@ import torch
 from learner.batch.checks import check_candidates, check_group, check_trajectory
 from learner.batch.step_batch import step_batch
 from learner.batch.step_parts import Partition
-from learner.losses.options import check_recorded_topk
 from learner.policy.model import PolicyModel
 from learner.policy.r3 import check_routing
 from learner.records.checkpoint import Branch
@@ -28,12 +27,11 @@ from learner.training.gradient import StepGradient
 from learner.training.mismatch import RunningMismatch
 from learner.training.older_policies import OlderPolicy
 from learner.training.optimizer import Optimizer
-from learner.training.options import TrainingOptions
 from learner.training.policy_loss import PolicyLoss
 from learner.training.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
 from learner.training.state import TrainerScalars
 from learner.training.world import TorchWorld, World
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, check_recorded_topk
 from leeway.errors import ConfigError, PreconditionError
 from leeway.huggingface import (
     load_model,

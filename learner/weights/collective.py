@@ -1,7 +1,7 @@
 """Weight bytes to all servers at once: broadcasts over torch.distributed.
 
     JoinBroadcast of each server ──> round of the parts it asks for ── all expected came, or the wait is over ──>
-         seats (ranks) for those who came ──> group: the last one if its members are the same, else a new one ──> pieces
+         seats (ranks) for those who came ──> group: the last one if its peers are the same, else a new one ──> pieces
 
 A round is for one version and one base: servers that need the tensors and servers that need deltas are in different
 ones. Rounds go one after the other; who comes while one is on its way is in the next. A newer publication ends rounds
@@ -26,11 +26,7 @@ from leeway.errors import LeewayError, NotFoundError, PreconditionError, Unavail
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import WeightRequest
-from leeway.weights.broadcast.library import Group, Library
-from leeway.weights.broadcast.making import make_library
-from leeway.weights.broadcast.rendezvous import Rendezvous
-
-__all__ = ["CollectiveWeights", "Library", "make_library"]
+from leeway.weights.broadcast import LIBRARY, BroadcastGroup, Rendezvous
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +35,8 @@ _NO_MORE: Final = "this learner broadcasts no more; fetch the weights"
 
 
 @dataclass(slots=True)
-class _Member:
-    """A server that has asked."""
+class _BroadcastPeer:
+    """A server that has asked for a seat."""
 
     group: int  # that it is still part of
     seat: asyncio.Future[Seat]
@@ -52,7 +48,7 @@ class _Round:
 
     request: WeightRequest
     parts: Sequence[Part]
-    members: dict[str, _Member] = field(default_factory=dict[str, _Member])
+    peers: dict[str, _BroadcastPeer] = field(default_factory=dict[str, _BroadcastPeer])
 
 
 class CollectiveWeights:
@@ -61,8 +57,7 @@ class CollectiveWeights:
     Args:
         host: address of this learner that servers reach; groups meet at a port of it.
         metrics: shows bytes sent and broadcasts that failed.
-        library: what broadcasts; prepared, and closed with this.
-        patience_seconds: longest silence of a member before a broadcast is given up.
+        patience_seconds: longest silence of a peer before a broadcast is given up.
         gather_seconds: longest wait for the expected servers after the first has asked.
 
     Raises:
@@ -73,7 +68,6 @@ class CollectiveWeights:
         self,
         host: str,
         metrics: LearnerMetrics,
-        library: Library,
         *,
         patience_seconds: float = 10.0,
         gather_seconds: float = _GATHER_SECONDS,
@@ -81,8 +75,7 @@ class CollectiveWeights:
         self._metrics = metrics
         self._patience_seconds = patience_seconds
         self._gather_seconds = gather_seconds
-        self._library = library
-        self.library = library.name
+        self.library = LIBRARY
         self._rendezvous = Rendezvous(host)
         self.port = self._rendezvous.address[1]
         self._publication: Publication | None = None
@@ -90,7 +83,7 @@ class CollectiveWeights:
         self._asked: set[str] = set()  # for something of the newest publication
         self._rounds: list[_Round] = []  # that have not begun
         self._changed = asyncio.Event()
-        self._group: tuple[int, Group] | None = None  # with its number
+        self._group: tuple[int, BroadcastGroup] | None = None  # with its number
         self._closing = False
         self._task = asyncio.create_task(self._broadcast_forever(), name="broadcasts")
         self._task.add_done_callback(self._ended)
@@ -107,33 +100,29 @@ class CollectiveWeights:
     async def join(self, server_id: str, request: WeightRequest, group: int) -> Seat:
         if self._task.done():
             raise PreconditionError(_NO_MORE)
-        if not self._library.usable:
-            self._group = None  # it went with what carried it
-            raise PreconditionError("this learner cannot broadcast at the moment; fetch the weights")
         if self._publication is None:
             raise NotFoundError("nothing is published yet; wait for the first announcement")
         whole = replace(request, first_part=0, end_part=0)
         parts = self._publication.parts(whole)
-        member = _Member(group, asyncio.get_running_loop().create_future())
+        peer = _BroadcastPeer(group, asyncio.get_running_loop().create_future())
         joined = next((waiting for waiting in self._rounds if waiting.request == whole), None)
         if joined is None:
             joined = _Round(whole, parts)
             self._rounds.append(joined)
-        joined.members[server_id] = member
+        joined.peers[server_id] = peer
         self._asked.add(server_id)
         self._changed.set()
         try:
-            return await member.seat
+            return await peer.seat
         finally:
-            if joined.members.get(server_id) is member:
-                del joined.members[server_id]
+            if joined.peers.get(server_id) is peer:
+                del joined.peers[server_id]
 
     async def aclose(self) -> None:
         """Stop broadcasting; a piece on its way ends within its patience."""
         self._closing = True
         await cancel_and_wait(self._task)
         self._group = None
-        await asyncio.to_thread(self._library.close)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """However the task ended, nobody waits for it."""
@@ -143,9 +132,9 @@ class CollectiveWeights:
 
     def _refuse_waiting(self, error: LeewayError) -> None:
         for waiting in self._rounds:
-            for member in waiting.members.values():
-                if not member.seat.done():
-                    member.seat.set_exception(error)
+            for peer in waiting.peers.values():
+                if not peer.seat.done():
+                    peer.seat.set_exception(error)
         self._rounds.clear()
 
     async def _broadcast_forever(self) -> None:
@@ -169,39 +158,39 @@ class CollectiveWeights:
             await self._changed.wait()
 
     async def _broadcast(self, ready: _Round) -> None:
-        members = {name: member for name, member in sorted(ready.members.items()) if not member.seat.done()}
-        if not members:
+        peers = {name: peer for name, peer in sorted(ready.peers.items()) if not peer.seat.done()}
+        if not peers:
             return
-        same = self._group is not None and {self._group[0]} == {member.group for member in members.values()}
-        size = len(members) + 1
+        same = self._group is not None and {self._group[0]} == {peer.group for peer in peers.values()}
+        size = len(peers) + 1
         kept = self._group if self._group is not None and same and self._group[1].size == size else None
         number = kept[0] if kept else secrets.randbits(63)
         self._group = None
-        for rank, member in enumerate(members.values(), start=1):
-            member.seat.set_result(Seat(number, rank, size, self._patience_seconds))
+        for rank, peer in enumerate(peers.values(), start=1):
+            peer.seat.set_result(Seat(number, rank, size, self._patience_seconds))
         try:
             group, sent_bytes = await asyncio.to_thread(self._send, kept[1] if kept else None, number, size, ready)
         except LeewayError as error:
             log.warning(
                 "the broadcast of %s to %s fails (%s); they fetch it over gRPC",
                 ready.request.version,
-                ", ".join(members),
+                ", ".join(peers),
                 error.message,
             )
             self._metrics.failed_broadcasts.inc()
             return
         if kept is None:
-            log.info("a group of %d for broadcasts: the learner and %s", size, ", ".join(members))
+            log.info("a group of %d for broadcasts: the learner and %s", size, ", ".join(peers))
         self._group = number, group
         self._metrics.published_bytes.labels("collective", kind_of(ready.request)).inc(sent_bytes)
 
-    def _pieces(self, group: Group, parts: Sequence[Part]) -> Generator[int]:
+    def _pieces(self, group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
         """Send, and yield the size of each piece in bytes."""
         return group.send(parts)
 
-    def _send(self, group: Group | None, number: int, size: int, ready: _Round) -> tuple[Group, int]:
+    def _send(self, group: BroadcastGroup | None, number: int, size: int, ready: _Round) -> tuple[BroadcastGroup, int]:
         if group is None:
-            group = self._library.join(self._rendezvous.address, number, 0, size, self._patience_seconds)
+            group = BroadcastGroup(self._rendezvous.address, number, 0, size, self._patience_seconds)
         sent_bytes = 0
         try:
             with closing(self._pieces(group, ready.parts)) as pieces:

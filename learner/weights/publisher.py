@@ -224,7 +224,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         log.warning(
             "%s takes no part in broadcasts: it has %s, this learner %s",
             hello.server_id,
-            hello.broadcast_library or "no library for them; its log says why, or set the same network.weights there",
+            hello.broadcast_library or "no library for them; set the same network.weights there",
             self._broadcasts.library,
         )
         return False

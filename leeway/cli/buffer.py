@@ -12,7 +12,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import read_journal
 from learner.records.run_lock import held_run
@@ -20,7 +19,7 @@ from learner.records.summary import summarize, write_summary
 from leeway.cli import buffer_files
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import add_run_argument, has_finished, open_run_folder
-from leeway.config import section
+from leeway.config import LearnerOptions, section
 from leeway.errors import PreconditionError, UnavailableError
 from leeway.service.process import EXIT_OK
 from leeway.types import DeadLetter, PolicyVersion, RunStatus

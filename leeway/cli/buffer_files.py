@@ -17,10 +17,10 @@ from rich.table import Table
 from leeway import codec
 from leeway.cli.buffer_export import EXPORTED_STATES, FORMATS, OPTIONAL_COLUMNS, export_groups
 from leeway.cli.run_folder import is_run_folder, open_run_folder
+from leeway.config import read_options
 from leeway.errors import ConfigError
 from leeway.service.process import EXIT_FAILED, EXIT_OK
 from leeway.types import GroupState, Purpose
-from replay_buffer.options import read_options
 from replay_buffer.rules.groups import Group, Member, Progress
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed

@@ -5,19 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from inference_server.options import EngineName, InferenceServerOptions
-from learner.losses.options import check_recorded_topk
-from learner.options import LearnerOptions
 from leeway.config import (
+    ENGINES,
     Document,
     EvaluationOptions,
+    InferenceServerOptions,
+    LearnerOptions,
     MetricsOptions,
     ModelOptions,
     NetworkOptions,
     Options,
+    ReplayBufferOptions,
     RunOptions,
     SamplingOptions,
     TaskOptions,
+    check_recorded_topk,
+    read_options,
     section,
     write_document,
 )
@@ -25,8 +28,7 @@ from leeway.errors import ConfigError
 from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.tasks import load_tasks
-from leeway.weights.transports import broadcast_library
-from replay_buffer.options import ReplayBufferOptions, read_options
+from leeway.weights.transports import uses_broadcasts
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,27 +117,27 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"inference_server.engines: names {len(servers.engines)} engines, network.inference_servers "
             f"{len(network.inference_servers)} addresses; name one per server"
         )
-    engines: set[EngineName] = {servers.engine_of(index) for index in range(len(network.inference_servers))}
+    engines: set[str] = {servers.engine_of(index) for index in range(len(network.inference_servers))}
     engines = engines or {servers.engine}
     for engine in engines:
-        if (engine == "arithmetic") != (trainer == "arithmetic"):
+        if ENGINES[engine].rehearsal != (trainer == "arithmetic"):
             raise ConfigError(
                 f"inference_server.engine is {engine}, but learner.trainer is {trainer}; "
                 "a rehearsal needs arithmetic for both"
             )
-        python = servers.python(engine)
+        python = servers.python_of(engine)
         if python is not None and not python.is_file():
             raise ConfigError(f"inference_server.{engine}.python: there is no interpreter {python}")
     if trainer != "arithmetic":
         _check_model(configuration.model.directory)
         check_recorded_topk(configuration.learner.training, configuration.sampling)
-    slots = servers.prefetch + min(servers.max_concurrency(engine) for engine in engines)
+    slots = servers.worker.prefetch + min(servers.options_of(engine).max_concurrency for engine in engines)
     if not servers.backends and configuration.evaluation.members > slots:
         raise ConfigError(
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
             "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"
         )
-    broadcast_library(configuration.network)
+    uses_broadcasts(configuration.network)
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):

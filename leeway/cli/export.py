@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from leeway.cli.run_folder import add_run_argument, open_run_folder
-from leeway.config import ModelOptions, RunOptions, SamplingOptions, section
+from leeway.config import LearnerOptions, ModelOptions, RunOptions, SamplingOptions, section
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.process import EXIT_OK
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from learner.losses import ALGORITHMS
+from leeway.config.algorithms import ALGORITHMS
 from leeway.errors import ConfigError, InvalidDataError, NotFoundError
 from leeway.service.process import EXIT_OK
 

@@ -12,14 +12,13 @@ import asyncio
 import sys
 from typing import Any
 
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from learner.records.receipts import read_receipts
 from learner.records.replay import find_start
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.cli.torchrun import launcher
-from leeway.config import section
+from leeway.config import LearnerOptions, section
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 

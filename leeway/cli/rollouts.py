@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from inference_server.options import InferenceServerOptions
 from learner.records.policy_logprobs import read_policy_logprobs
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
-from leeway.config import Document, ModelOptions, section
+from leeway.config import Document, InferenceServerOptions, ModelOptions, section
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_OK
 from leeway.trajectory.assembly import assemble_trajectory

@@ -88,7 +88,7 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
         Service(
             f"server-{index}",
             ("inference_server", *arguments, "--index", str(index)),
-            str(options.python(options.engine_of(index)) or sys.executable),
+            str(options.python_of(options.engine_of(index)) or sys.executable),
         )
         for index in range(len(network.inference_servers))
     )

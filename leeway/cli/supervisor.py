@@ -25,14 +25,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from leeway.rpc import cancel_and_wait
+from leeway.rpc import Backoff, cancel_and_wait
 from leeway.service.process import EXIT_OK, EXIT_REFUSED
 
 OTHERS_STOP_SECONDS: Final = 2.0
 _KILLED_SECONDS: Final = 10.0
 """How long the end of a process that was killed is waited for."""
-_FIRST_BACKOFF_SECONDS: Final = 0.25
-_MAX_BACKOFF_SECONDS: Final = 8.0
+_FIRST_PAUSE_SECONDS: Final = 0.25
+_LONGEST_PAUSE_SECONDS: Final = 8.0
 _RESTART_WINDOW_SECONDS: Final = 120.0
 _MAX_RESTARTS: Final = 10
 """Restarts of one service within the window before the supervisor gives up."""
@@ -170,9 +170,10 @@ class Supervisor:
                     f"{name} died {len(child.restarts)} times within {_RESTART_WINDOW_SECONDS:.0f} s; "
                     f"its last line: {child.last_line or 'none'}"
                 )
-            backoff = min(_FIRST_BACKOFF_SECONDS * 2 ** (len(child.restarts) - 1), _MAX_BACKOFF_SECONDS)
-            self._on_event(f"{name} {_how_it_ended(code)}; starting it again in {backoff:g} s")
-            await asyncio.sleep(backoff)
+            backoff = Backoff(_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS, num_failures=len(child.restarts) - 1)
+            pause_seconds = backoff.next_seconds()
+            self._on_event(f"{name} {_how_it_ended(code)}; starting it again in {pause_seconds:g} s")
+            await asyncio.sleep(pause_seconds)
             if child.stopping:
                 return Outcome()
 

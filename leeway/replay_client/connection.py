@@ -9,14 +9,14 @@ from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
 from leeway.errors import ExhaustedError
-from leeway.rpc import Security, mapped_errors, open_channel
+from leeway.rpc import Backoff, Security, mapped_errors, open_channel
 from leeway.v1 import replay_pb2_grpc
 
 MARGIN_SECONDS: Final = 10.0
 """Added to a call's own wait, so that the server's answer wins over the client's deadline."""
 _FULL_PATIENCE_SECONDS: Final = 6 * 3600.0
 """How long the learner's calls wait for room."""
-_RETRY_SECONDS: Final = 2.0
+_PAUSE_SECONDS: Final = 2.0
 """Pause before a call is repeated that the buffer had no room for, unless it says how long."""
 
 T = TypeVar("T")
@@ -58,6 +58,6 @@ class Connection:
 
     async def leave_alone(self, error: ExhaustedError) -> None:
         """Wait as long as a buffer without room has asked for."""
-        pause_seconds = error.retry_seconds or _RETRY_SECONDS
+        pause_seconds = Backoff(_PAUSE_SECONDS).next_seconds(error.retry_seconds)
         log.warning("the replay buffer has no room (%s); calling again in %g s", error.message, pause_seconds)
         await asyncio.sleep(pause_seconds)

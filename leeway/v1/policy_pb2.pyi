@@ -74,8 +74,8 @@ class PolicyWatcher(_message.Message):
     server_id: _builtins.str
     """Name of the server, unique in the run."""
     broadcast_library: _builtins.str
-    """The library with which it can take part in broadcasts, with versions: "gloo/2.13.0", of torch, or
-    "nccl/2.28.9 torch/2.13.0"; empty when it cannot. Only who has the learner's own takes part.
+    """The library with which it takes part in broadcasts, with its version: "gloo/2.13.0", of torch; empty when it does
+    not. Only a server with the learner's own takes part.
     """
     @_builtins.property
     def signature(self) -> _common_pb2.ModelSignature:
@@ -219,7 +219,7 @@ Global___WatchPolicyResponse: _TypeAlias = WatchPolicyResponse  # noqa: Y015
 
 @_typing.final
 class WeightDelta(_message.Message):
-    """What changed between two versions: an opaque payload, see leeway/deltas.py for its form."""
+    """What changed between two versions: an opaque payload, see leeway/weights/deltas.py for its form."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -321,9 +321,8 @@ Global___JoinBroadcastRequest: _TypeAlias = JoinBroadcastRequest  # noqa: Y015
 
 @_typing.final
 class JoinBroadcastResponse(_message.Message):
-    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 8 MiB with
-    gloo, of 64 MiB with NCCL, the last one shorter; each piece is one broadcast of bytes. With NCCL one of a single byte
-    comes first, and before it every member writes under "device/RANK" in the store which GPU it has: no two may share one.
+    """A seat in a broadcast. The learner is rank 0. The parts' bytes, one after the other, are cut into pieces of 8 MiB, the
+    last one shorter; each piece is one broadcast of bytes.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

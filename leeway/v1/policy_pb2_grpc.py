@@ -82,9 +82,9 @@ class PolicyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def JoinBroadcast(self, request, context):
-        """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
+        """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
         asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast.
         A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
         a new group.
         """

@@ -49,9 +49,9 @@ class PolicyServiceStub:
     `base_digest`: fetch the tensors. Idempotent.
     """
     JoinBroadcast: _grpc.UnaryUnaryMultiCallable[_policy_pb2.JoinBroadcastRequest, _policy_pb2.JoinBroadcastResponse]
-    """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
+    """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
     asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast.
     A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
     a new group.
     """
@@ -77,9 +77,9 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     `base_digest`: fetch the tensors. Idempotent.
     """
     JoinBroadcast: _aio.UnaryUnaryMultiCallable[_policy_pb2.JoinBroadcastRequest, _policy_pb2.JoinBroadcastResponse]  # type: ignore[assignment]
-    """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
+    """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
     asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+    Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast.
     A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
     a new group.
     """
@@ -120,9 +120,9 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _policy_pb2.JoinBroadcastRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.JoinBroadcastResponse, _abc.Awaitable[_policy_pb2.JoinBroadcastResponse]]:
-        """A seat in the next broadcast of these parts (torch.distributed, gloo or NCCL). The answer waits until the other servers have
+        """A seat in the next broadcast of these parts (torch.distributed, gloo). The answer waits until the other servers have
         asked, too, but not for long; then the server forms the group, unless it holds it already, and receives as its rank.
-        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast, or cannot at the moment.
+        Errors: NOT_FOUND as FetchWeights; FAILED_PRECONDITION when this learner does not broadcast.
         A broadcast that fails fails for all that take part: they take that version another way, and the next broadcast forms
         a new group.
         """

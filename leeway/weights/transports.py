@@ -1,18 +1,14 @@
-"""Which ways weights take, by [network]: what learner and servers must read alike. Torch-free."""
+"""The ways that weights take, by [network]: what learner and servers must read alike. Torch-free."""
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Final, Literal
+from typing import Final
 
 from leeway.config import NetworkOptions
 from leeway.errors import ConfigError
 from leeway.rpc import is_loopback
 
-BroadcastLibrary = Literal["gloo", "nccl"]
-"""What broadcasts: see `leeway.weights.broadcast`."""
-
-_LIBRARIES: Final[dict[str, BroadcastLibrary]] = {"collective": "gloo", "collective-nccl": "nccl"}
 _EVERYWHERE: Final = ("0.0.0.0", "[::]", "*")  # noqa: S104 (refused)
 
 
@@ -21,17 +17,14 @@ def uses_zeromq(network: NetworkOptions) -> bool:
     return network.weights == "zmq" or (network.weights == "auto" and is_loopback(network.policy))
 
 
-def broadcast_library(network: NetworkOptions) -> BroadcastLibrary | None:
-    """What broadcasts weights to all servers at once; None where nothing does.
-
-    Whether a machine can use NCCL shows when it is tried: `Library.prepare`.
+def uses_broadcasts(network: NetworkOptions) -> bool:
+    """Whether the learner broadcasts weights to all servers at once.
 
     Raises:
-        ConfigError: they are to be broadcast, and cannot.
+        ConfigError: it is configured to, and cannot.
     """
-    library = _LIBRARIES.get(network.weights)
-    if library is None:
-        return None
+    if network.weights != "collective":
+        return False
     if importlib.util.find_spec("torch") is None:
         raise ConfigError(
             f'network.weights: "{network.weights}" needs torch in every process that sends or takes weights; install '
@@ -47,4 +40,4 @@ def broadcast_library(network: NetworkOptions) -> BroadcastLibrary | None:
             f'network.weights: "{network.weights}" would send weights beyond this host unencrypted (digests still '
             'guard every byte); set network.insecure = true if that network is yours alone, or "grpc"'
         )
-    return library
+    return True

@@ -17,8 +17,8 @@ import asyncio
 from collections.abc import Callable
 from enum import StrEnum
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import ExhaustedError
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage.log import Log
 
 

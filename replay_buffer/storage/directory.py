@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import PreconditionError
 from leeway.v1 import storage_pb2
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.backup import Backup, write_backup

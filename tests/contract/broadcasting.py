@@ -19,8 +19,6 @@ from leeway.rpc import Security, cancel_and_wait, mapped_errors, open_channel, s
 from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights.broadcast.gloo import Gloo
-from leeway.weights.broadcast.library import Library
 from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.weights_engine import WeightsEngine
@@ -48,10 +46,10 @@ def snapshot(step: int, base: WeightSnapshot | None = None) -> WeightSnapshot:
 class Learner:
     """A publisher that broadcasts."""
 
-    def __init__(self, library: Library, patience_seconds: float, gather_seconds: float) -> None:
+    def __init__(self, patience_seconds: float, gather_seconds: float) -> None:
         self.metrics = LearnerMetrics(CollectorRegistry())
         self.broadcasts = CollectiveWeights(
-            "127.0.0.1", self.metrics, library, patience_seconds=patience_seconds, gather_seconds=gather_seconds
+            "127.0.0.1", self.metrics, patience_seconds=patience_seconds, gather_seconds=gather_seconds
         )
         self.publisher = Publisher(RUN, arithmetic.SIGNATURE, self.metrics, None, broadcasts=self.broadcasts)
         self.address = ""
@@ -75,7 +73,7 @@ class Server:
         self.engine = WeightsEngine()
         self.policy = ServedPolicy(self.engine, RUN)
         self.metrics = InferenceServerMetrics(CollectorRegistry())
-        fields: dict[str, Any] = {"broadcasts": "gloo", "allow_local": False, "fetch_timeout_seconds": WAIT_SECONDS}
+        fields: dict[str, Any] = {"broadcasts": True, "allow_local": False, "fetch_timeout_seconds": WAIT_SECONDS}
         self.receiver = WeightReceiver(
             policy=self.policy,
             signature=arithmetic.SIGNATURE,
@@ -104,11 +102,10 @@ class Server:
 @asynccontextmanager
 async def learner_of(
     *,
-    library: Library | None = None,
     patience_seconds: float = WAIT_SECONDS,
     gather_seconds: float = WAIT_SECONDS,
 ) -> AsyncGenerator[Learner]:
-    learner = Learner(library or Gloo(), patience_seconds, gather_seconds)
+    learner = Learner(patience_seconds, gather_seconds)
     server = await start_server(
         "127.0.0.1:0",
         lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(learner.publisher, s),

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from inference_server.engine import GenerationEnd
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions, _Sequence
+from inference_server.engines.arithmetic import ArithmeticEngine, _Sequence
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import InferenceServicer
 from leeway import arithmetic, codec
 from leeway.arithmetic import ArithmeticWeights
+from leeway.config import ArithmeticEngineOptions
 from leeway.errors import (
     CorruptDataError,
     ExhaustedError,

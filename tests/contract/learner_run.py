@@ -15,7 +15,6 @@ from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
 from learner.loop import Learner, Parts
-from learner.options import LearnerOptions
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import Journal
 from learner.records.receipts import Options, ReceiptBook, deciding_options, read_receipts
@@ -23,7 +22,7 @@ from learner.records.replay import Difference, find_start, replay
 from learner.trainer import Trainer
 from learner.weights.publisher import Publisher
 from leeway import codec
-from leeway.config import EvaluationOptions
+from leeway.config import EvaluationOptions, LearnerOptions
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import (
     Column,

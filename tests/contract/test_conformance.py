@@ -14,10 +14,11 @@ import grpc
 import pytest
 
 from inference_server.engine import Engine
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, InferenceServicer
 from leeway.cli.main import main
+from leeway.config import ArithmeticEngineOptions
 from leeway.conformance import kit, limits
 from leeway.conformance.client import BackendClient
 from leeway.conformance.report import exit_code, junit
@@ -103,7 +104,7 @@ async def test_late_columns_pass() -> None:
 @pytest.mark.parametrize("moe", [True, False], ids=["moe", "dense"])
 async def test_the_transformers_server_passes(tmp_path: Path, moe: bool) -> None:
     from inference_server.engines.transformers.engine import TransformersEngine
-    from inference_server.engines.transformers.options import TransformersEngineOptions
+    from leeway.config import TransformersEngineOptions
     from tests.harness.tiny_models import make_model, save
 
     save(make_model(0, moe=moe), tmp_path)

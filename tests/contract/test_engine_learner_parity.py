@@ -15,11 +15,9 @@ import torch
 
 from examples.sortmix8.task import tasks
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from inference_server.rollout.text import HuggingFaceTokenizer, prompt_token_ids
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
 from leeway.types import SamplingParams, TrajectoryGroup
 from tests.contract.sampled_groups import largest_difference, sample_group, snapshot
 

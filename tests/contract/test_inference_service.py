@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
 from inference_server.requests import Closing
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
+from leeway.config import ArithmeticEngineOptions
 from leeway.errors import CorruptDataError, FencedError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.rpc import Security, start_server
 from leeway.types import ColumnKind, FinishReason, SamplingParams, TrajectoryChunk, VersionSpan, WeightSnapshot

@@ -13,11 +13,9 @@ import torch
 
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from learner.errors import UnusableGroupError
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
 from leeway.errors import InvalidDataError
 from leeway.huggingface import load_model
 from leeway.trajectory.assembly import join_chunks

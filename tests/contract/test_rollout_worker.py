@@ -15,14 +15,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from inference_server.engine import Engine
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.rollout import run_joiner
-from inference_server.rollout.reward import RewardLimits, RewardRunner
-from inference_server.rollout.worker import RolloutWorker, WorkerLimits
-from inference_server.rollout.write_window import WriterLimits
+from inference_server.rollout.reward import RewardRunner
+from inference_server.rollout.worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
+from leeway.config import ArithmeticEngineOptions, RewardOptions, WorkerOptions, WriterOptions
 from leeway.errors import ExhaustedError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
@@ -98,9 +98,9 @@ async def working(
     *,
     reward: Callable[..., Any] = lambda _task, completion: len(completion),
     step: int | None = 0,
-    limits: WorkerLimits | None = None,
+    options: WorkerOptions | None = None,
     drain_seconds: float = WAIT_SECONDS,
-    reward_limits: RewardLimits | None = None,
+    reward_options: RewardOptions | None = None,
     engine: Engine | None = None,
     **engine_options: Any,
 ) -> AsyncGenerator[Rig, None]:
@@ -118,9 +118,11 @@ async def working(
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=RewardRunner(reward, "mine:score", reward_limits or RewardLimits(), metrics),
-            limits=replace(limits or WorkerLimits(ticket_wait_seconds=0.5), drain_seconds=drain_seconds),
-            writer_limits=WriterLimits(flush_seconds=0.001, exhausted_wait_seconds=0.01),
+            reward=RewardRunner(reward, "mine:score", reward_options or RewardOptions(), metrics),
+            options=(options or WorkerOptions(ticket_wait_seconds=0.5)).model_copy(
+                update={"drain_seconds": drain_seconds}
+            ),
+            writer_options=WriterOptions(flush_seconds=0.001, exhausted_wait_seconds=0.01),
             metrics=metrics,
         )
         rig = Rig(replay, engine, policy, worker)
@@ -253,7 +255,7 @@ async def test_a_server_that_waits_for_its_first_version_hears_that_the_run_has_
 
 async def test_a_new_version_is_told_at_once_and_no_waiting_call_is_given_up() -> None:
     replay = FakeReplay()
-    async with working(replay, limits=WorkerLimits(ticket_wait_seconds=20.0)) as rig:
+    async with working(replay, options=WorkerOptions(ticket_wait_seconds=20.0)) as rig:
         await replay.ask_arrived.wait()
         replay.ask_arrived.clear()
         await rig.policy.update(snapshot(1))
@@ -349,8 +351,8 @@ async def test_a_chunk_beyond_the_message_limit_is_a_failure_in_its_place(monkey
     replay = FakeReplay()
     # Routing of 2000 tokens comes at the end, in one chunk after small ones.
     await replay.add(ticket(1, sampling=replace(SAMPLING, max_tokens=2000, stop_token_ids=())))
-    limits = WorkerLimits(ticket_wait_seconds=0.5, routing_rows=0)
-    async with working(replay, late_columns=True, limits=limits) as rig:
+    options = WorkerOptions(ticket_wait_seconds=0.5, routing_rows=0)
+    async with working(replay, late_columns=True, options=options) as rig:
         await rig.ended(4)
         failure = rig.failure("g1.0")
         assert not failure.retryable
@@ -386,8 +388,8 @@ async def test_a_reward_that_hangs_is_no_data_and_may_be_tried_again() -> None:
     replay = FakeReplay()
     release = threading.Event()
     await replay.add(ticket(3, members=1))
-    limits = RewardLimits(timeout_seconds=0.05)
-    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_limits=limits) as rig:
+    options = RewardOptions(timeout_seconds=0.05)
+    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_options=options) as rig:
         await rig.ended(1)
         assert rig.failure("g3.0").retryable
         assert "0.05 s" in rig.failure("g3.0").message
@@ -398,8 +400,8 @@ async def test_rewards_that_hang_too_often_end_the_server() -> None:
     replay = FakeReplay()
     release = threading.Event()
     await replay.add(ticket(1), ticket(2))
-    limits = RewardLimits(timeout_seconds=0.02, max_hung=2)
-    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_limits=limits) as rig:
+    options = RewardOptions(timeout_seconds=0.02, max_hung=2)
+    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_options=options) as rig:
         with pytest.RaisesGroup(ExhaustedError, flatten_subgroups=True):
             await asyncio.shield(rig.task)
         release.set()
@@ -474,7 +476,7 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
     caplog.set_level("WARNING")
     replay = FakeReplay()
     replay.drained = Drain(DrainReason.DIVERGING, "2 nats from the others", datetime(2026, 1, 1, tzinfo=UTC))
-    async with working(replay, limits=WorkerLimits(ticket_wait_seconds=0.01)) as rig:
+    async with working(replay, options=WorkerOptions(ticket_wait_seconds=0.01)) as rig:
         await until(lambda: len(replay.asked) > 3)
         replay.drained = None
         await replay.add(ticket(1))
@@ -489,7 +491,7 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
 
 async def test_tickets_that_arrive_after_the_stop_are_handed_back() -> None:
     replay = FakeReplay()
-    async with working(replay, limits=WorkerLimits(ticket_wait_seconds=10.0)) as rig:
+    async with working(replay, options=WorkerOptions(ticket_wait_seconds=10.0)) as rig:
         await replay.ask_arrived.wait()
         rig.stop.set()
         await asyncio.sleep(0)

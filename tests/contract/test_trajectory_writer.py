@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from inference_server.rollout.trajectory_writer import TrajectoryWriter
-from inference_server.rollout.write_window import MAX_ITEM_BYTES, WriterLimits
+from inference_server.rollout.write_window import MAX_ITEM_BYTES
+from leeway.config import WriterOptions
 from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
@@ -18,17 +19,17 @@ from leeway.service.ports import free_port
 from leeway.types import WriteItem, WriteResult, WriteStatus
 from tests.contract.fake_replay import RUN, FakeReplay, result, serving
 
-FAST = WriterLimits(flush_seconds=0.0, batch_items=4)
+FAST = WriterOptions(flush_seconds=0.0, batch_items=4)
 
 
 @asynccontextmanager
 async def writing(
-    replay: FakeReplay, limits: WriterLimits = FAST
+    replay: FakeReplay, options: WriterOptions = FAST
 ) -> AsyncGenerator[tuple[TrajectoryWriter, list[WriteResult], asyncio.Task[None]], None]:
     refused: list[WriteResult] = []
     async with serving(replay) as server:
         client = ReplayClient(f"127.0.0.1:{server.port}", RUN, Security())
-        writer = TrajectoryWriter(client, "server-0", limits, refused.append)
+        writer = TrajectoryWriter(client, "server-0", options, refused.append)
         task = asyncio.create_task(writer.run())
         try:
             yield writer, refused, task
@@ -47,7 +48,11 @@ def stored(replay: FakeReplay, trajectory_id: str) -> list[int]:
 
 async def test_items_of_many_trajectories_share_messages_and_keep_their_order() -> None:
     replay = FakeReplay()
-    async with writing(replay, WriterLimits(flush_seconds=600.0, batch_items=30)) as (writer, refused, _):
+    async with writing(replay, WriterOptions(batch_items=30).model_copy(update={"flush_seconds": 600.0})) as (
+        writer,
+        refused,
+        _,
+    ):
         for first, second in zip(items("a", 15), items("b", 15), strict=True):
             await writer.write([first, second])
         await writer.drain()
@@ -100,8 +105,8 @@ async def test_a_full_window_holds_writers_back_and_opens_again() -> None:
         return None if gate["open"] else result(item, WriteStatus.EXHAUSTED)
 
     replay.judge = judge
-    limits = WriterLimits(flush_seconds=0.0, max_items=8, exhausted_wait_seconds=0.01)
-    async with writing(replay, limits) as (writer, _, _task):
+    options = WriterOptions(flush_seconds=0.0, window_items=8, exhausted_wait_seconds=0.01)
+    async with writing(replay, options) as (writer, _, _task):
         await writer.write(items("a", 8))
         blocked = asyncio.create_task(writer.write(items("b", 3)))
         while not replay.arrived:
@@ -117,7 +122,7 @@ async def test_a_full_window_holds_writers_back_and_opens_again() -> None:
 
 async def test_the_window_counts_bytes_but_lets_a_large_item_through_when_empty() -> None:
     replay = FakeReplay()
-    async with writing(replay, WriterLimits(flush_seconds=0.0, max_bytes=1000)) as (writer, _, _task):
+    async with writing(replay, WriterOptions(flush_seconds=0.0, window_bytes=1000)) as (writer, _, _task):
         await writer.write(items("a", 1, size_bytes=5000))
         blocked = asyncio.create_task(writer.write(items("b", 1)))
         await writer.drain()
@@ -139,7 +144,7 @@ async def test_a_full_disk_is_waited_out_in_order() -> None:
         return None
 
     replay.judge = judge
-    async with writing(replay, WriterLimits(flush_seconds=0.0, batch_items=3, exhausted_wait_seconds=0.0)) as (
+    async with writing(replay, WriterOptions(flush_seconds=0.0, batch_items=3, exhausted_wait_seconds=0.0)) as (
         writer,
         refused,
         _,
@@ -156,8 +161,8 @@ async def test_a_refused_stream_comes_back_when_it_was_told_to() -> None:
     replay = FakeReplay()
     replay.break_stream = lambda stream, item: "exhausted" if item.seq == 5 and stream <= 3 else ""
     # Left to itself the writer would wait for ever.
-    limits = WriterLimits(flush_seconds=0.0, batch_items=1, exhausted_wait_seconds=1e6)
-    async with writing(replay, limits) as (writer, refused, _):
+    options = WriterOptions(flush_seconds=0.0, batch_items=1, exhausted_wait_seconds=1e6)
+    async with writing(replay, options) as (writer, refused, _):
         await writer.write(items("a", 8))
         await writer.drain()
         assert stored(replay, "a") == list(range(8))
@@ -174,7 +179,7 @@ async def test_an_item_that_found_no_room_is_sent_again_when_it_was_told_to() ->
         return result(item, WriteStatus.EXHAUSTED)._replace(retry_seconds=0.01) if refused else None
 
     replay.judge = judge
-    async with writing(replay, WriterLimits(flush_seconds=0.0, exhausted_wait_seconds=1e6)) as (writer, refused, _):
+    async with writing(replay, WriterOptions(flush_seconds=0.0, exhausted_wait_seconds=1e6)) as (writer, refused, _):
         await writer.write(items("a", 6))
         await writer.drain()
         assert stored(replay, "a") == list(range(6))
@@ -231,8 +236,8 @@ async def test_answers_out_of_order_break_the_stream() -> None:
 async def test_a_buffer_that_never_answers_ends_the_writer_with_a_line() -> None:
     replay = FakeReplay()
     replay.break_stream = lambda _stream, _item: "before"
-    limits = WriterLimits(flush_seconds=0.0, patience_seconds=0.2)
-    async with writing(replay, limits) as (writer, _, task):
+    options = WriterOptions(flush_seconds=0.0, patience_seconds=0.2)
+    async with writing(replay, options) as (writer, _, task):
         await writer.write(items("a", 2))
         with pytest.raises(UnavailableError, match=r"answered no write for 0.2 s .*cut before"):
             await task
@@ -255,7 +260,7 @@ async def test_a_hanging_buffer_is_left_for_a_new_stream() -> None:
             yield response
 
     replay.WriteTrajectories = write_trajectories
-    async with writing(replay, WriterLimits(flush_seconds=0.0, answer_timeout_seconds=0.2)) as (writer, _, _task):
+    async with writing(replay, WriterOptions(flush_seconds=0.0, answer_timeout_seconds=0.2)) as (writer, _, _task):
         await writer.write(items("a", 2))
         await writer.drain()
         assert stored(replay, "a") == [0, 1]

@@ -14,11 +14,10 @@ from prometheus_client import CollectorRegistry
 from inference_server.weights import collective as receiving
 from learner.weights.publisher import Publisher
 from leeway import arithmetic
-from leeway.errors import ConfigError, NotFoundError, PreconditionError
+from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.metrics import LearnerMetrics
 from leeway.v1 import policy_pb2
-from leeway.weights.broadcast.gloo import Gloo, GlooGroup
-from leeway.weights.broadcast.library import Part
+from leeway.weights.broadcast import BroadcastGroup, Part
 from tests.contract.broadcasting import (
     PIECE_BYTES,
     RUN,
@@ -36,7 +35,7 @@ from tests.deadlines import WAIT_SECONDS
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Gloo, "piece_bytes", PIECE_BYTES)
+    monkeypatch.setattr(BroadcastGroup, "piece_bytes", PIECE_BYTES)
 
 
 async def test_snapshot_and_deltas_reach_all_servers_bit_for_bit_and_are_sent_once() -> None:
@@ -98,9 +97,9 @@ async def test_servers_with_and_without_a_base_have_different_broadcasts() -> No
 
 
 async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = GlooGroup.send
+    send = BroadcastGroup.send
 
-    def spoilt(group: GlooGroup, parts: Sequence[Part]) -> Generator[int]:
+    def spoilt(group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
         wrong = bytearray(parts[3])
         wrong[3_000_000] ^= 1
         return send(group, [*parts[:3], bytes(wrong), *parts[4:]])
@@ -108,7 +107,7 @@ async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monk
     async with fleet(2) as (learner, servers):
         first, second = snapshot(1), snapshot(2)
         with monkeypatch.context() as broken:
-            broken.setattr(GlooGroup, "send", spoilt)
+            broken.setattr(BroadcastGroup, "send", spoilt)
             await learner.publisher.publish(first)
             await all_serve(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
@@ -151,10 +150,10 @@ async def test_a_server_that_does_not_ask_is_not_waited_for() -> None:
 
 MEMBER = """
 import sys, signal
-from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast import BroadcastGroup
 print("ready", flush=True)
 port, number, rank, size, piece = map(int, sys.stdin.readline().split())
-group = Gloo().join(("127.0.0.1", port), number, rank, size, 600.0)
+group = BroadcastGroup(("127.0.0.1", port), number, rank, size, 600.0)
 list(group.receive(memoryview(bytearray(piece))))
 print("one", flush=True)
 signal.pause()
@@ -167,9 +166,9 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
 ) -> None:
     hit = asyncio.Event()
     loop = asyncio.get_running_loop()
-    send = GlooGroup.send
+    send = BroadcastGroup.send
 
-    def stopping(group: GlooGroup, parts: Sequence[Part]) -> Generator[int]:
+    def stopping(group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
         sizes = send(group, parts)
         for count, size in enumerate(sizes):
             if count == 1:
@@ -181,7 +180,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
         learner.broadcasts.expect(frozenset({"server-0", "server-1", "victim"}))
         first = snapshot(1)
         with monkeypatch.context() as patched:
-            patched.setattr(GlooGroup, "send", stopping)
+            patched.setattr(BroadcastGroup, "send", stopping)
             victim = await asyncio.create_subprocess_exec(
                 sys.executable, "-W", "ignore", "-c", MEMBER,
                 stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
@@ -211,9 +210,9 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
 
 
 async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch: pytest.MonkeyPatch) -> None:
-    send = GlooGroup.send
+    send = BroadcastGroup.send
 
-    def failing(group: GlooGroup, parts: Sequence[Part]) -> Generator[int]:
+    def failing(group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
         sizes = send(group, parts)
         yield next(sizes)
         raise receiving.InvalidDataError("planted")
@@ -221,7 +220,7 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
     async with fleet(2, patience_seconds=8.0) as (learner, servers):
         first = snapshot(1)
         with monkeypatch.context() as broken:
-            broken.setattr(GlooGroup, "send", failing)
+            broken.setattr(BroadcastGroup, "send", failing)
             await learner.publisher.publish(first)
             await all_serve(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
@@ -235,13 +234,13 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
 async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thought_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def impossible(_group: GlooGroup, _parts: Sequence[Part]) -> Generator[int]:
+    def impossible(_group: BroadcastGroup, _parts: Sequence[Part]) -> Generator[int]:
         raise ZeroDivisionError
         yield
 
     # A server that is still forming the group, with another that has given it up, waits for as long as its patience.
     async with fleet(2, patience_seconds=8.0) as (learner, servers):
-        monkeypatch.setattr(GlooGroup, "send", impossible)
+        monkeypatch.setattr(BroadcastGroup, "send", impossible)
         for version in (snapshot(1), snapshot(2)):
             await learner.publisher.publish(version)
             await all_serve(servers, version)
@@ -269,39 +268,27 @@ async def test_a_server_that_gives_up_waiting_has_no_seat() -> None:
         await learner.publisher.publish(first)
         learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
         leaving = asyncio.create_task(seat_of(learner, "server-0", first))
-        await until(lambda: learner.broadcasts._rounds and learner.broadcasts._rounds[0].members)
+        await until(lambda: learner.broadcasts._rounds and learner.broadcasts._rounds[0].peers)
         leaving.cancel()
-        await until(lambda: not learner.broadcasts._rounds[0].members)
+        await until(lambda: not learner.broadcasts._rounds[0].peers)
         seat = await seat_of(learner, "server-1", first)
         assert (seat.rank, seat.world_size) == (1, 2)
 
 
-class Another(Gloo):
-    """Of another version."""
-
-    name = "gloo/1.0"
-
-
-class Unusable(Gloo):
-    """Of a machine that cannot take part."""
-
-    def prepare(self) -> None:
-        raise ConfigError("planted")
-
-
-@pytest.mark.parametrize(("library", "said"), [(Another, "it has gloo/1.0"), (Unusable, "no library for them")])
+@pytest.mark.parametrize(("takes_part", "said"), [(True, "it has gloo/1.0"), (False, "no library for them")])
 async def test_a_server_with_another_library_or_none_fetches(
-    library: type[Gloo], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    takes_part: bool, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(receiving, "make_library", lambda _name: library())
-    async with fleet(1) as (learner, servers):
+    monkeypatch.setattr(receiving, "LIBRARY", "gloo/1.0")
+    async with learner_of() as learner:
+        server = Server("server-0", learner.address, broadcasts=takes_part)
         first = snapshot(1)
         await learner.publisher.publish(first)
-        await servers[0].serves(first)
+        await server.serves(first)
+        await server.stop()
         assert learner.sent("grpc") == first.manifest.size_bytes
-        assert servers[0].metrics.weight_fallbacks.labels("collective")._value.get() == 0
+        assert server.metrics.weight_fallbacks.labels("collective")._value.get() == 0
         assert said in caplog.text
-        assert ("takes no part in broadcasts and fetches over gRPC: planted" in caplog.text) == (library is Unusable)
 
 
 async def test_a_learner_that_does_not_broadcast_says_so() -> None:

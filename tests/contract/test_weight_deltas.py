@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from learner.weights.publication import Publication
 from learner.weights.publisher import _Server
 from leeway import codec
+from leeway.config import ArithmeticEngineOptions
 from leeway.rpc import Security, cancel_and_wait, open_channel
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
@@ -254,7 +255,7 @@ async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_noth
 async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(
     metrics: InferenceServerMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_server.weights.receiver._LAST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("inference_server.weights.receiver._ANNOUNCE_AGAIN_SECONDS", 0.01)
     async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, _):
         good = snapshot(0)
         await learner.publisher.publish(replace(good, buffers=[b"\0" * 80_000, *good.buffers[1:]]))

@@ -14,13 +14,14 @@ import zmq
 import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.ipc import IpcWeights
 from inference_server.weights.receiver import WeightReceiver
 from learner.weights.local import LocalWeights
 from learner.weights.publisher import Publisher
 from leeway import arithmetic
+from leeway.config import ArithmeticEngineOptions
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics

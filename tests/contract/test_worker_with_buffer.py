@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
-from inference_server.rollout.reward import RewardLimits, RewardRunner
-from inference_server.rollout.worker import RolloutWorker, WorkerLimits
-from inference_server.rollout.write_window import WriterLimits
+from inference_server.engines.arithmetic import ArithmeticEngine
+from inference_server.rollout.reward import RewardRunner
+from inference_server.rollout.worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
+from leeway.config import ArithmeticEngineOptions, RewardOptions, WorkerOptions, WriterOptions
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
@@ -63,9 +63,9 @@ async def test_a_short_run(tmp_path: Path) -> None:
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=RewardRunner(lambda _t, text: len(text) % 5, "mine:score", RewardLimits(), metrics),
-            limits=WorkerLimits(ticket_wait_seconds=0.5),
-            writer_limits=WriterLimits(flush_seconds=0.001),
+            reward=RewardRunner(lambda _t, text: len(text) % 5, "mine:score", RewardOptions(), metrics),
+            options=WorkerOptions(ticket_wait_seconds=0.5),
+            writer_options=WriterOptions(flush_seconds=0.001),
             metrics=metrics,
         )
         working = asyncio.create_task(worker.run(asyncio.Event()))

@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from learner.errors import UnusableGroupError
 from learner.policy.model import PolicyModel
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
 from learner.training.world import TorchWorld, World
+from leeway.config import TrainingOptions
 from leeway.types import TrajectoryGroup
 from tests.harness.learner_builders import DENSE, MOE, dense_model, groups, moe_model
 

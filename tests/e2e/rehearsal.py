@@ -44,7 +44,7 @@ SMALL = (
     "evaluation.tasks=4",
     "evaluation.members=1",
     # A server takes on two groups, which last a step: every kill finds both servers busy.
-    "inference_server.prefetch=0",
+    "inference_server.worker.prefetch=0",
     "inference_server.arithmetic.max_concurrency=4",
     "inference_server.arithmetic.token_seconds=0.004",
     "inference_server.arithmetic.chunk_tokens=4",

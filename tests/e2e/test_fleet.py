@@ -100,7 +100,7 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     overrides = (
         f"run.steps={STEPS}",
         f"learner.draw_timeout_seconds={4 * WAIT_SECONDS}",
-        "inference_server.drain_seconds=60",  # the leaver's last call may take long
+        "inference_server.worker.drain_seconds=60",  # the leaver's last call may take long
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
         f"learner.fleet.window_steps={STEPS}",  # however little comes of the liar in each step

@@ -69,19 +69,6 @@ async def test_a_run_whose_weights_are_broadcast_comes_to_its_end(tmp_path: Path
     assert not [name for name, text in logs.items() if "broadcast" in text and "fails" in text]
 
 
-def test_nccl_without_a_gpu_is_refused_by_the_learner_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    arguments = ["run", str(EXAMPLE), "--plain", "--set", f"run.directory={tmp_path}"]
-    assert main([*arguments, "--set", "network.weights=collective-nccl"]) != 0
-    said = (tmp_path / "rehearsal" / "logs" / "learner.log").read_text(encoding="utf-8").splitlines()
-    refusals = [line for line in said if 'network.weights: "collective-nccl", but torch' in line]
-    assert len(refusals) == 1
-    assert 'set network.weights = "collective"' in refusals[0]
-    assert "Traceback" not in "".join(said)
-
-
 def test_a_port_in_use_is_named_and_the_next_start_is_free(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

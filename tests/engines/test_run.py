@@ -62,7 +62,7 @@ def configuration(directory: Path, metrics_port: int) -> Path:
         "evaluation": {"tasks": 0, "members": 1},
         "inference_server": {
             "engines": list(ENGINES),
-            "prefetch": 0,
+            "worker": {"prefetch": 0},
             **{
                 engine: engine_options(engine) | ({} if engine == "transformers" else {"python": interpreter(engine)})
                 for engine in ENGINES

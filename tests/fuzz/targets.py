@@ -22,11 +22,12 @@ import numpy as np
 from google.protobuf.message import Message
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import InferenceServicer
 from learner.weights.publisher import Publisher
 from leeway import arithmetic, codec
+from leeway.config import ArithmeticEngineOptions
 from leeway.errors import LeewayError
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import Evaluation, SamplingParams, WeightSnapshot, WriteItem

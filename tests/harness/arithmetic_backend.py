@@ -10,9 +10,10 @@ import asyncio
 import sys
 import tomllib
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
+from leeway.config import ArithmeticEngineOptions
 from leeway.rpc import Security, start_server
 from leeway.service.process import serve
 from leeway.types import WeightSnapshot

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from leeway import codec
+from leeway.config import ReplayBufferOptions
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, mapped_errors, start_server
 from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import AppendFile, OpenFile

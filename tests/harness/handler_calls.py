@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from google.protobuf.message_factory import GetMessageClass
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import LeewayError
 from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rpc.service import ReplayService
 from replay_buffer.storage.log import Log, LogFailedError, LogOptions
 from replay_buffer.storage.segments import AppendFile

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from learner.policy.model import PolicyModel
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
+from leeway.config import TrainingOptions
 from leeway.huggingface import torch_dtype
 from leeway.types import (
     Array,

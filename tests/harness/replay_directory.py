@@ -9,9 +9,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from leeway.config import ReplayBufferOptions
 from leeway.types import PolicyVersion, RunSpec, WriteStatus
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.groups import Group, Locations, Member
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState

@@ -27,8 +27,7 @@ from leeway.rpc import RunningServer, Security, start_server
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import ModelSignature, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
-from leeway.weights.broadcast.gloo import Gloo
-from leeway.weights.broadcast.library import Group
+from leeway.weights.broadcast import BroadcastGroup
 from tests.push.history import RUN
 
 _PIECE_BYTES = 40_000
@@ -129,10 +128,10 @@ class FaultyBroadcasts(CollectiveWeights):
     """Broadcasts, at times something else, too little, or nothing for longer than the servers' patience."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
-        super().__init__("127.0.0.1", metrics, Gloo(), patience_seconds=1.0, gather_seconds=0.1)
+        super().__init__("127.0.0.1", metrics, patience_seconds=1.0, gather_seconds=0.1)
         self._faults = faults
 
-    def _pieces(self, group: Group, parts: Sequence[Part]) -> Generator[int]:
+    def _pieces(self, group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
         if self._faults.strikes("broadcast corrupted"):
             at = self._faults.random.choice([index for index, part in enumerate(parts) if len(part)])
             wrong = bytearray(parts[at])

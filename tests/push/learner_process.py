@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leeway.weights.broadcast.gloo import Gloo
+from leeway.weights.broadcast import BroadcastGroup
 from tests.harness.processes import hear, tell
 from tests.push.faults import Faults, FaultyPublisher
 from tests.push.history import PIECE_BYTES, History
@@ -82,6 +82,6 @@ def _refusals(publisher: FaultyPublisher) -> list[str]:
 
 def learn(pipe: Any, address: str, directory: str, seed: int, epoch: int, start: int, probability: float) -> None:
     """Be one incarnation of the learner."""
-    Gloo.piece_bytes = PIECE_BYTES
+    BroadcastGroup.piece_bytes = PIECE_BYTES
     logging.disable(logging.CRITICAL)
     asyncio.run(_learn(pipe, address, Path(directory), seed, epoch, start, probability))

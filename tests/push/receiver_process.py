@@ -13,7 +13,7 @@ from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
 from leeway.rpc import Security
 from leeway.service.metrics import InferenceServerMetrics
-from leeway.weights.broadcast.gloo import Gloo  # imported before the fork: torch takes seconds
+from leeway.weights.broadcast import BroadcastGroup  # imported before the fork: torch takes seconds
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.processes import hear
 from tests.push.history import PIECE_BYTES, RUN
@@ -29,7 +29,7 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
         address=policy,
         security=Security(),
         allow_local=transport == "zmq",
-        broadcasts="gloo" if transport == "collective" else None,
+        broadcasts=transport == "collective",
         fetch_timeout_seconds=WAIT_SECONDS,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
@@ -39,5 +39,5 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
 
 def receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
     """Feed the engine at `backend` from the learner at `policy` until killed."""
-    Gloo.piece_bytes = PIECE_BYTES
+    BroadcastGroup.piece_bytes = PIECE_BYTES
     asyncio.run(_receive(pipe, name, backend, policy, transport))

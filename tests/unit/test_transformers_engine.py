@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from inference_server.engine import Engine, GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from inference_server.engines.transformers.options import TransformersEngineOptions
+from leeway.config import TransformersEngineOptions
 from leeway.errors import (
     ConfigError,
     ExhaustedError,

@@ -45,9 +45,9 @@ from inference_server.engines.concurrency import ConcurrencyLimit, EngineLoad
 from inference_server.engines.engine_driver import Labelled, SampledEnd, finish_reason
 from inference_server.engines.model_files import check_context_length, manifest_check
 from inference_server.engines.process_engine import ProcessEngine
-from inference_server.engines.sglang.options import SglangEngineOptions
 from inference_server.engines.sglang.process import SglangProcess, start_process
 from inference_server.engines.staged_weights import remove_abandoned
+from leeway.config import SglangEngineOptions
 from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
 from leeway.huggingface import model_signature
 from leeway.types import (

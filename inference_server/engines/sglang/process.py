@@ -16,7 +16,7 @@ from typing import Final
 import aiohttp
 import torch
 
-from inference_server.engines.sglang.options import SglangEngineOptions
+from leeway.config import SglangEngineOptions
 from leeway.errors import ConfigError, DeadlineError
 from leeway.service.ports import free_port
 from leeway.types import ModelSignature

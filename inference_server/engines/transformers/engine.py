@@ -20,10 +20,10 @@ import torch
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.decode_batch import DecodeBatch
 from inference_server.engines.transformers.decode_thread import DecodeThread, StagedUpdate
-from inference_server.engines.transformers.options import TransformersEngineOptions
 from inference_server.engines.transformers.routing_capture import RoutingCapture
 from inference_server.engines.transformers.sequence import RoutingShape, Sequence
 from inference_server.requests import check_request
+from leeway.config import TransformersEngineOptions
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.huggingface import (
     check_published,
@@ -40,6 +40,11 @@ from leeway.types import EngineInfo, LogprobMode, TrajectoryChunk, WeightSnapsho
 _BATCH_DEPENDENT_ROPE: Final = ("dynamic", "longrope")
 
 _ResultT = TypeVar("_ResultT")
+
+
+async def start(model_path: Path, options: TransformersEngineOptions) -> TransformersEngine:
+    """Load the model in a thread; see TransformersEngine."""
+    return await asyncio.to_thread(TransformersEngine, model_path, options)
 
 
 class TransformersEngine:

@@ -51,8 +51,8 @@ from inference_server.engines.engine_driver import Labelled, SampledEnd, finish_
 from inference_server.engines.model_files import check_context_length, manifest_check
 from inference_server.engines.process_engine import ProcessEngine
 from inference_server.engines.staged_weights import FILE_NAME, remove_abandoned
-from inference_server.engines.vllm.options import VllmEngineOptions
 from inference_server.engines.vllm.outputs import sampled_tokens, signed_seed
+from leeway.config import VllmEngineOptions
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError
 from leeway.huggingface import model_signature
 from leeway.types import (

@@ -13,8 +13,8 @@ from inference_server.engine import GenerationRequest
 from inference_server.engines.concurrency import ConcurrencyLimit
 from inference_server.engines.engine_driver import Labelled, SampledEnd
 from inference_server.engines.process_engine import ProcessEngine
-from inference_server.engines.process_options import ProcessEngineOptions
 from inference_server.engines.staged_weights import FILE_NAME
+from leeway.config import ProcessEngineOptions
 from leeway.errors import PreconditionError
 from leeway.types import (
     Column,

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from inference_server.options import InferenceServerOptions
 from inference_server.server import InferenceServerProcess, Joining, main
-from leeway.config import load_document, section
+from leeway.config import InferenceServerOptions, load_document, section
 from leeway.errors import ConfigError
 
 CONFIG = """
@@ -45,15 +44,15 @@ def options(path: Path, *overrides: str) -> InferenceServerOptions:
 def test_every_bound_reaches_the_part_that_keeps_it(config: Path) -> None:
     chosen = options(
         config,
-        "inference_server.prefetch=7",
-        "inference_server.reward_timeout_seconds=1.5",
-        "inference_server.window_items=9",
+        "inference_server.worker.prefetch=7",
+        "inference_server.reward.timeout_seconds=1.5",
+        "inference_server.writer.window_items=9",
         "inference_server.arithmetic.max_concurrency=3",
     )
-    assert chosen.worker_limits().prefetch == 7
-    assert chosen.reward_limits().timeout_seconds == 1.5
-    assert chosen.writer_limits().max_items == 9
-    assert chosen.arithmetic.max_concurrency == 3
+    assert chosen.worker.prefetch == 7
+    assert chosen.reward.timeout_seconds == 1.5
+    assert chosen.writer.window_items == 9
+    assert chosen.options_of("arithmetic").max_concurrency == 3
 
 
 @pytest.mark.parametrize(
@@ -61,7 +60,7 @@ def test_every_bound_reaches_the_part_that_keeps_it(config: Path) -> None:
     [
         ("inference_server.engine=tgi", "inference_server.engine"),
         ("inference_server.window=9", r"inference_server\.window: unknown key"),
-        ("inference_server.reward_concurrency=0", "inference_server.reward_concurrency"),
+        ("inference_server.reward.concurrency=0", "inference_server.reward.concurrency"),
         ("inference_server.arithmetic.token_seconds=-1", r"inference_server\.arithmetic\.token_seconds"),
         ("inference_server.arithmetic.speed=1", r"arithmetic\.speed: unknown key"),
     ],

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.rollout.reward import RewardLimits, RewardRunner
+from inference_server.rollout.reward import RewardRunner
+from leeway.config import RewardOptions
 from leeway.errors import ExhaustedError
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import TrajectoryFailure
@@ -22,13 +23,13 @@ from tests.deadlines import WAIT_SECONDS
 TASK = {"prompt": "p", "answer": 3}
 
 
-def runner(function: Callable[..., Any], **limits: Any) -> RewardRunner:
+def runner(function: Callable[..., Any], **options: Any) -> RewardRunner:
     metrics = InferenceServerMetrics(CollectorRegistry())
-    return RewardRunner(function, "mine:score", RewardLimits(**limits), metrics)
+    return RewardRunner(function, "mine:score", RewardOptions(**options), metrics)
 
 
-async def score(function: Callable[..., Any], **limits: Any) -> float | TrajectoryFailure:
-    return await runner(function, **limits).score(TASK, "text", "training task 7")
+async def score(function: Callable[..., Any], **options: Any) -> float | TrajectoryFailure:
+    return await runner(function, **options).score(TASK, "text", "training task 7")
 
 
 @pytest.mark.parametrize("value", [0.25, 1, True, np.float32(0.25), np.bool_(1), np.int64(3), Fraction(1, 4)])
@@ -96,7 +97,7 @@ async def test_a_hanging_function_is_abandoned_and_others_go_on() -> None:
     assert failure.retryable
     assert "longer than 0.05 s on training task 7" in failure.message
     assert rewards.num_hung == 1
-    rewards._limits = RewardLimits(timeout_seconds=WAIT_SECONDS, concurrency=1, max_hung=1)
+    rewards._options = RewardOptions(timeout_seconds=WAIT_SECONDS, concurrency=1, max_hung=1)
     assert await rewards.score(TASK, "fast", "training task 8") == 1.0
     release.set()
     while rewards.num_hung:  # the abandoned thread returns and is no longer counted

@@ -2,11 +2,19 @@ from pathlib import Path
 
 import pytest
 
-from inference_server.options import InferenceServerOptions
-from learner.options import LearnerOptions
-from leeway.config import NetworkOptions, Options, RunOptions, SamplingOptions, load_document, section, write_document
+from leeway.config import (
+    InferenceServerOptions,
+    LearnerOptions,
+    NetworkOptions,
+    Options,
+    ReplayBufferOptions,
+    RunOptions,
+    SamplingOptions,
+    load_document,
+    section,
+    write_document,
+)
 from leeway.errors import ConfigError
-from replay_buffer.options import ReplayBufferOptions
 
 RUN = """
 [run]
@@ -61,7 +69,7 @@ def test_refusals_name_file_and_key(config: Path, override: str, expected: str) 
     [
         ("learner.draw_timeout_seconds", LearnerOptions),
         ("learner.training.delta_low", LearnerOptions),
-        ("inference_server.patience_seconds", InferenceServerOptions),
+        ("inference_server.writer.patience_seconds", InferenceServerOptions),
         ("replay_buffer.retain_seconds", ReplayBufferOptions),
     ],
 )

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from learner.losses import ALGORITHMS
 from leeway.cli.configuration import read_configuration
 from leeway.cli.main import main
 from leeway.config import load_document
+from leeway.config.algorithms import ALGORITHMS
 from leeway.errors import ConfigError
 
 MU = [1e-4, 0.99, 0.5, 0.5, 0.5, 0.3, 0.4, 0.05]

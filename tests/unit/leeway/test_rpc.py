@@ -9,11 +9,11 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
-from inference_server.engines.arithmetic import ArithmeticEngine, ArithmeticEngineOptions
+from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.rollout.trajectory_writer import TrajectoryWriter
-from inference_server.rollout.write_window import WriterLimits
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.receiver import WeightReceiver
+from leeway.config import ArithmeticEngineOptions, WriterOptions
 from leeway.errors import ExhaustedError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, cancellation_kept, mapped_errors
@@ -114,8 +114,8 @@ async def test_a_writer_stops_although_its_stream_ends_in_that_moment(error: grp
     client = ReplayClient("127.0.0.1:1", "run", Security())
 
     client.stub = cast("Any", stub)
-    limits = WriterLimits(flush_seconds=0.0, exhausted_wait_seconds=0.0)
-    writer = TrajectoryWriter(client, "server-0", limits, lambda _result: None)
+    options = WriterOptions(flush_seconds=0.0, exhausted_wait_seconds=0.0)
+    writer = TrajectoryWriter(client, "server-0", options, lambda _result: None)
     await writer.write([WriteItem("t", 1, 0, b"chunk")])
     task = asyncio.create_task(writer.run())
     await stub.reading.wait()

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from leeway.config import ReplayBufferOptions
 from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.live import ticket_demand
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log, LogOptions
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec, version

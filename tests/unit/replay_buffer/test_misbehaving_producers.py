@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leeway import codec
+from leeway.config import ReplayBufferOptions
 from leeway.types import (
     Column,
     ColumnKind,
@@ -29,7 +30,6 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.rules.transitions import ChunkWritten
 from replay_buffer.storage.log import Log, LogOptions
 from tests.harness.replay_builders import ROOT, RUN, Machine, close, filled, snapshot, spec

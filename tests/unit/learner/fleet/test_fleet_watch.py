@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from learner.fleet.mismatch import Sample
-from learner.fleet.options import FleetOptions
 from learner.fleet.watch import FleetWatch, Verdict
+from leeway.config import FleetOptions
 from leeway.errors import FencedError, LeewayError, PreconditionError, UnavailableError
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import LearnerMetrics

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from learner.fleet.mismatch import MAX_NATS, MismatchWindow, Sample, Standing, samples_of, standings
-from learner.fleet.options import FleetOptions
 from learner.fleet.watch import verdicts
+from leeway.config import FleetOptions
 from leeway.types import (
     Drain,
     DrainReason,

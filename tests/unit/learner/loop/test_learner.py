@@ -11,9 +11,9 @@ from prometheus_client import CollectorRegistry
 
 from learner.errors import UnusableGroupError
 from learner.loop import Learner
-from learner.options import LearnerOptions
 from learner.records.checkpoint import Checkpoint
 from learner.records.journal import Journal
+from leeway.config import LearnerOptions
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import PolicyVersion
 from tests.harness.learner_builders import groups

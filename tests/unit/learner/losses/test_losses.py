@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.losses import ALGORITHMS, INFINITY, LossParameters, find_algorithm
 from learner.losses.divergences import binary_kl, binary_tv, log_one_minus_exp
 from learner.losses.form import Candidates, TokenBatch, load_algorithm, load_measure, token_losses, token_values
-from leeway.errors import ConfigError
+from leeway.config.algorithms import ALGORITHMS, INFINITY, LossParameters
+from leeway.config.losses import LossOptions
 from tests.unit.learner.losses import oracle
 from tests.unit.learner.losses.oracle import Numbers, Token
 
@@ -52,10 +52,10 @@ def candidates(count: int, dtype: torch.dtype) -> Candidates:
 
 def run(name: str, batch: TokenBatch, parameters: LossParameters) -> tuple[Tensor, Tensor, Tensor]:
     """Losses, kept, and d sum(loss) / d log pi."""
-    measure = load_measure(find_algorithm(name))
+    measure = load_measure(ALGORITHMS[name])
     if measure is not None:
         batch = replace(batch, statistics=measure(token_values(batch), parameters, 1))
-    losses, terms = token_losses(batch, load_algorithm(find_algorithm(name)), parameters)
+    losses, terms = token_losses(batch, load_algorithm(ALGORITHMS[name]), parameters)
     (gradient,) = torch.autograd.grad(losses.sum(), batch.policy_logprobs)
     return losses.detach(), terms.kept, gradient
 
@@ -88,8 +88,8 @@ def test_worked_divergences() -> None:
 
 
 def test_grpo_defaults_are_symmetric() -> None:
-    assert find_algorithm("grpo").defaults == LossParameters(0.2, 0.2, INFINITY)
-    assert find_algorithm("grpo-clip-higher").defaults == LossParameters(0.2, 0.28, INFINITY)
+    assert ALGORITHMS["grpo"].defaults == LossParameters(0.2, 0.2, INFINITY)
+    assert ALGORITHMS["grpo-clip-higher"].defaults == LossParameters(0.2, 0.28, INFINITY)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,7 +147,7 @@ def test_extreme_ratios_stay_finite(name: str, dtype: torch.dtype) -> None:
             candidates(mu.shape[0], dtype),
             proximal_logprobs=mu,
         )
-        parameters = find_algorithm(name).defaults
+        parameters = ALGORITHMS[name].defaults
         if (
             dtype == torch.float32
         ):  # the ratios here reach e^80, whose multiple by drpo's factor needs no cap in float64
@@ -178,11 +178,11 @@ def test_padding_of_any_value_gives_nothing(name: str) -> None:
         ),
         proximal_logprobs=batch.proximal_logprobs + junk,
     )
-    losses, _, gradient = run(name, spoiled, find_algorithm(name).defaults)
+    losses, _, gradient = run(name, spoiled, ALGORITHMS[name].defaults)
     assert (losses[1:5] == 0).all()
     assert (gradient[1:5] == 0).all()
     assert torch.isfinite(losses).all()
-    clean_losses, _, clean_gradient = run(name, batch, find_algorithm(name).defaults)
+    clean_losses, _, clean_gradient = run(name, batch, ALGORITHMS[name].defaults)
     assert torch.equal(losses, clean_losses)
     assert torch.equal(gradient, clean_gradient)
 
@@ -199,7 +199,7 @@ def test_a_masked_token_is_zero_even_where_its_ratio_overflowed(name: str) -> No
 def test_bfloat16_log_probs_are_judged_in_float32() -> None:
     mu, pi = torch.tensor([0.5] * 1, dtype=torch.bfloat16).log(), torch.tensor([0.4] * 1, dtype=torch.bfloat16).log()
     batch = TokenBatch(pi.requires_grad_(), mu, torch.tensor([-1.0]), torch.tensor([True]), torch.tensor([0]))
-    losses, terms = token_losses(batch, load_algorithm(find_algorithm("dppo-binary-tv")), both(0.2, INFINITY))
+    losses, terms = token_losses(batch, load_algorithm(ALGORITHMS["dppo-binary-tv"]), both(0.2, INFINITY))
     assert losses.dtype == terms.weight.dtype == torch.float32
 
 
@@ -219,9 +219,9 @@ def test_log_one_minus_exp_is_exact_at_both_ends(logp: float) -> None:
 
 def test_every_registered_algorithm_loads() -> None:
     for name in ALGORITHMS:
-        assert callable(load_algorithm(find_algorithm(name)))
+        assert callable(load_algorithm(ALGORITHMS[name]))
 
 
 def test_unknown_algorithm_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"no algorithm 'ppo'.*dppo-binary-tv"):
-        find_algorithm("ppo")
+    with pytest.raises(ValueError, match=r"no algorithm 'ppo'.*dppo-binary-tv"):
+        LossOptions(algorithm="ppo")

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from learner.batch.advantages import group_advantages
-from learner.losses import ALGORITHMS, INFINITY, LossParameters, Penalties, find_algorithm
 from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import merge_statistics
 from learner.losses.form import (
@@ -24,6 +23,7 @@ from learner.losses.form import (
     token_losses,
     token_values,
 )
+from leeway.config.algorithms import ALGORITHMS, INFINITY, LossParameters, Penalties
 from tests.unit.learner.losses import oracle
 from tests.unit.learner.losses.oracle import Numbers, Token
 
@@ -78,7 +78,7 @@ def computed(
     name: str, batch: TokenBatch, parameters: LossParameters, penalties: Penalties | None = None
 ) -> tuple[Tensor, TokenTerms, Tensor]:
     """Losses, terms and d sum(loss) / d log pi, measuring first where the algorithm is batch-aware."""
-    algorithm = find_algorithm(name)
+    algorithm = ALGORITHMS[name]
     measure = load_measure(algorithm)
     if measure is not None:
         num_sequences = int(batch.sequence_ids.max()) + 1
@@ -105,7 +105,7 @@ def assert_agrees(name: str, tokens: Sequence[Token], numbers: Numbers) -> None:
     if expected[0].divergence is not None:
         assert terms.divergence is not None
         # 1 - sum is known to rounding only: where little is left under pi, its logarithm is not comparable.
-        reads_topk = find_algorithm(name).reads_topk(parameters_of(numbers))
+        reads_topk = ALGORITHMS[name].reads_topk(parameters_of(numbers))
         known = np.array([not reads_topk or oracle.buckets(token)[-1][1] > 1e-5 for token in tokens])
         np.testing.assert_allclose(
             terms.divergence.numpy()[known],
@@ -330,7 +330,7 @@ def test_worked_topk(sampled: int, tv: float, kl: float) -> None:
 
 
 def assert_divergence(name: str, batch: TokenBatch, expected: float) -> None:
-    divergence = computed(name, batch, find_algorithm(name).defaults)[1].divergence
+    divergence = computed(name, batch, ALGORITHMS[name].defaults)[1].divergence
     assert divergence is not None
     assert divergence.item() == pytest.approx(expected, rel=5e-9)
 
@@ -352,7 +352,7 @@ def assert_divergence(name: str, batch: TokenBatch, expected: float) -> None:
 )
 def test_worked_weights(name: str, given: Token, weight: float, loss: float) -> None:
     """The docstrings' examples, with the algorithms' own numbers."""
-    losses, terms, gradient = computed(name, batch_of([given]), find_algorithm(name).defaults)
+    losses, terms, gradient = computed(name, batch_of([given]), ALGORITHMS[name].defaults)
     assert terms.weight.item() == pytest.approx(weight, rel=1e-12)
     assert losses.item() == pytest.approx(loss, rel=1e-12)
     assert gradient.item() == pytest.approx(-given.advantage * weight, rel=1e-12)
@@ -379,13 +379,13 @@ def test_the_predictive_mask_can_disagree_with_the_ratio() -> None:
 def test_one_token_too_far_drops_its_whole_sequence() -> None:
     near, far = token(0.5, 0.5, -1), token(0.99, 0.8, -1)
     alone = replace(near, sequence=1)
-    kept = computed("trm", batch_of([near, far, alone]), find_algorithm("trm").defaults)[1].kept
+    kept = computed("trm", batch_of([near, far, alone]), ALGORITHMS["trm"].defaults)[1].kept
     assert kept.tolist() == [False, False, True]
 
 
 def test_statistics_do_not_depend_on_the_cut_into_micro_batches() -> None:
     tokens = random_tokens(9, 60)
-    algorithm, parameters = find_algorithm("trm"), find_algorithm("trm").defaults
+    algorithm, parameters = ALGORITHMS["trm"], ALGORITHMS["trm"].defaults
     measure = load_measure(algorithm)
     assert measure is not None
     count = tokens[-1].sequence + 1
@@ -458,7 +458,7 @@ def test_the_entropy_bonus_has_a_gradient_of_minus_its_coefficient() -> None:
         loss_mask=torch.tensor([True, False]),
     )
     losses, _ = token_losses(
-        batch, load_algorithm(find_algorithm("pg-is")), find_algorithm("pg-is").defaults, Penalties(entropy=0.01)
+        batch, load_algorithm(ALGORITHMS["pg-is"]), ALGORITHMS["pg-is"].defaults, Penalties(entropy=0.01)
     )
     assert torch.autograd.grad(losses.sum(), entropies)[0].tolist() == [-0.01, 0.0]
 

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from learner.losses import find_algorithm
 from learner.losses.form import TokenBatch, load_algorithm, token_losses
 from learner.policy.head import Head, Targets, TokenLoss, TokenScores, chunk
 from learner.policy.head.fused import FusedResult, fused_head
 from learner.policy.head.reference import reference_head
+from leeway.config.algorithms import ALGORITHMS
 
 HIDDEN = 12
 VOCABULARY = 53  # not a multiple of the tile's width
@@ -52,8 +52,8 @@ def policy_loss(algorithm: str, num_tokens: int, *, zero_every: int = 3) -> Toke
     advantages = torch.randn(num_tokens, generator=generator)
     advantages[::zero_every] = 0.0
     weights = torch.rand(num_tokens, generator=generator)
-    found = find_algorithm(algorithm)
-    parameters, decide = found.parameters(None, None, None), load_algorithm(found)
+    found = ALGORITHMS[algorithm]
+    parameters, decide = found.defaults, load_algorithm(found)
 
     def loss(places: slice, scores: TokenScores) -> Tensor:
         logprobs = scores.logprobs

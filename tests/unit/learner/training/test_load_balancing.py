@@ -11,7 +11,7 @@ from learner.batch.packing import pack
 from learner.policy.load_balancing import load_balancing_losses
 from learner.policy.model import PolicyModel
 from learner.policy.r3 import find_routers
-from learner.training.options import TrainingOptions
+from leeway.config import TrainingOptions
 from leeway.errors import ConfigError
 from leeway.types import Trajectory
 from tests.harness.learner_builders import EXPERTS, SLOTS, dense_model, groups, moe_model, trainer, trajectory, weights

@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions
 from leeway.errors import ConfigError
 from leeway.huggingface import load_published, tensor_from_bytes
 from leeway.types import TrajectoryGroup

@@ -53,15 +53,47 @@ def test_temperature_divides_the_logits() -> None:
     torch.testing.assert_close(scores.logprobs, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_crosses_between_trajectories() -> None:
-    """Changing one trajectory changes no bit of its neighbour in the same row."""
-    model = moe_model()
-    kept, changed = trajectory("kept", 9, seed=1), trajectory("changed", 9, seed=2)
-    other = replace(changed, token_ids=(changed.token_ids + 1) % 32)
-    before = score(model, [[0, 1]], [changed, kept])
-    after = score(model, [[0, 1]], [other, kept])
-    assert torch.equal(before.logprobs[6:], after.logprobs[6:])
-    assert not torch.equal(before.logprobs[:6], after.logprobs[:6])
+def neighbours(model: PreTrainedModel, *, replay: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probs [2, 6] of a trajectory and of its neighbour in the row, before and after the neighbour changes."""
+    kept = trajectory("kept", 9, seed=1, routing=replay)
+    changed = trajectory("changed", 9, seed=2, routing=replay)
+    policy = PolicyModel(model, routing_replay=replay, gradient_checkpointing=False)
+    scored: list[Tensor] = []
+    for neighbour in (changed, replace(changed, token_ids=(changed.token_ids + 1) % 32)):
+        batch = pack([[0, 1]], [neighbour, kept], with_routing=replay)
+        if batch.routing is not None and batch.routed is not None:  # last tokens too, whose experts are free else
+            experts = np.where(batch.routed[:, None, None], batch.routing, np.arange(2))
+            batch = replace(batch, routing=experts, routed=np.ones_like(batch.routed))
+        with policy.scored(batch) as scores:
+            scored.append(scores.logprobs.detach())
+    return torch.stack([s[6:] for s in scored]), torch.stack([s[:6] for s in scored])
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["dense", "replayed experts"])
+def test_nothing_crosses_between_trajectories(replay: bool) -> None:
+    """Changing one trajectory changes no bit of its neighbour in the same row, where all products keep their shapes."""
+    kept, changed = neighbours(moe_model() if replay else dense_model(), replay=replay)
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(changed[0], changed[1])
+
+
+def test_only_rounding_crosses_between_trajectories_where_experts_are_chosen() -> None:
+    """Each expert's tokens are one product, whose rounding depends on how many tokens of the neighbour are in it."""
+    kept, changed = neighbours(moe_model())
+    torch.testing.assert_close(kept[0], kept[1], rtol=1e-5, atol=1e-5)
+    assert (changed[0] - changed[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("make", [dense_model, moe_model])
+def test_attention_that_crosses_between_trajectories_would_show(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted leak, plain causal attention over the row, is far larger than the tolerance above."""
+
+    def leaking(segment_ids: np.ndarray) -> np.ndarray:
+        return np.tril(np.ones((len(segment_ids), 1, segment_ids.shape[1], segment_ids.shape[1]), np.bool_))
+
+    monkeypatch.setattr("learner.policy.model.attention_mask", leaking)
+    kept, _ = neighbours(make())
+    assert (kept[0] - kept[1]).abs().max() > 1e-2
 
 
 def test_logits_are_made_for_targets_only() -> None:

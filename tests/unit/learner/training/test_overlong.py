@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from learner.batch.advantages import group_advantages
 from learner.batch.overlong import OverlongRule, is_overlong, shape_group, soft_penalty
-from learner.training.options import TrainingOptions
+from leeway.config import TrainingOptions
 from leeway.types import FinishReason, TrajectoryGroup
 from tests.harness.learner_builders import dense_model, groups, moe_model, trainer, trajectory
 

@@ -17,15 +17,13 @@ from transformers import PreTrainedModel
 from learner.batch.packing import pack
 from learner.errors import UnusableGroupError
 from learner.lineage import trajectory_staleness
-from learner.losses import ALGORITHMS
 from learner.losses.batch_statistics import Reduction
-from learner.losses.options import check_recorded_topk
 from learner.policy.model import PolicyModel
 from learner.training.mismatch import RunningMismatch
-from learner.training.options import TrainingOptions
 from learner.training.policy_loss import PolicyLoss
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions, check_recorded_topk
+from leeway.config.algorithms import ALGORITHMS
 from leeway.errors import ConfigError
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
 from tests.harness.learner_builders import VOCABULARY, dense_model, groups, trainer

@@ -20,15 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from learner.batch.packing import pack
 from learner.errors import UnusableGroupError
-from learner.losses import ALGORITHMS
 from learner.policy.head import output
 from learner.policy.head.fused import fused_head
 from learner.policy.model import PolicyModel
 from learner.trainer import Trainer
 from learner.training import state as training_state
-from learner.training.options import TrainingOptions
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions
+from leeway.config import SamplingOptions, TrainingOptions
+from leeway.config.algorithms import ALGORITHMS
 from leeway.errors import ConfigError, CorruptDataError, LeewayError, PreconditionError
 from leeway.types import Trajectory, TrajectoryGroup
 from leeway.weights.digests import verify_weights, weights_digest

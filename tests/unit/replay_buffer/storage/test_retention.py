@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from leeway.config import ReplayBufferOptions
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from leeway.types import Evaluation, GroupState, Purpose, SamplingParams, WriteItem, WriteStatus
-from replay_buffer.options import ReplayBufferOptions
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.retention import choose_beginning, first_needed

@@ -1,31 +1,31 @@
-"""Options of the loss: keys of [learner.training], and what `leeway loss` takes. Needs no torch."""
+"""The policy loss: keys of [learner.training], and what `leeway loss` takes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated
+from dataclasses import fields
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from learner.losses import (
+from leeway.config.algorithms import (
+    ALGORITHMS,
     MAX_TOPK,
     Algorithm,
     DivergenceName,
     KlEstimator,
     LossParameters,
     Penalties,
-    find_algorithm,
 )
-from learner.losses.aggregation import Aggregation
-from leeway.config import Options, SamplingOptions
+from leeway.config.document import Options
+from leeway.config.run import SamplingOptions
 from leeway.errors import ConfigError
+
+Aggregation = Literal["seq-mean-token-sum", "token-mean", "seq-mean-token-mean", "fixed-horizon"]
 
 
 def _registered(name: str) -> str:
-    try:
-        find_algorithm(name)
-    except ConfigError as error:
-        raise ValueError(error.message) from error
+    if name not in ALGORITHMS:
+        raise ValueError(f"there is no algorithm {name!r}; choose one of {', '.join(ALGORITHMS)}")
     return name
 
 
@@ -33,70 +33,76 @@ class LossOptions(Options):
     """Which loss, its numbers, and how token losses become one. An algorithm ignores numbers that it does not read."""
 
     algorithm: Annotated[str, AfterValidator(_registered)] = Field(
-        default="dppo-binary-tv", description="the policy loss; learner/losses/__init__.py lists the names"
+        default="dppo-binary-tv",
+        description="Policy loss, by name; `leeway loss --help` lists the names, and each is a file of learner/losses.",
     )
     delta_low: float | None = Field(
         default=None,
         ge=0,
-        description="trust-region threshold where the advantage is negative; unset: the algorithm's own",
+        description="Trust-region threshold where the advantage is negative. Unset: the algorithm's own.",
     )
     delta_high: float | None = Field(
         default=None,
         ge=0,
-        description="trust-region threshold where the advantage is positive; unset: the algorithm's own",
+        description="Trust-region threshold where the advantage is positive. Unset: the algorithm's own.",
     )
     truncation: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=True,
-        description="C: the largest weight of a ratio, `inf` for none; unset: the algorithm's own",
+        description="Largest weight that a ratio may have, C; `inf` for no bound. Unset: the algorithm's own.",
     )
-    ratio_low: float | None = Field(default=None, ge=0, description="icepop's alpha; unset: its own")
-    ratio_high: float | None = Field(default=None, gt=0, description="icepop's beta; unset: its own")
+    ratio_low: float | None = Field(
+        default=None, ge=0, description="Smallest ratio that icepop keeps, its alpha. Unset: the algorithm's own."
+    )
+    ratio_high: float | None = Field(
+        default=None, gt=0, description="Largest ratio that icepop keeps, its beta. Unset: the algorithm's own."
+    )
     divergence: DivergenceName | None = Field(
-        default=None, description="what trm and predictive-mask compare with delta; unset: the algorithm's own"
+        default=None, description="Divergence that trm and predictive-mask bound. Unset: the algorithm's own."
     )
     topk: int = Field(
         default=MAX_TOPK,
         ge=1,
         le=MAX_TOPK,
-        description="K of the top-K divergences: the likeliest of the recorded candidates; sampling.topk at most",
+        description="Candidates of the top-K divergences: the K likeliest of those recorded; at most sampling.topk.",
     )
 
     delta_growth: float = Field(
         default=0.0,
         ge=-1,
         le=100,
-        description="per step of a token's staleness, delta grows by this fraction of itself; negative shrinks it",
+        description="Fraction by which delta grows per step of a token's staleness; a negative one shrinks it.",
     )
     delta_growth_limit: float = Field(
-        default=2.0, ge=1, le=1e6, description="staleness moves delta by at most this factor"
+        default=2.0, ge=1, le=1e6, description="Largest factor by which staleness may grow or shrink delta."
     )
     mismatch_allowance: float = Field(
         default=0.0,
         ge=0,
         le=1e6,
-        description="multiple of the mean divergence at staleness zero, which is numerics, that is added to delta",
+        description="Multiple of the mean divergence at staleness zero, which is numerics alone, that is added to "
+        "delta.",
     )
 
     quadratic_coefficient: float = Field(
-        default=0.0, ge=0, description="of (log r)^2, added on every token; prime-rl uses 1e-3"
+        default=0.0, ge=0, description="Coefficient of (log ratio)^2, added on every token; prime-rl uses 1e-3."
     )
     reference_kl_coefficient: float = Field(
-        default=0.0, ge=0, description="of the divergence from the initial model on every token"
+        default=0.0, ge=0, description="Coefficient of the divergence from the initial model, added on every token."
     )
     reference_kl_estimator: KlEstimator = Field(
-        default="k2", description="how it is estimated from the sampled token; k3 is GRPO's"
+        default="k2", description="Estimator of the divergence from the initial model; k3 is GRPO's."
     )
     entropy_coefficient: float = Field(
-        default=0.0, description="of the entropy bonus on every token; positive spreads the policy"
+        default=0.0, description="Coefficient of the entropy bonus on every token; a positive one spreads the policy."
     )
 
     aggregation: Aggregation = Field(
-        default="seq-mean-token-sum", description="how token losses become the step's loss"
+        default="seq-mean-token-sum", description="How the losses of tokens become the loss of a step."
     )
     horizon: int | None = Field(
-        default=None, ge=1, description="tokens to divide by; for aggregation fixed-horizon only"
+        default=None, ge=1, description="Tokens by which aggregation fixed-horizon divides; for no other aggregation."
     )
 
     @model_validator(mode="after")
@@ -108,8 +114,8 @@ class LossOptions(Options):
     @model_validator(mode="after")
     def _numbers_fit_the_algorithm(self) -> LossOptions:
         parameters = self.loss_parameters
-        if self.algorithm == "drpo" and not (parameters.delta_low > 0 and parameters.delta_high > 0):
-            raise ValueError("drpo divides by delta: set `delta_low` and `delta_high` above 0")
+        if self.loss_algorithm.divides_by_delta and not (parameters.delta_low > 0 and parameters.delta_high > 0):
+            raise ValueError(f"{self.algorithm} divides by delta: set `delta_low` and `delta_high` above 0")
         if parameters.ratio_low > parameters.ratio_high:
             raise ValueError("`ratio_low` is above `ratio_high`: no ratio would be kept")
         return self
@@ -117,27 +123,13 @@ class LossOptions(Options):
     @property
     def loss_algorithm(self) -> Algorithm:
         """The registered algorithm."""
-        return find_algorithm(self.algorithm)
+        return ALGORITHMS[self.algorithm]
 
     @property
     def loss_parameters(self) -> LossParameters:
         """The algorithm's numbers, with what is set here in their place; no mismatch was measured yet."""
-        parameters = self.loss_algorithm.with_numbers(
-            {
-                "delta_low": self.delta_low,
-                "delta_high": self.delta_high,
-                "truncation": self.truncation,
-                "ratio_low": self.ratio_low,
-                "ratio_high": self.ratio_high,
-                "divergence": self.divergence,
-            }
-        )
-        return replace(
-            parameters,
-            delta_growth=self.delta_growth,
-            delta_growth_limit=self.delta_growth_limit,
-            mismatch_allowance=self.mismatch_allowance,
-        )
+        names = {field.name for field in fields(LossParameters)}
+        return self.loss_algorithm.with_numbers({name: value for name, value in self if name in names})
 
     @property
     def penalties(self) -> Penalties:
