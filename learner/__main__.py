@@ -1,4 +1,4 @@
-"""`python -m learner --config FILE`: one incarnation of a run's learner."""
+"""`leeway serve learner --config FILE`: one incarnation of a run's learner."""
 
 from __future__ import annotations
 
@@ -269,10 +269,10 @@ def _log_record(line: str) -> None:
             pass  # said already, by whom it concerns
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run."""
-    parser = service_parser("learner", "The learner of one run: draws groups, trains, publishes weights.")
-    arguments = parser.parse_args()
+    parser = service_parser("leeway serve learner", "The learner of one run: draws groups, trains, publishes weights.")
+    arguments = parser.parse_args(argv)
     try:
         process = LearnerProcess(load_document(arguments.config, arguments.overrides), supervised=arguments.supervised)
     except ConfigError as error:

@@ -83,20 +83,20 @@ class TicketCalls:
     async def _acquire(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
         started_at = time.perf_counter()
         try:
-            work = await self._client.request_work(self._server_id, version, max_members, self._wait_seconds)
+            acquired = await self._client.acquire_tickets(self._server_id, version, max_members, self._wait_seconds)
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
             log.warning("no tickets: %s; asking again", error.message)
             told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
             await self._backoff.pause(told_seconds)
             return []
         self._backoff.reset()
-        if work.finished and not self.finished:
+        if acquired.finished and not self.finished:
             log.info("run %s has finished", self._client.run)
             self.finished = True
-        if work.tickets:
+        if acquired.tickets:
             self._metrics.ticket_wait_seconds.observe(time.perf_counter() - started_at)
-        self._hear_of_drain(work.drained)
-        return work.tickets
+        self._hear_of_drain(acquired.drained)
+        return acquired.tickets
 
     def _hear_of_drain(self, drain: Drain | None) -> None:
         """Say once that this server is out of the run, and once that it is in it again."""

@@ -158,9 +158,7 @@ def _verified(step: int, recorded: GroupReceipt, record: GroupRecord) -> Traject
     if before != now:
         raise DiffersError(Difference(step, "group", recorded.group_id, ", ".join(before), ", ".join(now)))
     for known, trajectory in zip(recorded.trajectories, members, strict=True):
-        digest = codec.EMPTY_CHAIN
-        for chunk in trajectory.chunks:
-            digest = codec.chain_digest(digest, chunk)
+        digest = codec.chain_digest(codec.EMPTY_CHAIN, *trajectory.chunks)
         if digest.hex() != known.digest:
             raise DiffersError(
                 Difference(step, "trajectory", trajectory.trajectory_id, known.digest[:16], digest.hex()[:16])

@@ -7,7 +7,7 @@
       ▼
     rank r > 0    follows; takes its slice of each step from the receipts and the log, as rank 0 does
 
-The last line on stdout is the answer: `equal: ...` or `different: ...`. `leeway replay-step` starts this beside a
+The last line on stdout is the answer: `equal: ...` or `different: ...`. `leeway recompute-step` starts this beside a
 replay buffer that serves the run's log.
 """
 
@@ -118,8 +118,8 @@ def main() -> int:
     try:
         process = ReplayProcess(arguments)
     except ConfigError as error:
-        return report_error("replay-step", error)
-    return serve("replay-step", process.main, arguments)
+        return report_error("recompute-step", error)
+    return serve("recompute-step", process.main, arguments)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def no_attempt_check() -> None:
     def careless(run: RunState, item: WriteItem, *rest: Any, **more: Any) -> Any:
         found = run.find(item.trajectory_id)
         attempt = item.attempt if found is None else found[0].members[found[1]].attempt
-        decision = decide(run, item._replace(encoded=b"", attempt=attempt), *rest, **more)
+        decision = decide(run, item._replace(attempt=attempt), *rest, **more)
         return decision._replace(result=decision.result._replace(attempt=item.attempt))
 
     replay_buffer.buffer.decide_write = careless

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -13,7 +12,6 @@ from typing import Any, Final
 import inference_server.server
 import learner.__main__
 import replay_buffer.__main__
-from leeway.service.process import service_parser
 from tests.chaos.archive import install_archive
 from tests.chaos.fault_controls import FaultControls, install_clock, install_disk
 from tests.chaos.plan import BUFFER, LEARNER
@@ -62,7 +60,6 @@ def lose_power(program: Program, rng: Random, *, lose_all: bool) -> Losses:
 def run_service(connection: object, name: str, argv: tuple[str, ...], faults: Faults) -> int:
     """Be a service; the messages' pipe is only its standard input."""
     del connection
-    sys.argv = [name, *argv]
     controls = FaultControls(faults.controls)
     if faults.disk is not None and faults.ledger is not None:
         Witness(faults.disk, faults.ledger).install()
@@ -73,13 +70,14 @@ def run_service(connection: object, name: str, argv: tuple[str, ...], faults: Fa
             install_archive(faults.archive)
     if faults.bug:
         BUGS[faults.bug].install()
-    return {BUFFER: _replay_buffer, LEARNER: learner.__main__.main}.get(name, inference_server.server.main)()
+    main = {BUFFER: _replay_buffer, LEARNER: learner.__main__.main}.get(name, inference_server.server.main)
+    return main(argv)
 
 
-def _replay_buffer() -> int:
+def _replay_buffer(argv: Sequence[str]) -> int:
     """With segments so small that a rehearsal fills many, each with its snapshot."""
     read_options = replay_buffer.__main__.read_options
     replay_buffer.__main__.read_options = lambda document: read_options(document).model_copy(
         update={"segment_bytes": _SEGMENT_BYTES}
     )
-    return replay_buffer.__main__.main(service_parser("replay_buffer", "").parse_args())
+    return replay_buffer.__main__.main(argv)

@@ -129,7 +129,7 @@ class LearnerRun:
         spec = run_spec(trainer, self.steps)
         async with connected(self.address, RUN) as client:
             await client.join_run("s0", trainer.signature, DATASET, WAIT_SECONDS)
-            tickets, _ = await client.acquire_tickets("s0", spec.root, 1000, WAIT_SECONDS)
+            tickets, *_ = await client.acquire_tickets("s0", spec.root, 1000, WAIT_SECONDS)
             assert len(tickets) == spec.groups_per_step * self.steps
             await write(
                 client,

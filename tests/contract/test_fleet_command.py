@@ -12,6 +12,8 @@ from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, spec
 
+pytestmark = pytest.mark.processes
+
 CONFIG = """
 run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step = 2, members = 2, max_staleness = 2 }}
 network = {{ replay_buffer = "127.0.0.1:1" }}
@@ -45,7 +47,7 @@ def test_servers_are_listed_drained_and_readmitted(run_folder: Path, capsys: pyt
     assert code == 2
     assert "'s1' is the only one at work and stays in the run (new driver)" in refused
     assert leeway("drain", "s1", "--force") == (0, "s1 is drained (operator): drained by hand\n")
-    assert leeway("readmit", "s0") == (0, "s0 gets work again\n")
+    assert leeway("readmit", "s0") == (0, "s0 is readmitted\n")
     assert leeway("readmit", "s0") == (0, "s0 was not drained\n")
     _, listed = leeway("ls")
     assert "s0" not in listed

@@ -73,5 +73,5 @@ async def test_the_buffer_is_told_which_checkpoint_is_the_oldest(tmp_path: Path)
         run = LearnerRun(tmp_path / "run", address)
         assert await run.train()
         kept = CheckpointStore(run.directory / "checkpoints", keep=100).steps()
-        (state,) = buffer._states()
+        (state,) = buffer._store._states()
         assert state.oldest_kept_step == kept[0] < kept[-1] == state.committed_step

@@ -294,6 +294,7 @@ async def test_a_killed_server_that_comes_back_has_no_base_and_gets_the_snapshot
         await asyncio.wait([reborn.task])
 
 
+@pytest.mark.processes
 async def test_weights_travel_over_mutual_tls_and_to_nobody_else(
     metrics: InferenceServerMetrics, tmp_path: Path
 ) -> None:

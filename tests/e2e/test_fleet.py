@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 from leeway.cli.main import main
+from leeway.cli.serve import serve_command
 from leeway.service.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
 from tests.deadlines import WAIT_SECONDS
@@ -55,10 +56,10 @@ class Guests(Visitors):
         config = str(directory / "rehearsal" / "config.toml")
         self._address = f"127.0.0.1:{free_port('127.0.0.1')}"
         commands = {
-            name: module("inference_server", "--config", config, "--join", name)
+            name: serve_command("inference-server", "--config", config, "--join", name)
             for name in ("late", "leaver", "mortal")
         }
-        worker = module("inference_server.worker", "--config", config, "--join", "odd", "--backend", self._address)
+        worker = serve_command("inference-server", "--config", config, "--join", "odd", "--backend", self._address)
         super().__init__(directory, commands | {"odd": worker}, JOIN_AT_STEP)
         self._left = asyncio.Event()
         self._closed: Counter[str] = Counter()

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from leeway.cli.main import main
+from leeway.cli.serve import serve_command
 from leeway.types import GroupState, Purpose
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
 from tests.e2e.rehearsal import Visitors, rehearse
 from tests.harness.oracle import violations
-from tests.harness.processes import module
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(RUN_SECONDS)]
 
@@ -39,7 +39,7 @@ async def test_a_slow_server_is_drained_and_named(tmp_path: Path, capsys: pytest
     config = str(tmp_path / "rehearsal" / "config.toml")
     slow = "--set=inference_server.arithmetic.token_seconds=60"
     visitors = Visitors(
-        tmp_path, {"slow": module("inference_server", "--join", "slow", "--config", config, slow)}, after_step=1
+        tmp_path, {"slow": serve_command("inference-server", "--join", "slow", "--config", config, slow)}, after_step=1
     )
     try:
         outcome, _, _, evidence = await rehearse(

@@ -24,6 +24,7 @@ from leeway.types import Evaluation, SamplingParams, TrajectoryClose, Trajectory
 from leeway.v1 import common_pb2, replay_pb2
 from tests.harness import replay_builders as builders
 from tests.harness.handler_calls import Harness
+from tests.harness.replay_directory import described
 from tests.model.law import OPEN, READY, TRAIN, End, Law, Version, name, read_log
 
 RUN = builders.RUN
@@ -594,6 +595,14 @@ class BufferMachine(RuleBasedStateMachine):
         assert len(list(read_log(self.directory))) >= before, "acknowledged records are gone"
         self.judge()
         self._read_back(busy)
+
+    @rule(from_log=st.booleans())
+    def restart(self, from_log: bool) -> None:
+        """A clean stop; the next start finds the same state, in what was stored of it or in the whole log."""
+        state = self.harness.buffer._runs[RUN].state
+        before = described(state)
+        self.harness.restart(from_log=from_log)
+        assert described(self.harness.buffer._runs[RUN].state) == before
 
     def _read_back(self, group_ids: Sequence[str]) -> None:
         """A write that got no answer may have happened; what happened is what the log has."""
