@@ -1,7 +1,7 @@
 """For every test: it leaves nothing open to its neighbours, and starts no process unless it says so.
 
-A test that leaves a file, a pipe or a process is named here, at its own end. Otherwise it would fail whichever test runs
-when they are collected. Nothing is collected unless something seems to be left, so the check costs next to nothing.
+A test that leaves a file, a pipe or a process fails here, at its own end, and not whichever test runs when they are
+collected. Nothing is collected unless something seems to be left, so the check costs next to nothing.
 """
 
 from __future__ import annotations
