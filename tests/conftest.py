@@ -11,6 +11,7 @@ import multiprocessing.process
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,11 @@ _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 
 def _open_files() -> dict[str, str]:
-    """Descriptor -> file or pipe. Sockets and event descriptors belong to gRPC, which closes them in its own time."""
+    """Descriptor -> file or pipe.
+
+    Sockets and event descriptors belong to gRPC, which closes them in its own time. A pipe of which this process has
+    both ends is one that a library wakes itself with.
+    """
     found: dict[str, str] = {}
     for entry in os.scandir("/proc/self/fd"):
         try:
@@ -36,7 +41,8 @@ def _open_files() -> dict[str, str]:
             continue
         if target.startswith(("/", "pipe:")) and not target.startswith(("/proc/", "/dev/", "/sys/", sys.prefix)):
             found[entry.name] = target
-    return found
+    targets = Counter(found.values())
+    return {name: target for name, target in found.items() if not (target.startswith("pipe:") and targets[target] > 1)}
 
 
 def _children() -> dict[str, str]:

@@ -599,10 +599,10 @@ class BufferMachine(RuleBasedStateMachine):
     @rule(from_log=st.booleans())
     def restart(self, from_log: bool) -> None:
         """A clean stop; the next start finds the same state, in what was stored of it or in the whole log."""
-        state = self.harness.buffer._runs[RUN].state
+        state = self.harness.buffer._store.runs[RUN].state
         before = described(state)
         self.harness.restart(from_log=from_log)
-        assert described(self.harness.buffer._runs[RUN].state) == before
+        assert described(self.harness.buffer._store.runs[RUN].state) == before
 
     def _read_back(self, group_ids: Sequence[str]) -> None:
         """A write that got no answer may have happened; what happened is what the log has."""
