@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from learner.factory import make_trainer
-from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
-from learner.records.journal import Journal
-from learner.records.receipts import ReceiptBook, deciding_options
-from learner.records.run_lock import held_run
-from learner.records.summary import summarize, write_summary
+from learner.lineage import Branch
+from learner.loop import LAST_ANSWER_SECONDS, Context, Learner
+from learner.run_artifacts.checkpoint import Checkpoint, CheckpointStore
+from learner.run_artifacts.journal import Journal, summarize, write_summary
+from learner.run_artifacts.receipts import ReceiptBook, deciding_options
+from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
 from learner.weights.local import LocalWeights
 from learner.weights.publisher import Publisher
@@ -144,12 +144,11 @@ class LearnerProcess:
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Parts(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory),
+            Context(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory, stop),
             spec,
             self.options,
             self.evaluation,
             restored,
-            stop,
         )
         try:
             finished = await learner.run()

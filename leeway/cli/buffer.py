@@ -11,10 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
-from learner.records.run_lock import held_run
-from learner.records.summary import summarize, write_summary
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal, summarize, write_summary
+from learner.run_artifacts.run_lock import held_run
 from leeway.cli import buffer_files
 from leeway.cli.command import Command, add_commands, add_run_argument, ask_buffer
 from leeway.cli.replay_access import open_replay

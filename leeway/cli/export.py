@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from learner.records.checkpoint import CheckpointStore
+from learner.run_artifacts.checkpoint import CheckpointStore
 from leeway.cli.command import add_run_argument
 from leeway.cli.run_folder import open_run_folder
 from leeway.config import LearnerOptions, ModelOptions, RunOptions, SamplingOptions, section

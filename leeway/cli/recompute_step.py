@@ -6,9 +6,9 @@ import argparse
 import asyncio
 import sys
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.receipts import read_receipts
-from learner.records.replay import find_start
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.receipts import read_receipts
+from learner.run_artifacts.recompute import find_start
 from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, open_run_folder
@@ -56,7 +56,7 @@ async def _recompute(folder: RunFolder, ranks: int, step: int) -> int:
 
     async with open_replay(folder.document) as client:
         process = python_command(
-            "learner.records.replay_process",
+            "learner.recompute_process",
             *("--config", str(folder.document.path), "--set", f"network.replay_buffer={client.address}"),
             *("--directory", str(folder.directory), "--step", str(step), "--supervised"),
         )

@@ -14,7 +14,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from leeway.cli.command import add_run_argument
 from leeway.cli.run_folder import RunFolder, open_run_folder
 from leeway.errors import NotFoundError

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from learner.records.policy_logprobs import read_policy_logprobs
+from learner.run_artifacts.journal import read_policy_logprobs
 from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, open_run_folder

@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal
 from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.cli.progress import open_progress
 from leeway.cli.report import write_report

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from learner.records.run_lock import held_run
+from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
 from leeway.cli.main import main
 from leeway.errors import PreconditionError

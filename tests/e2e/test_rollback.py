@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 from tests.harness.processes import CLI, children_of, command_line, leeway, overriding, running
 

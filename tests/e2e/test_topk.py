@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from tests.harness.processes import leeway, overriding
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from learner.lineage import Branch
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
 from leeway.service.durable import make_directory, publish_directory, replace_file, sync_directory, sync_file
 from leeway.types import PolicyVersion, Rollback
@@ -29,9 +30,6 @@ _PREFIX: Final = "step-"
 
 LedgerStep = tuple[int, tuple[str, ...]]
 """(step, its group ids in order)"""
-
-Branch = tuple[int, int]
-"""(epoch, step of the checkpoint that it started from)"""
 
 
 @dataclass(frozen=True, slots=True)
