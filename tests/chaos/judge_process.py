@@ -213,7 +213,7 @@ class _Judge:
                 learner_files=False,  # a journal ends where the power went
             )
         )
-        self._counts["records"] += oracle.law.num_records if oracle.law is not None else 0
+        self._counts["records"] += oracle.num_records
         self._conclude(oracle.violations())
 
     async def _export(self) -> tuple[list[GroupRecord], RunStatus]:

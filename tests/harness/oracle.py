@@ -55,7 +55,7 @@ from leeway.types import (
 from leeway.v1 import replay_pb2
 from leeway.weights.digests import weights_digest
 from tests.harness.recording_proxy import Call, Record, Write
-from tests.model.law import Broken, Law, audit, name, read_log
+from tests.model.law import Law, audit, name, read_log
 
 LEGAL_DROPS = {
     Purpose.TRAIN: {DropReason.STALE, DropReason.LEASE_LOST, DropReason.DEAD_LETTER, DropReason.RUN_END},
@@ -181,13 +181,10 @@ class Oracle(RecordedCalls):
             for trajectory in group.trajectories
         }
         self.spec = codec.spec_from_proto(self.record.of("OpenRun")[0].request.spec)
-        self.law: Law | None = None
-        self.broken = ""
-        try:
-            self.law = audit(read_log(evidence.log_directory), self.spec.run)
-            self.broken = "" if self.law is not None else "1: the log does not know the run"
-        except Broken as broken:
-            self.broken = f"{broken} (by the log)"
+        law = audit(read_log(evidence.log_directory), self.spec.run)
+        self.num_records = law.num_records if law is not None else 0
+        self.broken = law.violations if law is not None else ["1: the log does not know the run"]
+        self.law: Law | None = None if self.broken else law
         self._whole: dict[str, Trajectory | str] = {}
 
     def violations(self) -> list[str]:
@@ -196,7 +193,7 @@ class Oracle(RecordedCalls):
         if self.evidence.finished and self.law is not None:
             checks |= {2: self.once, 3: self.balanced, 11: self.replayed}
         found = [f"{number}: {line}" for number, check in sorted(checks.items()) for line in check()]
-        return [self.broken, *found] if self.broken else found
+        return [*(f"{line} (by the log)" for line in self.broken), *found]
 
     # 1
 

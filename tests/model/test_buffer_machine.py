@@ -99,6 +99,7 @@ class BufferMachine(RuleBasedStateMachine):
         records = list(read_log(self.directory))
         for record in records[self.taken :]:
             self.law.take(record)
+        assert not self.law.violations
         self.taken = len(records)
 
     # The learner
