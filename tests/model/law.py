@@ -4,7 +4,7 @@
 
 It judges every chaos run (tests/chaos), every end-to-end rehearsal (tests/e2e) and every step of the state machine
 (test_buffer_machine.py). It shares no decision with the replay buffer: its version tree, its states and its inequality
-are its own. It never predicts the next record; it only objects to one. Its numbers are those of tests/chaos/invariants.md.
+are its own. It never predicts the next record, but only objects to one. Its numbers are those of chaos/invariants.md.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class Law:
     # The records
 
     def take(self, record: log_pb2.LogRecord) -> None:
-        """One record. One that the protocol forbids here is a violation, and what it says is taken over all the same."""
+        """One record; one that the protocol forbids here is a violation, and is taken over all the same."""
         kind = record.WhichOneof("transition")
         take = getattr(self, f"_take_{kind}", None)
         self.num_records += 1
