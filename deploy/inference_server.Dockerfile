@@ -12,6 +12,7 @@ COPY leeway leeway
 COPY inference_server inference_server
 COPY learner learner
 COPY replay_buffer replay_buffer
+COPY examples examples
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/leeway \
     && /opt/leeway/bin/pip install ".[transformers]" --constraint constraints.txt
@@ -28,6 +29,6 @@ EXPOSE 7403 9403
 STOPSIGNAL SIGTERM
 # A service listens on the name that its peers dial, not on the container's loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["sh", "-c", "exec python -m leeway.cli.main health $(hostname):7403"]
-ENTRYPOINT ["python", "-m", "inference_server"]
+    CMD ["sh", "-c", "exec leeway health $(hostname):7403"]
+ENTRYPOINT ["leeway", "serve", "inference-server"]
 CMD ["--help"]

@@ -10,6 +10,7 @@ COPY leeway leeway
 COPY inference_server inference_server
 COPY learner learner
 COPY replay_buffer replay_buffer
+COPY examples examples
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/leeway \
     && /opt/leeway/bin/pip install "." --constraint constraints.txt
@@ -26,6 +27,6 @@ EXPOSE 7401 9401
 STOPSIGNAL SIGTERM
 # A service listens on the name that its peers dial, not on the container's loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["sh", "-c", "exec python -m leeway.cli.main health $(hostname):7401"]
-ENTRYPOINT ["python", "-m", "replay_buffer"]
+    CMD ["sh", "-c", "exec leeway health $(hostname):7401"]
+ENTRYPOINT ["leeway", "serve", "replay-buffer"]
 CMD ["--help"]

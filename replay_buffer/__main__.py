@@ -1,11 +1,11 @@
-"""`python -m replay_buffer`: serve the durable log of one directory until told to stop."""
+"""`leeway serve replay-buffer`: serves the durable log of one directory until told to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
-from argparse import Namespace
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
@@ -81,8 +81,10 @@ async def _stopped_or_failed(stop: asyncio.Event, durable_log: Log) -> None:
         task.result()
 
 
-def main(arguments: Namespace) -> int:
-    """Read the configuration and serve; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, serve; returns the exit code."""
+    parser = service_parser("leeway serve replay-buffer", "The durable replay buffer of a run.")
+    arguments = parser.parse_args(argv)
     try:
         document = load_document(arguments.config, arguments.overrides)
         network = section(document, "network", NetworkOptions)
@@ -98,4 +100,4 @@ def main(arguments: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(service_parser("replay_buffer", "The durable replay buffer of Leeway.").parse_args()))
+    sys.exit(main())

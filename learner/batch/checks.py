@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from learner.errors import UnusableGroupError
+from learner.trainer import UnusableGroupError
 from leeway.errors import InvalidDataError
 from leeway.trajectory.check import LARGEST_LOGPROB, LARGEST_MASS
 from leeway.types import ModelSignature, Trajectory, TrajectoryGroup

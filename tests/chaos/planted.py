@@ -16,7 +16,7 @@ from typing import Any
 import replay_buffer.buffer
 import replay_buffer.storage.directory
 from learner.loop.checkpointing import Checkpointing
-from learner.records.checkpoint import PendingCheckpoint
+from learner.run_artifacts.checkpoint import PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
 from replay_buffer.rules.admission import Admission
@@ -38,10 +38,10 @@ def commit_before_checkpoint() -> None:
         self: Checkpointing, epoch: int, pending: PendingCheckpoint, finish_save: FinishSave, began: float
     ) -> None:
         step = pending.version.step
-        await self._answers.wait_for(self._parts.buffer.commit(epoch, step))
+        await self._context.answered(self._context.buffer.commit(epoch, step))
         self._ledger = [entry for entry in self._ledger if entry[0] > step]
         finish_save()
-        await asyncio.to_thread(self._parts.checkpoints.finish, pending)
+        await asyncio.to_thread(self._context.checkpoints.finish, pending)
 
     Checkpointing._commit = commit  # type: ignore[method-assign]
 

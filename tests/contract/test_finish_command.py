@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from learner.records.run_lock import held_run
+from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
 from leeway.cli.main import main
 from leeway.errors import PreconditionError
@@ -29,7 +29,7 @@ run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step
 network = {{ replay_buffer = "{address}", insecure = true }}
 """
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
-ENDED = f"run '{RUN}' has ended before, at step 2 of 100; nothing is changed\n"
+ENDED = f"run '{RUN}': already finished at step 2 of 100; nothing to do\n"
 STEP = {"kind": "step", "step": 1, "elapsed_seconds": 1.0, "batch_wait_seconds": 0.5, "reward_mean": 0.5}
 
 
@@ -78,10 +78,10 @@ def test_a_run_that_nobody_continues_is_ended_for_good(run_folder: Path, leeway:
     assert code == 0, said
     what, done = said.splitlines()
     assert what == (
-        f"run '{RUN}' is at step 2 of 100: 1 open, 1 ready and 2 drawn groups are to be dropped (run_end), "
-        "with those of step 2, which is trained but not committed"
+        f"run '{RUN}' is at step 2 of 100: dropping 1 open, 1 ready and 2 drawn groups (run_end), "
+        "including those of step 2, which is trained but not committed"
     )
-    assert done.startswith(f"run '{RUN}' is ended for good: 4 groups are dropped")
+    assert done.startswith(f"run '{RUN}' is finished: 4 groups are dropped")
     assert "2 consumed and 0 dropped before stay as long as retention keeps them" in done
     assert leeway("buffer", "finish", str(run_folder)) == (0, ENDED)
     code, listed = leeway("buffer", "ls", str(run_folder))

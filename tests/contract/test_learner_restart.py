@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
-from learner.records.receipts import read_receipts
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal
+from learner.run_artifacts.receipts import read_receipts
 from tests.contract.learner_run import STEPS, CrashError, LearnerRun
 from tests.harness.buffer_server import serving, serving_buffer
 

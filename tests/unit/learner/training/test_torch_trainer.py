@@ -19,11 +19,10 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from learner.batch.packing import pack
-from learner.errors import UnusableGroupError
 from learner.policy.head import output
 from learner.policy.head.fused import fused_head
 from learner.policy.model import PolicyModel
-from learner.trainer import Trainer
+from learner.trainer import Trainer, UnusableGroupError
 from learner.training import state as training_state
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import SamplingOptions, TrainingOptions
