@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from leeway.rpc import cancel_and_wait
+from leeway.service.children import python_command
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
 
 ROOT: Final = Path(__file__).parents[2]
@@ -33,12 +34,11 @@ CLI: Final = "leeway.cli.main"
 # Programs
 
 
-def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
+def leeway(*arguments: str, directory: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """`leeway ARGUMENTS`, from its start to its end."""
-    command = [sys.executable, "-m", CLI, *arguments]
     return subprocess.run(
-        command,
-        cwd=ROOT,
+        python_command(CLI, *arguments),
+        cwd=directory,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
