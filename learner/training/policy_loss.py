@@ -11,7 +11,7 @@ Shape legend: T trained tokens of a micro-batch, N sequences of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -121,26 +121,30 @@ class PolicyLoss:
         """[T] losses before aggregation, and the terms behind them."""
         return token_losses(tokens, self._decide, self._parameters, self.penalties)
 
-    def observed(self, parts: Sequence[tuple[TokenValues, TokenTerms]]) -> Mapping[str, float]:
-        """Learn the mismatch from a step that was taken; returns what there is to report of it.
+    def observed(self, totals: Mapping[str, float]) -> Mapping[str, float]:
+        """Update the mismatch from the `fresh_totals` of all ranks; returns it as a statistic.
 
         A loss around pi_old has no divergence from the engine to learn it from.
         """
         if self.needs_proximal:
             return {}
-        totals = torch.zeros(2, dtype=torch.float64)
-        for values, terms in parts:
-            if terms.divergence is not None and values.staleness is not None:
-                fresh = terms.divergence[values.staleness == 0].double()
-                fresh = fresh[torch.isfinite(fresh)]
-                totals += torch.tensor([float(fresh.sum()), float(fresh.numel())], dtype=torch.float64)
-        total, tokens = (float(number) for number in self._reduce(totals, "sum"))
-        self.mismatch = self.mismatch.after(total, tokens, self._memory_steps)
+        self.mismatch = self.mismatch.after(totals["fresh_divergence"], totals["fresh_tokens"], self._memory_steps)
         return {"mismatch": self.mismatch.mean} if self.mismatch.tokens else {}
 
     @property
     def _parameters(self) -> LossParameters:
         return replace(self._numbers, mismatch=self.mismatch.mean)
+
+
+def fresh_totals(parts: Iterable[tuple[TokenValues, TokenTerms]]) -> dict[str, float]:
+    """The summed divergence of tokens of staleness zero, and how many there are."""
+    total = tokens = 0.0
+    for values, terms in parts:
+        if terms.divergence is not None and values.staleness is not None:
+            fresh = terms.divergence[values.staleness == 0].double()
+            fresh = fresh[torch.isfinite(fresh)]
+            total, tokens = total + float(fresh.sum()), tokens + fresh.numel()
+    return {"fresh_divergence": total, "fresh_tokens": tokens}
 
 
 def _candidates(micro_batch: MicroBatch, scores: TokenScores, places: slice) -> Candidates | None:

@@ -323,7 +323,11 @@ def test_what_is_measured_is_reduced_over_ranks() -> None:
     taught, alone = trainer(dense_model(), chosen), trainer(dense_model(), chosen)
     taught._loss = taught._gradient._loss = PolicyLoss(chosen, twice)
     assert taught.train_step(1, recorded_groups()).statistics == alone.train_step(1, recorded_groups()).statistics
-    assert seen == ["max", "sum"]
+    assert seen == ["max"]
+    mismatches = [
+        PolicyLoss(chosen).observed({"fresh_divergence": ranks * 0.5, "fresh_tokens": ranks * 10.0}) for ranks in (1, 2)
+    ]
+    assert mismatches == [{"mismatch": 0.05}] * 2
 
 
 # Older policies.
