@@ -53,7 +53,7 @@ from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, tell_run_finished, unless_stopped
 from leeway.tasks import load_tasks
-from leeway.weights.transports import uses_broadcasts
+from leeway.weights.transports import weight_transports
 
 log = logging.getLogger("inference_server")
 
@@ -102,7 +102,7 @@ class InferenceServerProcess:
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
-        self.broadcasts = uses_broadcasts(self.network)
+        self.transports = weight_transports(self.network)
         if joining is None:
             self._take_place(document, index, backend)
         else:
@@ -163,8 +163,7 @@ class InferenceServerProcess:
             server_id=self.server_id,
             address=self.network.policy,
             security=self.security,
-            allow_local=self.network.weights in ("auto", "zmq"),
-            broadcasts=self.broadcasts,
+            transports=self.transports,
             take_deltas=self.options.take_deltas,
             fetch_timeout_seconds=self.options.fetch_timeout_seconds,
             metrics=metrics,

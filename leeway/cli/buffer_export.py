@@ -16,9 +16,9 @@ from leeway.trajectory.assembly import join_chunks
 from leeway.types import Array, ColumnKind, GroupState, Trajectory, TrajectoryRecord
 from replay_buffer.rules.groups import Group, Member, Progress
 from replay_buffer.rules.transitions import TrajectoryClosed
-from replay_buffer.storage.columns import ColumnReader
 from replay_buffer.storage.offline import Directory
 from replay_buffer.storage.records import decode
+from replay_buffer.storage.segment_reader import ColumnReader
 
 FORMATS: Final = (".jsonl", ".safetensors")
 EXPORTED_STATES: Final = (GroupState.READY, GroupState.DRAWN, GroupState.CONSUMED)
