@@ -134,7 +134,7 @@ class LearnerProcess:
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=self._listen)
         receipts = ReceiptBook(
             self.directory,
-            deciding_options(self.options, trainer.signature, seed=self.run.seed),
+            deciding_options(self.options, trainer, seed=self.run.seed),
             resume_step=restored.version.step,
         )
         learner = Learner(

@@ -35,6 +35,11 @@ class Trainer(Protocol):
         ...
 
     @property
+    def numerics(self) -> Mapping[str, str]:
+        """What decides the rounding of a step beside options and data: versions of libraries, processor, device."""
+        ...
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion: the tokenizer's end-of-sequence."""
         ...

@@ -9,7 +9,8 @@ matrix products too, unless `compute_dtype` says bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import cast
 
@@ -118,6 +119,13 @@ class TorchTrainer:
             load_balancing=options.load_balancing > 0,
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,), world)
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        device = self._world.device
+        libraries = {name: library_version(name) for name in ("torch", "transformers")}
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        return {**libraries, "device": f"{device.type} {named}"}
 
     def published(self) -> tuple[WeightManifest, list[bytes]]:
         published: list[tuple[TensorEntry, bytes]] = []
