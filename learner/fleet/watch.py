@@ -4,7 +4,7 @@
                                                                ├──> verdicts ──> DrainServer ──> the buffer acts and
     check_seconds pass ──> how long loans take, by the buffer ─┘                                 tells the server
 
-    who measures    `learner.fleet.mismatch`, the buffer   who decides    this module, or a person (`leeway fleet`)
+    who measures    `fleet.mismatch`, and the buffer      who decides    this module, or a person (`leeway fleet`)
     waits for       a step, or its own clock              unblocks       nobody; training never waits for it
 
 What it can do is only what the buffer allows: the last server at work stays, and is a suspect in log and metrics. A

@@ -1,4 +1,4 @@
-"""Over a fixed log of groups, a learner stopped or killed comes to the same bits as one that went through."""
+"""Over a fixed log of groups on one machine, a learner stopped or killed ends with the bits of one never stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One optimizer step: exact over micro-batches, resumable bit for bit, and nothing moves on bad data."""
+"""One optimizer step: equal over micro-batches, resumed bit for bit in the same shapes, and unmoved by bad data."""
 
 from __future__ import annotations
 
