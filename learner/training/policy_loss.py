@@ -1,4 +1,4 @@
-"""The configured loss of a trainer: what it needs of a micro-batch, what it measures first, what it makes of tokens.
+"""The configured loss of a trainer: its input from a micro-batch, its measurement of the step, its losses.
 
     micro-batches ── score without gradient ──> measured ──> statistics of the step      (batch-aware losses only)
     micro-batch ── score ──> token_batch ──> losses, terms ──> observed ──> running mismatch, for later steps
@@ -42,7 +42,7 @@ from leeway.config.algorithms import LossParameters
 
 @dataclass(frozen=True, slots=True)
 class OlderLogprobs:
-    """What earlier policies say of a micro-batch's targets; None where the loss does not ask, or means the learner."""
+    """Log-probs of targets under earlier policies; None where the loss needs none, or takes the learner's own."""
 
     proximal: Tensor | None = None  # [T]
     reference: Tensor | None = None  # [T]
@@ -66,7 +66,7 @@ class PolicyLoss:
 
     @property
     def batch_aware(self) -> bool:
-        """Whether the step has to be measured before its losses are known."""
+        """True where the step has to be measured before its losses are known."""
         return self._measure is not None
 
     def token_batch(

@@ -151,7 +151,7 @@ def candidate_totals(parts: Sequence[Candidates | None]) -> dict[str, float]:
 
 
 def candidate_statistics(totals: Mapping[str, float]) -> dict[str, float]:
-    """How much of both distributions the recorded candidates hold, a mean; empty without candidates.
+    """The mean probability of the recorded candidates in both distributions; empty without candidates.
 
     Example:
         K = 2, mu = [.5, .25], pi = [.4, .25]: topk_behavior_mass = .75, topk_policy_mass = .65.

@@ -45,12 +45,12 @@ _SEQUENCE: Final = np.dtype(
         ("overlong", np.bool_),
     ]
 )
-"""What ranks tell each other of a trajectory."""
+"""One trajectory, as ranks exchange it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What a rank trains on in one step."""
+    """One rank's trajectories of a step."""
 
     group_ids: tuple[str, ...]  # [N]
     trajectories: tuple[Trajectory, ...]  # [N]
@@ -189,7 +189,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """How steps are cut into parts."""
+    """Cuts steps into parts."""
 
     policy: PolicyModel
     options: TrainingOptions
@@ -249,7 +249,11 @@ class Partition:
 
 
 class OlderPolicy:
-    """A copy of a policy's weights."""
+    """Earlier weights of the policy, which some losses compare with: the initial model, or the learner some steps ago.
+
+    The copy changes places with the live weights while it is used, tensor by tensor, so that it runs through the same
+    modules (hooks, packing, routing replay) and needs no second model.
+    """
 
     def __init__(self, live: Mapping[str, Tensor]) -> None:
         """Copy `live`, whose tensors must stay the ones that the model computes with."""
