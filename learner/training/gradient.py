@@ -26,14 +26,11 @@ from learner.losses.batch_statistics import BatchStatistics
 from learner.losses.form import TokenBatch, token_values
 from learner.policy import local_part
 from learner.policy.head import TokenScores
-from learner.policy.model import PolicyModel
 from learner.trainer import UnusableGroupError
 from learner.training.optimizer import Optimizer
 from learner.training.policy_loss import PolicyLoss
 from learner.training.statistics import ScoredTokens
 from learner.training.step_batch import Part, Partition, StepBatch
-from learner.training.world import World
-from leeway.config import TrainingOptions
 from leeway.errors import PreconditionError
 
 
@@ -41,29 +38,18 @@ class StepGradient:
     """Leaves the gradient of a step in the policy's parameters.
 
     Args:
-        policy: scores.
-        partition: plans micro-batches and packs them.
+        partition: plans micro-batches and packs them, for its policy and its world of ranks.
         loss: of tokens.
         optimizer: owns the gradients.
-        options: how routers are balanced.
-        world: of the ranks that share the step.
     """
 
-    def __init__(
-        self,
-        policy: PolicyModel,
-        partition: Partition,
-        loss: PolicyLoss,
-        optimizer: Optimizer,
-        options: TrainingOptions,
-        world: World,
-    ) -> None:
-        self._policy = policy
+    def __init__(self, partition: Partition, loss: PolicyLoss, optimizer: Optimizer) -> None:
         self._partition = partition
+        self._policy = partition.policy
+        self._options = partition.options
+        self._world = partition.world
         self._loss = loss
         self._optimizer = optimizer
-        self._options = options
-        self._world = world
 
     def accumulate(self, batch: StepBatch) -> tuple[list[ScoredTokens], Tensor]:
         """Score the batch and add up its gradient.

@@ -86,7 +86,7 @@ class TorchTrainer:
         partition = Partition(
             policy, options, self._world, self._replays_routing, self._loss.topk, self._proximal, reference
         )
-        self._gradient = StepGradient(policy, partition, self._loss, self._optimizer, options, self._world)
+        self._gradient = StepGradient(partition, self._loss, self._optimizer)
 
     @classmethod
     def from_directory(
