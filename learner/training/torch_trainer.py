@@ -16,10 +16,9 @@ from typing import cast
 
 import torch
 
-from learner.batch.checks import check_candidates, check_group, check_trajectory
+from learner.batch.checks import check_candidates, check_group, check_routing, check_trajectory
 from learner.lineage import Branch
 from learner.policy.model import PolicyModel
-from learner.policy.r3 import check_routing
 from learner.trainer import FinishSave, StepResult
 from learner.training import state as training_state
 from learner.training.gradient import StepGradient
