@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.losses.batch_statistics import BatchStatistics
-from learner.losses.form import TokenBatch, token_values
+from learner.losses.form import TokenBatch, TokenTerms, token_losses, token_values
 from learner.policy import local_part
 from learner.policy.head import TokenScores
 from learner.trainer import UnusableGroupError
@@ -114,7 +114,7 @@ class StepGradient:
         def summed_loss(places: slice, scores: TokenScores) -> Tensor:
             if part.is_filler:
                 return (scores.logprobs * 0.0).sum()
-            losses, _ = self._loss.losses(tokens_at(places, scores))
+            losses, _ = self._losses(tokens_at(places, scores))
             return (losses * weights[places]).sum()
 
         with (
@@ -130,7 +130,7 @@ class StepGradient:
         if part.is_filler:
             return None
         tokens = tokens_at(slice(None), scores.detached())
-        losses, terms = self._loss.losses(tokens)
+        losses, terms = self._losses(tokens)
         unusable = ~torch.isfinite(losses)
         loss = (losses * weights).sum()
         return ScoredTokens(
@@ -142,6 +142,10 @@ class StepGradient:
             int(sequences[unusable][0]) if unusable.any() else None,
             load_balancing,
         )
+
+    def _losses(self, tokens: TokenBatch) -> tuple[Tensor, TokenTerms]:
+        """[T] losses before aggregation, and the terms behind them."""
+        return token_losses(tokens, self._loss.decide, self._loss.parameters, self._loss.penalties)
 
     def _require_finite(self, batch: StepBatch, scored: Sequence[ScoredTokens]) -> None:
         """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""

@@ -1,7 +1,7 @@
-"""The configured loss of a trainer: its input from a micro-batch, its measurement of the step, its losses.
+"""The configured loss of a trainer: its input from a micro-batch, its measurement of the step, its running mismatch.
 
     micro-batches ── score without gradient ──> measured ──> statistics of the step      (batch-aware losses only)
-    micro-batch ── score ──> token_batch ──> losses, terms ──> observed ──> running mismatch, for later steps
+    micro-batch ── score ──> token_batch ──> (the gradient) ──> observed ──> running mismatch, for later steps
 
 The mismatch is the mean divergence of tokens of staleness zero: what engine and learner disagree about although their
 weights are the same.
@@ -32,7 +32,6 @@ from learner.losses.form import (
     TokenValues,
     load_algorithm,
     load_measure,
-    token_losses,
     token_values,
 )
 from learner.policy.head import TokenScores
@@ -58,7 +57,7 @@ class PolicyLoss:
         self.penalties = options.penalties
         self.needs_proximal = algorithm.needs_proximal
         self.mismatch = RunningMismatch()
-        self._decide = load_algorithm(algorithm)
+        self.decide = load_algorithm(algorithm)
         self._measure = load_measure(algorithm)
         self._numbers = options.loss_parameters
         self._memory_steps = options.mismatch_memory_steps
@@ -114,12 +113,8 @@ class PolicyLoss:
         """Statistics of the whole step from all of its micro-batches; None for a token-local loss."""
         if self._measure is None:
             return None
-        measured = [self._measure(token_values(part), self._parameters, num_sequences) for part in parts]
+        measured = [self._measure(token_values(part), self.parameters, num_sequences) for part in parts]
         return reduce_statistics(merge_statistics(measured), self._reduce)
-
-    def losses(self, tokens: TokenBatch) -> tuple[Tensor, TokenTerms]:
-        """[T] losses before aggregation, and the terms behind them."""
-        return token_losses(tokens, self._decide, self._parameters, self.penalties)
 
     def observed(self, totals: Mapping[str, float]) -> Mapping[str, float]:
         """Update the mismatch from the `fresh_totals` of all ranks; returns it as a statistic.
@@ -132,7 +127,8 @@ class PolicyLoss:
         return {"mismatch": self.mismatch.mean} if self.mismatch.tokens else {}
 
     @property
-    def _parameters(self) -> LossParameters:
+    def parameters(self) -> LossParameters:
+        """The algorithm's numbers, with the mismatch measured so far."""
         return replace(self._numbers, mismatch=self.mismatch.mean)
 
 
