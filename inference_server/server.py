@@ -62,7 +62,7 @@ StartEngine = Callable[[Path | None, EngineOptions], Awaitable[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
+class JoinArguments:
     """A server that the configuration does not list: it joins a run on its way.
 
     Args:
@@ -90,7 +90,7 @@ class InferenceServerProcess:
     """
 
     def __init__(
-        self, document: Document, index: int, backend: str | None = None, joining: Joining | None = None
+        self, document: Document, index: int, backend: str | None = None, joining: JoinArguments | None = None
     ) -> None:
         self.run = section(document, "run", RunOptions)
         self.model = section(document, "model", ModelOptions)
@@ -123,7 +123,7 @@ class InferenceServerProcess:
         self.engine = self.options.engine_of(index)
         self.backend = backend or (backends[index] if backends else None)
 
-    def _join(self, document: Document, joining: Joining, backend: str | None) -> None:
+    def _join(self, document: Document, joining: JoinArguments, backend: str | None) -> None:
         if joining.name in (f"server-{index}" for index in range(len(self.network.inference_servers))):
             raise ConfigError(
                 f"{document.path}: {joining.name} is one of the configured servers; give --join another name, or start "
@@ -248,10 +248,10 @@ def _add_place(parser: ArgumentParser) -> None:
     )
 
 
-def _joining(arguments: Namespace) -> Joining | None:
+def _joining(arguments: Namespace) -> JoinArguments | None:
     """Raises ConfigError: an option of --join without it."""
     if arguments.join:
-        return Joining(arguments.join, arguments.address, arguments.metrics_port)
+        return JoinArguments(arguments.join, arguments.address, arguments.metrics_port)
     if arguments.join is not None or arguments.address or arguments.metrics_port:
         raise ConfigError("--address and --metrics-port belong to --join NAME")
     return None

@@ -238,7 +238,7 @@ async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_
     replay.finished = True
     async with working(replay, step=None) as rig:
         await rig.finish()
-    assert "run rehearsal has finished; there is nothing left to do" in caplog.text
+    assert "run rehearsal has finished" in caplog.text
     assert not replay.asked
 
 
@@ -276,7 +276,7 @@ async def test_an_evaluation_of_another_version_is_handed_back() -> None:
     async with working(replay, step=2) as rig:
         await rig.ended(4)
         assert all(rig.failure(f"g1.{member}").retryable for member in range(4))
-        assert "moved on" in rig.failure("g1.0").message
+        assert "this server serves" in rig.failure("g1.0").message
 
 
 async def test_a_swap_during_an_evaluation_is_noticed() -> None:
@@ -313,7 +313,7 @@ async def test_an_aborted_group_is_given_up_and_others_go_on() -> None:
         await replay.add(ticket(2))
         await rig.ended(4)
         assert not any(isinstance(item.content, TrajectoryFailure) for item in replay.arrived)
-        assert not rig.worker._loans
+        assert not rig.worker._open
 
 
 async def test_a_refused_item_ends_its_trajectory_with_a_failure() -> None:
@@ -466,9 +466,9 @@ async def test_a_stop_that_nobody_answers_says_what_becomes_of_the_rest(caplog: 
         await until(lambda: replay.streams > 2)
         rig.stop.set()
         await rig.task
-    (said,) = [record.getMessage() for record in caplog.records if "without a word" in record.getMessage()]
-    assert said.startswith("the run is left without a word (no answer within 0.1 s); ")
-    assert said.endswith("what it holds is lent again when the leases end")
+    (said,) = [record.getMessage() for record in caplog.records if "could not notify" in record.getMessage()]
+    assert "no answer within 0.1 s" in said
+    assert said.endswith("issued again when their leases end")
     assert replay.left == []
 
 
@@ -484,7 +484,7 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
         await rig.finish()
     told = [record.message for record in caplog.records if record.name == "inference_server.rollout.ticket_calls"]
     assert told == [
-        "server server-0 is drained (diverging) and gets no work until `leeway fleet readmit`: 2 nats from the others",
+        "server server-0 is drained (diverging) and gets no tickets until `leeway fleet readmit`: 2 nats from the others",
         f"server server-0 is readmitted to run {RUN}",
     ]
 
@@ -519,7 +519,7 @@ async def test_leases_are_renewed_while_a_reward_takes_long_and_aborted_ones_giv
     async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS)) as rig:
         await until(lambda: {("g1", 1), ("g2", 1)} <= set(replay.renewed))
         replay.abort_on_renewal = {("g1", 1)}
-        await until(lambda: [loan.ticket.group_id for loan in rig.worker._loans] == ["g2"])
+        await until(lambda: [held.ticket.group_id for held in rig.worker._open] == ["g2"])
         release.set()
         await rig.ended(4)
         assert replay.written["g1.0", 1].close is None
