@@ -484,7 +484,8 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
         await rig.finish()
     told = [record.message for record in caplog.records if record.name == "inference_server.rollout.ticket_calls"]
     assert told == [
-        "server server-0 is drained (diverging) and gets no tickets until `leeway fleet readmit`: 2 nats from the others",
+        "server server-0 is drained (diverging) and gets no tickets until `leeway fleet readmit`: 2 nats from "
+        "the others",
         f"server server-0 is readmitted to run {RUN}",
     ]
 
