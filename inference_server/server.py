@@ -11,6 +11,7 @@ handle itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -49,7 +50,6 @@ from leeway.errors import ConfigError, LeewayError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, serve_metrics
-from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.tasks import load_tasks
@@ -140,52 +140,47 @@ class InferenceServerProcess:
         registry = CollectorRegistry()
         metrics = InferenceServerMetrics(registry)
         tasks = load_tasks(self.task, self.run.seed)
-        reward = RewardRunner(
-            load_function(self.task.reward, self.task.python_path),
-            self.task.reward,
-            self.options.reward,
-            metrics,
-        )
         tokenizer = self._make_tokenizer()
         serve_metrics(registry, self.metrics.host, self.metrics_port)
-        engine = await unless_stopped(stop, self._make_engine())
-        if engine is None:
-            return
-        if isinstance(engine, EngineProcess):
-            for collector in engine.collectors():
-                registry.register(collector)
-        policy = ServedPolicy(engine, self.run.name)
-        client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
-        receiver = WeightReceiver(
-            policy=policy,
-            signature=engine.info().signature,
-            run=self.run.name,
-            server_id=self.server_id,
-            address=self.network.policy,
-            security=self.security,
-            allow_local=self.network.weights in ("auto", "zmq"),
-            broadcasts=self.broadcasts,
-            take_deltas=self.options.take_deltas,
-            fetch_timeout_seconds=self.options.fetch_timeout_seconds,
-            metrics=metrics,
-        )
-        worker = RolloutWorker(
-            engine=engine,
-            policy=policy,
-            client=client,
-            server_id=self.server_id,
-            tasks=tasks,
-            tokenizer=tokenizer,
-            reward=reward,
-            options=self.options.worker,
-            writer_options=self.options.writer,
-            metrics=metrics,
-        )
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            reward = RewardRunner(self.task.reward, self.task.python_path, self.options.reward, metrics)
+            stack.push_async_callback(reward.aclose)
+            engine = await unless_stopped(stop, self._start(reward))
+            if engine is None:
+                return
+            stack.push_async_callback(engine.aclose)
+            if isinstance(engine, EngineProcess):
+                for collector in engine.collectors():
+                    registry.register(collector)
+            client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+            stack.push_async_callback(client.aclose)
+            policy = ServedPolicy(engine, self.run.name)
+            receiver = WeightReceiver(
+                policy=policy,
+                signature=engine.info().signature,
+                run=self.run.name,
+                server_id=self.server_id,
+                address=self.network.policy,
+                security=self.security,
+                allow_local=self.network.weights in ("auto", "zmq"),
+                broadcasts=self.broadcasts,
+                take_deltas=self.options.take_deltas,
+                fetch_timeout_seconds=self.options.fetch_timeout_seconds,
+                metrics=metrics,
+            )
+            worker = RolloutWorker(
+                engine=engine,
+                policy=policy,
+                client=client,
+                server_id=self.server_id,
+                tasks=tasks,
+                tokenizer=tokenizer,
+                reward=reward,
+                options=self.options.worker,
+                writer_options=self.options.writer,
+                metrics=metrics,
+            )
             await self._serve(engine, policy, receiver, worker, stop)
-        finally:
-            await engine.aclose()
-            await client.aclose()
         log.info("%s has ended", self.server_id)
 
     async def _serve(
@@ -212,6 +207,11 @@ class InferenceServerProcess:
         finally:
             if server is not None:
                 await server.stop(grace_seconds=1.0)
+
+    async def _start(self, reward: RewardRunner) -> Engine:
+        """Start the reward's workers, then the engine: a model takes longer to load."""
+        await reward.start()
+        return await self._make_engine()
 
     async def _make_engine(self) -> Engine:
         if self.backend is not None:

@@ -181,6 +181,14 @@ class InferenceServerMetrics:
         self.reward_seconds = Histogram(
             "leeway_inference_reward_seconds", "Time of one reward call", buckets=_SECONDS_BUCKETS, registry=registry
         )
+        self.reward_failures = Counter(
+            "leeway_inference_reward_failures_total",
+            "Reward calls without a reward, by cause: raised, invalid (no finite number), memory, timeout, crashed",
+            ["cause"],
+            registry=registry,
+        )
+        for cause in ("raised", "invalid", "memory", "timeout", "crashed"):
+            self.reward_failures.labels(cause)
         self.unacknowledged_items = Gauge(
             "leeway_inference_unacknowledged_items", "Writes on their way to the buffer", registry=registry
         )
