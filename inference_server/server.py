@@ -17,7 +17,7 @@ import importlib.util
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +51,9 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, serve_metrics
 from leeway.service.ports import free_port
-from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
+from leeway.service.process import EXIT_OK, report_error, serve, service_parser, tell_run_finished, unless_stopped
 from leeway.tasks import load_tasks
-from leeway.weights.transports import uses_broadcasts
+from leeway.weights.transports import weight_transports
 
 log = logging.getLogger("inference_server")
 
@@ -102,7 +102,7 @@ class InferenceServerProcess:
         self.security = Security.from_files(
             self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
         )
-        self.broadcasts = uses_broadcasts(self.network)
+        self.transports = weight_transports(self.network)
         if joining is None:
             self._take_place(document, index, backend)
         else:
@@ -162,8 +162,7 @@ class InferenceServerProcess:
                 server_id=self.server_id,
                 address=self.network.policy,
                 security=self.security,
-                allow_local=self.network.weights in ("auto", "zmq"),
-                broadcasts=self.broadcasts,
+                transports=self.transports,
                 take_deltas=self.options.take_deltas,
                 fetch_timeout_seconds=self.options.fetch_timeout_seconds,
                 metrics=metrics,
@@ -181,6 +180,8 @@ class InferenceServerProcess:
                 metrics=metrics,
             )
             await self._serve(engine, policy, receiver, worker, stop)
+        if not stop.is_set():
+            tell_run_finished()
         log.info("%s has ended", self.server_id)
 
     async def _serve(
@@ -257,27 +258,19 @@ def _joining(arguments: Namespace) -> JoinArguments | None:
     return None
 
 
-def main(*, with_backend: bool = False) -> int:
-    """Parse, check, serve; returns the exit code.
-
-    Args:
-        with_backend: whether a foreign backend samples; its address is then a required argument.
-    """
-    module = "inference_server.worker" if with_backend else "inference_server"
-    description = (
-        "A rollout worker that feeds a run from a foreign InferenceService."
-        if with_backend
-        else "An inference server: an engine, its service, and the rollout worker that feeds a run from it."
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, serve; returns the exit code."""
+    parser = service_parser(
+        "leeway serve inference-server",
+        "An inference server: an engine, its service, and the rollout worker that feeds a run from it. With --backend "
+        "only the worker, which samples from a foreign InferenceService.",
     )
-    parser = service_parser(module, description)
     _add_place(parser)
-    if with_backend:
-        parser.add_argument("--backend", required=True, metavar="HOST:PORT", help="the InferenceService that samples")
-    arguments: Namespace = parser.parse_args()
+    parser.add_argument("--backend", metavar="HOST:PORT", help="a foreign InferenceService that samples")
+    arguments = parser.parse_args(argv)
     try:
         document = load_document(arguments.config, arguments.overrides)
-        backend: str | None = arguments.backend if with_backend else None
-        process = InferenceServerProcess(document, arguments.index, backend, _joining(arguments))
+        process = InferenceServerProcess(document, arguments.index, arguments.backend, _joining(arguments))
     except LeewayError as error:
         return report_error("inference_server", error)
     if arguments.check:

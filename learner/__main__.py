@@ -1,4 +1,4 @@
-"""`python -m learner --config FILE`: one incarnation of a run's learner."""
+"""`leeway serve learner --config FILE`: one incarnation of a run's learner."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
 from learner.factory import make_trainer
-from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
-from learner.records.journal import Journal
-from learner.records.receipts import ReceiptBook, deciding_options
-from learner.records.run_lock import held_run
-from learner.records.summary import summarize, write_summary
+from learner.lineage import Branch
+from learner.loop import LAST_ANSWER_SECONDS, Context, Learner
+from learner.run_artifacts.checkpoint import Checkpoint, CheckpointStore
+from learner.run_artifacts.journal import Journal, summarize, write_summary
+from learner.run_artifacts.receipts import ReceiptBook, deciding_options
+from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
-from learner.weights.local import LocalWeights
+from learner.weights.outlets import WeightOutlet
 from learner.weights.publisher import Publisher
 from leeway.config import (
     Document,
@@ -46,10 +45,7 @@ from leeway.tasks import load_tasks
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import weights_digest
-from leeway.weights.transports import uses_broadcasts, uses_zeromq
-
-if TYPE_CHECKING:
-    from learner.weights.collective import CollectiveWeights
+from leeway.weights.transports import TRANSPORTS, load_side, weight_transports
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +67,7 @@ class LearnerProcess:
                 f"learner.ranks is {self.options.ranks}, but run.groups_per_step is {self.run.groups_per_step}; "
                 "every rank needs a group"
             )
-        self.broadcasts = uses_broadcasts(self.network)
+        self.transports = weight_transports(self.network)
         if self.options.trainer == "torch":
             check_recorded_topk(self.options.training, self.sampling)
         self.directory = self.run.run_directory
@@ -121,15 +117,13 @@ class LearnerProcess:
             await buffer.aclose()
             return
         restored = self._restore(trainer, checkpoints, root)
-        local = LocalWeights(metrics) if uses_zeromq(self.network) else None
-        broadcasts = self._make_broadcasts(metrics)
+        outlets = self._make_outlets(metrics)
         publisher = Publisher(
             self.run.name,
             trainer.signature,
             metrics,
-            local,
+            outlets,
             max_delta_chain=self.options.max_delta_chain,
-            broadcasts=broadcasts,
         )
         server = await start_server(
             self.network.policy,
@@ -144,12 +138,11 @@ class LearnerProcess:
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Parts(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory),
+            Context(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory, stop),
             spec,
             self.options,
             self.evaluation,
             restored,
-            stop,
         )
         try:
             finished = await learner.run()
@@ -166,10 +159,8 @@ class LearnerProcess:
             receipts.close()
             await server.stop(grace_seconds=1.0)
             await buffer.aclose()
-            if broadcasts is not None:
-                await broadcasts.aclose()
-            if local is not None:
-                await local.aclose()
+            for outlet in outlets:
+                await outlet.aclose()
 
     @asynccontextmanager
     async def _replay_client(self) -> AsyncGenerator[ReplayClient]:
@@ -224,13 +215,11 @@ class LearnerProcess:
             drop_no_signal=self.run.drop_no_signal,
         )
 
-    def _make_broadcasts(self, metrics: LearnerMetrics) -> CollectiveWeights | None:
-        if not self.broadcasts:
-            return None
-        from learner.weights.collective import CollectiveWeights  # imports torch
-
-        host = self.network.policy.rpartition(":")[0]
-        return CollectiveWeights(host, metrics, patience_seconds=self.options.broadcast_patience_seconds)
+    def _make_outlets(self, metrics: LearnerMetrics) -> list[WeightOutlet]:
+        """The ways that weights leave this learner, beside gRPC."""
+        host, patience_seconds = self.network.policy.rpartition(":")[0], self.options.broadcast_patience_seconds
+        references = [TRANSPORTS[name].outlet for name in self.transports]
+        return [load_side(reference)(metrics, host, patience_seconds) for reference in references if reference]
 
 
 async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) -> bool:
@@ -269,10 +258,10 @@ def _log_record(line: str) -> None:
             pass  # said already, by whom it concerns
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run."""
-    parser = service_parser("learner", "The learner of one run: draws groups, trains, publishes weights.")
-    arguments = parser.parse_args()
+    parser = service_parser("leeway serve learner", "The learner of one run: draws groups, trains, publishes weights.")
+    arguments = parser.parse_args(argv)
     try:
         process = LearnerProcess(load_document(arguments.config, arguments.overrides), supervised=arguments.supervised)
     except ConfigError as error:

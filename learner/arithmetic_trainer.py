@@ -17,7 +17,7 @@ import numpy as np
 
 from learner.batch.checks import check_group, check_trajectory
 from learner.batch.packing import token_temperatures
-from learner.records.checkpoint import Branch
+from learner.lineage import Branch
 from learner.trainer import FinishSave, StepResult
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights

@@ -88,7 +88,6 @@ class RewardRunner:
         )
         self._places = [_Place(self._start_worker) for _ in range(options.processes)]
         self._slots = asyncio.Semaphore(options.processes)
-        self._repeating = asyncio.Lock()
         self._call_seconds = options.timeout_seconds
 
     async def start(self) -> None:
@@ -138,14 +137,13 @@ class RewardRunner:
         except _WorkerDied as died:
             if died.num_calls == 1:
                 return died.answer
-        async with self._repeating:  # which call was to blame is not known: each is repeated alone
-            worker = await self._start_worker()
-            try:
-                return await worker.call(task, completion, self._call_seconds)
-            except _WorkerDied as died:
-                return died.answer
-            finally:
-                await worker.aclose()
+        worker = await self._start_worker()  # which call was to blame is not known: each is repeated alone
+        try:
+            return await worker.call(task, completion, self._call_seconds)
+        except _WorkerDied as died:
+            return died.answer
+        finally:
+            await worker.aclose()
 
     async def _start_worker(self) -> _Worker:
         worker = _Worker(self._options)

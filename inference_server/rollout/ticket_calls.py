@@ -83,7 +83,7 @@ class TicketCalls:
     async def _request(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
         started_at = time.perf_counter()
         try:
-            reply = await self._client.request_work(self._server_id, version, max_members, self._wait_seconds)
+            reply = await self._client.acquire_tickets(self._server_id, version, max_members, self._wait_seconds)
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
             log.warning("no tickets: %s; requesting again", error.message)
             await self._backoff.pause(error.retry_seconds if isinstance(error, ExhaustedError) else None)

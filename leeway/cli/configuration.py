@@ -28,7 +28,7 @@ from leeway.errors import ConfigError
 from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.tasks import load_tasks
-from leeway.weights.transports import uses_broadcasts
+from leeway.weights.transports import weight_transports
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def _check_together(configuration: RunConfiguration) -> None:
             f"evaluation.members: is {configuration.evaluation.members}, but a server takes at most {slots} "
             "trajectories, and a group goes whole to one server; raise the engine's max_concurrency"
         )
-    uses_broadcasts(configuration.network)
+    weight_transports(configuration.network)
     tasks = load_tasks(configuration.task, configuration.run.seed)
     load_function(configuration.task.reward, configuration.task.python_path)
     if configuration.evaluation.tasks > len(tasks.heldout):

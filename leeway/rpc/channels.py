@@ -104,7 +104,7 @@ def open_channel(address: str, security: Security, *, patient: bool = True) -> g
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `host:port` can only be reached from this host."""
+    """True if `host:port` can only be reached from this host."""
     host = address.rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True

@@ -1,4 +1,4 @@
-"""The words of Leeway as frozen dataclasses: what travels between the parts of a service.
+"""The types that the services exchange, as frozen dataclasses.
 
 The wire forms live in `proto/leeway/v1`; `leeway.codec` is the only place that translates.
 """
@@ -28,6 +28,15 @@ from leeway.types.run import (
     RunStatus,
     TrajectoryRecord,
 )
+from leeway.types.tickets import (
+    AcquiredTickets,
+    Purpose,
+    Ticket,
+    TicketMember,
+    WriteItem,
+    WriteResult,
+    WriteStatus,
+)
 from leeway.types.trajectory import (
     Array,
     BoolArray,
@@ -52,16 +61,9 @@ from leeway.types.weights import (
     WeightRequest,
     WeightSnapshot,
 )
-from leeway.types.work import (
-    Purpose,
-    Ticket,
-    TicketMember,
-    WriteItem,
-    WriteResult,
-    WriteStatus,
-)
 
 __all__ = [
+    "AcquiredTickets",
     "Array",
     "BoolArray",
     "Column",

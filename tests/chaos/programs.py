@@ -7,7 +7,6 @@ from typing import Final
 import inference_server.server
 import learner.__main__
 import replay_buffer.__main__
-from leeway.service.process import service_parser
 
 _SEGMENT_BYTES: Final = 32 << 10
 
@@ -18,7 +17,7 @@ def run_replay_buffer() -> int:
     replay_buffer.__main__.read_options = lambda document: read_options(document).model_copy(
         update={"segment_bytes": _SEGMENT_BYTES}
     )
-    return replay_buffer.__main__.main(service_parser("replay_buffer", "").parse_args())
+    return replay_buffer.__main__.main()
 
 
 def run_learner() -> int:

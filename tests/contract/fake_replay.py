@@ -30,6 +30,7 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2, replay_pb2_grpc
+from tests.harness.arithmetic_law import policy_version
 
 RUN = "rehearsal"
 SAMPLING = SamplingParams(max_tokens=9, stop_token_ids=(arithmetic.END_OF_SEQUENCE,), routing=True)
@@ -47,7 +48,7 @@ def run_spec(**changes: Any) -> RunSpec:
         "sampling": SAMPLING,
         "signature": arithmetic.SIGNATURE,
         "dataset_digest": b"d" * 32,
-        "root": arithmetic.policy_version(RUN, 0, 0),
+        "root": policy_version(RUN, 0, 0),
         "max_attempts": 3,
     }
     return RunSpec(**(fields | changes))
@@ -168,10 +169,7 @@ class FakeReplay(_Servicer):
         async for request in request_iterator:
             self.max_in_message = max(self.max_in_message, len(request.items))
             results: list[WriteResult] = []
-            for wire_item in codec.write_from_wire(request.SerializeToString()).items:
-                item = codec.item_from_wire(wire_item)
-                if isinstance(item.content, memoryview):
-                    item = item._replace(content=bytes(item.content))
+            for item in map(codec.item_from_proto, request.items):
                 self.arrived.append(item)
                 cut = self.break_stream(stream, item)
                 if cut == "exhausted":

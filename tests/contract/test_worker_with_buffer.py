@@ -10,19 +10,20 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
-from inference_server.rollout.reward import RewardRunner
 from inference_server.rollout.worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
-from leeway.config import ArithmeticEngineOptions, RewardOptions, WorkerOptions, WriterOptions
+from leeway.config import ArithmeticEngineOptions, WorkerOptions, WriterOptions
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
+from tests.contract.rewards import runner
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.arithmetic_law import behavior_logprob, policy_version
 from tests.harness.buffer_server import connected, serving
 
 TASKS = TaskSet(
@@ -33,7 +34,7 @@ SPEC = run_spec(sampling=replace(SAMPLING, max_tokens=40, topk=3), total_steps=6
 
 def snapshot(epoch: int, step: int) -> WeightSnapshot:
     manifest, buffers = arithmetic.published_weights(0, step)
-    return WeightSnapshot(arithmetic.policy_version(RUN, epoch, step), epoch, manifest, buffers)
+    return WeightSnapshot(policy_version(RUN, epoch, step), epoch, manifest, buffers)
 
 
 def check(groups: list[TrajectoryGroup], head: PolicyVersion) -> None:
@@ -47,7 +48,7 @@ def check(groups: list[TrajectoryGroup], head: PolicyVersion) -> None:
                 assert head.step - span.version.step <= SPEC.max_staleness
                 weights = ArithmeticWeights.of(span.version)
                 for at in range(span.start_token, span.end_token):
-                    law = arithmetic.behavior_logprob(weights, tokens[:at], int(tokens[at]))
+                    law = behavior_logprob(weights, tokens[:at], int(tokens[at]))
                     assert trajectory.behavior_logprobs[at] == np.float32(law)
 
 
@@ -55,6 +56,8 @@ async def test_a_short_run(tmp_path: Path) -> None:
     engine = ArithmeticEngine(ArithmeticEngineOptions(chunk_tokens=4))
     policy = ServedPolicy(engine, RUN)
     metrics = InferenceServerMetrics(CollectorRegistry())
+    rewards = runner("modulo")
+    await rewards.start()
     async with serving(tmp_path) as address, connected(address, RUN) as learner, connected(address, RUN) as client:
         worker = RolloutWorker(
             engine=engine,
@@ -63,7 +66,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=RewardRunner(lambda _t, text: len(text) % 5, "mine:score", RewardOptions(), metrics),
+            reward=rewards,
             options=WorkerOptions(ticket_wait_seconds=0.5),
             writer_options=WriterOptions(flush_seconds=0.001),
             metrics=metrics,
@@ -76,6 +79,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
         finally:
             await cancel_and_wait(working)
             await engine.aclose()
+            await rewards.aclose()
         status = await learner.run_status()
         assert status.finished
         assert status.issued == status.consumed + sum(status.dropped.values())

@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry
 
-from learner.weights.collective import CollectiveWeights
-from learner.weights.local import LocalWeights
+from learner.weights.collective import BroadcastOutlet
+from learner.weights.outlets import GrpcOutlet, ZmqOutlet
 from learner.weights.publication import Part, Publication
 from learner.weights.publisher import Publisher
-from learner.weights.streamed import StreamedWeights
 from leeway import arithmetic
 from leeway.errors import UnavailableError
 from leeway.rpc import RunningServer, Security, start_server
@@ -83,7 +82,7 @@ class Faults:
         return changed
 
 
-class FaultyLocalWeights(LocalWeights):
+class FaultyZmq(ZmqOutlet):
     """Answers over ZeroMQ, some of them wrongly."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
@@ -101,7 +100,7 @@ class FaultyLocalWeights(LocalWeights):
         return reply
 
 
-class FaultyStream(StreamedWeights):
+class FaultyGrpc(GrpcOutlet):
     """Answers over gRPC, some of them wrongly."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
@@ -124,11 +123,11 @@ class FaultyStream(StreamedWeights):
             yield piece
 
 
-class FaultyBroadcasts(CollectiveWeights):
+class FaultyBroadcasts(BroadcastOutlet):
     """Broadcasts, at times something else, too little, or nothing for longer than the servers' patience."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
-        super().__init__("127.0.0.1", metrics, patience_seconds=1.0, gather_seconds=0.1)
+        super().__init__(metrics, "127.0.0.1", 1.0, 0.1)
         self._faults = faults
 
     def _pieces(self, group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
@@ -151,11 +150,10 @@ class FaultyPublisher(Publisher):
 
     def __init__(self, faults: Faults, run: str = RUN, signature: ModelSignature = arithmetic.SIGNATURE) -> None:
         self.metrics = LearnerMetrics(CollectorRegistry())
-        self.zmq = FaultyLocalWeights(self.metrics, faults)
-        self.broadcasts = broadcasts = FaultyBroadcasts(self.metrics, faults)
-        super().__init__(run, signature, self.metrics, self.zmq, max_delta_chain=4, broadcasts=broadcasts)
-        self._streamed = FaultyStream(self.metrics, faults)
-        self._outlets = [self._streamed, self.zmq, broadcasts]
+        self.zmq = FaultyZmq(self.metrics, faults)
+        self.broadcasts = FaultyBroadcasts(self.metrics, faults)
+        super().__init__(run, signature, self.metrics, [self.zmq, self.broadcasts], max_delta_chain=4)
+        self._grpc = FaultyGrpc(self.metrics, faults)
         self._faults = faults
         self.acknowledged = 0
 

@@ -28,8 +28,7 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
         server_id=name,
         address=policy,
         security=Security(),
-        allow_local=transport == "zmq",
-        broadcasts=transport == "collective",
+        transports=tuple(dict.fromkeys((transport, "grpc"))),
         fetch_timeout_seconds=WAIT_SECONDS,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )

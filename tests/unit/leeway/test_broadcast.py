@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from leeway.config import NetworkOptions
 from leeway.errors import ConfigError, UnavailableError
 from leeway.weights.broadcast import BroadcastGroup, Rendezvous, gather, pieces
-from leeway.weights.transports import uses_broadcasts, uses_zeromq
+from leeway.weights.transports import TRANSPORTS, load_side, weight_transports
 from tests.deadlines import WAIT_SECONDS
 
 
@@ -40,33 +40,39 @@ def options(**values: object) -> NetworkOptions:
 
 
 def test_broadcasts_stay_on_this_host_unless_insecure() -> None:
-    assert uses_broadcasts(options())
-    assert uses_broadcasts(options(policy="learner:7402", insecure=True))
+    assert weight_transports(options()) == ("collective", "grpc")
+    assert weight_transports(options(policy="learner:7402", insecure=True)) == ("collective", "grpc")
     with pytest.raises(ConfigError, match=r"network\.weights.*insecure = true"):
-        uses_broadcasts(options(policy="learner:7402"))
+        weight_transports(options(policy="learner:7402"))
     with pytest.raises(ConfigError, match=r"network\.policy"):
-        uses_broadcasts(options(policy="0.0.0.0:7402", insecure=True))
+        weight_transports(options(policy="0.0.0.0:7402", insecure=True))
 
 
 def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=r"network\.weights.*needs torch"):
-        uses_broadcasts(options())
-    assert not uses_broadcasts(options(weights="grpc"))
+        weight_transports(options())
+    assert weight_transports(options(weights="grpc")) == ("grpc",)
 
 
 @pytest.mark.parametrize(
-    ("weights", "policy", "zeromq"),
+    ("weights", "policy", "transports"),
     [
-        ("auto", "127.0.0.1:1", True),
-        ("auto", "learner:1", False),
-        ("zmq", "learner:1", True),
-        ("grpc", "127.0.0.1:1", False),
-        ("collective", "127.0.0.1:1", False),
+        ("auto", "127.0.0.1:1", ("zmq", "grpc")),
+        ("auto", "learner:1", ("grpc",)),
+        ("zmq", "learner:1", ("zmq", "grpc")),
+        ("grpc", "127.0.0.1:1", ("grpc",)),
+        ("collective", "127.0.0.1:1", ("collective", "grpc")),
     ],
 )
-def test_zeromq_is_for_one_host(weights: str, policy: str, zeromq: bool) -> None:
-    assert uses_zeromq(options(weights=weights, policy=policy)) == zeromq
+def test_zeromq_is_for_one_host(weights: str, policy: str, transports: tuple[str, ...]) -> None:
+    assert weight_transports(options(weights=weights, policy=policy)) == transports
+
+
+def test_every_transport_is_there_on_both_sides() -> None:
+    for name, entry in TRANSPORTS.items():
+        assert vars(load_side(entry.transport))["name"] == name
+        assert entry.outlet is None or callable(load_side(entry.outlet))
 
 
 def formed(meeting: Rendezvous, number: int, size: int, patience_seconds: float) -> list[BroadcastGroup]:

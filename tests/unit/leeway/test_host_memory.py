@@ -7,7 +7,7 @@ import gc
 import numpy as np
 import pytest
 
-from inference_server.weights.host_memory import HostMemory
+from inference_server.weights.collective import HostMemory
 
 
 def test_what_is_still_referred_to_is_never_lent_again() -> None:
