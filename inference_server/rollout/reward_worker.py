@@ -22,7 +22,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, cast
 
 _PR_SET_PDEATHSIG: Final = 1
 
@@ -69,8 +69,9 @@ async def _serve_async(
     import asyncio
 
     async def answer(number: int, task: object, completion: str) -> None:
+        limit = asyncio.timeout(timeout_seconds)
         try:
-            async with asyncio.timeout(timeout_seconds) as limit:
+            async with limit:
                 answered = _judged(await function(task, completion))
         except BaseException as error:  # noqa: BLE001  (a user's function: whatever it raises is its answer)
             late = isinstance(error, TimeoutError) and limit.expired()
@@ -99,7 +100,7 @@ def _judged(value: object) -> Answer:
     if not isinstance(value, numbers.Real) and not (numpy is not None and isinstance(value, numpy.bool_)):
         return None, "invalid", f"returned a {type(value).__name__}, not a number,"
     try:
-        reward = float(value)
+        reward = float(cast("float", value))
     except OverflowError:
         reward = math.inf
     if not math.isfinite(reward):
