@@ -214,6 +214,7 @@ class _Worker:
                 ) from None
             raise
         if problem:
+            await self.aclose()
             raise ConfigError(f"{reference}: cannot be imported from task.python_path: {problem[0]}")
         self.is_async = is_async
 
