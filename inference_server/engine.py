@@ -1,4 +1,4 @@
-"""What the rollout worker and the InferenceService need of an engine, and nothing more."""
+"""The interface of an engine: all that the rollout worker and the InferenceService need of it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Engine(Protocol):
     """
 
     def info(self) -> EngineInfo:
-        """What is served now; `version` is None before the first update."""
+        """The model and version served now; `version` is None before the first update."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
@@ -54,7 +54,7 @@ class Engine(Protocol):
         ...
 
     async def update_weights(self, snapshot: WeightSnapshot) -> float:
-        """Swap verified weights in, whole, between two decode steps; return the seconds decoding stood still.
+        """Swap verified weights in between two decode steps; return the seconds that decoding paused.
 
         Raises:
             FencedError: the snapshot's publisher epoch is below the highest seen.
@@ -67,7 +67,7 @@ class Engine(Protocol):
         ...
 
     async def resume(self) -> None:
-        """Go on decoding."""
+        """Continue decoding."""
         ...
 
     async def aclose(self) -> None:
@@ -77,13 +77,13 @@ class Engine(Protocol):
 
 @runtime_checkable
 class EngineProcess(Protocol):
-    """What an engine that samples in processes of its own has beside Engine."""
+    """The additional interface of an engine that samples in processes of its own."""
 
     async def watch(self) -> None:
-        """Wait until those processes have died.
+        """Wait until one of those processes has died.
 
         Raises:
-            UnavailableError: they have.
+            UnavailableError: always, with the reason.
         """
         ...
 
