@@ -10,10 +10,8 @@ from typing import Protocol
 from prometheus_client.registry import Collector
 
 from inference_server.engine import GenerationRequest
-from leeway.config import ProcessEngineOptions
-from leeway.errors import ConfigError
 from leeway.huggingface import check_published, model_outline
-from leeway.types import Column, FinishReason, ModelSignature, TrajectoryChunk, WeightManifest
+from leeway.types import Column, FinishReason, TrajectoryChunk, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,19 +102,6 @@ def finish_reason(said: str | None, reached_max_tokens: bool) -> FinishReason:
             return FinishReason.LENGTH if reached_max_tokens else FinishReason.CONTEXT
         case _:
             return FinishReason.ABORTED
-
-
-def check_context_length(options: ProcessEngineOptions, signature: ModelSignature) -> None:
-    """Refuse a context that the model was not made for.
-
-    Raises:
-        ConfigError: it is longer than the model's.
-    """
-    if options.context_length is not None and options.context_length > signature.context_length:
-        raise ConfigError(
-            f"context_length {options.context_length} is more than the model's {signature.context_length}; "
-            "lower it or leave it unset"
-        )
 
 
 def manifest_check(model_path: Path) -> Callable[[WeightManifest], None]:

@@ -35,7 +35,7 @@ from inference_server.engines.process.concurrency import ConcurrencyLimit
 from inference_server.engines.process.driver import EngineDriver, SampledEnd, one_line
 from inference_server.engines.process.staged_weights import staged_weights
 from leeway.config import ProcessEngineOptions
-from leeway.errors import DeadlineError, FencedError, InvalidDataError, UnavailableError
+from leeway.errors import DeadlineError, FencedError, UnavailableError
 from leeway.types import (
     EngineInfo,
     FinishReason,
@@ -100,12 +100,7 @@ class ProcessEngine:
             UnavailableError: from the iterator: the engine stops or has failed, or has no version yet.
             ExhaustedError: from the iterator: too many requests wait.
         """
-        check_request(request, self.info())
-        if len(request.prompt_token_ids) + 1 > self._context_length:
-            raise InvalidDataError(
-                f"a prompt of {len(request.prompt_token_ids)} tokens leaves no room to sample in a context of "
-                f"{self._context_length}"
-            )
+        check_request(request, self.info(), self._context_length)
         return self._stream(request)
 
     async def update_weights(self, snapshot: WeightSnapshot) -> float:
