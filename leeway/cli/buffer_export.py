@@ -22,7 +22,7 @@ from replay_buffer.storage.segment_reader import ColumnReader
 
 FORMATS: Final = (".jsonl", ".safetensors")
 EXPORTED_STATES: Final = (GroupState.READY, GroupState.DRAWN, GroupState.CONSUMED)
-"""Unless a state is asked for: whole groups that nothing was found wrong with."""
+"""Exported unless --state names another one: whole groups that passed every check."""
 OPTIONAL_COLUMNS: Final[Mapping[str, tuple[ColumnKind, ...]]] = {
     "topk": (ColumnKind.TOPK_TOKEN_IDS, ColumnKind.TOPK_LOGPROBS),
     "routing": (ColumnKind.ROUTING,),
@@ -34,7 +34,7 @@ _FILE_BYTES: Final = 256 << 20
 
 @dataclass(slots=True)
 class Exported:
-    """What was written."""
+    """Counts and files of an export."""
 
     groups: int = 0
     trajectories: int = 0

@@ -108,7 +108,7 @@ def _checkpoint_words(directory: Path, step: int) -> str:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """What starts this run again, with every override."""
+    """The command line that starts this run, with every override."""
     overrides = [part for override in arguments.overrides for part in ("--set", override)]
     return shlex.join(["leeway", "run", str(arguments.config), *overrides])
 
