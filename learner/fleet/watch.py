@@ -168,16 +168,16 @@ def verdicts(
 def _slow(servers: Sequence[ServerStatus], options: FleetOptions) -> list[Verdict]:
     if options.slow_ratio is None:
         return []
-    timed = [server for server in servers if server.present and server.timed_loans >= options.min_groups]
+    timed = [server for server in servers if server.present and server.timed_tickets >= options.min_groups]
     found: list[Verdict] = []
     for server in timed:
-        others = [other.median_loan_seconds for other in timed if other is not server]
+        others = [other.median_ticket_seconds for other in timed if other is not server]
         if not others:
             continue
         usual = statistics.median_low(others)
-        if server.median_loan_seconds > max(options.slow_ratio * usual, options.slow_seconds):
+        if server.median_ticket_seconds > max(options.slow_ratio * usual, options.slow_seconds):
             message = (
-                f"its groups take {server.median_loan_seconds:.3g} s, those of the others {usual:.3g} s "
+                f"its groups take {server.median_ticket_seconds:.3g} s, those of the others {usual:.3g} s "
                 f"(medians; learner.fleet.slow_ratio is {options.slow_ratio:g})"
             )
             found.append(Verdict(server.server_id, DrainReason.SLOW, message))

@@ -69,8 +69,8 @@ def _list(arguments: argparse.Namespace) -> int:
             server.server_id,
             _state(server),
             "" if server.version is None else str(server.version.step),
-            str(server.loans),
-            f"{server.median_loan_seconds:.3g}" if server.timed_loans else "",
+            str(server.tickets),
+            f"{server.median_ticket_seconds:.3g}" if server.timed_tickets else "",
         )
     Console(highlight=False, markup=False).print(table)
     for server in servers:

@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from leeway.errors import CorruptDataError, InvalidDataError, LeewayError
 from leeway.types import GroupState, Purpose
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
 from replay_buffer.storage.index_file import (
     DAMAGE,
     LARGEST,
@@ -32,6 +32,7 @@ from replay_buffer.storage.index_file import (
     connect,
     damaged,
     evaluation_row_of,
+    oldest_segment,
     row_of,
 )
 from replay_buffer.storage.segments import Position, crc32c
@@ -61,7 +62,7 @@ class Index:
         self._path = path
         self._read_only = read_only
         self._groups: dict[tuple[str, int], Group] = {}  # waiting to be written
-        self._evaluations: dict[tuple[str, str], tuple[EvaluationState, Location]] = {}
+        self._evaluations: dict[tuple[str, str], tuple[EvaluationState, RecordHandle]] = {}
         self._file = connect(path, read_only=read_only)
         if not read_only:
             check(self._file, path)
@@ -138,7 +139,7 @@ class Index:
 
     def put(self, run: str, group: Group) -> None:
         """Take an ended group over."""
-        oldest = group.oldest_segment
+        oldest = oldest_segment(group)
         if oldest is not None and oldest < self.first_segment:
             return
         self._groups[run, group.created] = group
@@ -146,9 +147,9 @@ class Index:
             with suppress(OSError):  # the disk is full: it waits on in memory
                 self._write()
 
-    def put_evaluation(self, run: str, state: EvaluationState, location: Location) -> None:
+    def put_evaluation(self, run: str, state: EvaluationState, record: RecordHandle) -> None:
         """Take an ended evaluation over."""
-        self._evaluations[run, state.evaluation.evaluation_id] = (state, location)
+        self._evaluations[run, state.evaluation.evaluation_id] = (state, record)
 
     def _write(self, complete: tuple[bytes, Position] | None = None) -> None:
         if self._read_only or self.is_damaged or not (self._groups or self._evaluations or complete):

@@ -13,7 +13,7 @@ from pathlib import Path
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.v1 import storage_pb2
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Group, Location
+from replay_buffer.rules.groups import Group
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import RunOpened
 from replay_buffer.storage.generation import Generation, read_generation
@@ -24,7 +24,7 @@ from replay_buffer.storage.recovery import base_of, fitting_snapshot
 from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.storage.segment_reader import SegmentReader
 from replay_buffer.storage.segment_scan import read_segment
-from replay_buffer.storage.segments import Position, segment_numbers, segment_path
+from replay_buffer.storage.segments import Location, Position, segment_numbers, segment_path
 from replay_buffer.storage.selection import check_kept, select
 from replay_buffer.storage.snapshots import snapshot_positions
 from replay_buffer.storage.stored_state import run_from_proto
@@ -52,7 +52,7 @@ class Fold:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
             run = self.runs[record.run] = RunState(record.transition.spec, RunIndex(self.index, record.run))
-        apply(run, record.transition, record.recorded_at_ns, location)
+        apply(run, record.transition, record.recorded_at_ns, location.handle)
         return run
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import Filter
 
@@ -33,8 +33,8 @@ class RunIndex:
     def evaluation(self, evaluation_id: str) -> EvaluationState | None:
         return self._index.get_evaluation(self._run, evaluation_id)
 
-    def put_evaluation(self, evaluation: EvaluationState, location: Location) -> None:
-        self._index.put_evaluation(self._run, evaluation, location)
+    def put_evaluation(self, evaluation: EvaluationState, record: RecordHandle) -> None:
+        self._index.put_evaluation(self._run, evaluation, record)
 
     def group_id(self, created: int) -> str:
         """The id of a group by its number."""

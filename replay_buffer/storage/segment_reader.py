@@ -10,8 +10,7 @@ from threading import Lock
 from typing import Final
 
 from leeway.errors import CorruptDataError, NotFoundError
-from replay_buffer.rules.groups import Location
-from replay_buffer.storage.segments import HEADER, frame_at, frame_header, segment_path
+from replay_buffer.storage.segments import HEADER, Location, frame_at, frame_header, segment_path
 
 _MAX_OPEN_FILES: Final = 64
 _LARGE_BYTES: Final = 1 << 17

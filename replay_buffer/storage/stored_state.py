@@ -9,9 +9,18 @@ from leeway import codec
 from leeway.errors import CorruptDataError
 from leeway.types import DropReason, GroupState, PolicyVersion, Purpose
 from leeway.v1 import replay_pb2, storage_pb2
-from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Location, Locations, Member, Progress
+from replay_buffer.rules.groups import (
+    DrawnBatch,
+    Ended,
+    EvaluationState,
+    Group,
+    GroupMember,
+    MemberProgress,
+    RecordHandles,
+)
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState
+from replay_buffer.storage.segments import Location
 
 _NANOS: Final = 1_000_000_000
 
@@ -36,7 +45,7 @@ def group_to_proto(group: Group) -> storage_pb2.GroupSnapshot:
         attempt=group.attempt,
         server_id=group.server_id,
         members=[_member_to_proto(member) for member in group.members],
-        ended_at=group.ended_at or (),
+        ended_at=() if group.ended_at is None else Location.of(group.ended_at),
         lost_attempts=group.lost_attempts,
         requeued=group.requeued,
     )
@@ -46,7 +55,7 @@ def group_to_proto(group: Group) -> storage_pb2.GroupSnapshot:
     return message
 
 
-def _member_to_proto(member: Member) -> storage_pb2.MemberSnapshot:
+def _member_to_proto(member: GroupMember) -> storage_pb2.MemberSnapshot:
     return storage_pb2.MemberSnapshot(
         attempt=member.attempt,
         server_id=member.server_id,
@@ -70,12 +79,12 @@ def group_from_proto(message: storage_pb2.GroupSnapshot) -> Group:
     group.step, group.place = message.step, message.place
     group.attempt, group.server_id = message.attempt, message.server_id
     group.version = codec.version_from_proto(message.version) if message.HasField("version") else None
-    group.ended_at = Location(*message.ended_at) if message.ended_at else None
+    group.ended_at = Location(*message.ended_at).handle if message.ended_at else None
     group.lost_attempts, group.requeued = message.lost_attempts, message.requeued
     for member, stored in zip(group.members, message.members, strict=True):
         member.attempt, member.server_id = stored.attempt, stored.server_id
-        member.progress = codec.enum_from_proto(Progress, stored.progress)
-        member.records = Locations(stored.records)
+        member.progress = codec.enum_from_proto(MemberProgress, stored.progress)
+        member.records = RecordHandles(stored.records)
         member.versions = tuple(PolicyVersion(v.run, v.epoch, v.step, v.digest) for v in stored.versions)
         member.reward = stored.reward
     return group
@@ -172,7 +181,9 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
     state.epoch = message.epoch
     state.committed_step, state.oldest_kept_step = message.committed_step, message.oldest_kept_step
     state.finished, state.given_up = message.finished, message.given_up
-    state.batches = {batch.step: Batch(batch.step, tuple(batch.group_ids), batch.sealed) for batch in message.batches}
+    state.batches = {
+        batch.step: DrawnBatch(batch.step, tuple(batch.group_ids), batch.sealed) for batch in message.batches
+    }
     for evaluation in map(evaluation_from_proto, message.evaluations):
         state.evaluations[evaluation.evaluation.evaluation_id] = evaluation
     state.task_cursor = message.task_cursor

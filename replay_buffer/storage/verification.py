@@ -17,7 +17,6 @@ from pathlib import Path
 from leeway import codec
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import (
     ChunkWritten,
@@ -34,7 +33,7 @@ from replay_buffer.storage.offline import Fold
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.recovery import base_of
 from replay_buffer.storage.segment_scan import read_segment
-from replay_buffer.storage.segments import HEADER, Position, segment_numbers, segment_path
+from replay_buffer.storage.segments import HEADER, Location, Position, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import misfit, read_snapshot, snapshot_path, snapshot_positions
 from replay_buffer.storage.stored_state import run_to_proto
 

@@ -95,19 +95,19 @@ async def test_a_slow_server_loses_what_it_holds_and_keeps_what_it_wrote(client:
 async def test_a_person_lets_a_server_finish_what_it_holds(client: ReplayClient) -> None:
     (held, *_), *_ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
     await client.drain_server("s0", DrainReason.OPERATOR, "maintenance")
-    assert (await server(client, "s0")).loans == 1
+    assert (await server(client, "s0")).tickets == 1
     assert {result.status for result in await write(client, filled(held))} == {WriteStatus.ACKNOWLEDGED}
     assert (await client.run_status()).ready == 1
-    assert (await server(client, "s0")).loans == 0
+    assert (await server(client, "s0")).tickets == 0
 
 
 async def test_the_last_server_is_never_drained_in_silence(client: ReplayClient) -> None:
     await client.leave_run("s1")
-    with pytest.raises(PreconditionError, match="'s0' is the only one at work and stays in the run \\(too slow\\)"):
+    with pytest.raises(PreconditionError, match="'s0' is the only active one and stays in the run \\(too slow\\)"):
         await client.drain_server("s0", DrainReason.SLOW, "too slow")
     await client.drain_server("s0", DrainReason.OPERATOR, "I know", force=True)
     await client.join_run("s1", SIGNATURE, DATASET, WAIT_SECONDS)
-    with pytest.raises(PreconditionError, match="'s1' is the only one at work"):
+    with pytest.raises(PreconditionError, match="'s1' is the only active one"):
         await client.drain_server("s1", DrainReason.DIVERGING, "odd")  # a drained one does not count
 
 
@@ -145,7 +145,7 @@ async def test_loans_are_timed(client: ReplayClient) -> None:
     (one, two, *_), *_ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
     await write(client, filled(one))
     status = await server(client, "s0")
-    assert (status.present, status.loans, status.timed_loans, status.version) == (True, 1, 2, ROOT)
-    assert 0 < status.median_loan_seconds <= status.oldest_loan_seconds
+    assert (status.present, status.tickets, status.timed_tickets, status.version) == (True, 1, 2, ROOT)
+    assert 0 < status.median_ticket_seconds <= status.oldest_ticket_seconds
     await write(client, filled(two))
-    assert (await server(client, "s0")).oldest_loan_seconds == 0
+    assert (await server(client, "s0")).oldest_ticket_seconds == 0

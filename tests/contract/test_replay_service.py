@@ -599,7 +599,7 @@ async def test_malformed_calls_say_what_is_wrong(client: ReplayClient) -> None:
     with pytest.raises(NotFoundError):
         await write(client, [WriteItem("x", 1, 0, b"")])
     await client.open_run(spec(), ROOT, [])
-    with pytest.raises(InvalidDataError, match="ask for at least 1"):
+    with pytest.raises(InvalidDataError, match="request at least 1"):
         await client.acquire_tickets("s0", ROOT, 0, WAIT_SECONDS)
     with pytest.raises(PreconditionError, match="its tokenizer"):
         await client.join_run("s0", replace(SIGNATURE, tokenizer_digest=b"x" * 32), DATASET, WAIT_SECONDS)

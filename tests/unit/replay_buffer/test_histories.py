@@ -15,8 +15,7 @@ from leeway.v1.storage_pb2 import RunSnapshot
 from replay_buffer.rules.lifecycle import check_epoch, decide_finish
 from replay_buffer.rules.tickets import decide_expired
 from replay_buffer.storage.stored_state import run_from_proto, run_to_proto
-from tests.harness.replay_builders import Machine, filled, spec
-from tests.harness.replay_directory import described
+from tests.harness.replay_builders import Machine, described, filled, spec
 
 MEMBERS = 2
 TOTAL_STEPS = 8

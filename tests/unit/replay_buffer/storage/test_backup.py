@@ -14,9 +14,9 @@ from replay_buffer.storage import backup as backup_module
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.backup import write_backup
 from replay_buffer.storage.generation import read_generation
-from replay_buffer.storage.segments import segment_numbers, segment_path
-from tests.harness.replay_builders import ROOT, RUN, chunk, filled, version
-from tests.harness.replay_directory import OpenBuffer, described, opened
+from replay_buffer.storage.segments import locations_of, segment_numbers, segment_path
+from tests.harness.replay_builders import ROOT, RUN, chunk, described, filled, version
+from tests.harness.replay_directory import OpenBuffer, opened
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ async def test_a_backup_holds_what_was_acknowledged(
         assert after["consumed"] == before["consumed"]
         ready = run.state.groups[tickets[0].group_id]
         assert ready.state is GroupState.READY
-        assert all(run.buffer.read_many([place]) for member in ready.members for place in member.records)
+        assert all(run.buffer.read_many([place]) for member in ready.members for place in locations_of(member))
 
 
 async def test_a_restored_copy_fences_what_the_original_did_afterwards(original: Path, copy: Path) -> None:
