@@ -1,14 +1,14 @@
 """Takes servers out of the run that diverge or are slow, and names them.
 
-    a step is trained ──> its tokens' mismatch, by server ─────┐
-                                                               ├──> verdicts ──> DrainServer ──> the buffer acts and
-    check_seconds pass ──> how long loans take, by the buffer ─┘                                 tells the server
+    a step is trained ──> its tokens' mismatch, by server ───────┐
+                                                                 ├──> verdicts ──> DrainServer ──> the buffer acts and
+    check_seconds pass ──> how long tickets take, by the buffer ─┘                                 tells the server
 
     who measures    `server_mismatch`, and the buffer     who decides    this module, or a person (`leeway fleet`)
     waits for       a step, or its own clock              unblocks       nobody; training never waits for it
 
-What it can do is only what the buffer allows: the last server at work stays, and is a suspect in log and metrics. A
-server that was drained is judged afresh once it is readmitted.
+What it can do is only what the buffer allows: the last active server stays, and is a suspect in log and metrics. A
+server that was drained is judged from the start again once it is readmitted.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ async def server(client: ReplayClient, server_id: str) -> ServerStatus:
     return next(status for status in await client.servers() if status.server_id == server_id)
 
 
-async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayClient) -> None:
+async def test_a_server_that_leaves_gives_its_tickets_back_at_once(client: ReplayClient) -> None:
     held, *_ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     waiting = asyncio.create_task(client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS))
     await client.leave_run("s0")
@@ -141,7 +141,7 @@ async def test_what_cannot_be_asked(client: ReplayClient) -> None:
         await client.drain_server("s0", 0, "")  # type: ignore[arg-type]
 
 
-async def test_loans_are_timed(client: ReplayClient) -> None:
+async def test_tickets_are_timed(client: ReplayClient) -> None:
     (one, two, *_), *_ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
     await write(client, filled(one))
     status = await server(client, "s0")

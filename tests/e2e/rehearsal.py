@@ -135,11 +135,11 @@ class Ghosts:
 
     async def _worker(self, ticket: replay_pb2.Ticket) -> None:
         """Everything that was acknowledged of an earlier attempt at the ticket's trajectories."""
-        lent = {member.trajectory_id for member in ticket.members}
+        issued = {member.trajectory_id for member in ticket.members}
         items = [
             write.item
             for write in self.record.writes
-            if write.acknowledged and write.item.trajectory_id in lent and write.item.attempt < ticket.attempt
+            if write.acknowledged and write.item.trajectory_id in issued and write.item.attempt < ticket.attempt
         ]
 
         async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:

@@ -169,7 +169,7 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     assert await asyncio.to_thread(main, ["fleet", "ls", str(evidence.run_directory)]) == 0
     assert "drained (diverging), gone" in capsys.readouterr().out
 
-    # Who leaves says so, after its last write; what it held was lent to others.
+    # Who leaves says so, after its last write; what it held went to others.
     (left,) = [call for call in evidence.record.of("LeaveRun") if call.request.server_id == "leaver"]
     writes = [write for write in evidence.record.writes if write.server_id == "leaver"]
     assert all(write.sent < left.begun for write in writes)

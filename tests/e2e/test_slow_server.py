@@ -1,4 +1,4 @@
-"""A server that never comes to an end holds up the run: it is found by its loans, drained and named.
+"""A server that never comes to an end holds up the run: it is found by the time of its tickets, drained and named.
 
 Nothing here depends on how fast anybody is: the slow server takes a minute for a token, steps that need its groups are
 not drawn, and what it holds grows older until that is far beyond what the others take.

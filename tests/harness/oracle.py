@@ -211,7 +211,7 @@ class Oracle:
             if (group.state is GroupState.DROPPED) != (group.drop_reason is not None):
                 yield f"group {group.group_id} is {group.state.name} for {group.drop_reason}"
         for ticket_group in {ticket.group_id for _, ticket in self._tickets()} - set(self.groups):
-            yield f"group {ticket_group} was lent and is not exported"
+            yield f"group {ticket_group} was issued and is not exported"
 
     def _tickets(self) -> Iterator[tuple[Call, replay_pb2.Ticket]]:
         for call in self.record.of("AcquireTickets"):
@@ -308,11 +308,11 @@ class Oracle:
             if item.attempt < newest[item.trajectory_id]:
                 yield f"{_name(write)} was acknowledged after attempt {newest[item.trajectory_id]}"
             newest[item.trajectory_id] = max(newest[item.trajectory_id], item.attempt)
-        lent: dict[str, int] = defaultdict(int)
+        issued: dict[str, int] = defaultdict(int)
         for _, ticket in self._tickets():
-            if ticket.attempt <= lent[ticket.group_id]:
-                yield f"group {ticket.group_id}: attempt {ticket.attempt} was lent after {lent[ticket.group_id]}"
-            lent[ticket.group_id] = max(lent[ticket.group_id], ticket.attempt)
+            if ticket.attempt <= issued[ticket.group_id]:
+                yield f"group {ticket.group_id}: attempt {ticket.attempt} was issued after {issued[ticket.group_id]}"
+            issued[ticket.group_id] = max(issued[ticket.group_id], ticket.attempt)
 
     # 7
 
@@ -337,7 +337,7 @@ class Oracle:
         for write in self.record.writes:
             for handed_out, attempt in attempts[write.item.trajectory_id]:
                 if write.acknowledged and handed_out < write.sent and attempt > write.item.attempt:
-                    yield f"{_name(write)} was acknowledged after attempt {attempt} was lent"
+                    yield f"{_name(write)} was acknowledged after attempt {attempt} was issued"
 
 
 class _VersionTree:

@@ -240,19 +240,19 @@ class Law:
 
     def _take_ticket_issued(self, issued: log_pb2.TicketIssued) -> None:
         ticket, version = issued.ticket, name(issued.version)
-        _must(not self.finished, 9, f"{ticket.group_id} is lent after the end")
+        _must(not self.finished, 9, f"{ticket.group_id} is issued after the end")
         _must(
             issued.server_id not in self.drained, 9, f"{ticket.group_id} goes to {issued.server_id}, which is drained"
         )
-        _must(version in self.parents, 9, f"{ticket.group_id} is lent at {version}, which was never registered")
+        _must(version in self.parents, 9, f"{ticket.group_id} is issued at {version}, which was never registered")
         group = self.groups.get(ticket.group_id)
         if group is None:
             group = self._new_group(ticket, version)
         else:
             self._reissue(ticket, version, group)
         group.attempt, group.server_version = ticket.attempt, version
-        for lent in ticket.members:
-            group.members[lent.member] = Member(ticket.attempt, server=issued.server_id)
+        for issued_member in ticket.members:
+            group.members[issued_member.member] = Member(ticket.attempt, server=issued.server_id)
 
     def _new_group(self, ticket: replay_pb2.Ticket, version: Version) -> Group:
         group_id, spec = ticket.group_id, self.spec
@@ -290,15 +290,15 @@ class Law:
 
     def _reissue(self, ticket: replay_pb2.Ticket, version: Version, group: Group) -> None:
         group_id = ticket.group_id
-        _must(group.state == OPEN, 9, f"{group_id} is lent again, but it is {group.state}")
+        _must(group.state == OPEN, 9, f"{group_id} is issued again, but it is {group.state}")
         _must(ticket.attempt == group.attempt + 1, 6, f"{group_id}: attempt {ticket.attempt} follows {group.attempt}")
-        _must(ticket.attempt <= self.spec.max_attempts, 9, f"{group_id} is lent for the {ticket.attempt}th time")
+        _must(ticket.attempt <= self.spec.max_attempts, 9, f"{group_id} is issued for the {ticket.attempt}th time")
         places = [member.member for member in ticket.members]
-        _must(places == group.missing, 9, f"{group_id}: {places} are lent again, {group.missing} are missing")
+        _must(places == group.missing, 9, f"{group_id}: {places} are issued again, {group.missing} are missing")
         if group.purpose == TRAIN:
             closed = {at for member in group.members if member.end is End.CLOSED for at in member.versions}
             due = self.deadline(closed | {version})
-            _must(due >= self.step, 9, f"{group_id} is lent again with D = {due} at head {self.step}")
+            _must(due >= self.step, 9, f"{group_id} is issued again with D = {due} at head {self.step}")
 
     def _take_chunk_written(self, written: log_pb2.ChunkWritten) -> None:
         _, member = self._writable(written.trajectory_id, written.attempt)
@@ -327,7 +327,7 @@ class Law:
         group = self.groups[group_id]
         _must(int(place) < len(group.members), 6, f"{trajectory_id} is written, but was never issued")
         member = group.members[int(place)]
-        _must(attempt == member.attempt, 7, f"{trajectory_id}: attempt {attempt} is written, {member.attempt} is lent")
+        _must(attempt == member.attempt, 7, f"{trajectory_id}: attempt {attempt} is written, not {member.attempt}")
         _must(member.end is End.OPEN, 6, f"{trajectory_id} is written after its end")
         _must(ended or not group.ended, 3, f"{trajectory_id} is written, but its group is {group.state}")
         return group, member

@@ -390,10 +390,10 @@ class BufferMachine(RuleBasedStateMachine):
             assert not tickets
             return
         assert sum(len(ticket.members) for ticket in tickets) <= room
-        lent = {key: group.attempt for key, group in law.groups.items() if group.attempt != before.get(key)}
-        assert lent == {ticket.group_id: ticket.attempt for ticket in tickets}
+        granted = {key: group.attempt for key, group in law.groups.items() if group.attempt != before.get(key)}
+        assert granted == {ticket.group_id: ticket.attempt for ticket in tickets}
         if not tickets and not stranger and not law.finished and room >= max(2, self.spec.members):
-            # Nothing to lend again either: then a new group must break the inequality.
+            # Nothing to issue again either: then a new group must break the inequality.
             assert not self._admits(name(version)), "a place is free, but no group is issued"
 
     def _admits(self, version: Version) -> bool:

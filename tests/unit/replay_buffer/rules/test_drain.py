@@ -20,7 +20,7 @@ def drain(
 
 def test_a_diverging_server_takes_along_what_no_step_has_drawn() -> None:
     machine = Machine(spec(groups_per_step=2, members=2, max_staleness=3, train_task_count=100))
-    drawn, mixed, passed_on, lent, ready = machine.acquire(max_members=10, server_id="odd")
+    drawn, mixed, passed_on, open_ticket, ready = machine.acquire(max_members=10, server_id="odd")
     machine.fill([drawn])
     machine.write(*whole(mixed.members[0], mixed.attempt))  # the other member is closed by another server
     lapsed = (mixed.group_id, passed_on.group_id)
@@ -36,7 +36,7 @@ def test_a_diverging_server_takes_along_what_no_step_has_drawn() -> None:
     )
     assert groups[passed_on.group_id].state is GroupState.READY, "nothing of it was written by the odd server"
     gone = [group for group in groups.values() if group.drop_reason is DropReason.DIVERGED]
-    assert [group.group_id for group in gone] == [lent.group_id, ready.group_id]
+    assert [group.group_id for group in gone] == [open_ticket.group_id, ready.group_id]
     assert list(machine.state.requeued) == [group.task_index for group in gone]
     assert not machine.state.lost_attempts, "their tasks are not to blame"
     assert snapshot(machine.refolded()) == snapshot(machine.state)

@@ -87,7 +87,7 @@ async def test_a_restored_copy_fences_what_the_original_did_afterwards(original:
         for epoch in (1, late_epoch, late_epoch + 100):
             with pytest.raises(FencedError):
                 await run.buffer.commit(RUN, epoch, 1)
-        # What was lent may have been lent again there: nobody may write it here.
+        # What was issued may have been issued again there: nobody may write it here.
         lost = [state.groups[ticket.group_id] for ticket in tickets]
         assert {(group.state, group.drop_reason) for group in lost} == {(GroupState.DROPPED, DropReason.ROLLED_BACK)}
         zombie = [
