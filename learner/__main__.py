@@ -164,7 +164,7 @@ class LearnerProcess:
             if stop.is_set():
                 buffer.patience_seconds = LAST_ANSWER_SECONDS
             status = await buffer.run_status()
-            write_summary(self.directory, summarize(journal.records, status, publisher.push_times.seconds))
+            write_summary(self.directory, summarize(journal.records, status, publisher.push_seconds))
             log.info("%s at step %d", "finished" if finished else "stopped with a checkpoint", learner.step)
         finally:
             journal.close()

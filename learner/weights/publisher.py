@@ -19,7 +19,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 
@@ -42,13 +42,6 @@ class _Server:
     version: PolicyVersion | None = None
     refusal: str = ""
     takes_broadcasts: bool = False
-
-
-@dataclass(slots=True)
-class PushTimes:
-    """Announcement to acknowledgement, in seconds, over all versions and servers."""
-
-    seconds: list[float] = field(default_factory=list[float])
 
 
 class Publisher(policy_pb2_grpc.PolicyServiceServicer):
@@ -84,7 +77,8 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         self._holds = 0
         self._changed = asyncio.Condition()
         self._servers: dict[str, _Server] = {}
-        self.push_times = PushTimes()
+        self.push_seconds: list[float] = []
+        """Announcement to acknowledgement, over all versions and servers."""
 
     @property
     def servers(self) -> dict[str, PolicyVersion | None]:
@@ -272,7 +266,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         self._metrics.server_policy_step.labels(server_id).set(server.version.step)
         announced_at = self._announced_at.get(server.version)
         if announced_at is not None:
-            self.push_times.seconds.append(time.monotonic() - announced_at)
+            self.push_seconds.append(time.monotonic() - announced_at)
 
     def _count_refusing(self) -> None:
         self._metrics.refusing_servers.set(sum(bool(server.refusal) for server in self._servers.values()))

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from leeway.config.document import Address, ConfigPath, Options
+from leeway.weights.transports import TRANSPORTS
+
+
+def _registered(name: str) -> str:
+    if name not in ("auto", *TRANSPORTS):
+        raise ValueError(f"there is no transport {name!r}; choose one of auto, {', '.join(TRANSPORTS)}")
+    return name
 
 
 class NetworkOptions(Options):
@@ -29,7 +36,7 @@ class NetworkOptions(Options):
     authority: ConfigPath | None = Field(
         default=None, description="PEM file of the authority that signed the certificates of all services."
     )
-    weights: Literal["auto", "zmq", "grpc", "collective"] = Field(
+    weights: Annotated[str, AfterValidator(_registered)] = Field(
         default="auto",
         description="How weights travel: ZeroMQ on one host, gRPC beyond; auto picks by address. collective broadcasts "
         "them to all servers at once over torch.distributed (gloo), unencrypted, with gRPC where that fails.",

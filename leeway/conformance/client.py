@@ -7,10 +7,9 @@ with its code, and bytes of an update are cut as the check says.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Iterable
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
 
 import grpc
 import numpy as np
@@ -115,20 +114,12 @@ class Completion:
         )
 
 
+@dataclass(frozen=True, slots=True)
 class Stream:
-    """One Generate call; leaving the block cancels what is left of it."""
+    """One Generate call."""
 
-    def __init__(self, call: _GenerateCall, completion: Completion) -> None:
-        self._call = call
-        self.completion = completion
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._call.cancel()
+    _call: _GenerateCall
+    completion: Completion
 
     async def read(self) -> bool:
         """Take one message into the completion; False at the end of the stream.
@@ -195,8 +186,9 @@ class BackendClient:
             )
         return codec.info_from_proto(reply)
 
-    def open(self, prompt: Int32Array | RawPrompt, sampling: SamplingParams) -> Stream:
-        """Begin to generate."""
+    @asynccontextmanager
+    async def open(self, prompt: Int32Array | RawPrompt, sampling: SamplingParams) -> AsyncGenerator[Stream]:
+        """Begin to generate; at the end of the block the rest of the call is cancelled."""
         if isinstance(prompt, RawPrompt):
             tensor = common_pb2.Tensor(
                 dtype=prompt.dtype,  # type: ignore[arg-type]
@@ -207,7 +199,11 @@ class BackendClient:
         else:
             tensor = codec.array_to_proto(prompt)
         request = inference_pb2.GenerateRequest(prompt_token_ids=tensor, sampling=codec.sampling_to_proto(sampling))
-        return Stream(self._stub.Generate(request, timeout=self._timeout_seconds), Completion(prompt, sampling))
+        call = self._stub.Generate(request, timeout=self._timeout_seconds)
+        try:
+            yield Stream(call, Completion(prompt, sampling))
+        finally:
+            call.cancel()
 
     async def update(self, update: Update) -> PolicyVersion:
         """Send an update; the version that the server says is in force.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -170,7 +170,9 @@ class Session:
         self._next_seed += count
         return range(self._next_seed - count, self._next_seed)
 
-    def open(self, prompt: Int32Array | RawPrompt | int, sampling: SamplingParams) -> Stream:
+    def open(
+        self, prompt: Int32Array | RawPrompt | int, sampling: SamplingParams
+    ) -> AbstractAsyncContextManager[Stream]:
         """Begin to generate after a prompt, or after the kit's prompt of that number."""
         return self.client.open(self.prompt(prompt) if isinstance(prompt, int) else prompt, sampling)
 

@@ -112,7 +112,7 @@ async def test_acknowledgements_are_known_by_server(harness: Harness) -> None:
     watcher.leave()
     with pytest.raises(StopAsyncIteration):
         await watcher.announcement()
-    assert len(harness.publisher.push_times.seconds) == 1
+    assert len(harness.publisher.push_seconds) == 1
     assert harness.publisher.servers == {}
 
 

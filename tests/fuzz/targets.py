@@ -33,8 +33,7 @@ from leeway.service.metrics import LearnerMetrics
 from leeway.types import Evaluation, SamplingParams, WeightSnapshot, WriteItem
 from leeway.v1 import inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.storage.records import decode
-from replay_buffer.storage.segment_scan import verify_segment
-from replay_buffer.storage.segments import frame
+from replay_buffer.storage.segments import frame, verify_segment
 from tests.harness import replay_builders as builders
 from tests.harness.arithmetic_law import policy_version
 from tests.harness.handler_calls import Context, Harness
