@@ -12,6 +12,8 @@ from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, spec
 
+pytestmark = pytest.mark.processes
+
 CONFIG = """
 run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step = 2, members = 2, max_staleness = 2 }}
 network = {{ replay_buffer = "127.0.0.1:1" }}

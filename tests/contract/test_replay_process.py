@@ -23,6 +23,8 @@ from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import PLAIN, connected, write
 from tests.harness.replay_builders import ROOT, filled, spec, version
 
+pytestmark = pytest.mark.processes
+
 
 async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:
     config = directory / "run.toml"

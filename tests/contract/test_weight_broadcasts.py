@@ -175,6 +175,7 @@ signal.pause()
 
 
 @pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 2 * WAIT_SECONDS), (signal.SIGSTOP, 8.0)])
+@pytest.mark.processes
 async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
     how: signal.Signals, patience_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,7 @@ async def test_a_killed_server_that_comes_back_has_no_base_and_gets_the_snapshot
         await reborn.stop()
 
 
+@pytest.mark.processes
 async def test_weights_travel_over_mutual_tls_and_to_nobody_else(tmp_path: Path) -> None:
     security, other = make_security(tmp_path / "run"), make_security(tmp_path / "other")
     learner = Learner(local=False, security=security)

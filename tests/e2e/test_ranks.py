@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from leeway.service.children import python_command
-from tests.deadlines import RUN_SECONDS
 from tests.e2e.own_modules import add_own_modules, imported
+from tests.harness.processes import leeway, overriding
 
 SMALL = (
     "run.steps=4",
@@ -27,37 +25,25 @@ SMALL = (
 )
 
 
-def leeway(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*python_command("leeway.cli.main"), *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=RUN_SECONDS,
-    )
-
-
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_run_with_two_ranks(tmp_path: Path) -> None:
     add_own_modules(tmp_path)  # torchrun starts no rank with them
-    overrides = [part for key in SMALL for part in ("--set", key)]
-    finished = leeway(tmp_path, "run", "sortmix8", *overrides)
+    finished = leeway("run", "sortmix8", *overriding(SMALL), directory=tmp_path)
     assert finished.returncode == 0, finished.stderr
     run = tmp_path / "runs" / "sortmix8"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"]
     assert summary["groups_consumed"] == 12
     assert len(list((run / "checkpoints" / "step-00000004" / "weights").glob("shard-*"))) == 2
-    exported = leeway(tmp_path, "export", str(run), "4")  # one process reads what two wrote
+    exported = leeway("export", str(run), "4", directory=tmp_path)  # one process reads what two wrote
     assert exported.returncode == 0, exported.stderr
     assert (run / "export" / "step-4" / "model.safetensors").is_file()
-    replayed = leeway(tmp_path, "recompute-step", str(run), "4")
+    replayed = leeway("recompute-step", str(run), "4", directory=tmp_path)
     assert replayed.returncode == 0, replayed.stderr
     assert "starting from the checkpoint of step 2" in replayed.stdout
     assert replayed.stdout.endswith("equal: step 4 gives the same statistics and weights, bit for bit\n")
-    missing = leeway(tmp_path, "recompute-step", str(run), "9")
+    missing = leeway("recompute-step", str(run), "9", directory=tmp_path)
     assert missing.returncode == 2
     assert missing.stderr.startswith("leeway: ")
     assert "no receipt of step 9" in missing.stderr

@@ -1,6 +1,6 @@
-"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are spoilt with a given probability.
+"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are corrupted with a given probability.
 
-It can also be told to die where it hurts: `Faults.dies_at`.
+It can also be told to die at a given place of a push: `Faults.dies_at`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class Faults:
         self.counts[what] += 1
         return True
 
-    def spoilt(self, data: Part) -> bytes:
+    def corrupted(self, data: Part) -> bytes:
         """One bit differs, or the end is missing, or there is more of it."""
         changed = bytearray(data)
         kind = self.random.choice(["flip", "cut", "more"])
@@ -92,9 +92,9 @@ class FaultyZmq(ZmqOutlet):
     def _reply(self, request: list[bytes]) -> list[Part]:
         reply = super()._reply(request)
         self._faults.may_die("transfer")
-        if reply[0] == b"ok" and self._faults.strikes("zmq frame spoilt"):
+        if reply[0] == b"ok" and self._faults.strikes("zmq frame corrupted"):
             at = self._faults.random.randrange(1, len(reply))
-            reply = [*reply[:at], self._faults.spoilt(reply[at]), *reply[at + 1 :]]
+            reply = [*reply[:at], self._faults.corrupted(reply[at]), *reply[at + 1 :]]
         if reply[0] == b"ok" and self._faults.strikes("zmq frames disordered"):
             reply = [*reply[:2], *self._faults.disordered(reply[2:])]
         return reply
@@ -116,8 +116,8 @@ class FaultyGrpc(GrpcOutlet):
         for number, piece in enumerate(pieces):
             if number == len(pieces) // 2:
                 self._faults.may_die("transfer")
-            if self._faults.strikes("grpc piece spoilt"):
-                piece = self._faults.spoilt(piece)
+            if self._faults.strikes("grpc piece corrupted"):
+                piece = self._faults.corrupted(piece)
             if self._faults.random.random() < 0.02 and self._faults.strikes("grpc stream broken"):
                 raise UnavailableError("the stream broke")
             yield piece
@@ -131,7 +131,7 @@ class FaultyBroadcasts(BroadcastOutlet):
         self._faults = faults
 
     def _pieces(self, group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
-        if self._faults.strikes("broadcast spoilt"):
+        if self._faults.strikes("broadcast corrupted"):
             at = self._faults.random.choice([index for index, part in enumerate(parts) if len(part)])
             wrong = bytearray(parts[at])
             wrong[self._faults.random.randrange(len(wrong))] ^= 1 << self._faults.random.randrange(8)
@@ -156,6 +156,7 @@ class FaultyPublisher(Publisher):
         self._grpc = FaultyGrpc(self.metrics, faults)
         self._faults = faults
         self.acknowledged = 0
+        self.on_acknowledged: Callable[[], None] = lambda: None
 
     async def start(self, address: str) -> RunningServer:
         """Serve."""
@@ -195,3 +196,4 @@ class FaultyPublisher(Publisher):
         self._faults.may_die("acknowledge")
         super()._acknowledged(server_id, server, message)
         self.acknowledged += 1
+        self.on_acknowledged()

@@ -1,18 +1,17 @@
-"""The oracle's own process: every link between the others passes here, and here it is judged.
+"""The judge's process: every link between the others passes through its proxies, and it judges them here.
 
 learner, servers ──> proxy ──> replay buffer         servers ──> proxy ──> learner
-                      │ Record, bad weather, crash points
-conductor <── lines of JSON ──> this process ── at the end: export of the buffer, its log ──> violations
+                      │ Record, network faults, crash points
+driver <── JSON messages ──> this process ── at the end: export of the buffer, its log ──> violations
 
-conductor says   arm {event, count} | go | calm | judge
-it is told       ready {addresses} | hit {event} | step {step} | verdict {violations, faults, ...}
+the driver says   arm {event, count} | go | rollback | end_faults | judge
+it is told        ready {addresses} | hit {event} | step {step} | verdict {violations, faults, ...}
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -28,22 +27,21 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security
 from leeway.types import GroupRecord, RunStatus
 from leeway.v1 import common_pb2, replay_pb2, replay_pb2_grpc
-from tests.chaos.account import Account, Blind, wrongly_retired
 from tests.chaos.archive import gather
-from tests.chaos.checkpoints import missing_checkpoint
-from tests.chaos.weather import TEMPERATE, BadWeather, Climate, CrashPoint
+from tests.chaos.judge import ChaosOracle, missing_checkpoint, violations_without_export, wrongly_retired
+from tests.chaos.network_faults import USUAL_FAULTS, CrashPoint, FaultRates, FaultyNetwork
 from tests.harness.buffer_server import connected, serving
 from tests.harness.oracle import Evidence
+from tests.harness.processes import Message, hear, tell
 from tests.harness.recording_proxy import Call, Record, Write, recording_proxy
-from tests.model.law import Broken, audit, read_log
 
 _PROBE_SECONDS: Final = 2.0
 _EXPORTS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
-    """What an oracle looks at."""
+class Scope:
+    """The run that is judged."""
 
     seed: str
     run: str
@@ -54,66 +52,67 @@ class Scene:
     policy: str
     archive: Path | None = None  # holds what was removed from the log; None without retention
     earlier_run: str = ""  # one that has finished on the same buffer
-    climate: Climate = TEMPERATE
+    rates: FaultRates = USUAL_FAULTS
 
 
-def run_oracle(scene: Scene, connection: socket.socket) -> int:
-    """The process."""
-    asyncio.run(_Watch(scene).run(connection))
+def judge_run(connection: Any, scope: Scope) -> int:
+    """Be the judge of a run."""
+    asyncio.run(_Judge(connection, scope).run())
     return 0
 
 
-class _Watch:
-    def __init__(self, scene: Scene) -> None:
-        self._scene = scene
+class _Judge:
+    def __init__(self, connection: Any, scope: Scope) -> None:
+        self._connection = connection
+        self._scope = scope
         self._record = Record()
-        self._rng = Random(f"{scene.seed}/probes")
-        self._weather = BadWeather(scene.climate, Random(f"{scene.seed}/weather"), self._on_hit)
-        self._seen: list[str] = []  # violations found on the way
+        self._rng = Random(f"{scope.seed}/probes")
+        self._network = FaultyNetwork(scope.rates, Random(f"{scope.seed}/network"), lambda event: self._tell(hit=event))
+        self._seen: list[str] = []  # violations found during the run
         self._probes: set[asyncio.Task[None]] = set()
         self._counts: Counter[str] = Counter()
 
-    async def run(self, connection: socket.socket) -> None:
-        reader, self._writer = await asyncio.open_connection(sock=connection)
+    async def run(self) -> None:
+        messages: asyncio.Queue[Message] = asyncio.Queue()
+        hear(self._connection, messages.put_nowait)
         self._record.listeners.append(self._on_event)
-        scene = self._scene
+        scope = self._scope
         async with (
-            recording_proxy(scene.replay_buffer, self._record, self._weather) as replay_buffer,
-            recording_proxy(scene.policy, self._record, self._weather) as policy,
+            recording_proxy(scope.replay_buffer, self._record, self._network) as replay_buffer,
+            recording_proxy(scope.policy, self._record, self._network) as policy,
         ):
             self._tell(ready={"replay_buffer": replay_buffer, "policy": policy})
-            while line := await reader.readline():
-                match json.loads(line):
+            while True:
+                match await messages.get():
                     case {"arm": {"event": str(event), "count": int(count)}}:
-                        self._weather.arm(CrashPoint(event, count))
+                        self._network.arm(CrashPoint(event, count))
                     case {"go": _}:
-                        self._weather.go()
-                    case {"calm": _}:
-                        self._weather.calm()
+                        self._network.go()
+                    case {"end_faults": _}:
+                        self._network.end_faults()
                     case {"rollback": _}:
                         self._start(self._roll_back())
                     case {"judge": "blind"}:
-                        self._conclude(Blind(self._record).violations())
+                        self._conclude(violations_without_export(self._record))
                     case {"judge": str(how)}:
                         await self._judge(finished=how == "finished")
+                    case {"do": "end"}:
+                        return
                     case other:
                         raise AssertionError(other)
 
     def _tell(self, **message: object) -> None:
-        self._writer.write(json.dumps(message).encode() + b"\n")
+        tell(self._connection, **message)
 
-    def _on_hit(self, event: str) -> None:
-        self._tell(hit=event)
-
-    # On the way
+    # During the run
 
     def _on_event(self, event: str, subject: Call | Write) -> None:
         if isinstance(subject, Write):
             return
         match event:
             case "Commit.begun" if not subject.repeated:
-                scene = self._scene
-                lines = missing_checkpoint(scene.run_directory, scene.learner_ledger, subject.request.step)
+                scope = self._scope
+                lines = missing_checkpoint(scope.run_directory, scope.learner_ledger, subject.request.step)
                 self._seen += [f"8: {line}" for line in lines]
                 self._counts["commits"] += 1
             case "Advance.ended":
@@ -131,10 +130,10 @@ class _Watch:
         task.add_done_callback(self._probes.discard)
 
     async def _slices(self, draw: Call) -> None:
-        """Ask for the same draw as ranks would: what each gets must be its slice. The head may move on meanwhile."""
+        """Ask for the same draw as ranks would: each must get its slice. A head that has moved on refuses."""
         whole = _group_ids(draw.replies)
         world_size = self._rng.choice((2, 3))
-        async with grpc.aio.insecure_channel(self._scene.replay_buffer) as channel:
+        async with grpc.aio.insecure_channel(self._scope.replay_buffer) as channel:
             stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
             for rank in range(world_size):
                 request = replay_pb2.DrawBatchRequest()
@@ -150,16 +149,16 @@ class _Watch:
     async def _cross_runs(self) -> None:
         """Write what belongs to one run into another."""
         written = [write.item for write in self._record.writes[-50:] if write.acknowledged]
-        if not written or not self._scene.earlier_run:
+        if not written or not self._scope.earlier_run:
             return
         request = replay_pb2.WriteTrajectoriesRequest(
-            run=self._scene.earlier_run, server_id="stranger", items=[self._rng.choice(written)]
+            run=self._scope.earlier_run, server_id="stranger", items=[self._rng.choice(written)]
         )
 
         async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
             yield request
 
-        async with grpc.aio.insecure_channel(self._scene.replay_buffer) as channel:
+        async with grpc.aio.insecure_channel(self._scope.replay_buffer) as channel:
             stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
             with suppress(grpc.aio.AioRpcError):
                 async for reply in stub.WriteTrajectories(requests(), timeout=_PROBE_SECONDS):
@@ -170,7 +169,7 @@ class _Watch:
 
     async def _roll_back(self) -> None:
         """Return the run to a checkpoint that is kept, as a person would; it may not be one any more."""
-        manifests = sorted(self._scene.run_directory.glob("checkpoints/step-*/manifest.json"))
+        manifests = sorted(self._scope.run_directory.glob("checkpoints/step-*/manifest.json"))
         with suppress(OSError, ValueError, grpc.aio.AioRpcError):
             manifest = json.loads(self._rng.choice(manifests[-3:]).read_text()) if manifests else None
             if manifest is None:
@@ -181,39 +180,45 @@ class _Watch:
                 step=manifest["step"],
                 digest=bytes.fromhex(manifest["digest"]),
             )
-            async with grpc.aio.insecure_channel(self._scene.replay_buffer) as channel:
+            async with grpc.aio.insecure_channel(self._scope.replay_buffer) as channel:
                 stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
-                request = replay_pb2.RollbackRunRequest(run=self._scene.run, version=version)
+                request = replay_pb2.RollbackRunRequest(run=self._scope.run, version=version)
                 await stub.RollbackRun(request, timeout=_PROBE_SECONDS, wait_for_ready=True)
                 self._counts["rollbacks"] += 1
 
     # At the end
 
     async def _judge(self, *, finished: bool) -> None:
-        scene = self._scene
-        log_directory = scene.log_directory
+        scope = self._scope
+        log_directory = scope.log_directory
         try:
             groups, status = await self._export()
         except NotFoundError:  # it has forgotten the run
-            self._conclude(Blind(self._record).violations())
+            self._conclude(violations_without_export(self._record))
             return
-        if scene.archive is not None:
-            log_directory = gather(scene.archive, scene.log_directory, scene.archive.with_name(f"{scene.run}-whole"))
-            async with serving(log_directory) as address, connected(address, scene.run) as whole:
+        if scope.archive is not None:
+            log_directory = gather(scope.archive, scope.log_directory, scope.archive.with_name(f"{scope.run}-whole"))
+            async with serving(log_directory) as address, connected(address, scope.run) as whole:
                 kept, groups = groups, [group async for group in whole.export_groups()]
             self._seen += [f"11: {line}" for line in wrongly_retired(self._record, groups, kept)]
             self._counts["retired"] += len(groups) - len(kept)
-        evidence = Evidence(self._record, groups, status, scene.run_directory)
-        try:
-            law = audit(read_log(log_directory), scene.run)
-            self._counts["records"] += law.num_records if law is not None else 0
-        except Broken as broken:
-            self._seen.append(f"{broken} (by the log)")
-        self._conclude(Account(evidence, finished=finished).violations())
+        oracle = ChaosOracle(
+            Evidence(
+                self._record,
+                groups,
+                status,
+                scope.run_directory,
+                log_directory,
+                finished=finished,
+                learner_files=False,  # a journal ends where the power went
+            )
+        )
+        self._counts["records"] += oracle.num_records
+        self._conclude(oracle.violations())
 
     async def _export(self) -> tuple[list[GroupRecord], RunStatus]:
-        """What the buffer says; one that finds its index damaged ends, and is started again."""
-        client = ReplayClient(self._scene.replay_buffer, self._scene.run, Security())
+        """The buffer's export and status; one that finds its index damaged ends, and is started again."""
+        client = ReplayClient(self._scope.replay_buffer, self._scope.run, Security())
         try:
             for _ in range(_EXPORTS):
                 with suppress(UnavailableError):
@@ -228,7 +233,7 @@ class _Watch:
         self._tell(
             verdict={
                 "violations": [*self._seen, *violations],
-                "faults": dict(self._weather.faults),
+                "faults": dict(self._network.faults),
                 "counts": {**self._counts, "calls": len(self._record.calls), "writes": len(self._record.writes)},
             }
         )

@@ -1,4 +1,4 @@
-"""Where one run of a chaos suite lies, its configuration, drawn by lot, and its processes."""
+"""The files, the random configuration and the processes of one run of a chaos suite."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from random import Random
 
 from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.config import NetworkOptions, load_document
-from tests.chaos import programs
-from tests.chaos.fleet import Program
 from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan
+from tests.chaos.programs import Faults, Program, service
 from tests.e2e.rehearsal import EXAMPLE
 
 
 @dataclass(frozen=True, slots=True)
-class Places:
+class Workspace:
     """The files of one run."""
 
     base: Path
@@ -25,20 +24,20 @@ class Places:
     archive: Path | None  # of a buffer with retention: what it retired
 
     @classmethod
-    def make(cls, base: Path, name: str, *, own_buffer: bool) -> Places:
-        """With their directories; a run without a buffer of its own shares one."""
+    def make(cls, base: Path, name: str, *, own_buffer: bool) -> Workspace:
+        """Make the directories; a run without a buffer of its own shares one."""
         number = name.rpartition("-")[2]
-        places = cls(
+        workspace = cls(
             base,
             name,
             base / (f"buffer-{number}" if own_buffer else "buffer"),
             base / "archive" / number if own_buffer else None,
         )
-        kept = (places.run_directory, places.buffer_disk, places.archive)
-        for directory in (*kept, *(base / folder for folder in ("logs", "ledgers", "dials"))):
+        kept = (workspace.run_directory, workspace.buffer_disk, workspace.archive)
+        for directory in (*kept, *(base / folder for folder in ("logs", "ledgers", "controls"))):
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True)
-        return places
+        return workspace
 
     @property
     def run_directory(self) -> Path:
@@ -51,46 +50,48 @@ class Places:
     def log(self, process: str) -> Path:
         return self.base / "logs" / f"{self.name}-{process}.log"
 
-    def dial(self, process: str) -> Path:
-        return self.base / "dials" / f"{self.name}-{process}"
+    def controls(self, process: str) -> Path:
+        return self.base / "controls" / f"{self.name}-{process}"
 
     def ledger(self, disk: str) -> Path:
         return self.base / "ledgers" / disk
 
 
-def services(places: Places, real: NetworkOptions) -> list[Program]:
-    """The processes of a run; `real` is where they listen, the configuration says where the proxies do."""
-    common = ("--config", str(places.config), "--supervised")
+def services(workspace: Workspace, real: NetworkOptions, plan: Plan) -> list[Program]:
+    """The services of a run; `real` is where they listen, the configuration names the proxies."""
+    common = ("--config", str(workspace.config), "--supervised")
+    arguments = {
+        BUFFER: (f"--set=network.replay_buffer={real.replay_buffer}",),
+        LEARNER: (f"--set=network.policy={real.policy}",),
+        **{name: ("--index", str(index)) for index, name in enumerate(SERVERS)},
+    }
+    disks = {
+        BUFFER: (workspace.buffer_disk, workspace.ledger(workspace.buffer_disk.name)),
+        LEARNER: (workspace.run_directory, workspace.ledger(LEARNER)),
+    }
     return [
-        Program(
-            BUFFER,
-            programs.run_replay_buffer,
-            (*common, f"--set=network.replay_buffer={real.replay_buffer}"),
-            places.log(BUFFER),
-            disk=places.buffer_disk,
-            ledger=places.ledger(places.buffer_disk.name),
-        ),
-        Program(
-            LEARNER,
-            programs.run_learner,
-            (*common, f"--set=network.policy={real.policy}"),
-            places.log(LEARNER),
-            disk=places.run_directory,
-            ledger=places.ledger(LEARNER),
-        ),
-        *(
-            Program(name, programs.run_server, (*common, "--index", str(index)), places.log(name))
-            for index, name in enumerate(SERVERS)
-        ),
+        service(
+            name,
+            (*common, *own),
+            workspace.log(name),
+            Faults(
+                workspace.controls(name),
+                f"{plan.seed}/{workspace.name}",
+                *disks.get(name, (None, None)),
+                archive=workspace.archive,
+                bug=plan.bug if name == plan.bug_process else "",
+            ),
+        )
+        for name, own in arguments.items()
     ]
 
 
-def configure(plan: Plan, places: Places, retention: Sequence[str], rng: Random) -> RunConfiguration:
-    """A short run, hard to keep up with: small segments, short leases, few places."""
+def configure(plan: Plan, workspace: Workspace, retention: Sequence[str], rng: Random) -> RunConfiguration:
+    """A short run, hard to keep up with: small segments, short leases, few workspace."""
     staleness = rng.choice((0, 1, 2, 2))
     overrides = (
-        f"run.name={places.name}",
-        f"run.directory={places.base / 'runs'}",
+        f"run.name={workspace.name}",
+        f"run.directory={workspace.base / 'runs'}",
         f"run.steps={plan.steps}",
         f"run.seed={rng.randrange(1000)}",
         f"run.groups_per_step={rng.choice((2, 3))}",
@@ -104,7 +105,7 @@ def configure(plan: Plan, places: Places, retention: Sequence[str], rng: Random)
         "evaluation.tasks=2",
         "evaluation.members=1",
         "network.weights=grpc",
-        f"replay_buffer.directory={places.buffer_disk / 'replay'}",
+        f"replay_buffer.directory={workspace.buffer_disk / 'replay'}",
         "replay_buffer.segment_bytes=1048576",
         "replay_buffer.lease_seconds=1.5",
         "replay_buffer.soft_free_bytes=1",
@@ -128,7 +129,7 @@ def configure(plan: Plan, places: Places, retention: Sequence[str], rng: Random)
 
 
 def described(configuration: RunConfiguration, retention: Sequence[str]) -> str:
-    """One line for people."""
+    """The run's configuration in one line."""
     run = configuration.run
     return (
         f"{run.steps} steps of {run.groups_per_step} x {run.members}, bound {run.max_staleness}, "

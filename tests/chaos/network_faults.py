@@ -1,7 +1,7 @@
 """A bad network, seeded: messages are lost with their connection, late, or arrive more than once.
 
-Crash points too: the conductor names an event ("Commit.begun", "write.answered", ...) and how many of them to let pass;
-the message of the next one is held until the conductor says go, so that a process can be killed at that very moment.
+Crash points too: the driver names an event ("Commit.begun", "write.answered", ...) and how many of them to let pass.
+The message of the next one is held until the driver says go, so that a process can be killed at exactly that moment.
 """
 
 from __future__ import annotations
@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from random import Random
 from typing import Final
 
-from tests.harness.recording_proxy import WRITE, Fate, Weather
+from tests.harness.recording_proxy import WRITE, Fate, Network
 
 _HOLD_SECONDS: Final = 30.0
-_NEVER_TWICE: Final = frozenset({"FetchWeights", "Check"})
-"""Replies of a stream that no transport would repeat inside one connection."""
 _RARE: Final = frozenset({"OpenRun", "Commit", "FinishRun", "JoinRun"})
 """Calls of which a run has so few that they are repeated more often."""
-_HAUNTED: Final = frozenset(
+_REPEATED: Final = frozenset(
     {"OpenRun", "JoinRun", "AcquireTickets", WRITE, "RenewLeases", "DrawBatch", "Advance", "Commit", "FinishRun"}
 )
 
@@ -34,26 +32,26 @@ class CrashPoint:
 
 
 @dataclass(frozen=True, slots=True)
-class Climate:
-    """How often things go wrong, per message."""
+class FaultRates:
+    """The probability of each fault, per message."""
 
     lost: float = 0.01
     late: float = 0.03
     twice: float = 0.02
-    ghost: float = 0.06
+    repeated: float = 0.06  # arrives once more, on a connection of its own
     longest_delay_seconds: float = 0.3
-    longest_ghost_seconds: float = 3.0
+    longest_repetition_seconds: float = 3.0
 
 
-TEMPERATE: Final = Climate()
-CALM: Final = Climate(0.0, 0.0, 0.0, 0.0)
+USUAL_FAULTS: Final = FaultRates()
+NO_FAULTS: Final = FaultRates(0.0, 0.0, 0.0, 0.0)
 
 
-class BadWeather(Weather):
-    """See the module's docstring."""
+class FaultyNetwork(Network):
+    """Delivers messages as `rates` say, until `end_faults`."""
 
-    def __init__(self, climate: Climate, rng: Random, on_hit: Callable[[str], None]) -> None:
-        self._climate = climate
+    def __init__(self, rates: FaultRates, rng: Random, on_hit: Callable[[str], None]) -> None:
+        self._rates = rates
         self._rng = rng
         self._on_hit = on_hit
         self._point: CrashPoint | None = None
@@ -66,13 +64,13 @@ class BadWeather(Weather):
         self._go.clear()
 
     def go(self) -> None:
-        """Release what is held, and wait for nothing any more."""
+        """Release the message that is held, and wait for no event."""
         self._point = None
         self._go.set()
 
-    def calm(self) -> None:
-        """From now on the network is fair."""
-        self._climate = CALM
+    def end_faults(self) -> None:
+        """From now on every message arrives once and at once."""
+        self._rates = NO_FAULTS
         self.go()
 
     async def request(self, method: str, first: bool) -> Fate:
@@ -84,12 +82,12 @@ class BadWeather(Weather):
         await self._passes("write.answered" if method == WRITE else f"{method}.ended")
         return await self._fate(may_repeat=method == "WatchPolicy")
 
-    def ghosts(self, method: str) -> Sequence[float]:
-        often = 5 if method in _RARE else 1
-        if method not in _HAUNTED or self._rng.random() >= self._climate.ghost * often:
+    def repetitions(self, method: str) -> Sequence[float]:
+        factor = 5 if method in _RARE else 1
+        if method not in _REPEATED or self._rng.random() >= self._rates.repeated * factor:
             return ()
         self.faults["arrived again"] += 1
-        return (self._rng.random() * self._climate.longest_ghost_seconds,)
+        return (self._rng.random() * self._rates.longest_repetition_seconds,)
 
     async def _passes(self, event: str) -> None:
         point = self._point
@@ -107,14 +105,14 @@ class BadWeather(Weather):
             self.faults["held too long"] += 1
 
     async def _fate(self, *, may_repeat: bool) -> Fate:
-        climate, rng = self._climate, self._rng
-        if rng.random() < climate.late:
+        rates, rng = self._rates, self._rng
+        if rng.random() < rates.late:
             self.faults["delayed"] += 1
-            await asyncio.sleep(rng.random() * climate.longest_delay_seconds)
-        if rng.random() < climate.lost:
+            await asyncio.sleep(rng.random() * rates.longest_delay_seconds)
+        if rng.random() < rates.lost:
             self.faults["lost"] += 1
             return Fate.LOST
-        if may_repeat and rng.random() < climate.twice:
+        if may_repeat and rng.random() < rates.twice:
             self.faults["sent twice"] += 1
             return Fate.TWICE
         return Fate.ARRIVES

@@ -25,12 +25,13 @@ from inference_server.service import SERVICE_NAME, add_inference_service
 from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
 from leeway.service.ports import free_port
 from leeway.types import PolicyVersion
+from tests.harness.processes import AsyncChild, Message, preload
+from tests.harness.waiting import Changes
 from tests.harness.weights_engine import WeightsEngine
 from tests.push.faults import PLACES
 from tests.push.history import RUN
 from tests.push.learner_process import learn
 from tests.push.oracle import Oracle, Outcome
-from tests.push.processes import Child, Message
 from tests.push.receiver_process import receive
 
 TRANSPORTS = ("zmq", "grpc", "collective", "collective")
@@ -43,7 +44,9 @@ _PLACES = {"announce": "while it announces", "transfer": "in mid transfer", "ack
 class Learner:
     """The learner's incarnations, one after the other."""
 
-    def __init__(self, oracle: Oracle, outcome: Outcome, directory: Path, seed: int, probability: float) -> None:
+    def __init__(
+        self, oracle: Oracle, outcome: Outcome, changes: Changes, directory: Path, seed: int, probability: float
+    ) -> None:
         self.address = f"127.0.0.1:{free_port('127.0.0.1')}"
         self.newest: PolicyVersion | None = None
         self.refusals: list[str] = []
@@ -51,9 +54,9 @@ class Learner:
         self._oracle = oracle
         self._outcome = outcome
         self._start = str(directory), seed, probability
+        self._changes = changes
         self._epoch = self._starts = 0
         self._counts: Counter[str] = Counter()
-        self._heard = asyncio.Condition()
 
     async def start(self) -> None:
         """The next incarnation, up to its first publication."""
@@ -62,9 +65,8 @@ class Learner:
         self._epoch += 1
         self._starts += 1
         directory, seed, probability = self._start
-        self._child = Child(
-            learn, self.address, directory, seed, self._epoch, self._starts, probability, on_message=self._hear
-        )
+        arguments = self.address, directory, seed, self._epoch, self._starts, probability
+        self._child = AsyncChild(learn, *arguments, on_message=self._hear, on_end=self._changes.happened)
         await self._next_version()
 
     async def publish(self) -> None:
@@ -76,23 +78,15 @@ class Learner:
         """Have the learner kill itself at a place of the next push; whether it has come there."""
         self._child.send(do="die", where=where)
         await self.publish()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._child.ended.wait(), _DEATH_SECONDS)
-        return self._child.ended.is_set()
+        return await self._changes.until(self._child.ended.is_set, _DEATH_SECONDS)
 
     async def kill(self) -> None:
         """SIGKILL, wherever it is."""
         await self._child.kill()
 
-    async def calm_down(self) -> None:
-        """Nothing goes wrong any more."""
-        self._child.send(do="calm")
-
-    async def count(self) -> None:
-        """Bring counts and refusals up to date."""
-        self._child.send(do="count")
-        self.refusals = ["unknown"]
-        await until(lambda: self.refusals != ["unknown"], SETTLE_SECONDS)
+    async def end_faults(self) -> None:
+        """From now on nothing goes wrong."""
+        self._child.send(do="end faults")
 
     async def end(self) -> None:
         await self.kill()
@@ -106,19 +100,20 @@ class Learner:
             self.pushes += 1
         else:
             self._counts, self.refusals = Counter(message["counts"]), message["refusals"]
+        self._changes.happened()
 
     async def _next_version(self) -> None:
         before = self.pushes
-        if not await until(lambda: self.pushes > before or self._child.ended.is_set(), _START_SECONDS):
+        if not await self._changes.until(lambda: self.pushes > before or self._child.ended.is_set(), _START_SECONDS):
             raise TimeoutError("the learner says nothing")
 
 
 class Receiver:
     """A receiver process and the engine that it feeds."""
 
-    def __init__(self, name: str, transport: str) -> None:
+    def __init__(self, name: str, transport: str, on_update: Callable[[], None]) -> None:
         self.name = name
-        self.engine = WeightsEngine()
+        self.engine = WeightsEngine(on_update)
         self._transport = transport
         self._server: RunningServer | None = None
 
@@ -143,12 +138,12 @@ class Receiver:
     def _spawn(self) -> None:
         assert self._server is not None
         arguments = self.name, f"127.0.0.1:{self._server.port}", self._policy_address, self._transport
-        self._child = Child(receive, *arguments, on_message=lambda _: None)
+        self._child = AsyncChild(receive, *arguments, on_message=lambda _: None)
 
 
 @contextlib.asynccontextmanager
 async def looking(oracle: Oracle, receivers: Sequence[Receiver]) -> AsyncGenerator[None]:
-    """Look at every engine, all the time."""
+    """Look at every engine, again and again: nobody says when an engine serves what it should not."""
 
     async def look() -> None:
         while True:
@@ -163,25 +158,26 @@ async def looking(oracle: Oracle, receivers: Sequence[Receiver]) -> AsyncGenerat
         await cancel_and_wait(task)
 
 
-async def chaos(
+async def push_under_faults(
     pushes: int, seed: int, *, fault_probability: float = 0.04, tell: Callable[[str], None] = lambda _: None
 ) -> Outcome:
-    """Push, kill, spoil; what was seen."""
-    outcome = Outcome()
+    """Push, kill and corrupt; returns what was seen."""
+    preload("tests.push.learner_process", "tests.push.receiver_process")
+    outcome, changes = Outcome(), Changes()
     oracle = Oracle(outcome)
     luck = random.Random(seed)
-    receivers = [Receiver(f"server-{index}", transport) for index, transport in enumerate(TRANSPORTS)]
+    receivers = [Receiver(f"server-{index}", transport, changes.happened) for index, transport in enumerate(TRANSPORTS)]
     with tempfile.TemporaryDirectory() as directory:
-        learner = Learner(oracle, outcome, Path(directory), seed, fault_probability)
+        learner = Learner(oracle, outcome, changes, Path(directory), seed, fault_probability)
         await learner.start()
         for receiver in receivers:
             await receiver.start(learner.address)
         async with looking(oracle, receivers):
             for push in range(pushes):
-                await _push(push, learner, receivers, luck, outcome)
+                await _push(push, learner, receivers, luck, outcome, changes)
                 if push % 100 == 99:
                     tell(f"{push + 1} pushes, {outcome.looks} looks, {len(outcome.violations)} violations")
-            await _settle(learner, receivers, outcome)
+            await _settle(learner, receivers, outcome, changes)
         for receiver in receivers:
             await receiver.stop()
         await learner.end()
@@ -190,9 +186,14 @@ async def chaos(
 
 
 async def _push(
-    number: int, learner: Learner, receivers: Sequence[Receiver], luck: random.Random, outcome: Outcome
+    number: int,
+    learner: Learner,
+    receivers: Sequence[Receiver],
+    luck: random.Random,
+    outcome: Outcome,
+    changes: Changes,
 ) -> None:
-    """One push, perhaps with somebody's end before or in it."""
+    """One push, perhaps with the death of a process before or in it."""
     if number % 20 == 10 or luck.random() < 0.02:
         await luck.choice(receivers).kill()
         outcome.kinds["receiver killed"] += 1
@@ -211,30 +212,15 @@ async def _push(
         await learner.publish()
     outcome.pushes += 1
     wanted = updates + luck.choice([0, 1, 2, 3, 4])
-    await until(lambda: sum(receiver.engine.updates for receiver in receivers) >= wanted, 0.3)
+    await changes.until(lambda: sum(receiver.engine.updates for receiver in receivers) >= wanted, 0.3)
 
 
-async def _settle(learner: Learner, receivers: Sequence[Receiver], outcome: Outcome) -> None:
-    """Without faults every engine reaches the last version, and nobody refuses."""
-    await learner.calm_down()
+async def _settle(learner: Learner, receivers: Sequence[Receiver], outcome: Outcome, changes: Changes) -> None:
+    """Without faults every engine reaches the last version, and no server refuses what it is sent."""
+    await learner.end_faults()
     await learner.publish()
-    if not await until(lambda: all(r.engine.label == learner.newest for r in receivers), SETTLE_SECONDS):
+    if not await changes.until(lambda: all(r.engine.label == learner.newest for r in receivers), SETTLE_SECONDS):
         late = [f"{r.name} at {r.engine.label}" for r in receivers if r.engine.label != learner.newest]
         outcome.violations.append(f"not at {learner.newest} though nothing fails any more: {', '.join(late)}")
-    deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
-    while asyncio.get_running_loop().time() < deadline:
-        await learner.count()
-        if not learner.refusals:
-            return
-        await asyncio.sleep(0.1)
-    outcome.violations += [f"still refuses: {refusal}" for refusal in learner.refusals]
-
-
-async def until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait; whether it became true."""
-    deadline = asyncio.get_running_loop().time() + seconds
-    while not condition():
-        if asyncio.get_running_loop().time() > deadline:
-            return False
-        await asyncio.sleep(0.002)
-    return True
+    if not await changes.until(lambda: not learner.refusals, SETTLE_SECONDS):
+        outcome.violations += [f"still refuses: {refusal}" for refusal in learner.refusals]
