@@ -24,7 +24,7 @@ from leeway.types import Evaluation, SamplingParams, TrajectoryClose, Trajectory
 from leeway.v1 import common_pb2, replay_pb2
 from tests.harness import replay_builders as builders
 from tests.harness.handler_calls import Harness
-from tests.harness.replay_directory import described
+from tests.harness.replay_builders import described
 from tests.model.law import OPEN, READY, TRAIN, End, Law, Version, name, read_log
 
 RUN = builders.RUN
