@@ -1,4 +1,4 @@
-"""What is said of each step, evaluation and drained server: journal, receipts and metrics."""
+"""Reports of each step, evaluation and drained server, in journal, receipts and metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Trained:
 
 
 class Reports:
-    """Writes down what one incarnation of the learner does."""
+    """Writes the reports of one incarnation of the learner."""
 
     def __init__(self, context: Context, *, policy_logprobs: bool) -> None:
         self._context = context
@@ -94,7 +94,7 @@ class Reports:
         )
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the version of `step` was measured, by this incarnation or an earlier one."""
+        """True where this incarnation or an earlier one measured the version of `step`."""
         records = self._context.journal.records
         return any(record["kind"] == "evaluation" and record["step"] == step for record in records)
 

@@ -46,7 +46,7 @@ _MOST: Final = {
 }
 """Largest numbers of a run. What a caller makes the buffer hold at once is a product of the first two."""
 _MOST_TASKS: Final = 1 << 32
-"""Of an evaluation."""
+"""Largest number of tasks of an evaluation."""
 
 
 def spec_to_proto(spec: RunSpec) -> replay_pb2.RunSpec:

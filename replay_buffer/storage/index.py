@@ -6,7 +6,7 @@
 It is a file of SQLite in write-ahead mode: killed processes and power cuts leave it whole, though perhaps behind. So
 `settle` writes down up to which place of the log it is complete, and a snapshot of that place exists only once that is
 synced. What the index says beyond the place from which a restart folds is forgotten first; an index that is missing,
-behind, damaged or of another log is made again from the log. Once damage is met the file is not written any more; while
+behind, damaged or of another log is rebuilt from the log. Once damage is met the file is not written any more; while
 the disk is full what ends stays in memory.
 """
 
@@ -66,13 +66,13 @@ class Index:
         self.num_recent = 0  # of both kinds
         self.is_damaged = False
         self.on_damage: Callable[[str], LeewayError] = lambda how: CorruptDataError(damaged(path, how))
-        """What to raise when damage is met; told what it is."""
+        """Makes the error to raise when damage is met, from a description of it."""
         self.first_segment = 1
         """The oldest segment that there is; what has a record in an older one is retired."""
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Remove an index, in order to make it again."""
+        """Remove an index, in order to rebuild it."""
         for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
             path.with_name(name).unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ LARGEST: Final = (1 << 63) - 1
 """SQLite's largest integer; no group has such a number or step."""
 
 DAMAGE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
-"""What a damaged file raises; the second, where a message quotes a name that is no text any more."""
+"""Errors that a damaged file raises; the second when a message quotes a name that is no longer text."""
 
 _TABLES: Final = """
 CREATE TABLE {0}groups (
@@ -67,7 +67,7 @@ class Filter(NamedTuple):
     step: int = 0
 
     def matches(self, group: Group) -> bool:
-        """Whether a group is one of them."""
+        """True for a group that is one of them."""
         return (
             (self.purpose is None or group.purpose is self.purpose)
             and (self.state is None or group.state is self.state)
@@ -98,7 +98,7 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
     """
     try:
         if path is not None and read_only:
-            # Without a write-ahead log beside it nobody writes it, and reading it must not make one.
+            # Without a write-ahead log beside it no process writes it, and reading it must not make one.
             how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
             file = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, check_same_thread=False)
         else:
@@ -158,5 +158,5 @@ def clauses_of(run: str, wanted: Filter) -> tuple[str, list[object]]:
 
 
 def damaged(path: Path | None, how: str) -> str:
-    """What to say of a damaged file that nobody holds."""
-    return f"{path}: {how}; stop the replay buffer and remove the file: it is made anew from the log"
+    """The message about a damaged file that no running buffer holds."""
+    return f"{path}: {how}; stop the replay buffer and remove the file; the next start rebuilds it from the log"

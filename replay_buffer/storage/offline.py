@@ -130,4 +130,4 @@ def open_directory(path: Path) -> Directory:
 
 
 def _ignore(*_: object) -> None:
-    """What is passed over is named by `leeway buffer verify`."""
+    """Say nothing about files that are passed over: `leeway buffer verify` names them."""

@@ -1,4 +1,4 @@
-"""Which segments of the log may go.
+"""Retention: the segments of the log that may be deleted.
 
     needed    by what is live (OPEN, READY, DRAWN), and by what a step trained on that comes after the learner's oldest
               kept checkpoint: it may be computed again, or rolled back to; a finished run needs that only as long as
@@ -7,7 +7,7 @@
 
 Whole segments go, oldest first, up to the first that is needed: nothing is rewritten forward. What pins a segment is
 bounded (live groups by the staleness bound and their leases, replayable ones by the checkpoints that are kept), so the
-log is as large as that plus what is wanted, and a record never moves: its location stays true for ever. A finished run
+log is as large as that plus what is wanted, and a record never moves: its location stays valid. A finished run
 pins nothing that grows: while it is alone nothing is written, and once another run goes on it lets go.
 """
 

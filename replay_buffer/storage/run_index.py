@@ -1,4 +1,4 @@
-"""What has ended in one run: its part of the index; and which groups of a run match a filter, ended or not."""
+"""One run's part of the index, and the groups of a run, ended or not, that match a filter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from replay_buffer.storage.index_file import Filter
 
 
 class RunIndex:
-    """What has ended in one run: `Ended` of its state."""
+    """Ended groups and evaluations of one run: the `Ended` of its state."""
 
     def __init__(self, index: Index, run: str) -> None:
         self._index = index

@@ -55,7 +55,7 @@ def frame(*parts: bytes) -> bytes:
 
 
 def frame_header(parts: Sequence[bytes]) -> bytes:
-    """What precedes a payload."""
+    """The header of a payload, which may come in parts."""
     checksum = 0
     for part in parts:
         checksum = _extended(checksum, part)
@@ -221,7 +221,7 @@ def read_segment(path: Path, *, last: bool, start: int = 0) -> Generator[tuple[i
                 if not last or _a_frame_follows(path, at):
                     raise CorruptDataError(
                         f"{path}: the record at byte {at} is damaged and data follows it; "
-                        "restore the file from a copy, or start the run anew with an empty directory"
+                        "restore the file from a copy, or start a new run with an empty directory"
                     )
                 return at
             yield at + HEADER.size, payload
@@ -252,7 +252,7 @@ def _next_frame(file: BinaryIO, left: int) -> bytes | None:
 
 
 def _a_frame_follows(path: Path, damaged_at: int) -> bool:
-    """Whether a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
+    """True when a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         end = len(data)
         while end - len(_ZEROS) > damaged_at and data[end - len(_ZEROS) : end] == _ZEROS:

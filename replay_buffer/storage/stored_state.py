@@ -28,7 +28,7 @@ _RUN_FIELDS: Final = (
     *("epoch", "committed_step", "oldest_kept_step", "finished", "given_up", "task_cursor", "created", "issued"),
     *("consumed", "dead_letter_count"),
 )
-"""What a message keeps under the same name."""
+"""Attributes that a message has under the same name."""
 
 
 def _kept(state: object, names: Iterable[str]) -> dict[str, Any]:

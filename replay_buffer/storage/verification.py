@@ -46,7 +46,7 @@ from replay_buffer.storage.stored_state import run_to_proto
 
 @dataclass(slots=True)
 class Report:
-    """What was checked, and what is wrong."""
+    """Counts of what was checked, and the problems found."""
 
     segments: int = 0
     records: int = 0
@@ -207,13 +207,13 @@ class _Verification:
     def _compare_index(self, folded: Index) -> None:
         path = self._directory / FILE
         if not path.exists():
-            self._report.notes.append(f"{path}: is missing; the next start makes it anew")
+            self._report.notes.append(f"{path}: is missing; the next start rebuilds it")
             return
         index = Index(path, read_only=True)
         try:
             complete_to = index.complete_to(self._generation.id)
             if complete_to is None:
-                self._report.notes.append(f"{path}: is of another log; the next start makes it anew")
+                self._report.notes.append(f"{path}: is of another log; the next start rebuilds it")
                 return
             for stored, right in zip_longest(index.entries(complete_to), folded.entries(complete_to)):
                 self._report.index_entries += 1

@@ -18,7 +18,7 @@ from learner.loop import Context, Learner
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import Journal
 from learner.run_artifacts.receipts import Options, ReceiptBook, deciding_options, read_receipts
-from learner.run_artifacts.recompute import Difference, find_start, replay
+from learner.run_artifacts.recompute import Difference, find_start, recompute
 from learner.trainer import Trainer
 from learner.weights.publisher import Publisher
 from leeway import codec
@@ -121,7 +121,7 @@ class LearnerRun:
         return make_trainer(self.model(), self.options.training)
 
     def deciding(self, options: LearnerOptions | None = None) -> Options:
-        return deciding_options(options or self.options, self.trainer().signature, seed=7)
+        return deciding_options(options or self.options, self.trainer(), seed=7)
 
     async def fill(self) -> None:
         """Write every group that the run will ever train on; returns when they are on disk."""
@@ -184,7 +184,7 @@ class LearnerRun:
                 journal.close()
                 receipts.close()
 
-    async def replay(
+    async def recompute(
         self,
         step: int,
         *,
@@ -200,7 +200,7 @@ class LearnerRun:
                 async for record in client.export_groups(purpose=Purpose.TRAIN, step=at):
                     yield change(record)
 
-            return await replay(
+            return await recompute(
                 trainer or make_trainer(self.model(), (options or self.options).training),
                 find_start(self.store, receipts, step),
                 receipts,

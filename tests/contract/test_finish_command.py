@@ -103,7 +103,7 @@ def test_a_learner_at_work_is_left_alone_unless_forced(run_folder: Path, leeway:
     with held_run(run_folder):
         code, said = leeway("buffer", "finish", str(run_folder))
         assert (code, said.count("\n")) == (2, 1)
-        assert f"process {os.getpid()}, is at work in this folder" in said
+        assert f"process {os.getpid()}, is running in this folder" in said
         assert "give --force" in said
         code, said = leeway("buffer", "finish", str(run_folder), "--force")
         assert code == 0, said
