@@ -23,7 +23,6 @@ from typing import Final
 from leeway.config import ReplayBufferOptions
 from leeway.errors import PreconditionError
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.backup import Backup, write_backup
 from replay_buffer.storage.index import Index
@@ -34,6 +33,7 @@ from replay_buffer.storage.retention import choose_beginning, first_live, first_
 from replay_buffer.storage.segments import (
     HEADER,
     LastRecord,
+    Location,
     Position,
     list_segments,
     remove_segments,

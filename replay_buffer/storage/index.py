@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from leeway.errors import CorruptDataError, InvalidDataError, LeewayError
 from leeway.types import GroupState, Purpose
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
 from replay_buffer.storage.index_file import (
     DAMAGE,
     LARGEST,
@@ -34,6 +34,7 @@ from replay_buffer.storage.index_file import (
     connect,
     damaged,
     evaluation_row_of,
+    oldest_segment,
     row_of,
 )
 from replay_buffer.storage.segments import Position, crc32c
@@ -134,7 +135,7 @@ class Index:
 
     def put(self, run: str, group: Group) -> None:
         """Take an ended group over."""
-        oldest = group.oldest_segment
+        oldest = oldest_segment(group)
         if oldest is not None and oldest < self.first_segment:
             return
         with self._file:
@@ -143,9 +144,9 @@ class Index:
             )
         self._one_more()
 
-    def put_evaluation(self, run: str, state: EvaluationState, location: Location) -> None:
+    def put_evaluation(self, run: str, state: EvaluationState, record: RecordHandle) -> None:
         """Take an ended evaluation over."""
-        row = evaluation_row_of(run, state, location)
+        row = evaluation_row_of(run, state, record)
         with self._file:
             self._file.execute("INSERT OR REPLACE INTO recent.evaluations VALUES (?, ?, ?, ?, ?, ?)", row)
         self._one_more()

@@ -23,12 +23,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from replay_buffer.rules.groups import Location
 from replay_buffer.storage.log_writer import LogFailedError, LogOptions, LogWriter, Queued
 from replay_buffer.storage.segment_reader import SegmentReader
 from replay_buffer.storage.segments import (
     HEADER,
     LastRecord,
+    Location,
     Position,
     crc32c,
     frame_header,

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from leeway.errors import UnavailableError
-from replay_buffer.rules.groups import Location
 from replay_buffer.storage.segments import (
     AppendFile,
+    Location,
     OpenFile,
     SegmentFile,
     segment_path,

@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import oldest_segment
 from replay_buffer.storage.segments import Segment
 
 
 def first_live(states: Iterable[RunState], newest: int) -> int:
     """The oldest segment that something live lies in; `newest` is the one that is written to."""
-    live = (group.oldest_segment for state in states for group in state.groups.unended.values())
+    live = (oldest_segment(group) for state in states for group in state.groups.unended.values())
     return min((segment for segment in live if segment is not None), default=newest)
 
 

@@ -7,7 +7,7 @@ from heapq import merge
 
 from leeway.errors import NotFoundError
 from leeway.types import Purpose
-from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import Filter
@@ -37,8 +37,8 @@ class RunIndex:
     def evaluation(self, evaluation_id: str) -> EvaluationState | None:
         return self._index.get_evaluation(self._run, evaluation_id)
 
-    def put_evaluation(self, evaluation: EvaluationState, location: Location) -> None:
-        self._index.put_evaluation(self._run, evaluation, location)
+    def put_evaluation(self, evaluation: EvaluationState, record: RecordHandle) -> None:
+        self._index.put_evaluation(self._run, evaluation, record)
 
     def group_id(self, created: int) -> str:
         """The id of a group by its number."""

@@ -22,6 +22,7 @@ import google_crc32c
 
 from leeway.errors import ConfigError, CorruptDataError
 from leeway.service.durable import hold_file, make_directory, sync_directory
+from replay_buffer.rules.groups import HANDLE_BYTES, GroupMember, RecordHandle
 
 _ZEROS: Final = bytes(1 << 16)
 _SEARCHED_BYTE_BY_BYTE: Final = 1 << 14
@@ -31,8 +32,33 @@ _RECORD_BEGINS: Final = re.compile(rb"\x0a[\x02-\x10]\x08", re.DOTALL)
 """LogRecord.recorded_at, its first field: tag, length, tag of the seconds."""
 
 HEADER: Final = struct.Struct("<II")
+_HANDLE: Final = struct.Struct("<IIQ")
+assert _HANDLE.size == HANDLE_BYTES, "the rules keep handles end to end"
 crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]
 _extended: Callable[[int, bytes], int] = google_crc32c.extend  # type: ignore[assignment]
+
+
+class Location(NamedTuple):
+    """Where a record lies. The rules are given its handle, which takes 16 bytes in memory and in snapshots."""
+
+    segment: int
+    offset: int  # of the payload
+    size_bytes: int  # of the payload
+
+    @classmethod
+    def of(cls, record: RecordHandle) -> Location:
+        """Where the record with this handle lies."""
+        offset, segment, size_bytes = _HANDLE.unpack(record)
+        return cls(segment, offset, size_bytes)
+
+    @property
+    def handle(self) -> RecordHandle:
+        return RecordHandle(_HANDLE.pack(self.offset, self.segment, self.size_bytes))
+
+
+def locations_of(member: GroupMember) -> list[Location]:
+    """Where a trajectory's chunks lie, and after them its close or failure."""
+    return [Location.of(record) for record in member.records]
 
 
 class Position(NamedTuple):

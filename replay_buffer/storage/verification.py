@@ -17,7 +17,6 @@ from pathlib import Path
 from leeway import codec
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import (
     ChunkWritten,
@@ -32,7 +31,7 @@ from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.offline import Fold
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.recovery import Start, base_of
-from replay_buffer.storage.segments import HEADER, Position, read_segment, segment_numbers, segment_path
+from replay_buffer.storage.segments import HEADER, Location, Position, read_segment, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import (
     Generation,
     misfit,
