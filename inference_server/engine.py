@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol, runtime_checkable
 
 from prometheus_client.registry import Collector
 
+from leeway.errors import InvalidDataError
 from leeway.types import EngineInfo, FinishReason, Int32Array, SamplingParams, TrajectoryChunk, WeightSnapshot
 
 
@@ -42,7 +44,7 @@ class Engine(Protocol):
         """What is served now; `version` is None before the first update."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncIterator[TrajectoryChunk | GenerationEnd]:
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         """Sample one completion; the last item is the GenerationEnd. Closing the iterator frees what it held.
 
         Raises:
@@ -88,3 +90,34 @@ class EngineProcess(Protocol):
     def collectors(self) -> Sequence[Collector]:
         """The engine's own metrics, to be served beside Leeway's."""
         ...
+
+
+def check_request(request: GenerationRequest, info: EngineInfo) -> None:
+    """Check a request against what an engine serves.
+
+    Raises:
+        InvalidDataError: naming the first thing that the engine cannot do.
+    """
+    prompt, sampling, signature = request.prompt_token_ids, request.sampling, info.signature
+    if prompt.ndim != 1 or prompt.dtype.name != "int32":
+        raise InvalidDataError(f"a prompt is int32 [n], but this one is {prompt.dtype.name} {list(prompt.shape)}")
+    if not len(prompt):
+        raise InvalidDataError("the prompt is empty; give at least one token")
+    if len(prompt) + 1 > signature.context_length:
+        raise InvalidDataError(
+            f"a prompt of {len(prompt)} tokens leaves no room to sample in a context of {signature.context_length}"
+        )
+    if int(prompt.min()) < 0 or int(prompt.max()) >= signature.vocab_size:
+        raise InvalidDataError(f"a prompt token id is outside the vocabulary of {signature.vocab_size}")
+    if any(not 0 <= token_id < signature.vocab_size for token_id in sampling.stop_token_ids):
+        raise InvalidDataError(f"a stop token id is outside the vocabulary of {signature.vocab_size}")
+    if sampling.topk > info.max_topk:
+        raise InvalidDataError(f"top-{sampling.topk} was asked for; {info.engine} records at most {info.max_topk}")
+    if sampling.routing and not info.routing:
+        raise InvalidDataError(f"routing was asked for, but {info.engine} does not record it for this model")
+    if not (math.isfinite(sampling.temperature) and sampling.temperature > 0):
+        raise InvalidDataError(f"temperature {sampling.temperature} is not a number greater than 0")
+    if sampling.max_tokens < 1:
+        raise InvalidDataError(f"max_tokens {sampling.max_tokens} is below 1")
+    if not 0 <= sampling.seed < 2**64:
+        raise InvalidDataError(f"seed {sampling.seed} is not an unsigned 64-bit number")

@@ -11,6 +11,7 @@ handle itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -49,7 +50,6 @@ from leeway.errors import ConfigError, LeewayError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, serve_metrics
-from leeway.service.plugins import load_function
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, tell_run_finished, unless_stopped
 from leeway.tasks import load_tasks
@@ -62,7 +62,7 @@ StartEngine = Callable[[Path | None, EngineOptions], Awaitable[Engine]]
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
+class JoinArguments:
     """A server that the configuration does not list: it joins a run on its way.
 
     Args:
@@ -90,7 +90,7 @@ class InferenceServerProcess:
     """
 
     def __init__(
-        self, document: Document, index: int, backend: str | None = None, joining: Joining | None = None
+        self, document: Document, index: int, backend: str | None = None, joining: JoinArguments | None = None
     ) -> None:
         self.run = section(document, "run", RunOptions)
         self.model = section(document, "model", ModelOptions)
@@ -123,7 +123,7 @@ class InferenceServerProcess:
         self.engine = self.options.engine_of(index)
         self.backend = backend or (backends[index] if backends else None)
 
-    def _join(self, document: Document, joining: Joining, backend: str | None) -> None:
+    def _join(self, document: Document, joining: JoinArguments, backend: str | None) -> None:
         if joining.name in (f"server-{index}" for index in range(len(self.network.inference_servers))):
             raise ConfigError(
                 f"{document.path}: {joining.name} is one of the configured servers; give --join another name, or start "
@@ -140,51 +140,46 @@ class InferenceServerProcess:
         registry = CollectorRegistry()
         metrics = InferenceServerMetrics(registry)
         tasks = load_tasks(self.task, self.run.seed)
-        reward = RewardRunner(
-            load_function(self.task.reward, self.task.python_path),
-            self.task.reward,
-            self.options.reward,
-            metrics,
-        )
         tokenizer = self._make_tokenizer()
         serve_metrics(registry, self.metrics.host, self.metrics_port)
-        engine = await unless_stopped(stop, self._make_engine())
-        if engine is None:
-            return
-        if isinstance(engine, EngineProcess):
-            for collector in engine.collectors():
-                registry.register(collector)
-        policy = ServedPolicy(engine, self.run.name)
-        client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
-        receiver = WeightReceiver(
-            policy=policy,
-            signature=engine.info().signature,
-            run=self.run.name,
-            server_id=self.server_id,
-            address=self.network.policy,
-            security=self.security,
-            transports=self.transports,
-            take_deltas=self.options.take_deltas,
-            fetch_timeout_seconds=self.options.fetch_timeout_seconds,
-            metrics=metrics,
-        )
-        worker = RolloutWorker(
-            engine=engine,
-            policy=policy,
-            client=client,
-            server_id=self.server_id,
-            tasks=tasks,
-            tokenizer=tokenizer,
-            reward=reward,
-            options=self.options.worker,
-            writer_options=self.options.writer,
-            metrics=metrics,
-        )
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            reward = RewardRunner(self.task.reward, self.task.python_path, self.options.reward, metrics)
+            stack.push_async_callback(reward.aclose)
+            engine = await unless_stopped(stop, self._start(reward))
+            if engine is None:
+                return
+            stack.push_async_callback(engine.aclose)
+            if isinstance(engine, EngineProcess):
+                for collector in engine.collectors():
+                    registry.register(collector)
+            client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+            stack.push_async_callback(client.aclose)
+            policy = ServedPolicy(engine, self.run.name)
+            receiver = WeightReceiver(
+                policy=policy,
+                signature=engine.info().signature,
+                run=self.run.name,
+                server_id=self.server_id,
+                address=self.network.policy,
+                security=self.security,
+                transports=self.transports,
+                take_deltas=self.options.take_deltas,
+                fetch_timeout_seconds=self.options.fetch_timeout_seconds,
+                metrics=metrics,
+            )
+            worker = RolloutWorker(
+                engine=engine,
+                policy=policy,
+                client=client,
+                server_id=self.server_id,
+                tasks=tasks,
+                tokenizer=tokenizer,
+                reward=reward,
+                options=self.options.worker,
+                writer_options=self.options.writer,
+                metrics=metrics,
+            )
             await self._serve(engine, policy, receiver, worker, stop)
-        finally:
-            await engine.aclose()
-            await client.aclose()
         if not stop.is_set():
             tell_run_finished()
         log.info("%s has ended", self.server_id)
@@ -213,6 +208,11 @@ class InferenceServerProcess:
         finally:
             if server is not None:
                 await server.stop(grace_seconds=1.0)
+
+    async def _start(self, reward: RewardRunner) -> Engine:
+        """Start the reward's workers, then the engine: a model takes longer to load."""
+        await reward.start()
+        return await self._make_engine()
 
     async def _make_engine(self) -> Engine:
         if self.backend is not None:
@@ -249,10 +249,10 @@ def _add_place(parser: ArgumentParser) -> None:
     )
 
 
-def _joining(arguments: Namespace) -> Joining | None:
+def _joining(arguments: Namespace) -> JoinArguments | None:
     """Raises ConfigError: an option of --join without it."""
     if arguments.join:
-        return Joining(arguments.join, arguments.address, arguments.metrics_port)
+        return JoinArguments(arguments.join, arguments.address, arguments.metrics_port)
     if arguments.join is not None or arguments.address or arguments.metrics_port:
         raise ConfigError("--address and --metrics-port belong to --join NAME")
     return None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
 
-from inference_server.engine import Engine, GenerationEnd, GenerationRequest
-from inference_server.requests import Closing, check_request
+from inference_server.engine import Engine, GenerationEnd, GenerationRequest, check_request
 from inference_server.served_policy import ServedPolicy
 from leeway import codec
 from leeway.errors import DeadlineError, FencedError, InvalidDataError, PreconditionError
@@ -47,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             sampling=codec.sampling_from_proto(request.sampling),
         )
         check_request(generation, self._engine.info())
-        async with Closing(self._engine.generate(generation)) as events:
+        async with aclosing(self._engine.generate(generation)) as events:
             async for event in events:
                 if isinstance(event, GenerationEnd):
                     finished = inference_pb2.GenerationFinished(

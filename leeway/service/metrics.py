@@ -176,6 +176,13 @@ class InferenceServerMetrics:
         for given_up in ("delta", "zmq", "collective"):
             self.weight_fallbacks.labels(given_up)
         self.reward_seconds = new.histogram("leeway_inference_reward_seconds", "Seconds of one reward call")
+        self.reward_failures = new.counter(
+            "leeway_inference_reward_failures_total",
+            "Reward calls without a reward, by cause: raised, invalid (no finite number), memory, timeout, crashed",
+            "cause",
+        )
+        for cause in ("raised", "invalid", "memory", "timeout", "crashed"):
+            self.reward_failures.labels(cause)
         self.unacknowledged_items = new.gauge(
             "leeway_inference_unacknowledged_items", "Items sent to the replay buffer and not yet acknowledged"
         )

@@ -10,18 +10,18 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
-from inference_server.rollout.reward import RewardRunner
 from inference_server.rollout.worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
-from leeway.config import ArithmeticEngineOptions, RewardOptions, WorkerOptions, WriterOptions
+from leeway.config import ArithmeticEngineOptions, WorkerOptions, WriterOptions
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
+from tests.contract.rewards import runner
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 from tests.harness.buffer_server import connected, serving
@@ -56,6 +56,8 @@ async def test_a_short_run(tmp_path: Path) -> None:
     engine = ArithmeticEngine(ArithmeticEngineOptions(chunk_tokens=4))
     policy = ServedPolicy(engine, RUN)
     metrics = InferenceServerMetrics(CollectorRegistry())
+    rewards = runner("modulo")
+    await rewards.start()
     async with serving(tmp_path) as address, connected(address, RUN) as learner, connected(address, RUN) as client:
         worker = RolloutWorker(
             engine=engine,
@@ -64,7 +66,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=RewardRunner(lambda _t, text: len(text) % 5, "mine:score", RewardOptions(), metrics),
+            reward=rewards,
             options=WorkerOptions(ticket_wait_seconds=0.5),
             writer_options=WriterOptions(flush_seconds=0.001),
             metrics=metrics,
@@ -77,6 +79,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
         finally:
             await cancel_and_wait(working)
             await engine.aclose()
+            await rewards.aclose()
         status = await learner.run_status()
         assert status.finished
         assert status.issued == status.consumed + sum(status.dropped.values())

@@ -17,12 +17,11 @@ from typing import Any, Final, TypeVar, cast
 
 import torch
 
-from inference_server.engine import GenerationEnd, GenerationRequest
+from inference_server.engine import GenerationEnd, GenerationRequest, check_request
 from inference_server.engines.transformers.decode_batch import DecodeBatch
+from inference_server.engines.transformers.decode_sequence import DecodeSequence, RoutingShape
 from inference_server.engines.transformers.decode_thread import DecodeThread, StagedUpdate
 from inference_server.engines.transformers.routing_capture import RoutingCapture
-from inference_server.engines.transformers.sequence import RoutingShape, Sequence
-from inference_server.requests import check_request
 from leeway.config import TransformersEngineOptions
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.huggingface import (
@@ -133,7 +132,7 @@ class TransformersEngine:
     async def _stream(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         items: asyncio.Queue[TrajectoryChunk | GenerationEnd | Exception] = asyncio.Queue()
         routing = self._routing_shape() if request.sampling.routing else None
-        sequence = Sequence(request, self._context_length, routing, items.put_nowait)
+        sequence = DecodeSequence(request, self._context_length, routing, items.put_nowait)
         self._thread.submit(sequence, asyncio.get_running_loop())
         try:
             while True:

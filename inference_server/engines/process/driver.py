@@ -1,8 +1,8 @@
-"""What `process_engine` needs of an engine that samples in processes of its own, such as vLLM or SGLang."""
+"""The interface between `ProcessEngine` and an engine with processes of its own, and what such engines share."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +10,10 @@ from typing import Protocol
 from prometheus_client.registry import Collector
 
 from inference_server.engine import GenerationRequest
-from leeway.types import Column, FinishReason, TrajectoryChunk
+from leeway.config import ProcessEngineOptions
+from leeway.errors import ConfigError
+from leeway.huggingface import check_published, model_outline
+from leeway.types import Column, FinishReason, ModelSignature, TrajectoryChunk, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,3 +104,26 @@ def finish_reason(said: str | None, reached_max_tokens: bool) -> FinishReason:
             return FinishReason.LENGTH if reached_max_tokens else FinishReason.CONTEXT
         case _:
             return FinishReason.ABORTED
+
+
+def check_context_length(options: ProcessEngineOptions, signature: ModelSignature) -> None:
+    """Refuse a context that the model was not made for.
+
+    Raises:
+        ConfigError: it is longer than the model's.
+    """
+    if options.context_length is not None and options.context_length > signature.context_length:
+        raise ConfigError(
+            f"context_length {options.context_length} is more than the model's {signature.context_length}; "
+            "lower it or leave it unset"
+        )
+
+
+def manifest_check(model_path: Path) -> Callable[[WeightManifest], None]:
+    """A check that raises PreconditionError for weights that are not the model's, by name or by shape."""
+    outline = model_outline(model_path)
+
+    def check(manifest: WeightManifest) -> None:
+        check_published(outline, {entry.name: entry.shape for entry in manifest.tensors})
+
+    return check

@@ -30,11 +30,10 @@ from typing import Any, TypeVar
 
 from prometheus_client.registry import Collector
 
-from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.concurrency import ConcurrencyLimit
-from inference_server.engines.engine_driver import EngineDriver, SampledEnd, one_line
-from inference_server.engines.staged_weights import staged_weights
-from inference_server.requests import check_request
+from inference_server.engine import GenerationEnd, GenerationRequest, check_request
+from inference_server.engines.process.concurrency import ConcurrencyLimit
+from inference_server.engines.process.driver import EngineDriver, SampledEnd, one_line
+from inference_server.engines.process.staged_weights import staged_weights
 from leeway.config import ProcessEngineOptions
 from leeway.errors import DeadlineError, FencedError, InvalidDataError, UnavailableError
 from leeway.types import (
