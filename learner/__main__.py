@@ -41,7 +41,7 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, start_server
 from leeway.service.metrics import LearnerMetrics, serve_metrics
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
-from leeway.tasks import load_tasks
+from leeway.tasks import TaskSet, load_tasks
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import weights_digest
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class LearnerProcess:
-    """Everything that the configuration says, put together."""
+    """One learner process, assembled from its configuration."""
 
     def __init__(self, document: Document, *, supervised: bool = False) -> None:
         self.run = section(document, "run", RunOptions)
@@ -111,7 +111,8 @@ class LearnerProcess:
         serve_metrics(registry, self.metrics.host, self.metrics.learner)
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
-        spec = self._spec(trainer, root)
+        tasks = load_tasks(self.task, self.run.seed)
+        spec = self._spec(trainer, root, tasks)
         buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         if checkpoints.steps() and not await unless_stopped(stop, _drop_abandoned(checkpoints, buffer)):
             await buffer.aclose()
@@ -134,11 +135,22 @@ class LearnerProcess:
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=self._listen)
         receipts = ReceiptBook(
             self.directory,
-            deciding_options(self.options, trainer.signature, seed=self.run.seed),
+            deciding_options(self.options, trainer, seed=self.run.seed),
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Context(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory, stop),
+            Context(
+                trainer,
+                buffer,
+                publisher,
+                checkpoints,
+                journal,
+                receipts,
+                metrics,
+                self.directory,
+                stop,
+                tasks.train_tags,
+            ),
             spec,
             self.options,
             self.evaluation,
@@ -183,8 +195,7 @@ class LearnerProcess:
         log.info("restored the checkpoint of step %d", restored.version.step)
         return restored
 
-    def _spec(self, trainer: Trainer, root: PolicyVersion) -> RunSpec:
-        tasks = load_tasks(self.task, self.run.seed)
+    def _spec(self, trainer: Trainer, root: PolicyVersion, tasks: TaskSet) -> RunSpec:
         if self.evaluation.tasks > len(tasks.heldout):
             raise ConfigError(
                 f"evaluation.tasks is {self.evaluation.tasks}, but there are {len(tasks.heldout)} held-out tasks"
@@ -234,13 +245,13 @@ async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) ->
 
 
 def _tell_supervisor(line: str) -> None:
-    """Each journal line goes to stdout, where `leeway run` listens."""
+    """Write a journal line to stdout, which `leeway run` reads."""
     sys.stdout.write(line)
     sys.stdout.flush()
 
 
 def _log_record(line: str) -> None:
-    """What a person who started the learner by hand wants to see of a journal line."""
+    """Log a journal line for a person who started the learner by hand."""
     record = json.loads(line)
     match record["kind"]:
         case "step":
@@ -255,7 +266,7 @@ def _log_record(line: str) -> None:
                 *(record["step"], record["reward_mean"], record["draws"]),
             )
         case _:
-            pass  # said already, by whom it concerns
+            pass  # logged where it happened
 
 
 def main(argv: Sequence[str] | None = None) -> int:
