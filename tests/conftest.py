@@ -21,8 +21,6 @@ from typing import Any
 import hypothesis.internal.observability  # noqa: F401  # pyright: ignore[reportUnusedImport]
 import pytest
 
-pytestmark = pytest.mark.processes
-
 WITH_PROCESSES = ("processes", "e2e", "engines")
 """Markers of tests that may start processes."""
 _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "matplotlib/mpl-data")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from tests.deadlines import WAIT_SECONDS
 
