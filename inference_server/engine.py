@@ -1,4 +1,4 @@
-"""What the rollout worker and the InferenceService need of an engine, and nothing more."""
+"""The interface of an engine: all that the rollout worker and the InferenceService need of it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from typing import Protocol, runtime_checkable
 
 from prometheus_client.registry import Collector
 
-from leeway.errors import InvalidDataError
-from leeway.types import EngineInfo, FinishReason, Int32Array, SamplingParams, TrajectoryChunk, WeightSnapshot
+from leeway.config import ModelEngineOptions
+from leeway.errors import ConfigError, InvalidDataError
+from leeway.types import (
+    EngineInfo,
+    FinishReason,
+    Int32Array,
+    ModelSignature,
+    SamplingParams,
+    TrajectoryChunk,
+    WeightSnapshot,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +50,7 @@ class Engine(Protocol):
     """
 
     def info(self) -> EngineInfo:
-        """What is served now; `version` is None before the first update."""
+        """The model and version served now; `version` is None before the first update."""
         ...
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
@@ -54,7 +63,7 @@ class Engine(Protocol):
         ...
 
     async def update_weights(self, snapshot: WeightSnapshot) -> float:
-        """Swap verified weights in, whole, between two decode steps; return the seconds decoding stood still.
+        """Swap verified weights in between two decode steps; return the seconds that decoding paused.
 
         Raises:
             FencedError: the snapshot's publisher epoch is below the highest seen.
@@ -67,7 +76,7 @@ class Engine(Protocol):
         ...
 
     async def resume(self) -> None:
-        """Go on decoding."""
+        """Continue decoding."""
         ...
 
     async def aclose(self) -> None:
@@ -77,13 +86,13 @@ class Engine(Protocol):
 
 @runtime_checkable
 class EngineProcess(Protocol):
-    """What an engine that samples in processes of its own has beside Engine."""
+    """The additional interface of an engine that samples in processes of its own."""
 
     async def watch(self) -> None:
-        """Wait until those processes have died.
+        """Wait until one of those processes has died.
 
         Raises:
-            UnavailableError: they have.
+            UnavailableError: always, with the reason.
         """
         ...
 
@@ -92,20 +101,26 @@ class EngineProcess(Protocol):
         ...
 
 
-def check_request(request: GenerationRequest, info: EngineInfo) -> None:
-    """Check a request against what an engine serves.
+def check_request(request: GenerationRequest, info: EngineInfo, context_length: int | None = None) -> None:
+    """Check a request against the description of an engine.
+
+    Args:
+        request: what a client sent.
+        info: the engine's description.
+        context_length: the engine's own limit, where it is shorter than the model's.
 
     Raises:
         InvalidDataError: naming the first thing that the engine cannot do.
     """
     prompt, sampling, signature = request.prompt_token_ids, request.sampling, info.signature
+    context_length = context_length or signature.context_length
     if prompt.ndim != 1 or prompt.dtype.name != "int32":
         raise InvalidDataError(f"a prompt is int32 [n], but this one is {prompt.dtype.name} {list(prompt.shape)}")
     if not len(prompt):
         raise InvalidDataError("the prompt is empty; give at least one token")
-    if len(prompt) + 1 > signature.context_length:
+    if len(prompt) + 1 > context_length:
         raise InvalidDataError(
-            f"a prompt of {len(prompt)} tokens leaves no room to sample in a context of {signature.context_length}"
+            f"a prompt of {len(prompt)} tokens leaves no room to sample in a context of {context_length}"
         )
     if int(prompt.min()) < 0 or int(prompt.max()) >= signature.vocab_size:
         raise InvalidDataError(f"a prompt token id is outside the vocabulary of {signature.vocab_size}")
@@ -121,3 +136,16 @@ def check_request(request: GenerationRequest, info: EngineInfo) -> None:
         raise InvalidDataError(f"max_tokens {sampling.max_tokens} is below 1")
     if not 0 <= sampling.seed < 2**64:
         raise InvalidDataError(f"seed {sampling.seed} is not an unsigned 64-bit number")
+
+
+def check_context_length(options: ModelEngineOptions, signature: ModelSignature) -> None:
+    """Refuse a context that the model was not made for.
+
+    Raises:
+        ConfigError: it is longer than the model's.
+    """
+    if options.context_length is not None and options.context_length > signature.context_length:
+        raise ConfigError(
+            f"context_length {options.context_length} is more than the model's {signature.context_length}; "
+            "lower it or leave it unset"
+        )

@@ -4,8 +4,8 @@
                               │             ▲
                               └── rollout worker ──> replay buffer
 
-All of it ends together: when the run has finished, when a stop is asked for, or with the first error that no part can
-handle itself.
+All parts end together: when the run has finished, when a stop is requested, or with the first error that no part
+handles itself.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ from leeway.weights.transports import weight_transports
 log = logging.getLogger("inference_server")
 
 StartEngine = Callable[[Path | None, EngineOptions], Awaitable[Engine]]
-"""Loads the model of a directory, which a rehearsal has not, and returns the engine."""
+"""Loads the model of a directory (None in a rehearsal) and returns the engine."""
 
 
 @dataclass(frozen=True, slots=True)
 class JoinArguments:
-    """A server that the configuration does not list: it joins a run on its way.
+    """Arguments of a server that joins a running run without being listed in its configuration.
 
     Args:
         name: unique in the run.
@@ -77,13 +77,13 @@ class JoinArguments:
 
 
 class InferenceServerProcess:
-    """What the configuration says, for the server with one index, or for one that joins beside those.
+    """One inference server of a run: a configured one by its index, or one that joins beside those.
 
     Args:
         document: the run's configuration.
         index: which entry of network.inference_servers and metrics.inference_servers this is.
         backend: address of a foreign InferenceService that samples, in place of the configured one.
-        joining: set for a server that the configuration does not list; the index then means nothing.
+        joining: set for a server that the configuration does not list; `index` is ignored then.
 
     Raises:
         ConfigError: a section cannot be used, there is no server with that index, or a joining one takes such a name.

@@ -41,7 +41,7 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, start_server
 from leeway.service.metrics import LearnerMetrics, serve_metrics
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
-from leeway.tasks import load_tasks
+from leeway.tasks import TaskSet, load_tasks
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import weights_digest
@@ -111,7 +111,8 @@ class LearnerProcess:
         serve_metrics(registry, self.metrics.host, self.metrics.learner)
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
-        spec = self._spec(trainer, root)
+        tasks = load_tasks(self.task, self.run.seed)
+        spec = self._spec(trainer, root, tasks)
         buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         if checkpoints.steps() and not await unless_stopped(stop, _drop_abandoned(checkpoints, buffer)):
             await buffer.aclose()
@@ -138,7 +139,18 @@ class LearnerProcess:
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Context(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory, stop),
+            Context(
+                trainer,
+                buffer,
+                publisher,
+                checkpoints,
+                journal,
+                receipts,
+                metrics,
+                self.directory,
+                stop,
+                tasks.train_tags,
+            ),
             spec,
             self.options,
             self.evaluation,
@@ -183,8 +195,7 @@ class LearnerProcess:
         log.info("restored the checkpoint of step %d", restored.version.step)
         return restored
 
-    def _spec(self, trainer: Trainer, root: PolicyVersion) -> RunSpec:
-        tasks = load_tasks(self.task, self.run.seed)
+    def _spec(self, trainer: Trainer, root: PolicyVersion, tasks: TaskSet) -> RunSpec:
         if self.evaluation.tasks > len(tasks.heldout):
             raise ConfigError(
                 f"evaluation.tasks is {self.evaluation.tasks}, but there are {len(tasks.heldout)} held-out tasks"

@@ -1,4 +1,4 @@
-"""Any InferenceService as an Engine: a foreign backend behind the contract.
+"""An Engine over a foreign backend that implements InferenceService.
 
 The backend owns slots and weights; this side keeps what it last said of itself. Only `connect` waits for a backend: a
 later call fails as soon as the connection is lost, so that nothing is held for a backend that may never come back.

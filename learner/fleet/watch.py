@@ -1,8 +1,8 @@
 """Takes servers out of the run that diverge or are slow, and names them.
 
-    a step is trained ──> its tokens' mismatch, by server ─────┐
-                                                               ├──> verdicts ──> DrainServer ──> the buffer acts and
-    check_seconds pass ──> how long loans take, by the buffer ─┘                                 tells the server
+    a step is trained ──> its tokens' mismatch, by server ───────┐
+                                                                 ├──> verdicts ──> DrainServer ──> the buffer acts and
+    check_seconds pass ──> how long tickets take, by the buffer ─┘                                 tells the server
 
     who measures    `fleet.mismatch`, and the buffer      who decides    this module, or a person (`leeway fleet`)
     waits for       a step, or its own clock              unblocks       nobody; training never waits for it
@@ -168,16 +168,16 @@ def verdicts(
 def _slow(servers: Sequence[ServerStatus], options: FleetOptions) -> list[Verdict]:
     if options.slow_ratio is None:
         return []
-    timed = [server for server in servers if server.present and server.timed_loans >= options.min_groups]
+    timed = [server for server in servers if server.present and server.timed_tickets >= options.min_groups]
     found: list[Verdict] = []
     for server in timed:
-        others = [other.median_loan_seconds for other in timed if other is not server]
+        others = [other.median_ticket_seconds for other in timed if other is not server]
         if not others:
             continue
         usual = statistics.median_low(others)
-        if server.median_loan_seconds > max(options.slow_ratio * usual, options.slow_seconds):
+        if server.median_ticket_seconds > max(options.slow_ratio * usual, options.slow_seconds):
             message = (
-                f"its groups take {server.median_loan_seconds:.3g} s, those of the others {usual:.3g} s "
+                f"its groups take {server.median_ticket_seconds:.3g} s, those of the others {usual:.3g} s "
                 f"(medians; learner.fleet.slow_ratio is {options.slow_ratio:g})"
             )
             found.append(Verdict(server.server_id, DrainReason.SLOW, message))

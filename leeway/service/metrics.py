@@ -200,6 +200,9 @@ class LearnerMetrics:
         self.statistic = new.gauge(
             "leeway_learner_statistic", "Statistics of the newest optimizer step, by name", "name"
         )
+        self.tag_reward = new.gauge(
+            "leeway_learner_tag_reward", "Mean reward of the newest optimizer step that trained on a task tag", "tag"
+        )
         self.heldout_reward = new.gauge(
             "leeway_learner_heldout_reward", "Mean held-out reward of the newest evaluation"
         )

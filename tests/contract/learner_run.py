@@ -103,6 +103,11 @@ def trajectory_items(member: TicketMember, attempt: int, version: PolicyVersion,
     return [WriteItem(member.trajectory_id, attempt, 0, chunk), WriteItem(member.trajectory_id, attempt, 1, close)]
 
 
+def tags_of(task_index: int) -> tuple[str, ...]:
+    """Each task is odd or even; the first is also named."""
+    return (("even", "odd")[task_index % 2], *(["first"] if task_index == 0 else []))
+
+
 class LearnerRun:
     """A run in a directory, served at an address; `train` is one incarnation of its learner."""
 
@@ -152,7 +157,8 @@ class LearnerRun:
         spec = run_spec(trainer, self.steps)
         restored = self.store.newest() or self.store.save(spec.root, [], [], trainer.save)
         trainer.load(restored.directory)
-        metrics = LearnerMetrics(CollectorRegistry())
+        self.registry = CollectorRegistry()
+        metrics = LearnerMetrics(self.registry)
         stop = asyncio.Event()
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step)
         receipts = ReceiptBook(self.directory, self.deciding(), resume_step=restored.version.step)
@@ -168,6 +174,7 @@ class LearnerRun:
                     metrics,
                     self.directory,
                     stop,
+                    tags_of,
                 ),
                 spec,
                 self.options,

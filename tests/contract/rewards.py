@@ -1,11 +1,11 @@
-"""Reward functions of contract tests, as worker processes import them."""
+"""Reward functions of contract tests: called in this process, or as worker processes import them."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,24 @@ from prometheus_client import CollectorRegistry
 from inference_server.rollout.reward import RewardRunner
 from leeway.config import RewardOptions
 from leeway.service.metrics import InferenceServerMetrics
+from leeway.tasks import Task
+from leeway.types import TrajectoryFailure
 
 
-def length(_task: Mapping[str, Any], completion: str) -> float:
-    return len(completion)
+class InProcessReward(RewardRunner):
+    """Starts no process: for tests that are about something else."""
 
+    def __init__(self, function: Callable[[str], float] = len) -> None:
+        self._of_completion = function
 
-def modulo(_task: Mapping[str, Any], completion: str) -> float:
-    return len(completion) % 5
+    async def start(self) -> None:
+        pass
 
+    async def aclose(self) -> None:
+        pass
 
-def hang(_task: Mapping[str, Any], _completion: str) -> float:
-    threading.Event().wait()
-    return 0.0
+    async def score(self, task: Task, completion: str, where: str) -> float | TrajectoryFailure:
+        return self._of_completion(completion)
 
 
 def faulty(task: Mapping[str, Any], _completion: str) -> Any:
@@ -47,10 +52,6 @@ def faulty(task: Mapping[str, Any], _completion: str) -> Any:
     return 1.0
 
 
-def runner(function: str, options: RewardOptions | None = None) -> RewardRunner:
-    return RewardRunner(
-        f"{__name__}:{function}",
-        Path(__file__).parents[2],
-        options or RewardOptions(processes=1),
-        InferenceServerMetrics(CollectorRegistry()),
-    )
+def faulty_reward(options: RewardOptions) -> RewardRunner:
+    metrics = InferenceServerMetrics(CollectorRegistry())
+    return RewardRunner(f"{__name__}:faulty", Path(__file__).parents[2], options, metrics)

@@ -42,7 +42,7 @@ from leeway.types import (
     WriteStatus,
 )
 from tests.contract.fake_replay import RUN, SAMPLING, FakeReplay, result, run_spec, serving, ticket
-from tests.contract.rewards import runner
+from tests.contract.rewards import InProcessReward, faulty_reward
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 
@@ -97,11 +97,10 @@ class Rig:
 async def working(
     replay: FakeReplay,
     *,
-    reward: str = "length",
+    rewards: RewardRunner | None = None,
     step: int | None = 0,
     options: WorkerOptions | None = None,
     drain_seconds: float = WAIT_SECONDS,
-    reward_options: RewardOptions | None = None,
     engine: Engine | None = None,
     **engine_options: Any,
 ) -> AsyncGenerator[Rig, None]:
@@ -110,7 +109,7 @@ async def working(
     if step is not None:
         await policy.update(snapshot(step))
     metrics = InferenceServerMetrics(CollectorRegistry())
-    rewards = runner(reward, reward_options)
+    rewards = rewards or InProcessReward()
     await rewards.start()
     async with serving(replay) as server:
         client = ReplayClient(f"127.0.0.1:{server.port}", RUN, Security())
@@ -364,10 +363,11 @@ async def test_a_chunk_beyond_the_message_limit_is_a_failure_in_its_place(monkey
         assert all(not written.failure or written.items[-1].seq == 124 for written in replay.written.values())
 
 
+@pytest.mark.processes
 async def test_rewards_that_fail_are_never_data_and_cost_their_own_trajectory_only() -> None:
     replay = FakeReplay()
     await replay.add(*(ticket(number, members=1) for number in range(6)))
-    async with working(replay, reward="faulty", reward_options=RewardOptions(timeout_seconds=1, processes=1)) as rig:
+    async with working(replay, rewards=faulty_reward(RewardOptions(timeout_seconds=1, processes=1))) as rig:
         await rig.ended(6)
         reasons = [
             "raised ValueError: no verifier",
@@ -389,7 +389,7 @@ async def test_a_reward_that_can_no_longer_be_called_ends_the_server(monkeypatch
     async def score(*_: object) -> float:
         raise ConfigError("the module is gone")
 
-    monkeypatch.setattr(RewardRunner, "score", score)
+    monkeypatch.setattr(InProcessReward, "score", score)
     replay = FakeReplay()
     await replay.add(ticket(1), ticket(2))
     async with working(replay) as rig:
@@ -512,7 +512,7 @@ async def test_leases_are_renewed_while_a_reward_takes_long_and_aborted_ones_giv
         await release.wait()
         return 1.0
 
-    monkeypatch.setattr(RewardRunner, "score", score)
+    monkeypatch.setattr(InProcessReward, "score", score)
     replay = FakeReplay()
     await replay.add(ticket(1, lease_seconds=0.15), ticket(2, lease_seconds=0.15))
     async with working(replay) as rig:

@@ -14,9 +14,10 @@ import torch
 from learner.run_artifacts.receipts import FILE, ReceiptBook, read_receipts
 from learner.trainer import StepResult, Trainer
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
+from leeway.types import GroupState
 from replay_buffer.storage.segments import segment_path
-from tests.contract.learner_run import STEPS, LearnerRun, learner_options, with_flipped_byte
-from tests.harness.buffer_server import serving
+from tests.contract.learner_run import RUN, STEPS, LearnerRun, learner_options, tags_of, with_flipped_byte
+from tests.harness.buffer_server import connected, serving
 
 
 @pytest.fixture(params=[False, True], ids=["dense", "moe"])
@@ -165,3 +166,20 @@ async def test_a_damaged_file_of_receipts_is_refused(dense: LearnerRun) -> None:
     path.write_text(path.read_text().replace('"parent"', '"parents"', 1))
     with pytest.raises(CorruptDataError, match="not a receipt"):
         read_receipts(dense.directory)
+
+
+async def test_each_step_says_the_mean_reward_of_every_task_tag(dense: LearnerRun) -> None:
+    async with connected(dense.address, RUN) as client:
+        exported = [group async for group in client.export_groups(state=GroupState.CONSUMED)]
+    expected: dict[int, dict[str, list[float]]] = {}
+    for group in exported:
+        for tag in tags_of(group.task_index):
+            rewards = expected.setdefault(group.step, {}).setdefault(tag, [])
+            rewards += [member.close.reward for member in group.trajectories if member.close is not None]
+    means = {step: {tag: sum(r) / len(r) for tag, r in by_tag.items()} for step, by_tag in expected.items()}
+    records = [json.loads(line) for line in (dense.directory / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert {record["step"]: record["reward_by_tag"] for record in records if record["kind"] == "step"} == means
+    assert {"even", "odd", "first"} == {tag for by_tag in means.values() for tag in by_tag}
+    for tag in ("even", "odd", "first"):
+        newest = max(step for step, by_tag in means.items() if tag in by_tag)
+        assert dense.registry.get_sample_value("leeway_learner_tag_reward", {"tag": tag}) == means[newest][tag]

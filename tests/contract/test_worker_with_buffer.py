@@ -21,7 +21,7 @@ from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
-from tests.contract.rewards import runner
+from tests.contract.rewards import InProcessReward
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 from tests.harness.buffer_server import connected, serving
@@ -56,8 +56,6 @@ async def test_a_short_run(tmp_path: Path) -> None:
     engine = ArithmeticEngine(ArithmeticEngineOptions(chunk_tokens=4))
     policy = ServedPolicy(engine, RUN)
     metrics = InferenceServerMetrics(CollectorRegistry())
-    rewards = runner("modulo")
-    await rewards.start()
     async with serving(tmp_path) as address, connected(address, RUN) as learner, connected(address, RUN) as client:
         worker = RolloutWorker(
             engine=engine,
@@ -66,7 +64,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=rewards,
+            reward=InProcessReward(lambda completion: len(completion) % 5),
             options=WorkerOptions(ticket_wait_seconds=0.5),
             writer_options=WriterOptions(flush_seconds=0.001),
             metrics=metrics,
@@ -79,7 +77,6 @@ async def test_a_short_run(tmp_path: Path) -> None:
         finally:
             await cancel_and_wait(working)
             await engine.aclose()
-            await rewards.aclose()
         status = await learner.run_status()
         assert status.finished
         assert status.issued == status.consumed + sum(status.dropped.values())

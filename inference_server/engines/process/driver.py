@@ -10,15 +10,13 @@ from typing import Protocol
 from prometheus_client.registry import Collector
 
 from inference_server.engine import GenerationRequest
-from leeway.config import ProcessEngineOptions
-from leeway.errors import ConfigError
 from leeway.huggingface import check_published, model_outline
-from leeway.types import Column, FinishReason, ModelSignature, TrajectoryChunk, WeightManifest
+from leeway.types import Column, FinishReason, TrajectoryChunk, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Sampled tokens [start, end) of a completion, its first being 0, and the label of the weights they come from."""
+    """Sampled tokens [start, end) of a completion, counted from 0, and the label of the weights that sampled them."""
 
     start: int
     end: int
@@ -27,7 +25,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class SampledEnd:
-    """The last that a driver says of a completion."""
+    """The last item of a completion."""
 
     finish_reason: FinishReason
     num_tokens: int  # sampled in all
@@ -45,7 +43,7 @@ class EngineDriver(Protocol):
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
-        """Exceptions by which `sample` says that the engine has failed."""
+        """Exceptions of `sample` that mean that the engine has failed."""
         ...
 
     def sample(
@@ -70,11 +68,11 @@ class EngineDriver(Protocol):
         ...
 
     async def resume(self) -> None:
-        """Go on."""
+        """Continue decoding."""
         ...
 
     async def ended(self) -> str:
-        """Wait until the engine's processes have died; say why, if that is known."""
+        """Wait until the engine's processes have died; returns the reason if it is known, else an empty text."""
         ...
 
     def kill(self) -> None:
@@ -91,12 +89,12 @@ class EngineDriver(Protocol):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message for a message."""
+    """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def finish_reason(said: str | None, reached_max_tokens: bool) -> FinishReason:
-    """What vLLM and SGLang call the end of a completion, in Leeway's terms."""
+    """The finish reason for the words of vLLM and SGLang."""
     match said:
         case "stop":
             return FinishReason.STOP
@@ -104,19 +102,6 @@ def finish_reason(said: str | None, reached_max_tokens: bool) -> FinishReason:
             return FinishReason.LENGTH if reached_max_tokens else FinishReason.CONTEXT
         case _:
             return FinishReason.ABORTED
-
-
-def check_context_length(options: ProcessEngineOptions, signature: ModelSignature) -> None:
-    """Refuse a context that the model was not made for.
-
-    Raises:
-        ConfigError: it is longer than the model's.
-    """
-    if options.context_length is not None and options.context_length > signature.context_length:
-        raise ConfigError(
-            f"context_length {options.context_length} is more than the model's {signature.context_length}; "
-            "lower it or leave it unset"
-        )
 
 
 def manifest_check(model_path: Path) -> Callable[[WeightManifest], None]:

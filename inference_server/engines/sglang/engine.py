@@ -39,12 +39,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from inference_server.engine import GenerationRequest
+from inference_server.engine import GenerationRequest, check_context_length
 from inference_server.engines.process.concurrency import ConcurrencyLimit, EngineLoad
 from inference_server.engines.process.driver import (
     Labelled,
     SampledEnd,
-    check_context_length,
     finish_reason,
     manifest_check,
 )

@@ -45,12 +45,11 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from inference_server.engine import GenerationRequest
+from inference_server.engine import GenerationRequest, check_context_length
 from inference_server.engines.process.concurrency import ConcurrencyLimit, EngineLoad
 from inference_server.engines.process.driver import (
     Labelled,
     SampledEnd,
-    check_context_length,
     finish_reason,
     manifest_check,
     one_line,

@@ -22,6 +22,8 @@ from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import TrajectoryFailure
 from tests.deadlines import WAIT_SECONDS
 
+pytestmark = pytest.mark.processes
+
 REPOSITORY = Path(__file__).parents[3]
 MODULE = "tests.unit.inference_server.rewards"
 TASK = {"prompt": "p", "answer": 3}
