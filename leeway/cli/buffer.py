@@ -19,7 +19,6 @@ from learner.records.summary import summarize, write_summary
 from leeway.cli import buffer_files
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import add_run_argument, has_finished, open_run_folder
-from leeway.config import LearnerOptions, section
 from leeway.errors import PreconditionError, UnavailableError
 from leeway.service.process import EXIT_OK
 from leeway.types import DeadLetter, PolicyVersion, RunStatus
@@ -57,12 +56,11 @@ def _add_rollback(commands: Any) -> None:  # noqa: ANN401
 
 def _rollback(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    options = section(folder.document, "learner", LearnerOptions)
-    store = CheckpointStore(folder.directory / "checkpoints", keep=options.keep_checkpoints)
+    store = CheckpointStore(folder.directory / "checkpoints", keep=folder.configuration.learner.keep_checkpoints)
     version = store.load(arguments.step).version
 
     async def roll_back() -> tuple[int, int]:
-        async with open_replay(folder.document) as client:
+        async with open_replay(folder.config_path) as client:
             return await client.rollback_run(version)
 
     epoch, dropped = asyncio.run(roll_back())
@@ -96,7 +94,7 @@ def _finish(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
 
     async def finish() -> None:
-        async with open_replay(folder.document) as client:
+        async with open_replay(folder.config_path) as client:
             status = await client.run_status()
             if status.finished:
                 print(f"run {status.spec.run!r} has ended before, {_at_step(status)}; nothing is changed")
@@ -169,10 +167,10 @@ def _add_dead_letters(commands: Any) -> None:  # noqa: ANN401
 
 
 def _dead_letters(arguments: argparse.Namespace) -> int:
-    document = open_run_folder(arguments.run).document
+    config_path = open_run_folder(arguments.run).config_path
 
     async def fetch() -> Sequence[DeadLetter]:
-        async with open_replay(document) as client:
+        async with open_replay(config_path) as client:
             return await client.dead_letters(arguments.limit)
 
     letters = asyncio.run(fetch())
@@ -207,10 +205,10 @@ def _add_requeue(commands: Any) -> None:  # noqa: ANN401
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
-    document = open_run_folder(arguments.run).document
+    config_path = open_run_folder(arguments.run).config_path
 
     async def requeue() -> int:
-        async with open_replay(document) as client:
+        async with open_replay(config_path) as client:
             return await client.requeue_dead_letters([] if arguments.all else arguments.groups)
 
     print(f"{asyncio.run(requeue())} tasks are queued again")
@@ -236,11 +234,11 @@ def _add_backup(commands: Any) -> None:  # noqa: ANN401
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    document = open_run_folder(arguments.run).document
+    config_path = open_run_folder(arguments.run).config_path
     target: Path = arguments.target.resolve()
 
     async def back_up() -> int:
-        async with open_replay(document) as client:
+        async with open_replay(config_path) as client:
             return await client.back_up(str(target))
 
     print(f"{target}: {asyncio.run(back_up()) >> 20} MiB of log")

@@ -60,10 +60,10 @@ def _add_named(commands: Any, handler: Any, name: str, summary: str, description
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    document = open_run_folder(arguments.run).document
+    config_path = open_run_folder(arguments.run).config_path
 
     async def fetch() -> Sequence[ServerStatus]:
-        async with open_replay(document) as client:
+        async with open_replay(config_path) as client:
             return await client.servers()
 
     servers = asyncio.run(fetch())
@@ -95,10 +95,10 @@ def _state(server: ServerStatus) -> str:
 
 
 def _drain(arguments: argparse.Namespace) -> int:
-    document = open_run_folder(arguments.run).document
+    config_path = open_run_folder(arguments.run).config_path
 
     async def drain() -> Drain:
-        async with open_replay(document) as client:
+        async with open_replay(config_path) as client:
             reason = DrainReason.OPERATOR
             drained, _ = await client.drain_server(arguments.server, reason, arguments.message, force=arguments.force)
             return drained
@@ -109,10 +109,10 @@ def _drain(arguments: argparse.Namespace) -> int:
 
 
 def _readmit(arguments: argparse.Namespace) -> int:
-    document = open_run_folder(arguments.run).document
+    config_path = open_run_folder(arguments.run).config_path
 
     async def readmit() -> bool:
-        async with open_replay(document) as client:
+        async with open_replay(config_path) as client:
             return await client.readmit_server(arguments.server)
 
     readmitted = asyncio.run(readmit())

@@ -6,9 +6,10 @@ import asyncio
 import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Final
 
-from leeway.config import Document, NetworkOptions, RunOptions, section
+from leeway.config import load_configuration
 from leeway.errors import DeadlineError, LeewayError, NotFoundError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, check_health
@@ -22,22 +23,22 @@ _STOP_SECONDS: Final = 10.0
 
 
 @asynccontextmanager
-async def open_replay(document: Document) -> AsyncGenerator[ReplayClient]:
-    """A client of the run's buffer.
+async def open_replay(config_path: Path) -> AsyncGenerator[ReplayClient]:
+    """A client of the buffer of the run that a file configures.
 
     Raises:
         NotFoundError: the log holds no such run.
         UnavailableError: no buffer could be started on the log.
     """
-    run = section(document, "run", RunOptions)
-    network = section(document, "network", NetworkOptions)
-    security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
+    configuration = load_configuration(config_path)
+    run, network = configuration.run, configuration.network
+    security = Security.of(network)
     if await _serves(network.replay_buffer, run.name, security):
         async with _client(network.replay_buffer, run.name, security) as client:
             yield client
         return
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    async with _started(document, address, security), _client(address, run.name, security) as client:
+    async with _started(config_path, address, security), _client(address, run.name, security) as client:
         yield client
 
 
@@ -62,13 +63,13 @@ async def _client(address: str, run: str, security: Security) -> AsyncGenerator[
 
 
 @asynccontextmanager
-async def _started(document: Document, address: str, security: Security) -> AsyncGenerator[None]:
+async def _started(config_path: Path, address: str, security: Security) -> AsyncGenerator[None]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         "replay_buffer",
         "--config",
-        str(document.path),
+        str(config_path),
         "--supervised",
         "--set",
         f"network.replay_buffer={address}",

@@ -18,7 +18,6 @@ from learner.records.replay import find_start
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
 from leeway.cli.torchrun import launcher
-from leeway.config import LearnerOptions, section
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
 
@@ -35,7 +34,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 def _replay_step(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    options = section(folder.document, "learner", LearnerOptions)
+    options = folder.configuration.learner
     try:  # what cannot be computed again is refused before any process starts
         store = CheckpointStore(folder.directory / "checkpoints", keep=options.keep_checkpoints)
         find_start(store, read_receipts(folder.directory), arguments.step)
@@ -46,10 +45,10 @@ def _replay_step(arguments: argparse.Namespace) -> int:
 
 
 async def _replay(folder: RunFolder, ranks: int, step: int) -> int:
-    async with open_replay(folder.document) as client:
+    async with open_replay(folder.config_path) as client:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *launcher(ranks), "learner.records.replay_process"),
-            *("--config", str(folder.document.path), "--set", f"network.replay_buffer={client.address}"),
+            *("--config", str(folder.config_path), "--set", f"network.replay_buffer={client.address}"),
             *("--directory", str(folder.directory), "--step", str(step), "--supervised"),
             stdin=asyncio.subprocess.PIPE,  # never written; its end tells the process that we are gone
             stdout=asyncio.subprocess.PIPE,

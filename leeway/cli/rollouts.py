@@ -10,6 +10,7 @@ import argparse
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -20,7 +21,7 @@ from rich.text import Text
 from learner.records.policy_logprobs import read_policy_logprobs
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
-from leeway.config import Document, InferenceServerOptions, ModelOptions, section
+from leeway.config import ENGINES, RunConfiguration
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_OK
 from leeway.trajectory.assembly import assemble_trajectory
@@ -54,7 +55,7 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 def _rollouts(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    decode = _load_decoder(folder.document)
+    decode = _load_decoder(folder.configuration)
     asyncio.run(_show(arguments, folder, decode))
     return EXIT_OK
 
@@ -62,7 +63,7 @@ def _rollouts(arguments: argparse.Namespace) -> int:
 async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode) -> None:
     console = Console(highlight=False, soft_wrap=False)
     shown = 0
-    async with _groups(arguments, folder.document) as groups:
+    async with _groups(arguments, folder.config_path) as groups:
         async for group in groups:
             logprobs = read_policy_logprobs(folder.directory, group.step) if group.step else {}
             _print_group(console, group, logprobs, decode, arguments.members)
@@ -72,8 +73,8 @@ async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode
 
 
 @asynccontextmanager
-async def _groups(arguments: argparse.Namespace, document: Document) -> AsyncGenerator[AsyncIterator[GroupRecord]]:
-    async with open_replay(document) as client:
+async def _groups(arguments: argparse.Namespace, config_path: Path) -> AsyncGenerator[AsyncIterator[GroupRecord]]:
+    async with open_replay(config_path) as client:
         yield client.export_groups(
             purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
             state=_STATES[arguments.state] if arguments.state else None,
@@ -82,14 +83,14 @@ async def _groups(arguments: argparse.Namespace, document: Document) -> AsyncGen
         )
 
 
-def _load_decoder(document: Document) -> Decode:
-    if section(document, "inference_server", InferenceServerOptions).engine == "arithmetic":
+def _load_decoder(configuration: RunConfiguration) -> Decode:
+    if ENGINES[configuration.inference_server.engine].rehearsal:
         from leeway.arithmetic import ArithmeticTokenizer
 
         return ArithmeticTokenizer().decode
     from leeway.huggingface import load_tokenizer  # transformers takes seconds to import
 
-    tokenizer: Any = load_tokenizer(section(document, "model", ModelOptions).directory)
+    tokenizer: Any = load_tokenizer(configuration.model.directory)
     return lambda token_ids: str(tokenizer.decode(list(token_ids)))
 
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from learner.records.checkpoint import CheckpointStore
 from learner.records.journal import read_journal
-from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
 from leeway.cli.progress import open_progress
 from leeway.cli.report import write_report
 from leeway.cli.run_folder import has_finished, open_run_folder
 from leeway.cli.supervisor import Outcome, Service, Supervisor
 from leeway.cli.torchrun import launcher
-from leeway.config import RunOptions, load_document
+from leeway.config import RunConfiguration, RunOptions, load_configuration
+from leeway.config.references import check_references
 from leeway.errors import PreconditionError
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
 
@@ -44,14 +44,15 @@ def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its typ
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    configuration = read_configuration(load_document(arguments.config, arguments.overrides))
+    configuration = load_configuration(arguments.config, arguments.overrides)
+    check_references(configuration)
     if arguments.check:
         print(f"{arguments.config}: fine")
         return EXIT_OK
     run = configuration.run
     _prepare_folder(run, resume=arguments.resume)
     config_path = run.run_directory / "config.toml"
-    configuration = with_free_ports(configuration)
+    configuration = configuration.with_free_ports()
     configuration.write(config_path)
     outcome = asyncio.run(_supervise(configuration, config_path, plain=arguments.plain))
     return _conclude(run, _command(arguments), outcome)

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from leeway.config import Document, RunOptions, load_document, section
+from leeway.config import RunConfiguration, load_configuration
 from leeway.errors import NotFoundError
 
 
@@ -16,7 +16,8 @@ class RunFolder:
     """Where a run leaves its files, and how its services were configured."""
 
     directory: Path
-    document: Document
+    config_path: Path
+    configuration: RunConfiguration
 
 
 def add_run_argument(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +38,14 @@ def open_run_folder(path: Path) -> RunFolder:
         ConfigError: its configuration cannot be read.
     """
     if path.is_file():
-        document = load_document(path)
-        return RunFolder(section(document, "run", RunOptions).run_directory, document)
+        configuration = load_configuration(path)
+        return RunFolder(configuration.run.run_directory, path, configuration)
     if not is_run_folder(path):
         raise NotFoundError(
             f"{path}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8, or the "
             "configuration file that its services were started with"
         )
-    return RunFolder(path, load_document(_configuration(path)))
+    return RunFolder(path, _configuration(path), load_configuration(_configuration(path)))
 
 
 def is_run_folder(path: Path) -> bool:

@@ -1,12 +1,46 @@
-"""Addresses, certificates and ports."""
+"""Addresses, certificates and ports, and the ways that weights take."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import ipaddress
+from dataclasses import dataclass
+from typing import Annotated, Final
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
-from leeway.config.document import Address, ConfigPath, Options
+from leeway.config.document import Address, ConfigPath, Options, Registered
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` can only be reached from this host."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class WeightTransport:
+    """A way to carry weights from the learner to the servers, beside gRPC, which is always there.
+
+    Args:
+        on_host: whether the learner's own host gets them over ZeroMQ, given whether its address is a loopback one.
+        broadcast: whether one broadcast over torch.distributed carries them to all servers at once.
+    """
+
+    on_host: tuple[bool, bool] = (False, False)  # beyond loopback, on loopback
+    broadcast: bool = False
+
+
+WEIGHT_TRANSPORTS: Final[dict[str, WeightTransport]] = {
+    "auto": WeightTransport(on_host=(False, True)),
+    "zmq": WeightTransport(on_host=(True, True)),
+    "grpc": WeightTransport(),
+    "collective": WeightTransport(broadcast=True),
+}
 
 
 class NetworkOptions(Options):
@@ -29,11 +63,35 @@ class NetworkOptions(Options):
     authority: ConfigPath | None = Field(
         default=None, description="PEM file of the authority that signed the certificates of all services."
     )
-    weights: Literal["auto", "zmq", "grpc", "collective"] = Field(
+    weights: Annotated[str, AfterValidator(Registered("weight transport", WEIGHT_TRANSPORTS))] = Field(
         default="auto",
-        description="How weights travel: ZeroMQ on one host, gRPC beyond; auto picks by address. collective broadcasts "
-        "them to all servers at once over torch.distributed (gloo), unencrypted, with gRPC where that fails.",
+        description="How weights travel. auto: over ZeroMQ where network.policy is a loopback address, else over gRPC; "
+        "zmq: over ZeroMQ on the learner's host; grpc: over gRPC; collective: broadcast to all servers at once over "
+        "torch.distributed (gloo), unencrypted. gRPC takes over wherever another way fails.",
     )
+
+    @model_validator(mode="after")
+    def _mutual_tls_is_whole(self) -> NetworkOptions:
+        files = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
+        missing = [name for name, path in files.items() if path is None]
+        if 0 < len(missing) < len(files):
+            raise ValueError(f"mutual TLS needs certificate, key and authority; set `{missing[0]}`, too")
+        return self
+
+    @property
+    def trusted(self) -> bool:
+        """Whether services may listen beyond loopback."""
+        return self.insecure or self.certificate is not None
+
+    @property
+    def uses_zeromq(self) -> bool:
+        """Whether the learner offers weights to its own host over ZeroMQ."""
+        return WEIGHT_TRANSPORTS[self.weights].on_host[is_loopback(self.policy)]
+
+    @property
+    def uses_broadcasts(self) -> bool:
+        """Whether the learner broadcasts weights to all servers at once."""
+        return WEIGHT_TRANSPORTS[self.weights].broadcast
 
 
 class MetricsOptions(Options):

@@ -11,7 +11,6 @@ from leeway.rpc.channels import (
     BULK_PIECE_BYTES,
     MAX_MESSAGE_BYTES,
     Security,
-    is_loopback,
     open_channel,
 )
 from leeway.rpc.servers import RunningServer, check_health, start_server
@@ -26,7 +25,6 @@ __all__ = [
     "cancellation_kept",
     "check_health",
     "from_rpc_error",
-    "is_loopback",
     "mapped_errors",
     "open_channel",
     "start_server",

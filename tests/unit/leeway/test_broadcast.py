@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,10 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leeway.config import NetworkOptions
-from leeway.errors import ConfigError, UnavailableError
+from leeway.errors import UnavailableError
 from leeway.weights.broadcast import BroadcastGroup, Rendezvous, gather, pieces
-from leeway.weights.transports import uses_broadcasts, uses_zeromq
 from tests.deadlines import WAIT_SECONDS
 
 
@@ -33,40 +30,6 @@ def test_a_piece_holds_the_bytes_of_its_range(parts: list[bytes], data: st.DataO
     memory = memoryview(bytearray(end - start))
     gather(parts, start, memory)
     assert bytes(memory) == whole[start:end]
-
-
-def options(**values: object) -> NetworkOptions:
-    return NetworkOptions.model_validate({"weights": "collective", **values})
-
-
-def test_broadcasts_stay_on_this_host_unless_insecure() -> None:
-    assert uses_broadcasts(options())
-    assert uses_broadcasts(options(policy="learner:7402", insecure=True))
-    with pytest.raises(ConfigError, match=r"network\.weights.*insecure = true"):
-        uses_broadcasts(options(policy="learner:7402"))
-    with pytest.raises(ConfigError, match=r"network\.policy"):
-        uses_broadcasts(options(policy="0.0.0.0:7402", insecure=True))
-
-
-def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"network\.weights.*needs torch"):
-        uses_broadcasts(options())
-    assert not uses_broadcasts(options(weights="grpc"))
-
-
-@pytest.mark.parametrize(
-    ("weights", "policy", "zeromq"),
-    [
-        ("auto", "127.0.0.1:1", True),
-        ("auto", "learner:1", False),
-        ("zmq", "learner:1", True),
-        ("grpc", "127.0.0.1:1", False),
-        ("collective", "127.0.0.1:1", False),
-    ],
-)
-def test_zeromq_is_for_one_host(weights: str, policy: str, zeromq: bool) -> None:
-    assert uses_zeromq(options(weights=weights, policy=policy)) == zeromq
 
 
 def formed(meeting: Rendezvous, number: int, size: int, patience_seconds: float) -> list[BroadcastGroup]:
