@@ -28,6 +28,6 @@ EXPOSE 7403 9403
 STOPSIGNAL SIGTERM
 # A service listens on the name that its peers dial, not on the container's loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["sh", "-c", "exec python -m leeway.cli.main health $(hostname):7403"]
-ENTRYPOINT ["python", "-m", "inference_server"]
+    CMD ["sh", "-c", "exec leeway health $(hostname):7403"]
+ENTRYPOINT ["leeway", "serve", "inference-server"]
 CMD ["--help"]

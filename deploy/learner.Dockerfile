@@ -28,6 +28,6 @@ EXPOSE 7402 9402
 STOPSIGNAL SIGTERM
 # A service listens on the name that its peers dial, not on the container's loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["sh", "-c", "exec python -m leeway.cli.main health $(hostname):7402"]
-ENTRYPOINT ["python", "-m", "learner"]
+    CMD ["sh", "-c", "exec leeway health $(hostname):7402"]
+ENTRYPOINT ["leeway", "serve", "learner"]
 CMD ["--help"]

@@ -26,6 +26,6 @@ EXPOSE 7401 9401
 STOPSIGNAL SIGTERM
 # A service listens on the name that its peers dial, not on the container's loopback.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["sh", "-c", "exec python -m leeway.cli.main health $(hostname):7401"]
-ENTRYPOINT ["python", "-m", "replay_buffer"]
+    CMD ["sh", "-c", "exec leeway health $(hostname):7401"]
+ENTRYPOINT ["leeway", "serve", "replay-buffer"]
 CMD ["--help"]

@@ -1,4 +1,4 @@
-"""`python -m inference_server --config FILE --index I`: one inference server of a run."""
+"""`leeway serve inference-server --config FILE --index I`: one inference server of a run."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import importlib.util
 import logging
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, serve_metrics
 from leeway.service.ports import free_port
-from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
+from leeway.service.process import EXIT_OK, report_error, serve, service_parser, tell_run_finished, unless_stopped
 from leeway.tasks import TaskSet
 
 log = logging.getLogger("inference_server")
@@ -174,6 +174,8 @@ class InferenceServerProcess:
         finally:
             await engine.aclose()
             await client.aclose()
+        if not stop.is_set():
+            tell_run_finished()
         log.info("%s has ended", self.server_id)
 
     async def _serve(
@@ -239,27 +241,19 @@ def _joining(arguments: Namespace) -> Joining | None:
     return None
 
 
-def main(*, with_backend: bool = False) -> int:
-    """Parse, check, serve; returns the exit code.
-
-    Args:
-        with_backend: whether a foreign backend samples; its address is then a required argument.
-    """
-    module = "inference_server.worker" if with_backend else "inference_server"
-    description = (
-        "A rollout worker that feeds a run from a foreign InferenceService."
-        if with_backend
-        else "An inference server: an engine, its service, and the rollout worker that feeds a run from it."
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, serve; returns the exit code."""
+    parser = service_parser(
+        "leeway serve inference-server",
+        "An inference server: an engine, its service, and the rollout worker that feeds a run from it. With --backend "
+        "only the worker, which samples from a foreign InferenceService.",
     )
-    parser = service_parser(module, description)
     _add_place(parser)
-    if with_backend:
-        parser.add_argument("--backend", required=True, metavar="HOST:PORT", help="the InferenceService that samples")
-    arguments: Namespace = parser.parse_args()
+    parser.add_argument("--backend", metavar="HOST:PORT", help="a foreign InferenceService that samples")
+    arguments = parser.parse_args(argv)
     try:
         configuration = load_configuration(arguments.config, arguments.overrides)
-        backend: str | None = arguments.backend if with_backend else None
-        process = InferenceServerProcess(configuration, arguments.index, backend, _joining(arguments))
+        process = InferenceServerProcess(configuration, arguments.index, arguments.backend, _joining(arguments))
         if arguments.check:
             process.open_references()
             return EXIT_OK

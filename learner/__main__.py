@@ -1,4 +1,4 @@
-"""`python -m learner --config FILE`: one incarnation of a run's learner."""
+"""`leeway serve learner --config FILE`: one incarnation of a run's learner."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from learner.factory import make_trainer
-from learner.loop import LAST_ANSWER_SECONDS, Learner, Parts
-from learner.records.checkpoint import Branch, Checkpoint, CheckpointStore
-from learner.records.journal import Journal
-from learner.records.receipts import ReceiptBook, deciding_options
-from learner.records.run_lock import held_run
-from learner.records.summary import summarize, write_summary
+from learner.lineage import Branch
+from learner.loop import LAST_ANSWER_SECONDS, Context, Learner
+from learner.run_artifacts.checkpoint import Checkpoint, CheckpointStore
+from learner.run_artifacts.journal import Journal, summarize, write_summary
+from learner.run_artifacts.receipts import ReceiptBook, deciding_options
+from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
 from learner.weights.local import LocalWeights
 from learner.weights.publisher import Publisher
@@ -119,12 +119,11 @@ class LearnerProcess:
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Parts(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory),
+            Context(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory, stop),
             spec,
             self.options,
             self.configuration.evaluation,
             restored,
-            stop,
         )
         try:
             finished = await learner.run()
@@ -229,10 +228,10 @@ def _log_record(line: str) -> None:
             pass  # said already, by whom it concerns
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse, check, run."""
-    parser = service_parser("learner", "The learner of one run: draws groups, trains, publishes weights.")
-    arguments = parser.parse_args()
+    parser = service_parser("leeway serve learner", "The learner of one run: draws groups, trains, publishes weights.")
+    arguments = parser.parse_args(argv)
     try:
         configuration = load_configuration(arguments.config, arguments.overrides)
         process = LearnerProcess(configuration, supervised=arguments.supervised)

@@ -7,7 +7,6 @@ sample from those weights, knows of no reward.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Sequence
@@ -18,11 +17,12 @@ import numpy as np
 
 from learner.batch.checks import check_group, check_trajectory
 from learner.batch.packing import token_temperatures
-from learner.records.checkpoint import Branch
+from learner.lineage import Branch
 from learner.trainer import FinishSave, StepResult
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import CorruptDataError
+from leeway.service.seeds import seed_of
 from leeway.types import Float32Array, ModelSignature, Trajectory, TrajectoryGroup, WeightManifest
 
 _FILE: Final = "arithmetic.json"
@@ -90,11 +90,11 @@ class ArithmeticTrainer:
 
 def _next_history(history: int, step: int, groups: Sequence[TrajectoryGroup]) -> int:
     """63 bits that depend on the step, its groups in their order, and every reward."""
-    digest = hashlib.sha256(struct.pack("<QQ", history, step))
+    data = struct.pack("<QQ", history, step)
     for group in groups:
         rewards = [trajectory.reward for trajectory in group.trajectories]
-        digest.update(group.group_id.encode() + b"\0" + struct.pack(f"<{len(rewards)}d", *rewards))
-    return int.from_bytes(digest.digest()[:8], "little") >> 1
+        data += group.group_id.encode() + b"\0" + struct.pack(f"<{len(rewards)}d", *rewards)
+    return seed_of(data)
 
 
 def _policy_logprobs(weights: ArithmeticWeights, trajectory: Trajectory) -> Float32Array:

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from learner.records.checkpoint import Branch
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup
+
+Branch = tuple[int, int]
+"""(epoch, step of the checkpoint that it started from)"""
 
 
 def lineage_step(version: PolicyVersion, branches: Sequence[Branch]) -> int:

@@ -1,13 +1,16 @@
-"""What the learner's loop needs of a trainer: a policy that learns from groups, is published, saved and loaded."""
+"""The trainer as the learner's loop sees it: a policy that learns from groups, is published, saved and loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
-from learner.records.checkpoint import Branch
+import grpc
+
+from learner.lineage import Branch
+from leeway.errors import LeewayError
 from leeway.types import Float32Array, ModelSignature, TrajectoryGroup, WeightManifest
 
 
@@ -64,3 +67,15 @@ class Trainer(Protocol):
     def load(self, directory: Path) -> None:
         """Become what `save` wrote there."""
         ...
+
+
+class UnusableGroupError(LeewayError):
+    """A drawn group cannot be trained on; names it, and the trajectory at fault. Nothing has changed."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INVALID_ARGUMENT
+    reason: ClassVar[str] = "UNUSABLE_GROUP"
+
+    def __init__(self, group_id: str, message: str) -> None:
+        super().__init__(f"group {group_id}: {message}")
+        self.group_id = group_id
+        self.message = message  # without the group, for callers that name it themselves

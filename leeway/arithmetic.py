@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from leeway.errors import PreconditionError
+from leeway.service.seeds import GAMMA, MASK_64, mix64
 from leeway.types import ModelSignature, PolicyVersion, WeightManifest
 from leeway.weights.digests import tensor_entry, weights_digest
 
@@ -36,7 +37,6 @@ END_OF_SEQUENCE: Final = 0
 _ALPHABET: Final = " 0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TENSOR_NAME: Final = "arithmetic.weight"
 _WEIGHT_ELEMENTS: Final = 256
-_MASK: Final = (1 << 64) - 1
 
 SIGNATURE: Final = ModelSignature(
     model_digest=hashlib.sha256(b"leeway arithmetic model 1").digest(),
@@ -100,7 +100,7 @@ def sample(distribution: Distribution, length: int, seed: int) -> tuple[int, flo
     bits = _hash(seed, length, 0x5A3)
     if (bits >> 11) * 2.0**-53 < math.exp(distribution.favoured_logprob):
         return distribution.favoured, distribution.favoured_logprob
-    token_id = (distribution.favoured + 1 + _mix(bits) % (SIGNATURE.vocab_size - 1)) % SIGNATURE.vocab_size
+    token_id = (distribution.favoured + 1 + mix64(bits) % (SIGNATURE.vocab_size - 1)) % SIGNATURE.vocab_size
     return token_id, distribution.other_logprob
 
 
@@ -188,14 +188,7 @@ class ArithmeticTokenizer:
         return "".join(_ALPHABET[token_id - 1] for token_id in token_ids if token_id != END_OF_SEQUENCE)
 
 
-def _mix(value: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
-
-
 def _hash(a: int, b: int, c: int) -> int:
     """64 bits that depend on all three numbers."""
-    state = (a * 0x9E3779B97F4A7C15 + b * 0xC2B2AE3D27D4EB4F + c * 0x165667B19E3779F9) & _MASK
-    return _mix(_mix(state + 0x2545F4914F6CDD1D & _MASK))
+    state = (a * GAMMA + b * 0xC2B2AE3D27D4EB4F + c * 0x165667B19E3779F9) & MASK_64
+    return mix64(mix64(state + 0x2545F4914F6CDD1D & MASK_64))

@@ -6,7 +6,6 @@
     ├── NotFoundError           the named thing does not exist               NOT_FOUND
     ├── PreconditionError       do not retry until the state is mended       FAILED_PRECONDITION
     ├── FencedError             a newer incarnation took over: go one up     ABORTED
-    ├── SequenceError           a number is out of order; says what is next  OUT_OF_RANGE
     ├── ExhaustedError          no room now; retry later                     RESOURCE_EXHAUSTED
     ├── UnavailableError        the peer cannot be reached; retry            UNAVAILABLE
     ├── DeadlineError           a wait ended without what it waited for      DEADLINE_EXCEEDED
@@ -67,13 +66,6 @@ class FencedError(LeewayError):
 
     code = grpc.StatusCode.ABORTED
     reason = "FENCED"
-
-
-class SequenceError(LeewayError):
-    """A number is out of order; the message says which comes next."""
-
-    code = grpc.StatusCode.OUT_OF_RANGE
-    reason = "SEQUENCE"
 
 
 class ExhaustedError(LeewayError):

@@ -1,11 +1,11 @@
-"""`python -m replay_buffer`: serve the durable log of one directory until told to stop."""
+"""`leeway serve replay-buffer`: serves the durable log of one directory until told to stop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sys
-from argparse import Namespace
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
@@ -15,10 +15,10 @@ from leeway.rpc import Security, start_server
 from leeway.service.metrics import ReplayBufferMetrics, serve_metrics
 from leeway.service.process import report_error, serve, service_parser
 from replay_buffer.buffer import ReplayBuffer
+from replay_buffer.live.backpressure import free_bytes_of
 from replay_buffer.malloc_tuning import keep_freed_memory
 from replay_buffer.metrics import observer
 from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
-from replay_buffer.run_store import free_bytes_of
 from replay_buffer.storage.log import Log, LogOptions
 
 log = logging.getLogger("replay_buffer")
@@ -47,8 +47,8 @@ async def run(configuration: RunConfiguration, security: Security, stop: asyncio
         metrics.free_bytes.set_function(lambda: free_bytes_of(options.directory))
         metrics.stalled.set_function(lambda: durable_log.stalled)
         buffer = ReplayBuffer(options, durable_log, observer(metrics))
-        metrics.received_bytes.set_function(lambda: buffer.intake.received_bytes)
-        metrics.waiting_bytes.set_function(lambda: buffer.intake.waiting_bytes)
+        metrics.received_bytes.set_function(lambda: buffer.backpressure.received_bytes)
+        metrics.waiting_bytes.set_function(lambda: buffer.backpressure.waiting_bytes)
         buffer.start()
         serve_metrics(registry, ports.host, ports.replay_buffer)
         service = ReplayService(buffer)
@@ -76,8 +76,10 @@ async def _stopped_or_failed(stop: asyncio.Event, durable_log: Log) -> None:
         task.result()
 
 
-def main(arguments: Namespace) -> int:
-    """Read the configuration and serve; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, check, serve; returns the exit code."""
+    parser = service_parser("leeway serve replay-buffer", "The durable replay buffer of a run.")
+    arguments = parser.parse_args(argv)
     try:
         configuration = load_configuration(arguments.config, arguments.overrides)
         security = Security.of(configuration.network)
@@ -90,4 +92,4 @@ def main(arguments: Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(service_parser("replay_buffer", "The durable replay buffer of Leeway.").parse_args()))
+    sys.exit(main())

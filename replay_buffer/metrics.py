@@ -53,14 +53,14 @@ def observer(metrics: ReplayBufferMetrics, now: Callable[[], float] = time.monot
 
     def items_written(run: str, server: str, items: Sequence[WriteItem], results: Sequence[WriteResult]) -> None:
         acknowledged = size_bytes = closed = 0
-        for (_, _, _, content, _), result in zip(items, results, strict=True):
+        for item, result in zip(items, results, strict=True):
             if result.status is not WriteStatus.ACKNOWLEDGED:
                 metrics.written_items.labels(run, result.status.name.lower()).inc()
                 continue
             acknowledged += 1
-            if isinstance(content, (bytes, memoryview)):
-                size_bytes += len(content)
-            elif isinstance(content, TrajectoryClose):
+            if isinstance(item.content, bytes):
+                size_bytes += len(item.content)
+            elif isinstance(item.content, TrajectoryClose):
                 closed += 1
         series = servers.seen(run, server)
         if acknowledged:

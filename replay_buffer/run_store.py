@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from leeway.config import ReplayBufferOptions
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
 from leeway.types import GroupState, Purpose
-from replay_buffer.live.backpressure import Intake
 from replay_buffer.live.observer import ENDS, Observer, endings
-from replay_buffer.live.open_trajectories import Drafts
 from replay_buffer.live.servers import Fleet
 from replay_buffer.live.ticket_demand import Asks
 from replay_buffer.live.wakeup import Signal
@@ -64,26 +59,22 @@ class Run:
     asks: Asks = field(default_factory=Asks)
 
 
-class Recorder:
-    """Every run of one log directory, without the calls."""
+class RunStore:
+    """Every run of one log directory, without the calls.
 
-    def __init__(
-        self,
-        options: ReplayBufferOptions,
-        durable_log: Log,
-        observer: Observer | None = None,
-        free_bytes: Callable[[Path], int] | None = None,
-    ) -> None:
+    Args:
+        options: the section [replay_buffer].
+        durable_log: the log of its directory.
+        observer: is told what happens, for metrics.
+    """
+
+    def __init__(self, options: ReplayBufferOptions, durable_log: Log, observer: Observer) -> None:
         self._options = options
         self._log = durable_log
-        self._observer = observer or Observer()
-        self._free_bytes = free_bytes or free_bytes_of
-        self.intake = Intake(options, durable_log, self._observer.refused)
-        self._runs: dict[str, Run] = {}
-        self._storage = Storage(options, durable_log)
-        self._drafts = Drafts()
-        self._room_until = 0.0  # until then there is room for chunks
-        self._opened = Signal()
+        self._observer = observer
+        self.runs: dict[str, Run] = {}
+        self.storage = Storage(options, durable_log)
+        self.opened = Signal()  # a run has been opened for the first time
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
 
@@ -93,26 +84,26 @@ class Recorder:
         Raises:
             CorruptDataError: the log is damaged.
         """
-        self._storage.recover(self._restore, self._replay)
+        self.storage.recover(self._restore, self._replay)
         self._log.start()
-        now = self._now()
-        for run in self._runs.values():
+        now = self.now()
+        for run in self.runs.values():
             for group in open_groups(run.state):
                 run.leases.renew(group.group_id, now)
             self._observer.run_opened(run.state, run.leases, run.fleet)
-            if self._storage.restored_from is not None:
+            if self.storage.restored_from is not None:
                 self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
-                self._record(run.state.spec.run, drop)
-            self._drop_expired(run)
-        self._arm_lease_timer()
-        if self._storage.restored_from is not None:
-            self._storage.begin_generation()
+                self.record(run.state.spec.run, drop)
+            self.drop_expired(run)
+        self.arm_lease_timer()
+        if self.storage.restored_from is not None:
+            self.storage.begin_generation()
 
     def _record_restored(self, state: RunState) -> None:
         restored = decide_restored(state, leap_of(int(time.time()), secrets.randbits(20)))
         if restored is not None:
-            self._record(state.spec.run, restored)
+            self.record(state.spec.run, restored)
             log.warning(
                 "run %s is restored from a backup at %s; %d open groups are dropped, epochs below %d are fenced",
                 *(state.spec.run, state.head, len(restored.group_ids), restored.epoch),
@@ -120,7 +111,7 @@ class Recorder:
 
     def _restore(self, state: RunState) -> None:
         lease_seconds = self._options.lease_seconds
-        self._runs[state.spec.run] = Run(state, Leases(lease_seconds), Fleet(lease_seconds))
+        self.runs[state.spec.run] = Run(state, Leases(lease_seconds), Fleet(lease_seconds))
 
     def _replay(self, payload: bytes, location: Location) -> None:
         try:
@@ -136,30 +127,25 @@ class Recorder:
         self._stopping = True
         if self._lease_timer is not None:
             self._lease_timer.cancel()
-        self._opened.notify()
-        for run in self._runs.values():
+        self.opened.notify()
+        for run in self.runs.values():
             run.work.notify()
             run.results.notify()
 
     async def aclose(self) -> None:
         """Leave the directory so that the next start has nothing to fold; `Log.aclose` comes next."""
-        await self._storage.aclose(self._states())
+        await self.storage.aclose(self._states())
 
     # Deciding and recording
 
-    async def _decided(self, name: str, transition: Transition | None) -> None:
-        if transition is not None:
-            self._record(name, transition)
-        await self.intake.settled()
-
-    def _record(self, name: str, transition: Transition, recorded_at_ns: int | None = None) -> None:
+    def record(self, name: str, transition: Transition, recorded_at_ns: int | None = None) -> None:
         """Append, apply, and wake whom it concerns: one turn of the loop."""
         record = Record(name, time.time_ns() if recorded_at_ns is None else recorded_at_ns, transition)
-        location = self._storage.append(encode(record), self._states)
-        is_new = name not in self._runs
-        ended = list(endings(self._runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
+        location = self.storage.append(encode(record), self._states)
+        is_new = name not in self.runs
+        ended = list(endings(self.runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
         self._apply(record, location)
-        run = self._runs[name]
+        run = self.runs[name]
         if ended:
             self._observer.groups_ended(name, ended)
         match transition:
@@ -169,20 +155,20 @@ class Recorder:
                 if transition.versions:
                     run.results.notify()  # now that its tokens are known, the group may not be due yet
             case TicketIssued():
-                run.leases.renew(transition.ticket.group_id, self._now())
+                run.leases.renew(transition.ticket.group_id, self.now())
                 if transition.ticket.purpose is Purpose.TRAIN:
-                    run.fleet.lent(transition.ticket.group_id, transition.server_id, self._now())
-                self._arm_lease_timer()
+                    run.fleet.lent(transition.ticket.group_id, transition.server_id, self.now())
+                self.arm_lease_timer()
                 run.results.notify()
             case TrajectoryClosed():
                 found = run.state.find(transition.trajectory_id)
                 if found is not None and found[0].state is not GroupState.OPEN:
                     run.leases.release(found[0].group_id)
-                    run.fleet.finished(found[0].group_id, self._now())
+                    run.fleet.finished(found[0].group_id, self.now())
                     run.results.notify()
             case RunOpened() if is_new:
                 self._observer.run_opened(run.state, run.leases, run.fleet)
-                self._opened.notify()
+                self.opened.notify()
             case ServerDrained() | ServerReadmitted():
                 self._observer.drains_changed(run.state)
                 run.work.notify()
@@ -192,60 +178,67 @@ class Recorder:
                 run.results.notify()
 
     def _apply(self, record: Record, location: Location) -> None:
-        run = self._runs.get(record.run)
+        run = self.runs.get(record.run)
         if run is None:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
-            self._restore(RunState(record.transition.spec, RunIndex(self._storage.index, record.run)))
-            run = self._runs[record.run]
+            self._restore(RunState(record.transition.spec, RunIndex(self.storage.index, record.run)))
+            run = self.runs[record.run]
         apply(run.state, record.transition, record.recorded_at_ns, location)
 
     def _states(self) -> list[RunState]:
-        return [run.state for run in self._runs.values()]
+        return [run.state for run in self.runs.values()]
 
-    def _read_transition(self, location: Location) -> Transition:
+    def read_transition(self, location: Location) -> Transition:
         return decode(self._log.read(location)).transition
 
-    def _run(self, name: str) -> Run:
-        self._check_running()
-        run = self._runs.get(name)
+    def run(self, name: str) -> Run:
+        self.check_running()
+        run = self.runs.get(name)
         if run is None:
             raise NotFoundError(f"run {name!r} is unknown here: no learner has opened it")
         return run
 
-    def _check_running(self) -> None:
+    def check_running(self) -> None:
         if self._stopping:
             raise UnavailableError("the replay buffer is stopping; call again when it is back")
 
     # Leases
 
-    def _arm_lease_timer(self) -> None:
+    def arm_lease_timer(self) -> None:
         if self._lease_timer is not None or self._stopping:
             return
-        now = self._now()
-        due = [deadline for run in self._runs.values() if (deadline := run.leases.next_deadline(now)) is not None]
+        now = self.now()
+        due = [deadline for run in self.runs.values() if (deadline := run.leases.next_deadline(now)) is not None]
         if due:
             self._lease_timer = asyncio.get_running_loop().call_at(min(due), self._on_lease_timer)
 
     def _on_lease_timer(self) -> None:
         self._lease_timer = None
-        for run in self._runs.values():
-            self._drop_expired(run)
-        self._arm_lease_timer()
+        for run in self.runs.values():
+            self.drop_expired(run)
+        self.arm_lease_timer()
 
-    def _drop_expired(self, run: Run) -> None:
-        for drop in decide_expired(run.state, self._expired(run)):
-            self._record(run.state.spec.run, drop)
+    def drop_expired(self, run: Run) -> None:
+        for drop in decide_expired(run.state, self.expired(run)):
+            self.record(run.state.spec.run, drop)
         run.leases.retain(run.state.groups.unended)
         run.work.notify()
         run.results.notify()  # a draw waits for nobody whose lease ran out
 
-    def _expired(self, run: Run) -> Expired:
-        now = self._now()
+    def end_leases(self, run: Run, server_id: str) -> None:
+        """The tickets that a server holds can go to others now."""
+        held = [group.group_id for group in open_groups(run.state) if group.server_id == server_id]
+        if held:
+            run.leases.expire(held)
+            self.drop_expired(run)
+
+    def expired(self, run: Run) -> Expired:
+        now = self.now()
         return lambda group_id: run.leases.expired(group_id, now)
 
     @staticmethod
-    def _now() -> float:
+    def now() -> float:
         return asyncio.get_running_loop().time()
 
 
@@ -253,9 +246,3 @@ def open_groups(state: RunState) -> list[Group]:
     """Groups of either purpose whose members are missing."""
     groups = [*state.live.values(), *state.live_evaluation.values()]
     return [group for group in groups if group.state is GroupState.OPEN]
-
-
-def free_bytes_of(directory: Path) -> int:
-    """Space that this process may still use on the directory's disk."""
-    statistics = os.statvfs(directory)
-    return statistics.f_bavail * statistics.f_frsize

@@ -124,7 +124,7 @@ class Leeway(Measured):
         """Acquire tickets of the step that comes next."""
         ids: list[str] = []
         while len(ids) < count:
-            tickets, _ = await self.client.acquire_tickets("writer", self.head, count - len(ids), 10.0)
+            tickets, *_ = await self.client.acquire_tickets("writer", self.head, count - len(ids), 10.0)
             ids += [member.trajectory_id for ticket in tickets for member in ticket.members]
         return ids
 
@@ -209,7 +209,11 @@ class Unanswered(Bare):
         return await self.time(lambda: self._count(written))
 
     async def _count(self, written: Sequence[replay_pb2.WriteTrajectoriesRequest]) -> None:
-        counted = [result.seq async for reply in self.client.write_stream(_stream(written)) for result in reply.results]
+        counted = [
+            result.seq
+            async for reply in self.client.stub.WriteTrajectories(_stream(written))
+            for result in reply.results
+        ]
         assert counted == [sum(len(message.items) for message in written)]
 
 
@@ -287,7 +291,7 @@ class PlainFile:
 async def write(client: ReplayClient, written: Sequence[replay_pb2.WriteTrajectoriesRequest]) -> None:
     """One stream; every item must be acknowledged."""
     acknowledged = 0
-    async for reply in client.write_stream(_stream(written)):
+    async for reply in client.stub.WriteTrajectories(_stream(written)):
         for result in reply.results:
             if result.status != ACKNOWLEDGED:
                 raise RuntimeError(f"{result.trajectory_id} seq {result.seq}: {result.message}")

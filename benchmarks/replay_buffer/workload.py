@@ -120,9 +120,7 @@ def prepare(workload: Workload, version: PolicyVersion, *, chunk_tokens: int | N
 
 def sealed(chunks: Sequence[bytes], num_tokens: int) -> TrajectoryClose:
     """The close of a trajectory that consists of these chunks."""
-    digest = codec.EMPTY_CHAIN
-    for data in chunks:
-        digest = codec.chain_digest(digest, data)
+    digest = codec.chain_digest(codec.EMPTY_CHAIN, *chunks)
     return TrajectoryClose(len(chunks), num_tokens, digest, FinishReason.STOP, 1.0, MOMENT, MOMENT)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from inference_server.engine import Engine, GenerationEnd, GenerationRequest
 from inference_server.requests import Closing
@@ -23,10 +23,9 @@ from leeway.errors import (
     PreconditionError,
     UnavailableError,
 )
+from leeway.rpc import Backoff
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import FinishReason, TrajectoryFailure, WriteItem
-
-_RETRY_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +108,7 @@ class Rollouts:
             return unusable
         pinned = loan.ticket.pinned_version
         request = GenerationRequest(recorder.trajectory_id, loan.prompt, recorder.sampling)
+        backoff = Backoff()
         while True:
             try:
                 async with Closing(self._engine.generate(request)) as events:
@@ -124,9 +124,9 @@ class Rollouts:
                         await self._writer.write([recorder.chunk(event)])
                         recorder.written()
                 raise UnavailableError("the engine ended a generation without saying why")
-            except ExhaustedError:
+            except ExhaustedError as error:
                 # A backend may queue less than it decodes at once; it has room again in a moment.
-                await asyncio.sleep(_RETRY_SECONDS)
+                await backoff.pause(error.retry_seconds)
 
     def _unusable(self, loan: Loan) -> TrajectoryFailure | None:
         """Why a loan cannot be worked on at all."""

@@ -9,10 +9,10 @@ from typing import Final
 from inference_server.served_policy import ServedPolicy
 from leeway.errors import DeadlineError, ExhaustedError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient
+from leeway.rpc import Backoff
 from leeway.types import EngineInfo, LogprobMode, RunSpec
 
 _JOIN_WAIT_SECONDS: Final = 30.0
-_RETRY_SECONDS: Final = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class Joining:
         return spec, finished
 
     async def _ask_to_join(self) -> tuple[RunSpec, bool]:
+        backoff = Backoff()
         while True:
             try:
                 return await self._client.join_run(
@@ -77,4 +78,4 @@ class Joining:
                 )
             except (DeadlineError, UnavailableError, ExhaustedError) as error:
                 log.info("run %s is not open yet (%s)", self._client.run, error.message)
-                await asyncio.sleep(_RETRY_SECONDS)
+                await backoff.pause(error.retry_seconds if isinstance(error, ExhaustedError) else None)

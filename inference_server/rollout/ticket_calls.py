@@ -14,11 +14,10 @@ from typing import Final
 
 from leeway.errors import DeadlineError, ExhaustedError, UnavailableError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import cancel_and_wait
+from leeway.rpc import Backoff, cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import Drain, PolicyVersion, Ticket
 
-_RETRY_SECONDS: Final = 1.0
 _MAX_CALLS: Final = 2
 
 log = logging.getLogger(__name__)
@@ -49,6 +48,7 @@ class TicketCalls:
         self._metrics = metrics
         self._on_answer = on_answer
         self._calls: dict[asyncio.Task[list[Ticket]], PolicyVersion] = {}
+        self._backoff = Backoff()
         self._drain: Drain | None = None  # set while this server gets no work
         self.finished = False  # whether the run is
 
@@ -83,19 +83,20 @@ class TicketCalls:
     async def _acquire(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
         started_at = time.perf_counter()
         try:
-            work = await self._client.request_work(self._server_id, version, max_members, self._wait_seconds)
+            acquired = await self._client.acquire_tickets(self._server_id, version, max_members, self._wait_seconds)
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
             log.warning("no tickets: %s; asking again", error.message)
             told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
-            await asyncio.sleep(told_seconds or _RETRY_SECONDS)
+            await self._backoff.pause(told_seconds)
             return []
-        if work.finished and not self.finished:
+        self._backoff.reset()
+        if acquired.finished and not self.finished:
             log.info("run %s has finished", self._client.run)
             self.finished = True
-        if work.tickets:
+        if acquired.tickets:
             self._metrics.ticket_wait_seconds.observe(time.perf_counter() - started_at)
-        self._hear_of_drain(work.drained)
-        return work.tickets
+        self._hear_of_drain(acquired.drained)
+        return acquired.tickets
 
     def _hear_of_drain(self, drain: Drain | None) -> None:
         """Say once that this server is out of the run, and once that it is in it again."""

@@ -26,12 +26,10 @@ from leeway import codec
 from leeway.config import WriterOptions
 from leeway.errors import ExhaustedError, InvalidDataError, LeewayError, UnavailableError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import cancel_and_wait, cancellation_kept, from_rpc_error
+from leeway.rpc import Backoff, cancel_and_wait, cancellation_kept, from_rpc_error
 from leeway.types import WriteItem, WriteResult
 from leeway.v1 import replay_pb2
 
-_FIRST_BACKOFF_SECONDS: Final = 0.1
-_LAST_BACKOFF_SECONDS: Final = 2.0
 log = logging.getLogger(__name__)
 
 _RAISED_CODES: Final = {
@@ -112,7 +110,7 @@ class TrajectoryWriter:
             LeewayError: the buffer refuses the stream itself.
         """
         loop = asyncio.get_running_loop()
-        backoff_seconds = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff()
         try:
             while True:
                 await self._window.sendable.wait()
@@ -126,15 +124,14 @@ class TrajectoryWriter:
                     continue
                 self._window.take_back()
                 if self._waiting_since > waiting_since:
-                    backoff_seconds = _FIRST_BACKOFF_SECONDS
+                    backoff.reset()
                 elif loop.time() - self._waiting_since > self._options.patience_seconds:
                     raise UnavailableError(
                         f"the replay buffer at {self._client.address} answered no write for "
                         f"{self._options.patience_seconds:g} s ({problem}); is it running?"
                     )
                 log.warning("the stream to the replay buffer at %s broke: %s", self._client.address, problem)
-                await asyncio.sleep(backoff_seconds)
-                backoff_seconds = min(2 * backoff_seconds, _LAST_BACKOFF_SECONDS)
+                await backoff.pause()
         except LeewayError as error:
             self._error = error
             self._answered.set()

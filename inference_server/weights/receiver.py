@@ -34,13 +34,12 @@ from leeway.errors import (
     NotFoundError,
     UnavailableError,
 )
-from leeway.rpc import Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
+from leeway.rpc import Backoff, Security, cancel_and_wait, cancellation_kept, from_rpc_error, open_channel
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 
-_FIRST_BACKOFF_SECONDS: Final = 0.1
-_LAST_BACKOFF_SECONDS: Final = 2.0
+_ANNOUNCE_AGAIN_SECONDS: Final = 2.0
 _FATAL_CODES: Final = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -126,15 +125,14 @@ class WeightReceiver:
     # Watching
 
     async def _watch_forever(self) -> None:
-        backoff_seconds = _FIRST_BACKOFF_SECONDS
+        backoff = Backoff()
         while True:
             before = self._newest
             problem = await self._watch_until_broken()
             if self._newest is not before:
-                backoff_seconds = _FIRST_BACKOFF_SECONDS
+                backoff.reset()
             log.info("the policy stream from %s ended (%s); opening it again", self._address, problem)
-            await asyncio.sleep(backoff_seconds)
-            backoff_seconds = min(2 * backoff_seconds, _LAST_BACKOFF_SECONDS)
+            await backoff.pause()
 
     async def _watch_until_broken(self) -> str:
         """Take announcements until the stream ends; say why it did.
@@ -255,7 +253,7 @@ class WeightReceiver:
     async def _announce_again(self) -> None:
         """Come back to the newest announcement in a moment, or at once when there is a newer one."""
         try:
-            async with asyncio.timeout(_LAST_BACKOFF_SECONDS):
+            async with asyncio.timeout(_ANNOUNCE_AGAIN_SECONDS):
                 await self._announced.wait()
         except TimeoutError:
             self._announced.set()

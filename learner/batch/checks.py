@@ -1,22 +1,18 @@
-"""Refuses groups that cannot be trained on, before anything is computed. Needs no torch."""
+"""Refuses groups that this model or its loss cannot be trained on, before anything is computed. Needs no torch.
+
+That a trajectory is whole and its log-probs are usable was judged when it was assembled (`leeway.trajectory`).
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 
-from learner.batch.packing import token_temperatures
-from learner.errors import UnusableGroupError
+from learner.trainer import UnusableGroupError
 from leeway.errors import InvalidDataError
+from leeway.trajectory.check import LARGEST_LOGPROB, LARGEST_MASS
 from leeway.types import ModelSignature, Trajectory, TrajectoryGroup
-
-LOGPROB_ROUNDING = 1e-4
-"""How far above 0 an engine's float32 rounding may push a log-probability near 0."""
-
-MASS_ROUNDING = 1e-3
-"""How far above 1 the probabilities of the candidates may add up."""
 
 
 def check_group(group: TrajectoryGroup, check: Callable[[Trajectory], None]) -> None:
@@ -35,10 +31,10 @@ def check_group(group: TrajectoryGroup, check: Callable[[Trajectory], None]) -> 
 
 
 def check_trajectory(trajectory: Trajectory, signature: ModelSignature, longest: int | None) -> None:
-    """Refuse a trajectory whose columns do not make sense for this model.
+    """Refuse a trajectory that this model cannot be trained on.
 
     Args:
-        trajectory: as drawn.
+        trajectory: as drawn, so that its columns fit together (`leeway.trajectory`).
         signature: of the model.
         longest: most tokens that can be trained on; None for the model's context.
 
@@ -49,39 +45,11 @@ def check_trajectory(trajectory: Trajectory, signature: ModelSignature, longest:
     limit = signature.context_length if longest is None else min(longest, signature.context_length)
     if not 1 <= trajectory.num_tokens <= limit:
         raise InvalidDataError(f"{name} has {trajectory.num_tokens} tokens where 1 to {limit} can be trained on")
-    expected = (trajectory.num_tokens,)
-    for column, values in (("behavior_logprobs", trajectory.behavior_logprobs), ("loss_mask", trajectory.loss_mask)):
-        if values.shape != expected:
-            raise InvalidDataError(
-                f"{name}: {column} has shape {list(values.shape)} where tokens have {list(expected)}"
-            )
     if int(trajectory.token_ids.min()) < 0 or int(trajectory.token_ids.max()) >= signature.vocab_size:
         raise InvalidDataError(f"{name} has token ids outside the vocabulary of {signature.vocab_size}")
-    if not math.isfinite(trajectory.reward):
-        raise InvalidDataError(
-            f"{name} has reward {trajectory.reward}; the reward function must return a finite number"
-        )
     if trajectory.loss_mask[0]:
         raise InvalidDataError(
             f"{name} has its first token in the loss, which nothing predicts; a prompt must come before it"
-        )
-    _check_trained_tokens(trajectory, name)
-
-
-def _check_trained_tokens(trajectory: Trajectory, name: str) -> None:
-    trained = trajectory.loss_mask
-    behavior = trajectory.behavior_logprobs[trained]
-    unusable = ~(np.isfinite(behavior) & (behavior <= LOGPROB_ROUNDING))
-    if unusable.any():
-        token = int(np.flatnonzero(trained)[np.argmax(unusable)])
-        raise InvalidDataError(
-            f"{name}: token {token} has behavior log-prob {trajectory.behavior_logprobs[token]:g}, "
-            "where a finite number of at most 0 is needed; the engine must record what it sampled with"
-        )
-    temperatures = token_temperatures(trajectory)[trained]
-    if not (np.isfinite(temperatures) & (temperatures > 0)).all():
-        raise InvalidDataError(
-            f"{name} was sampled at temperature {temperatures.min()}; only positive ones can be trained on"
         )
 
 
@@ -119,9 +87,9 @@ def check_candidates(trajectory: Trajectory, signature: ModelSignature, topk: in
         "a candidate outside the vocabulary": ((token_ids < 0) | (token_ids >= signature.vocab_size)).any(axis=-1),
         "the same candidate twice": (ordered[:, 1:] == ordered[:, :-1]).any(axis=-1),
         "a candidate whose log-prob is not a finite number of at most 0": ~(
-            np.isfinite(logprobs) & (logprobs <= LOGPROB_ROUNDING)
+            np.isfinite(logprobs) & (logprobs <= LARGEST_LOGPROB)
         ).all(axis=-1),
-        "candidates of more than all probability": np.exp(logprobs.astype(np.float64)).sum(axis=-1) > 1 + MASS_ROUNDING,
+        "candidates of more than all probability": np.exp(logprobs.astype(np.float64)).sum(axis=-1) > LARGEST_MASS,
     }
     for fault, tokens in faults.items():
         if tokens.any():

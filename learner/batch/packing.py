@@ -47,10 +47,6 @@ class MicroBatch:
     topk_behavior_logprobs: NDArray[np.float32] | None = None  # [N, K] log mu of the candidates
     staleness: Int64Array | None = None  # [N] of the targets, in optimizer steps
 
-    @property
-    def num_targets(self) -> int:
-        return int(self.target_token_ids.shape[0])
-
     def place_sequences(self) -> tuple[Int64Array, int]:
         """[R * W] which trajectory of this micro-batch a place belongs to, -1 at padding; and how many there are.
 

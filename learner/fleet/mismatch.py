@@ -28,8 +28,7 @@ from typing import Final
 
 import numpy as np
 
-from learner.lineage import trajectory_staleness
-from learner.records.checkpoint import Branch
+from learner.lineage import Branch, trajectory_staleness
 from leeway.types import Float32Array, Trajectory
 
 MAX_NATS: Final = 10.0

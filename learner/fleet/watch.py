@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from learner.fleet.mismatch import MismatchWindow, Standing, samples_of
-from learner.records.checkpoint import Branch
+from learner.lineage import Branch
 from leeway.config import FleetOptions
 from leeway.errors import DeadlineError, ExhaustedError, LeewayError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient

@@ -15,9 +15,9 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from learner.loop.context import Parts
-from learner.loop.stop_deadline import Answers
-from learner.records.checkpoint import Branch, LedgerStep, PendingCheckpoint
+from learner.lineage import Branch
+from learner.loop.context import Context
+from learner.run_artifacts.checkpoint import LedgerStep, PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.rpc import cancel_and_wait
 from leeway.types import PolicyVersion, TrajectoryGroup
@@ -29,9 +29,8 @@ _LAST_CHECKPOINT_SECONDS: Final = 60.0
 class Checkpointing:
     """Makes the heads of one incarnation durable."""
 
-    def __init__(self, parts: Parts, answers: Answers, restored_step: int) -> None:
-        self._parts = parts
-        self._answers = answers
+    def __init__(self, context: Context, restored_step: int) -> None:
+        self._context = context
         self._step = restored_step  # of the newest checkpoint, durable or on its way
         self._ledger: list[LedgerStep] = []
         self._saving: asyncio.Task[None] | None = None
@@ -46,10 +45,10 @@ class Checkpointing:
             return
         await self.durable()
         began = time.monotonic()
-        self._parts.journal.sync()
-        self._parts.receipts.sync()
-        pending = self._parts.checkpoints.begin(head, self._ledger, branches)
-        finish_save = await asyncio.to_thread(self._parts.trainer.begin_save, pending.partial)
+        self._context.journal.sync()
+        self._context.receipts.sync()
+        pending = self._context.checkpoints.begin(head, self._ledger, branches)
+        finish_save = await asyncio.to_thread(self._context.trainer.begin_save, pending.partial)
         self._step = head.step
         self._saving = asyncio.create_task(self._commit(epoch, pending, finish_save, began), name="checkpoint")
 
@@ -71,12 +70,12 @@ class Checkpointing:
 
         def finish() -> None:
             finish_save()
-            self._parts.checkpoints.finish(pending)
+            self._context.checkpoints.finish(pending)
 
         await asyncio.to_thread(finish)
         step = pending.version.step
-        kept_step = await asyncio.to_thread(self._parts.checkpoints.oldest_kept_step)
-        await self._answers.wait_for(self._parts.buffer.commit(epoch, step, kept_step))
+        kept_step = await asyncio.to_thread(self._context.checkpoints.oldest_kept_step)
+        await self._context.answered(self._context.buffer.commit(epoch, step, kept_step))
         self._ledger = [entry for entry in self._ledger if entry[0] > step]
-        await asyncio.to_thread(self._parts.checkpoints.remove_old)
-        self._parts.metrics.checkpoint_seconds.observe(time.monotonic() - began)
+        await asyncio.to_thread(self._context.checkpoints.remove_old)
+        self._context.metrics.checkpoint_seconds.observe(time.monotonic() - began)

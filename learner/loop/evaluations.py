@@ -13,9 +13,8 @@ import asyncio
 import logging
 from typing import Final
 
-from learner.loop.context import Parts
+from learner.loop.context import Context
 from learner.loop.reports import Reports
-from learner.loop.stop_deadline import Answers
 from leeway.config import EvaluationOptions
 from leeway.errors import LeewayError
 from leeway.rpc import cancel_and_wait
@@ -32,28 +31,22 @@ class Evaluations:
     """The evaluations that one epoch asks for.
 
     Args:
-        parts: asks the buffer, holds the publisher.
-        answers: waits for the buffer.
+        context: of the loop.
         reports: gets the results.
         spec: says how long the run is, and how it samples.
         options: when, and on how many tasks.
         timeout_seconds: how long servers may take for one.
-        stop: ends every wait.
     """
 
     def __init__(
         self,
-        parts: Parts,
-        answers: Answers,
+        context: Context,
         reports: Reports,
         spec: RunSpec,
         options: EvaluationOptions,
         timeout_seconds: float,
-        stop: asyncio.Event,
     ) -> None:
-        self._parts = parts
-        self._stop = stop
-        self._answers = answers
+        self._context = context
         self._reports = reports
         self._spec = spec
         self._options = options
@@ -78,14 +71,14 @@ class Evaluations:
             members=self._options.members,
             sampling=self._spec.sampling,
         )
-        self._parts.publisher.hold()
-        await self._answers.wait_for(self._parts.buffer.create_evaluation(epoch, evaluation))
+        self._context.publisher.hold()
+        await self._context.answered(self._context.buffer.create_evaluation(epoch, evaluation))
         self._evaluating = asyncio.create_task(self._evaluate(evaluation), name="evaluation")
 
     async def finished(self) -> bool:
         """Wait for the evaluation in flight; false when a stop comes first."""
         if self._evaluating is not None:
-            if await unless_stopped(self._stop, _ended(self._evaluating)) is None:
+            if await unless_stopped(self._context.stop, _ended(self._evaluating)) is None:
                 return False
             self._evaluating = None
         return True
@@ -99,12 +92,12 @@ class Evaluations:
     async def _evaluate(self, evaluation: Evaluation) -> None:
         step = evaluation.version.step
         try:
-            result = await self._parts.buffer.await_evaluation(evaluation.evaluation_id, self._timeout_seconds)
+            result = await self._context.buffer.await_evaluation(evaluation.evaluation_id, self._timeout_seconds)
         except LeewayError as error:
             log.error("evaluation of step %d is lost: %s", step, error.message)
             return
         finally:
-            await self._parts.publisher.release()
+            await self._context.publisher.release()
         if result.complete and result.rewards:
             self._reports.evaluated(evaluation.version, result)
             return

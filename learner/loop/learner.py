@@ -22,15 +22,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from learner.errors import UnusableGroupError
 from learner.fleet.watch import FleetWatch
-from learner.lineage import token_staleness
+from learner.lineage import Branch, token_staleness
 from learner.loop.checkpointing import Checkpointing
-from learner.loop.context import Parts
+from learner.loop.context import Context
 from learner.loop.evaluations import Evaluations
 from learner.loop.reports import Reports, Trained
-from learner.loop.stop_deadline import Answers
-from learner.records.checkpoint import Branch, Checkpoint
+from learner.run_artifacts.checkpoint import Checkpoint
+from learner.trainer import UnusableGroupError
 from leeway.config import EvaluationOptions, LearnerOptions
 from leeway.errors import DeadlineError
 from leeway.rpc import cancel_and_wait
@@ -45,43 +44,37 @@ class Learner:
     """One incarnation of the learner of one run.
 
     Args:
-        parts: what the loop joins together; the trainer holds what `restored` holds.
+        context: its trainer holds the weights of `restored`.
         spec: what the run is.
         options: of the learner.
         evaluation: when a version is measured.
         restored: the checkpoint that this incarnation starts from.
-        stop: ends the loop cleanly, wherever it is.
     """
 
     def __init__(
         self,
-        parts: Parts,
+        context: Context,
         spec: RunSpec,
         options: LearnerOptions,
         evaluation: EvaluationOptions,
         restored: Checkpoint,
-        stop: asyncio.Event,
     ) -> None:
-        self._parts = parts
+        self._context = context
         self._spec = spec
         self._options = options
-        self._stop = stop
         self._epoch = 0
         self._head = restored.version
         self._restored_ledger = restored.ledger
         self._branches: list[Branch] = list(restored.branches)
-        self._snapshot: WeightSnapshot | None = None  # of the head, unless that is still to be asked of the trainer
+        self._snapshot: WeightSnapshot | None = None  # of the head; None until the trainer is asked for it
         self._batch_wait_seconds = 0.0
-        self._answers = Answers(parts.buffer.address, stop)
-        self._reports = Reports(parts, policy_logprobs=options.record_policy_logprobs)
-        self._checkpointing = Checkpointing(parts, self._answers, restored.version.step)
-        self._evaluations = Evaluations(
-            parts, self._answers, self._reports, spec, evaluation, options.evaluation_timeout_seconds, stop
-        )
+        self._reports = Reports(context, policy_logprobs=options.record_policy_logprobs)
+        self._checkpointing = Checkpointing(context, restored.version.step)
+        self._evaluations = Evaluations(context, self._reports, spec, evaluation, options.evaluation_timeout_seconds)
         self._fleet = FleetWatch(
-            parts.buffer,
+            context.buffer,
             options.fleet,
-            parts.metrics,
+            context.metrics,
             lambda verdict: self._reports.drained(self._head.step, verdict),
         )
 
@@ -101,8 +94,8 @@ class Learner:
         However it ends, what was trained is in a durable, committed checkpoint.
         """
         opened = await unless_stopped(
-            self._stop,
-            self._parts.buffer.open_run(self._spec, self._head, self._restored_ledger, secrets.token_bytes(16)),
+            self._context.stop,
+            self._context.buffer.open_run(self._spec, self._head, self._restored_ledger, secrets.token_bytes(16)),
         )
         if opened is None:
             return False
@@ -110,7 +103,7 @@ class Learner:
             return True
         self._epoch = opened.epoch
         self._branches.append((opened.epoch, self._head.step))
-        self._parts.metrics.epoch.set(opened.epoch)
+        self._context.metrics.epoch.set(opened.epoch)
         log.info("epoch %d opens the run at step %d of %d", self._epoch, self._head.step, self._spec.total_steps)
         watching = asyncio.create_task(self._fleet.run(self._epoch), name="fleet watch")
         try:
@@ -129,13 +122,13 @@ class Learner:
             if await self._train(groups):
                 await self._checkpoint_if_due()
                 await self._evaluations.begin_if_due(self._epoch, self._head)
-            if self._stop.is_set():
+            if self._context.stop.is_set():
                 return await self._stop_early()
         await self._checkpoint()
         await self._checkpointing.durable()
         if not await self._evaluations.finished():
             return await self._stop_early()
-        await self._answers.wait_for(self._parts.buffer.finish_run(self._epoch))
+        await self._context.answered(self._context.buffer.finish_run(self._epoch))
         return True
 
     async def _stop_early(self) -> bool:
@@ -150,9 +143,9 @@ class Learner:
     async def _draw(self) -> Sequence[TrajectoryGroup] | None:
         """The next step's groups, or None when a stop came first."""
         step, began = self._head.step + 1, time.monotonic()
-        draw = self._parts.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
+        draw = self._context.buffer.draw_batch(self._epoch, step, self._options.draw_timeout_seconds)
         try:
-            groups = await unless_stopped(self._stop, draw)
+            groups = await unless_stopped(self._context.stop, draw)
         except DeadlineError as error:
             raise DeadlineError(await self._name_blocker(step)) from error
         self._batch_wait_seconds = time.monotonic() - began
@@ -174,12 +167,12 @@ class Learner:
         step = self._head.step + 1
         started_at, began = time.time(), time.monotonic()
         try:
-            result = await asyncio.to_thread(self._parts.trainer.train_step, step, groups, tuple(self._branches))
+            result = await asyncio.to_thread(self._context.trainer.train_step, step, groups, tuple(self._branches))
         except UnusableGroupError as error:
             log.error("group %s is set aside: %s", error.group_id, error.message)
-            self._parts.metrics.rejected_groups.inc()
-            rejection = self._parts.buffer.reject_group(self._epoch, error.group_id, error.message)
-            await self._answers.wait_for(rejection)
+            self._context.metrics.rejected_groups.inc()
+            rejection = self._context.buffer.reject_group(self._epoch, error.group_id, error.message)
+            await self._context.answered(rejection)
             return None
         step_seconds = time.monotonic() - began
         staleness = token_staleness(groups, self._head.step, self._branches)
@@ -189,9 +182,9 @@ class Learner:
     async def _advance(self, trained: Trained) -> None:
         """Tell the buffer of the version that was just trained, which becomes the head."""
         step = self._head.step + 1
-        manifest, buffers = await asyncio.to_thread(self._parts.trainer.published)
+        manifest, buffers = await asyncio.to_thread(self._context.trainer.published)
         version = PolicyVersion(self._spec.run, self._epoch, step, weights_digest(manifest))
-        await self._answers.wait_for(self._parts.buffer.advance(self._epoch, version, self._head))
+        await self._context.answered(self._context.buffer.advance(self._epoch, version, self._head))
         self._head = version
         self._snapshot = WeightSnapshot(version, self._epoch, manifest, buffers)
         self._checkpointing.trained(step, trained.groups)
@@ -203,11 +196,11 @@ class Learner:
 
     async def _publish(self) -> None:
         """Announce the head."""
-        await self._parts.publisher.publish(self._current_snapshot())
+        await self._context.publisher.publish(self._current_snapshot())
 
     def _current_snapshot(self) -> WeightSnapshot:
         if self._snapshot is None or self._snapshot.version != self._head:
-            manifest, buffers = self._parts.trainer.published()
+            manifest, buffers = self._context.trainer.published()
             self._snapshot = WeightSnapshot(self._head, self._epoch, manifest, buffers)
         return replace(self._snapshot, publisher_epoch=self._epoch)
 
@@ -220,9 +213,9 @@ class Learner:
 
     async def _name_blocker(self, step: int) -> str:
         """Why no batch came."""
-        status = await self._parts.buffer.run_status()
+        status = await self._context.buffer.run_status()
         servers = ", ".join(
-            f"{name} at {version or 'no version'}" for name, version in self._parts.publisher.servers.items()
+            f"{name} at {version or 'no version'}" for name, version in self._context.publisher.servers.items()
         )
         return (
             f"no batch for step {step} within {self._options.draw_timeout_seconds:g} s: "

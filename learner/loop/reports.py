@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from learner.fleet.watch import Verdict
-from learner.loop.context import Parts
-from learner.records.checkpoint import Branch
-from learner.records.policy_logprobs import write_policy_logprobs
-from learner.records.receipts import make_receipt
-from learner.records.summary import merge_intervals
+from learner.lineage import Branch
+from learner.loop.context import Context
+from learner.run_artifacts.journal import merge_intervals, write_policy_logprobs
+from learner.run_artifacts.receipts import make_receipt
 from learner.trainer import StepResult
 from leeway.service.metrics import STALENESS_BUCKETS
 from leeway.types import EvaluationResult, PolicyVersion, TrajectoryGroup, WeightManifest
@@ -34,10 +33,10 @@ class Trained:
 class Reports:
     """Writes down what one incarnation of the learner does."""
 
-    def __init__(self, parts: Parts, *, policy_logprobs: bool) -> None:
-        self._parts = parts
+    def __init__(self, context: Context, *, policy_logprobs: bool) -> None:
+        self._context = context
         self._policy_logprobs = policy_logprobs
-        earlier_seconds = max((record["elapsed_seconds"] for record in parts.journal.records), default=0.0)
+        earlier_seconds = max((record["elapsed_seconds"] for record in context.journal.records), default=0.0)
         self._clock_started = time.monotonic() - earlier_seconds
 
     def stepped(
@@ -49,10 +48,10 @@ class Reports:
         trained: Trained,
     ) -> None:
         """A step led from `parent` to `head`, whose weights `manifest` names."""
-        receipts, statistics = self._parts.receipts, trained.result.statistics
+        receipts, statistics = self._context.receipts, trained.result.statistics
         receipts.append(make_receipt(receipts.options, branches, parent, head, trained.groups, statistics, manifest))
         if self._policy_logprobs:
-            write_policy_logprobs(self._parts.run_directory, head.step, trained.result.policy_logprobs)
+            write_policy_logprobs(self._context.run_directory, head.step, trained.result.policy_logprobs)
         self._record(
             {
                 "kind": "step",
@@ -69,7 +68,7 @@ class Reports:
         self._observe(head.step, trained)
 
     def _observe(self, step: int, trained: Trained) -> None:
-        metrics = self._parts.metrics
+        metrics = self._context.metrics
         metrics.step.set(step)
         metrics.step_seconds.observe(trained.step_seconds)
         metrics.batch_wait_seconds.observe(trained.batch_wait_seconds)
@@ -82,7 +81,7 @@ class Reports:
     def evaluated(self, version: PolicyVersion, result: EvaluationResult) -> None:
         """An evaluation is complete."""
         mean = sum(result.rewards) / len(result.rewards)
-        self._parts.metrics.heldout_reward.set(mean)
+        self._context.metrics.heldout_reward.set(mean)
         self._record(
             {
                 "kind": "evaluation",
@@ -96,7 +95,8 @@ class Reports:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the version of `step` was measured, by this incarnation or an earlier one."""
-        return any(record["kind"] == "evaluation" and record["step"] == step for record in self._parts.journal.records)
+        records = self._context.journal.records
+        return any(record["kind"] == "evaluation" and record["step"] == step for record in records)
 
     def drained(self, step: int, verdict: Verdict) -> None:
         """A server was taken out of the run while `step` was the head."""
@@ -111,7 +111,7 @@ class Reports:
         )
 
     def _record(self, record: dict[str, Any]) -> None:
-        self._parts.journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
+        self._context.journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
 
 
 def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:

@@ -34,9 +34,7 @@ from learner.losses.form import (
 from leeway.config import LossOptions, Options
 from leeway.config.algorithms import LossParameters
 from leeway.errors import InvalidDataError
-
-LOGPROB_ROUNDING = 1e-4
-MASS_ROUNDING = 1e-3
+from leeway.trajectory.check import LARGEST_LOGPROB, LARGEST_MASS
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Column = tuple[Number, ...]
@@ -223,7 +221,7 @@ def _candidates(given: LossInput) -> Candidates:
     ids = torch.tensor(given.topk_ids)
     behavior, policy = _logprobs("mu_topk", given.mu_topk, given), _logprobs("pi_topk", given.pi_topk, given)
     for name, logprobs in (("mu_topk", behavior), ("pi_topk", policy)):
-        excess = logprobs.exp().sum(dim=-1) > 1 + MASS_ROUNDING
+        excess = logprobs.exp().sum(dim=-1) > LARGEST_MASS
         if excess.any():
             raise InvalidDataError(
                 f"{name}: token {int(excess.nonzero()[0])} has candidates of more than probability 1"
@@ -243,7 +241,7 @@ def _logprobs(name: str, column: Sequence[Any], given: LossInput) -> Tensor:
     if given.probabilities:
         unusable, needed = (values <= 0) | (values > 1), "a number above 0 and at most 1, as `probabilities` is set"
     else:
-        unusable, needed = values > LOGPROB_ROUNDING, "a log-prob of at most 0 (or `probabilities`: true)"
+        unusable, needed = values > LARGEST_LOGPROB, "a log-prob of at most 0 (or `probabilities`: true)"
     if unusable.any():
         token = int(unusable.nonzero()[0, 0])
         found = float(values[unusable][0])

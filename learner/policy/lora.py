@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from learner.training.world import whole
+from learner.policy import whole
 from leeway.config import LoraOptions
 from leeway.errors import ConfigError
 

@@ -92,9 +92,8 @@ class RoutingReplay:
         self.num_layers = len(routers)
         self._routing: Tensor | None = None  # [P, L, k]
         self._routed: Tensor | None = None  # [P, 1]
-        self._handles = [
-            router.register_forward_hook(self._hook(layer, gates)) for layer, (router, gates) in enumerate(routers)
-        ]
+        for layer, (router, gates) in enumerate(routers):
+            router.register_forward_hook(self._hook(layer, gates))
 
     @contextmanager
     def active(self, routing: Tensor, routed: Tensor) -> Generator[None]:
@@ -109,11 +108,6 @@ class RoutingReplay:
             yield
         finally:
             self._routing = self._routed = None
-
-    def remove(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
 
     def _hook(self, layer: int, gates: Gates) -> Callable[[nn.Module, object, RouterOutput], RouterOutput | None]:
         def replace(router: nn.Module, _inputs: object, output: RouterOutput) -> RouterOutput | None:

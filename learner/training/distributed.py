@@ -20,9 +20,8 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
-from learner.errors import UnusableGroupError
-from learner.records.checkpoint import Branch
-from learner.trainer import FinishSave, StepResult
+from learner.lineage import Branch
+from learner.trainer import FinishSave, StepResult, UnusableGroupError
 from learner.training.torch_trainer import TorchTrainer
 from learner.training.world import TorchWorld
 from leeway.errors import InvalidDataError

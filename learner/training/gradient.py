@@ -22,17 +22,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.batch.step_batch import StepBatch
-from learner.batch.step_parts import Part, Partition
-from learner.errors import UnusableGroupError
 from learner.losses.batch_statistics import BatchStatistics
 from learner.losses.form import TokenBatch, token_values
+from learner.policy import local_part
 from learner.policy.head import TokenScores
 from learner.policy.model import PolicyModel
+from learner.trainer import UnusableGroupError
 from learner.training.optimizer import Optimizer
 from learner.training.policy_loss import PolicyLoss
-from learner.training.scored_tokens import ScoredTokens
-from learner.training.world import World, local_part
+from learner.training.statistics import ScoredTokens
+from learner.training.step_batch import Part, Partition, StepBatch
+from learner.training.world import World
 from leeway.config import TrainingOptions
 from leeway.errors import PreconditionError
 

@@ -3,6 +3,9 @@
     micro-batches ── score without gradient ──> measured ──> statistics of the step      (batch-aware losses only)
     micro-batch ── score ──> token_batch ──> losses, terms ──> observed ──> running mismatch, for later steps
 
+The mismatch is the mean divergence of tokens of staleness zero: what engine and learner disagree about although their
+weights are the same.
+
 Shape legend: T trained tokens of a micro-batch, N sequences of the step.
 """
 
@@ -33,7 +36,6 @@ from learner.losses.form import (
     token_values,
 )
 from learner.policy.head import TokenScores
-from learner.training.mismatch import RunningMismatch
 from leeway.config import TrainingOptions
 from leeway.config.algorithms import LossParameters
 
@@ -151,3 +153,30 @@ def _candidates(micro_batch: MicroBatch, scores: TokenScores, places: slice) -> 
         scores.topk_logprobs,
         torch.from_numpy(~sampled).to(device),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class RunningMismatch:
+    """A mean over tokens in which a step counts 1 - 1 / memory as much as the one after it.
+
+    Steps without tokens of staleness zero change nothing, so a run that is always stale keeps what it last knew.
+    """
+
+    total: float = 0.0
+    tokens: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        """0 until something was measured."""
+        return self.total / self.tokens if self.tokens else 0.0
+
+    def after(self, total: float, tokens: float, memory_steps: int) -> RunningMismatch:
+        """With one more step's sum of divergences and number of tokens.
+
+        Example:
+            memory 2: 10 tokens of .1, then 10 of .4: (.5 + 4) / (5 + 10) = .3.
+        """
+        if not tokens:
+            return self
+        decay = 1 - 1 / memory_steps
+        return RunningMismatch(decay * self.total + total, decay * self.tokens + tokens)

@@ -8,7 +8,6 @@ directory/trainer.json  format, model digest, steps taken
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
 )
 
 from leeway.errors import CorruptDataError
+from leeway.service.durable import replace_file
 
 FORMAT = 1
 _SCALARS = "trainer.json"
@@ -91,10 +91,7 @@ def load_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 def save_scalars(directory: Path, scalars: TrainerScalars) -> None:
     """Write the scalars and make them durable."""
-    with (directory / _SCALARS).open("w", encoding="utf-8") as file:
-        json.dump(asdict(scalars), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
+    replace_file(directory / _SCALARS, json.dumps(asdict(scalars), indent=2))
 
 
 def load_scalars(directory: Path) -> TrainerScalars:

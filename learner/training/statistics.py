@@ -1,20 +1,24 @@
-"""What one step tells about itself: a few numbers from its tokens, its rewards and its advantages.
+"""Statistics of one step, from its scored tokens.
 
-Shape legend: T trained tokens of a step, N its trajectories, G groups.
+Shape legend: T trained tokens of a micro-batch or, joined, of all micro-batches and ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.losses.batch_statistics import Reduce
 from learner.losses.form import Candidates, TokenTerms, TokenValues
+from learner.training.step_batch import StepBatch
+from learner.training.world import World, gather_arrays, gather_tensor
+from leeway.types import Float32Array
 
 
 @torch.no_grad()
@@ -86,30 +90,53 @@ def candidate_statistics(parts: Sequence[Candidates | None], reduce: Reduce) -> 
     return {"topk_behavior_mass": behavior / num_tokens, "topk_policy_mass": policy / num_tokens}
 
 
-def group_statistics(
-    rewards: Sequence[NDArray[np.float64]],
-    advantages: Sequence[NDArray[np.float64]],
-    num_tokens: NDArray[np.int64],
-    num_trained_tokens: NDArray[np.int64],
-) -> dict[str, float]:
-    """Statistics of a step's groups.
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Of one micro-batch, without gradient."""
 
-    Args:
-        rewards: G arrays, one entry per member.
-        advantages: G arrays.
-        num_tokens: [N] tokens per trajectory, prompt included.
-        num_trained_tokens: [N] tokens in the loss per trajectory.
-    """
-    all_rewards = np.concatenate(rewards)
-    all_advantages = np.concatenate(advantages)
+    loss: Tensor  # scalar, this micro-batch's share of the step's loss
+    sequences: Tensor  # [T] index of the trajectory
+    values: TokenValues
+    terms: TokenTerms
+    entropies: Tensor
+    culprit: int | None  # index of a trajectory whose loss is not finite
+    load_balancing: float = 0.0  # this micro-batch's share of the step's mean
+
+
+def scored_statistics(scored: Sequence[ScoredTokens], world: World) -> dict[str, float]:
+    """Statistics over the tokens of all micro-batches and ranks."""
+
+    def joined(of: Callable[[ScoredTokens], Tensor]) -> Tensor:
+        return gather_tensor(world, torch.cat([of(part) for part in scored]))
+
+    values = TokenValues(
+        policy_logprobs=joined(lambda part: part.values.policy_logprobs),
+        behavior_logprobs=joined(lambda part: part.values.behavior_logprobs),
+        ratio=joined(lambda part: part.values.ratio),
+        advantages=joined(lambda part: part.values.advantages),
+    )
+    terms = TokenTerms(kept=joined(lambda part: part.terms.kept), weight=joined(lambda part: part.terms.weight))
     return {
-        "reward_mean": float(all_rewards.mean()),
-        "reward_std": float(all_rewards.std()),
-        "advantage_mean_abs": float(np.abs(all_advantages).mean()),
-        "advantage_max_abs": float(np.abs(all_advantages).max()),
-        "no_signal_group_fraction": float(np.mean([not group.any() for group in advantages])),
-        "response_length_mean": float(num_trained_tokens.mean()),
-        "num_sequences": float(num_tokens.shape[0]),
-        "num_tokens": float(num_tokens.sum()),
-        "num_trained_tokens": float(num_trained_tokens.sum()),
+        **token_statistics(values, terms, joined(lambda part: part.entropies)),
+        **candidate_statistics([part.values.candidates for part in scored], world.reduce),
     }
+
+
+def policy_logprobs(batch: StepBatch, scored: Sequence[ScoredTokens], world: World) -> dict[str, Float32Array]:
+    """[tokens in the loss] of every trajectory of all ranks, by its id.
+
+    A trajectory's tokens are scored together and in order.
+    """
+    sequences = torch.cat([part.sequences for part in scored]).cpu().numpy()
+    logprobs = torch.cat([part.values.policy_logprobs for part in scored]).cpu().numpy()
+    order = np.argsort(sequences, kind="stable")
+    ends = np.searchsorted(sequences[order], np.arange(1, len(batch.trajectories)))
+    parts = np.split(logprobs[order], ends)
+    return _gathered(
+        {trajectory.trajectory_id: part for trajectory, part in zip(batch.trajectories, parts, strict=True)}, world
+    )
+
+
+def _gathered(logprobs: Mapping[str, Float32Array], world: World) -> dict[str, Float32Array]:
+    names = [name for text in world.gather_text(json.dumps(list(logprobs))) for name in json.loads(text)]
+    return dict(zip(names, gather_arrays(world, list(logprobs.values())), strict=True))

@@ -16,20 +16,17 @@ from typing import cast
 import torch
 
 from learner.batch.checks import check_candidates, check_group, check_trajectory
-from learner.batch.step_batch import step_batch
-from learner.batch.step_parts import Partition
+from learner.lineage import Branch
 from learner.policy.model import PolicyModel
 from learner.policy.r3 import check_routing
-from learner.records.checkpoint import Branch
 from learner.trainer import FinishSave, StepResult
 from learner.training import state as training_state
 from learner.training.gradient import StepGradient
-from learner.training.mismatch import RunningMismatch
-from learner.training.older_policies import OlderPolicy
 from learner.training.optimizer import Optimizer
-from learner.training.policy_loss import PolicyLoss
-from learner.training.scored_tokens import ScoredTokens, policy_logprobs, scored_statistics
+from learner.training.policy_loss import PolicyLoss, RunningMismatch
 from learner.training.state import TrainerScalars
+from learner.training.statistics import ScoredTokens, policy_logprobs, scored_statistics
+from learner.training.step_batch import OlderPolicy, Partition, step_batch
 from learner.training.world import TorchWorld, World
 from leeway.config import TrainingOptions
 from leeway.errors import PreconditionError

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 
 from learner.losses.batch_statistics import Reduction
 from leeway.errors import ConfigError, InvalidDataError
@@ -160,16 +159,6 @@ def gather_tensor(world: World, tensor: Tensor) -> Tensor:
     if world.size == 1:
         return tensor
     return torch.cat([torch.from_numpy(array.copy()) for array in world.gather(tensor.detach().cpu().numpy())])
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, by all ranks at once; any other one as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _group(idle_seconds: float) -> dist.ProcessGroup:

@@ -1,7 +1,4 @@
-"""`leeway buffer verify | ls | show | export`: the files of a replay buffer, read without changing them.
-
-They need no running buffer, and do not mind one.
-"""
+"""`leeway buffer verify | ls | show | export`: reads a replay buffer's files, with or without a running buffer."""
 
 from __future__ import annotations
 
@@ -9,13 +6,14 @@ import argparse
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
 from leeway import codec
 from leeway.cli.buffer_export import EXPORTED_STATES, FORMATS, OPTIONAL_COLUMNS, export_groups
+from leeway.cli.command import Command
 from leeway.cli.run_folder import is_run_folder, open_run_folder
 from leeway.errors import ConfigError
 from leeway.service.process import EXIT_FAILED, EXIT_OK
@@ -39,54 +37,46 @@ def directory_of(path: Path) -> Path:
     return path
 
 
-def add_commands(commands: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare them under `leeway buffer`."""
-    _add(commands, "verify", _verify, "check every byte of a log, its index and its snapshots", _VERIFY)
-    ls = _add(commands, "ls", _ls, "list runs, groups or segments", "Lists runs and their newest groups, or segments.")
-    _add_filter(ls)
-    ls.add_argument("--limit", type=int, default=20, metavar="N", help="newest groups to show (default 20; 0: all)")
-    ls.add_argument("--segments", action="store_true", help="the files of the log instead")
-    show = _add(commands, "show", _show, "show one group or trajectory", "Shows where it stands and what it holds.")
-    show.add_argument("name", metavar="ID", help="a group such as sortmix8-g12, or a trajectory such as sortmix8-g12.0")
-    export = _add(commands, "export", _export, "write trajectories as JSONL or safetensors", _EXPORT)
-    export.add_argument("output", type=Path, metavar="FILE", help="ends in .jsonl or .safetensors; must not exist")
-    _add_filter(export)
-    export.add_argument(
-        "--columns",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="NAMES",
-        help=f"besides tokens and log-probs: {', '.join(OPTIONAL_COLUMNS)}; what is not named is not read from disk",
-    )
-
-
-_VERIFY: Final = (
-    "Reads the whole log and checks every record's checksum, every close's digest, and that the index and every "
-    "snapshot equal what the log says. Changes nothing. Exit code 1 when something is wrong."
-)
-_EXPORT: Final = (
-    "Writes the complete trajectories of consumed, ready and drawn groups (or of --state): token ids, behavior "
-    "log-probs, loss mask, version labels, rewards. JSONL has a line per trajectory; safetensors has one array per "
-    "column, trajectories one after another, with `offsets` [M + 1]; large exports are split into numbered files."
-)
-
-
-def _add(commands: Any, name: str, handler: Any, summary: str, description: str) -> argparse.ArgumentParser:  # noqa: ANN401
-    parser = commands.add_parser(name, help=summary, description=description)
+def _declare_path(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         type=Path,
         metavar="PATH",
         help="a run's folder or configuration file, or the directory of a replay buffer",
     )
-    parser.set_defaults(handler=handler)
-    return parser
+
+
+def _declare_ls(parser: argparse.ArgumentParser) -> None:
+    _declare_path(parser)
+    _add_filter(parser)
+    parser.add_argument("--limit", type=int, default=20, metavar="N", help="newest groups to show (default 20; 0: all)")
+    parser.add_argument("--segments", action="store_true", help="list the files of the log instead")
+
+
+def _declare_show(parser: argparse.ArgumentParser) -> None:
+    _declare_path(parser)
+    parser.add_argument(
+        "name", metavar="ID", help="a group such as sortmix8-g12, or a trajectory such as sortmix8-g12.0"
+    )
+
+
+def _declare_export(parser: argparse.ArgumentParser) -> None:
+    _declare_path(parser)
+    parser.add_argument("output", type=Path, metavar="FILE", help="new file that ends in .jsonl or .safetensors")
+    _add_filter(parser)
+    parser.add_argument(
+        "--columns",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="NAMES",
+        help=f"columns besides tokens and log-probs, comma-separated: {', '.join(OPTIONAL_COLUMNS)}",
+    )
 
 
 def _add_filter(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", default="", metavar="NAME", help="which run, where the log holds several")
+    parser.add_argument("--run", default="", metavar="NAME", help="the run, if the log holds several")
     parser.add_argument("--state", choices=sorted(_STATES), help="only groups in this state")
-    parser.add_argument("--step", type=int, default=0, help="only what this step trained on")
+    parser.add_argument("--step", type=int, default=0, metavar="STEP", help="only groups that this step trained on")
     parser.add_argument("--evaluation", action="store_true", help="held-out groups instead of training ones")
 
 
@@ -104,8 +94,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     for note in report.notes:
         print(f"note: {note}")
     for problem in report.problems:
-        print(f"wrong: {problem}")
-    print("nothing is wrong" if not report.problems else f"{len(report.problems)} things are wrong")
+        print(f"problem: {problem}")
+    count = len(report.problems)
+    print(f"{count} problem{'s' if count > 1 else ''} found" if count else "OK")
     return EXIT_FAILED if report.problems else EXIT_OK
 
 
@@ -248,3 +239,35 @@ def _console() -> Console:
 
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+COMMANDS: Final = (
+    Command(
+        "verify",
+        _verify,
+        _declare_path,
+        "check every byte of a log, its index and its snapshots",
+        "Read the whole log without changing it. Check every record's checksum and every trajectory's digest, and that "
+        "the index and every snapshot match the log. Exit code 1 if there are problems.",
+    ),
+    Command(
+        "ls", _ls, _declare_ls, "list runs, groups or segments", "List the log's runs and the newest groups of one."
+    ),
+    Command(
+        "show",
+        _show,
+        _declare_show,
+        "show one group or trajectory",
+        "Show a group's state and its trajectories, or a trajectory's records and where they lie in the log.",
+    ),
+    Command(
+        "export",
+        _export,
+        _declare_export,
+        "write trajectories as JSONL or safetensors",
+        "Write the complete trajectories of consumed, ready and drawn groups (or of --state): token ids, behavior "
+        "log-probs, loss mask, version labels, rewards. JSONL has one line per trajectory. Safetensors has one array "
+        "per column, with the trajectories concatenated and `offsets` [M + 1]; a large export is split into numbered "
+        "files.",
+    ),
+)

@@ -1,10 +1,4 @@
-"""`leeway conformance ADDRESS`: does a server keep the inference contract?
-
-Checks every requirement of docs/conformance.md against a running server, or against one that --command starts. Weights
-are pushed and decoding is paused: never point it at a server that feeds a run. Weights come from --weights, a Hugging
-Face directory of the served model; a server that samples by the arithmetic law needs none. Exit code: 0 when every
-requirement passed or was skipped, 1 when one failed, 2 when the server cannot be tested.
-"""
+"""`leeway conformance ADDRESS`: tests a server against the inference contract."""
 
 from __future__ import annotations
 
@@ -12,15 +6,15 @@ import argparse
 import asyncio
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from leeway.cli.command import add_security_options, security_of
 from leeway.conformance import kit
 from leeway.conformance.client import BackendClient, Refused
 from leeway.conformance.own_server import Starter, started
@@ -36,59 +30,46 @@ _NARROWEST_TABLE: Final = 160
 _ANSWER_SECONDS: Final = 20.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Number:
-    """An option whose default is the kit's own."""
-
-    flag: str
-    field: str  # of KitOptions
-    metavar: str
-    text: str
-
-    def declare(self, parser: argparse.ArgumentParser) -> None:
-        """The default says of which type it is."""
-        default: int | float = getattr(KitOptions(), self.field)
-        parser.add_argument(
-            self.flag,
-            type=type(default),
-            default=default,
-            metavar=self.metavar,
-            help=f"{self.text} (default {default:g})",
-        )
-
-
+# Options whose defaults are the kit's own: flag, field of KitOptions, metavar, help.
 _NUMBERS: Final = (
-    _Number("--samples", "samples", "N", "samples of a test of frequencies; more are taken where they are needed"),
-    _Number("--tolerance", "tolerance", "NATS", "by how much a log-prob may differ when sampled again"),
-    _Number("--quiet-seconds", "quiet_seconds", "S", "how long nothing may come while paused"),
-    _Number("--start-seconds", "start_seconds", "S", "longest start of a server that the kit starts"),
-    _Number("--stop-seconds", "stop_seconds", "S", "longest clean stop"),
-    _Number("--timeout", "check_seconds", "S", "deadline of each requirement"),
+    ("--samples", "samples", "N", "samples per test of frequencies; some tests take more"),
+    ("--tolerance", "tolerance", "NATS", "largest difference of a log-prob that is sampled again"),
+    ("--quiet-seconds", "quiet_seconds", "S", "how long no token may come while paused"),
+    ("--start-seconds", "start_seconds", "S", "longest start of a server that --command starts"),
+    ("--stop-seconds", "stop_seconds", "S", "longest clean stop"),
+    ("--timeout", "check_seconds", "S", "deadline of each requirement"),
 )
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare the command."""
-    parser = subparsers.add_parser(
-        "conformance", help="test a server against the inference contract", description=__doc__
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Test a server against every requirement of docs/conformance.md: one that runs at ADDRESS, or one that "
+        "--command starts. The test pushes weights and pauses decoding, so never use a server that feeds a run. "
+        "Weights come from --weights; a server that samples by the arithmetic law needs none. Exit code: 0 all passed "
+        "or skipped, 1 a requirement failed, 2 the server cannot be tested."
     )
     parser.add_argument("address", nargs="?", metavar="ADDRESS", help="host:port of an InferenceService")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="Hugging Face directory of the served model")
     parser.add_argument(
         "--command",
         metavar="COMMAND",
-        help="starts such a server, {address} in place of where it is to listen; for STOP-1 and STOP-2, and for "
-        "everything else too when no ADDRESS is given",
+        help="starts a server that listens at {address}, which the kit fills in; needed for STOP-1 and STOP-2, and "
+        "used for everything when no ADDRESS is given",
     )
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML, too")
-    parser.add_argument("--run", metavar="NAME", help="run that pushed versions belong to (default: the served one's)")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="also write the results as JUnit XML")
+    parser.add_argument("--run", metavar="NAME", help="run of the pushed versions (default: that of the served)")
     parser.add_argument(
-        "--context-length", type=int, metavar="N", help="longest sequence, if the server was started with less"
+        "--context-length",
+        type=int,
+        metavar="N",
+        help="longest sequence, if shorter than the model's",
     )
-    for option in _NUMBERS:
-        option.declare(parser)
-    for name in ("certificate", "key", "authority"):
-        parser.add_argument(f"--{name}", type=Path, metavar="PEM", help="for mutual TLS, all three")
+    for flag, field, metavar, text in _NUMBERS:
+        default: int | float = getattr(KitOptions(), field)
+        described = f"{text} (default {default:g})"
+        parser.add_argument(flag, dest=field, type=type(default), default=default, metavar=metavar, help=described)
+    add_security_options(parser)
     parser.set_defaults(handler=_conformance)
 
 
@@ -99,14 +80,14 @@ def _conformance(arguments: argparse.Namespace) -> int:
         run=arguments.run,
         samples=max(arguments.samples, 64),
         quiet_seconds=arguments.quiet_seconds,
-        check_seconds=arguments.timeout,
-        call_seconds=arguments.timeout,
+        check_seconds=arguments.check_seconds,
+        call_seconds=arguments.check_seconds,
         start_seconds=arguments.start_seconds,
         stop_seconds=arguments.stop_seconds,
         tolerance=arguments.tolerance,
         context_length=arguments.context_length,
     )
-    security = Security.from_files(arguments.certificate, arguments.key, arguments.authority, insecure=True)
+    security = security_of(arguments)
     own_server = (
         None
         if arguments.command is None
@@ -153,7 +134,7 @@ async def _test(
         session = Session(client, options, base, security, own_server)
         results: list[Result] = []
         console = Console(stderr=True, highlight=False)
-        with console.status("asking") as status:
+        with console.status("testing") as status:
             async for result in kit.run(session):
                 results.append(result)
                 status.update(f"{len(results)} of {len(kit.REQUIREMENTS)}: {result.requirement.id}")

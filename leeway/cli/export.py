@@ -1,20 +1,20 @@
-"""`leeway export RUN STEP`: a checkpoint as a Hugging Face directory that `from_pretrained` loads."""
+"""`leeway export RUN STEP`: writes a checkpoint as a Hugging Face model."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
-from learner.records.checkpoint import CheckpointStore
-from leeway.cli.run_folder import add_run_argument, open_run_folder
+from learner.run_artifacts.checkpoint import CheckpointStore
+from leeway.cli.command import add_run_argument
+from leeway.cli.run_folder import open_run_folder
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.process import EXIT_OK
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare the command."""
-    parser = subparsers.add_parser("export", help="write a checkpoint as a Hugging Face model", description=__doc__)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = "Write a checkpoint as a Hugging Face directory, which `from_pretrained` loads."
     add_run_argument(parser)
     parser.add_argument("step", type=int, metavar="STEP", help="a step that has a checkpoint; -1 for the newest")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default RUN/export/step-STEP)")

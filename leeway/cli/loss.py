@@ -1,8 +1,4 @@
-"""`leeway loss [FILE]`: what an algorithm makes of given tokens: ratio, divergence, mask, weight, gradient, loss.
-
-Computes with the learner's own functions in float64; to understand a setting, and to compare with other
-implementations. FILE is JSON, stdin without it or with `-`.
-"""
+"""`leeway loss [FILE]`: explains what an algorithm makes of given tokens, read as JSON from FILE or stdin."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,49 +26,67 @@ if TYPE_CHECKING:
 _NARROWEST_TABLE: Final = 140
 
 _INPUT: Final = f"""\
-the input is one JSON object; T tokens of N sequences, one after the other:
+The input is one JSON object; T tokens of N sequences, one after the other:
 
-  mu          [T]     log-probs of the sampled tokens from the inference engine; required
+  mu          [T]     log-probs of the sampled tokens from the inference engine;
+                      required
   pi          [T]     log-probs of the same tokens from the learner; required
   advantages  [T]     per token, or [N] per sequence; required
   lengths     [N]     tokens of each sequence (default: one sequence)
-  algorithm           its name, unless --algorithm gives it (default dppo-binary-tv)
-  options     object  loss keys of [learner.training]: delta_low, delta_high, truncation, ratio_low, ratio_high,
-                      divergence, topk, delta_growth, delta_growth_limit, mismatch_allowance, quadratic_coefficient,
-                      reference_kl_coefficient, reference_kl_estimator, entropy_coefficient, aggregation, horizon
+  algorithm           its name, unless --algorithm gives it
+                      (default dppo-binary-tv)
+  options     object  loss keys of [learner.training]: delta_low, delta_high,
+                      truncation, ratio_low, ratio_high, divergence, topk,
+                      delta_growth, delta_growth_limit, mismatch_allowance,
+                      quadratic_coefficient, reference_kl_coefficient,
+                      reference_kl_estimator, entropy_coefficient,
+                      aggregation, horizon
   loss_mask   [T]     true or 1 where a token is in the loss (default: all)
   token_ids   [T]     the sampled tokens; for top-K, as are the next three
   topk_ids    [T][K]  the engine's likeliest tokens
   mu_topk     [T][K]  their log-probs from the engine
   pi_topk     [T][K]  their log-probs from the learner
-  proximal    [T]     log-probs under pi_old; for minirl, minirl-tis, decoupled-ppo
-  reference   [T]     log-probs under the initial model; for reference_kl_coefficient
+  proximal    [T]     log-probs under pi_old; for minirl, minirl-tis,
+                      decoupled-ppo
+  reference   [T]     log-probs under the initial model; for
+                      reference_kl_coefficient
   entropy     [T]     of the learner's distribution; for entropy_coefficient
   staleness   [T]     in optimizer steps; for delta_growth
   mismatch            mean divergence at staleness zero; for mismatch_allowance
-  probabilities       true: mu, pi, mu_topk, pi_topk, proximal, reference are probabilities, not log-probs
+  probabilities       true: mu, pi, mu_topk, pi_topk, proximal, reference are
+                      probabilities, not log-probs
 
-the output with --json has the columns sequence, mu, pi, advantage, ratio, divergence (what the algorithm compares with
-delta; null for none), delta, binary_tv, binary_kl, mask (1 = kept), weight, token_loss, gradient (d token_loss / d log
-pi, before aggregation), each [T]; sequence_weight [N]; loss; algorithm, parameters, aggregation. Infinite numbers are
-the strings "inf" and "-inf".
+The output with --json has these keys. Infinite numbers are the strings "inf"
+and "-inf".
 
-algorithms: {", ".join(ALGORITHMS)}
+  sequence, mu, pi, advantage, ratio, binary_tv, binary_kl, weight
+              [T]
+  divergence  [T]     what the algorithm compares with delta; null for none
+  delta       [T]     the bound; null for none
+  mask        [T]     1 = kept
+  token_loss  [T]     before aggregation
+  gradient    [T]     d token_loss / d log pi, before aggregation
+  sequence_weight     [N]
+  loss, algorithm, parameters, aggregation
 
-example:
-  echo '{{"mu": [-9.21, -0.01], "pi": [-4.61, -0.22], "advantages": [1, -1]}}' | leeway loss --algorithm cispo
+Algorithms:
+{textwrap.fill(", ".join(ALGORITHMS), 78, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)}
+
+Example:
+  echo '{{"mu": [-9.2, -0.01], "pi": [-4.6, -0.2], "advantages": [1, -1]}}' \\
+    | leeway loss --algorithm cispo
 """
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare the command."""
-    parser = subparsers.add_parser(
-        "loss",
-        help="explain a policy loss on given numbers",
-        description=__doc__,
-        epilog=_INPUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Explain what an algorithm makes of given tokens: ratio, divergence, mask,\n"
+        "weight, gradient, loss. Computed with the learner's own functions in float64,\n"
+        "to understand a setting and to compare with other implementations."
     )
+    parser.epilog = _INPUT
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, nargs="?", default=Path("-"), metavar="FILE", help="JSON (default: stdin)")
     parser.add_argument("--algorithm", metavar="NAME", help="in place of the input's")
     parser.add_argument(

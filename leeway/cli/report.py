@@ -14,15 +14,19 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from learner.records.journal import read_journal
-from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
+from learner.run_artifacts.journal import read_journal
+from leeway.cli.command import add_run_argument
+from leeway.cli.run_folder import RunFolder, open_run_folder
 from leeway.errors import NotFoundError
 from leeway.service.process import EXIT_OK
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare the command."""
-    parser = subparsers.add_parser("report", help="draw a run's report again", description=__doc__)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Draw a run's report.html again from metrics.jsonl and summary.json; also while the run is going. The page "
+        "holds its curves and opens without a network."
+    )
     add_run_argument(parser)
     parser.add_argument("--curve", type=Path, metavar="FILE", help="also write the reward curve alone, as SVG")
     parser.set_defaults(handler=_report)

@@ -1,8 +1,4 @@
-"""`leeway rollouts RUN`: what the model said, as the replay buffer's log has it.
-
-Shows each trajectory's prompt, completion, reward and finish reason, and per token pi - mu: the learner's probability
-when it trained on the token, minus the probability with which the engine sampled it.
-"""
+"""`leeway rollouts RUN`: shows rollouts from the replay buffer's log, with pi - mu for each token."""
 
 from __future__ import annotations
 
@@ -18,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from learner.records.policy_logprobs import read_policy_logprobs
+from learner.run_artifacts.journal import read_policy_logprobs
+from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
-from leeway.cli.run_folder import RunFolder, add_run_argument, open_run_folder
+from leeway.cli.run_folder import RunFolder, open_run_folder
 from leeway.config import ENGINES, RunConfiguration
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_OK
@@ -41,15 +38,19 @@ _NOTABLE_DIFFERENCE: Final = 0.02
 """|pi - mu| from which a token is coloured."""
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare the command."""
-    parser = subparsers.add_parser("rollouts", help="show what the model said", description=__doc__)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Show rollouts from the replay buffer's log: prompt, completion, reward and finish reason of each trajectory. "
+        "Per token it shows mu, the probability with which the engine sampled it, and pi - mu, where pi is the "
+        "learner's probability when it trained on the token."
+    )
     add_run_argument(parser)
     parser.add_argument("--step", type=int, default=0, help="only what this step trained on")
     parser.add_argument("--state", choices=sorted(_STATES), help="only groups in this state, for example dropped")
     parser.add_argument("--evaluation", action="store_true", help="held-out rollouts instead of training ones")
     parser.add_argument("--groups", type=int, default=3, metavar="N", help="newest groups to show (default 3; 0: all)")
-    parser.add_argument("--members", type=int, default=2, metavar="N", help="members of each group (default 2; 0: all)")
+    parser.add_argument("--members", type=int, default=2, metavar="N", help="members per group (default 2; 0: all)")
     parser.set_defaults(handler=_rollouts)
 
 
@@ -69,7 +70,7 @@ async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode
             _print_group(console, group, logprobs, decode, arguments.members)
             shown += 1
     if not shown:
-        console.print("no such rollouts")
+        console.print("no rollouts match")
 
 
 @asynccontextmanager
@@ -99,7 +100,7 @@ def _print_group(
 ) -> None:
     state = group.state.name.lower()
     if group.drop_reason is not None:
-        state += f" ({group.drop_reason.name.lower()}: {group.drop_message or 'no more is known'})"
+        state += f" ({group.drop_reason.name.lower()}: {group.drop_message or 'no details recorded'})"
     trained = f", step {group.step}" if group.step else ""
     console.rule(Text(f"group {group.group_id}, task {group.task_index}{trained}, {state}"), align="left")
     ordered = sorted(group.trajectories, key=lambda record: record.member)

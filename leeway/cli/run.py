@@ -19,22 +19,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal
 from leeway.cli.progress import open_progress
 from leeway.cli.report import write_report
 from leeway.cli.run_folder import has_finished, open_run_folder
+from leeway.cli.serve import on_ranks, serve_command
 from leeway.cli.supervisor import Outcome, Service, Supervisor
-from leeway.cli.torchrun import launcher
 from leeway.config import RunConfiguration, RunOptions, load_configuration
 from leeway.config.references import check_references
 from leeway.errors import PreconditionError
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
 
 
-def add_parser(subparsers: Any) -> None:  # noqa: ANN401 (argparse names its type privately)
-    """Declare the command."""
-    parser = subparsers.add_parser("run", help="run every service of a configuration", description=__doc__)
+def declare(parser: argparse.ArgumentParser) -> None:
+    """Describe the command."""
+    parser.description = (
+        "Start a run with all its services (replay buffer, learner, inference servers), show its progress, and write a "
+        "report at the end. A process that dies is restarted. Ctrl-C stops the run with a checkpoint; --resume "
+        "continues it."
+    )
     parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML configuration")
     add_override_option(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
@@ -47,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
     configuration = load_configuration(arguments.config, arguments.overrides)
     check_references(configuration)
     if arguments.check:
-        print(f"{arguments.config}: fine")
+        print(f"{arguments.config}: configuration OK")
         return EXIT_OK
     run = configuration.run
     _prepare_folder(run, resume=arguments.resume)
@@ -88,8 +92,10 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
     servers = tuple(
         Service(
             f"server-{index}",
-            ("inference_server", *arguments, "--index", str(index)),
-            str(options.python_of(options.engine_of(index)) or sys.executable),
+            serve_command(
+                *("inference-server", *arguments, "--index", str(index)),
+                python=str(options.python_of(options.engine_of(index)) or sys.executable),
+            ),
         )
         for index in range(len(network.inference_servers))
     )
@@ -97,8 +103,8 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
     loop = asyncio.get_running_loop()
     with open_progress(run, plain=plain or not sys.stderr.isatty()) as progress:
         supervisor = Supervisor(
-            replay_buffer=Service("replay-buffer", ("replay_buffer", *arguments)),
-            learner=Service("learner", (*launcher(configuration.learner.ranks), "learner", *arguments)),
+            replay_buffer=Service("replay-buffer", serve_command("replay-buffer", *arguments)),
+            learner=Service("learner", on_ranks(serve_command("learner", *arguments), configuration.learner.ranks)),
             servers=servers,
             learner_stop_seconds=configuration.learner.stop_seconds,
             log_directory=run.run_directory / "logs",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,6 @@ class RunFolder:
     directory: Path
     config_path: Path
     configuration: RunConfiguration
-
-
-def add_run_argument(parser: argparse.ArgumentParser) -> None:
-    """Declare RUN."""
-    parser.add_argument(
-        "run",
-        type=Path,
-        metavar="RUN",
-        help="the run's folder, such as runs/sortmix8, or the configuration file of services that were started by hand",
-    )
 
 
 def open_run_folder(path: Path) -> RunFolder:

@@ -4,7 +4,7 @@
 allocated: a Tensor's size against its shape, enums against their range. What is malformed raises InvalidDataError.
 """
 
-from leeway.codec.arrays import MAX_TENSOR_ELEMENTS, array_from_proto, array_to_proto, check_array
+from leeway.codec.arrays import MAX_TENSOR_ELEMENTS, array_from_proto, array_to_proto
 from leeway.codec.basics import (
     duration_to_proto,
     enum_from_proto,
@@ -18,19 +18,15 @@ from leeway.codec.basics import (
 from leeway.codec.chunks import (
     EMPTY_CHAIN,
     chain_digest,
-    check_column,
-    check_segment,
     chunk_from_proto,
     chunk_to_proto,
+    chunk_versions,
     decode_chunk,
     encode_chunk,
     span_versions,
-    unpacked_planes,
-    wire_column,
 )
 from leeway.codec.policies import (
     DIGEST_BYTES,
-    check_sampling,
     check_version,
     sampling_from_proto,
     sampling_to_proto,
@@ -71,34 +67,27 @@ from leeway.codec.weights import (
     weight_request_to_proto,
 )
 from leeway.codec.writes import (
-    answer_to_wire,
     close_from_proto,
     close_to_proto,
     failure_from_proto,
     failure_to_proto,
-    item_from_wire,
-    item_head,
+    item_from_proto,
     item_to_proto,
     result_from_proto,
     result_to_proto,
-    write_from_wire,
 )
 
 __all__ = [
     "DIGEST_BYTES",
     "EMPTY_CHAIN",
     "MAX_TENSOR_ELEMENTS",
-    "answer_to_wire",
     "array_from_proto",
     "array_to_proto",
     "chain_digest",
-    "check_array",
-    "check_column",
-    "check_sampling",
-    "check_segment",
     "check_version",
     "chunk_from_proto",
     "chunk_to_proto",
+    "chunk_versions",
     "close_from_proto",
     "close_to_proto",
     "decode_chunk",
@@ -116,8 +105,7 @@ __all__ = [
     "field_tag",
     "info_from_proto",
     "info_to_proto",
-    "item_from_wire",
-    "item_head",
+    "item_from_proto",
     "item_to_proto",
     "letter_from_proto",
     "letter_to_proto",
@@ -147,12 +135,9 @@ __all__ = [
     "ticket_to_proto",
     "timestamp_from_proto",
     "timestamp_to_proto",
-    "unpacked_planes",
     "varint",
     "version_from_proto",
     "version_to_proto",
     "weight_request_from_proto",
     "weight_request_to_proto",
-    "wire_column",
-    "write_from_wire",
 ]

@@ -34,21 +34,19 @@ def array_to_proto(array: Array) -> common_pb2.Tensor:
 
 
 def array_from_proto(tensor: common_pb2.Tensor) -> Array:
-    """A read-only view of the message's bytes."""
-    data, shape = tensor.data, tuple(tensor.shape)
-    check_array(tensor.dtype, shape, len(data))
-    return np.frombuffer(data, _NUMPY_DTYPES[tensor.dtype]).reshape(shape)
+    """A read-only view of the message's bytes.
 
-
-def check_array(number: int, shape: tuple[int, ...], size_bytes: int) -> None:
-    """Raises InvalidDataError unless so many bytes are an array of this DataType and shape."""
-    dtype = numpy_dtype(number)
+    Raises:
+        InvalidDataError: the bytes are not an array of this element type and shape.
+    """
+    data, shape, dtype = tensor.data, tuple(tensor.shape), numpy_dtype(tensor.dtype)
     elements = math.prod(shape)
-    if elements > MAX_TENSOR_ELEMENTS or elements * dtype.itemsize != size_bytes:
+    if elements > MAX_TENSOR_ELEMENTS or elements * dtype.itemsize != len(data):
         raise InvalidDataError(
             f"a {dtype.name} tensor of shape {list(shape)} takes {elements * dtype.itemsize} bytes, "
-            f"but {size_bytes} came"
+            f"but {len(data)} came"
         )
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def numpy_dtype(number: int) -> np.dtype[Any]:

@@ -40,16 +40,11 @@ def sampling_to_proto(params: SamplingParams) -> common_pb2.SamplingParams:
     )
 
 
-def check_sampling(message: common_pb2.SamplingParams) -> None:
-    """Raises InvalidDataError for a value that is out of range."""
+def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
     if not (math.isfinite(message.temperature) and message.temperature > 0):
         raise InvalidDataError(f"temperature must be a finite number above 0, but is {message.temperature}")
     if message.max_tokens < 1:
         raise InvalidDataError("max_tokens must be at least 1")
-
-
-def sampling_from_proto(message: common_pb2.SamplingParams) -> SamplingParams:
-    check_sampling(message)
     return SamplingParams(
         temperature=message.temperature,
         max_tokens=message.max_tokens,

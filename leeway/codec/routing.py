@@ -63,16 +63,6 @@ def unpack_routing(packed: bytes | memoryview, dtype: np.dtype[Any], shape: tupl
         InvalidDataError: it is not the packed form of such an array; nothing larger than the array was allocated.
     """
     n, layers, k = _checked_shape(dtype, shape)
-    planes = unpack_planes(packed, dtype, shape)
-    return np.ascontiguousarray(planes.reshape(layers, n, k).transpose(1, 0, 2))
-
-
-def unpack_planes(packed: bytes | memoryview, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
-    """The ids of each layer, [L, n * k]: what `unpack_routing` has before it restores their order.
-
-    Raises: see `unpack_routing`.
-    """
-    n, layers, k = _checked_shape(dtype, shape)
     if math.prod(shape) * dtype.itemsize > MAX_EXPANSION * len(packed):
         raise InvalidDataError(f"packed routing stands for more than {MAX_EXPANSION} times its {len(packed)} bytes")
     bits = packed[0]
@@ -80,7 +70,8 @@ def unpack_planes(packed: bytes | memoryview, dtype: np.dtype[Any], shape: tuple
         raise InvalidDataError(f"packed routing of {dtype.name} cannot have ids of {bits} bits")
     plane_bytes = _num_bytes(n * k, bits)
     content = np.frombuffer(_decompress(packed[1:], layers * plane_bytes), np.uint8).reshape(layers, plane_bytes)
-    return _ids(content, n * k, bits, dtype)
+    planes = _ids(content, n * k, bits, dtype)
+    return np.ascontiguousarray(planes.reshape(layers, n, k).transpose(1, 0, 2))
 
 
 def _checked_shape(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -1,28 +1,19 @@
-"""Writes and their answers, closes and failures; what is hot is read off the wire, without protobuf."""
+"""Writes and their answers, closes and failures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Final
 
 from leeway.codec.basics import (
     duration_to_proto,
     enum_from_proto,
-    field_tag,
-    parse,
     seconds_from_proto,
     timestamp_from_proto,
     timestamp_to_proto,
-    varint,
 )
-from leeway.codec.fields import CHUNK, CLOSE, FAILURE, WireItem, WireWrite, read_write
 from leeway.errors import InvalidDataError
 from leeway.types import FinishReason, TrajectoryClose, TrajectoryFailure, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2, trajectory_pb2
-
-_RESULTS: Final = field_tag(replay_pb2.WriteTrajectoriesResponse, "results")
-_STATUS: Final = replay_pb2.WriteResult.STATUS_FIELD_NUMBER << 3
 
 
 def close_to_proto(close: TrajectoryClose) -> trajectory_pb2.TrajectoryClose:
@@ -63,8 +54,8 @@ def failure_from_proto(message: trajectory_pb2.TrajectoryFailure) -> TrajectoryF
 def item_to_proto(item: WriteItem) -> replay_pb2.WriteItem:
     message = replay_pb2.WriteItem(trajectory_id=item.trajectory_id, attempt=item.attempt, seq=item.seq)
     match item.content:
-        case bytes() | memoryview() as chunk:
-            message.chunk = bytes(chunk)
+        case bytes() as chunk:
+            message.chunk = chunk
         case TrajectoryClose() as close:
             message.close.CopyFrom(close_to_proto(close))
         case TrajectoryFailure() as failure:
@@ -72,47 +63,18 @@ def item_to_proto(item: WriteItem) -> replay_pb2.WriteItem:
     return message
 
 
-def write_from_wire(message: bytes) -> WireWrite:
-    """A serialized WriteTrajectoriesRequest.
-
-    Raises:
-        InvalidDataError: it is none.
-    """
-    write = read_write(message)
-    if write is not None:
-        return write
-    request = parse(replay_pb2.WriteTrajectoriesRequest, message)
-    request.DiscardUnknownFields()  # what nobody here understands is not kept either
-    return WireWrite(request.run, request.server_id, [_wire_item(item) for item in request.items])
-
-
-def _wire_item(item: replay_pb2.WriteItem) -> WireItem:
-    tag, content = 0, b""
-    match item.WhichOneof("content"):
-        case "chunk":
-            tag, content = CHUNK, item.chunk
-        case "close":
-            tag, content = CLOSE, item.close.SerializeToString()
-        case "failure":
-            tag, content = FAILURE, item.failure.SerializeToString()
-        case None:
-            pass
-    return WireItem(item.trajectory_id, item.attempt, item.seq, tag, content, item.SerializeToString())
-
-
-def item_from_wire(item: WireItem) -> WriteItem:
+def item_from_proto(message: replay_pb2.WriteItem) -> WriteItem:
     """Raises InvalidDataError: its content makes no sense, or there is none."""
-    trajectory_id, attempt, seq, tag, data, encoded = item
-    if tag == CHUNK:
-        return WriteItem(trajectory_id, attempt, seq, data, encoded)
-    if tag == CLOSE:
-        sealed = bytes(data)
-        close = close_from_proto(parse(trajectory_pb2.TrajectoryClose, sealed), sealed)
-        return WriteItem(trajectory_id, attempt, seq, close)
-    if tag == FAILURE:
-        failure = parse(trajectory_pb2.TrajectoryFailure, bytes(data))
-        return WriteItem(trajectory_id, attempt, seq, failure_from_proto(failure))
-    raise InvalidDataError(f"a write to {trajectory_id!r} carries neither chunk, close nor failure")
+    match message.WhichOneof("content"):
+        case "chunk":
+            content: bytes | TrajectoryClose | TrajectoryFailure = message.chunk
+        case "close":
+            content = close_from_proto(message.close, message.close.SerializeToString())
+        case "failure":
+            content = failure_from_proto(message.failure)
+        case None:
+            raise InvalidDataError(f"a write to {message.trajectory_id!r} carries neither chunk, close nor failure")
+    return WriteItem(message.trajectory_id, message.attempt, message.seq, content)
 
 
 def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
@@ -125,28 +87,6 @@ def result_to_proto(result: WriteResult) -> replay_pb2.WriteResult:
         message=result.message,
         retry_delay=duration_to_proto(result.retry_seconds) if result.retry_seconds else None,
     )
-
-
-def answer_to_wire(results: Iterable[WriteResult]) -> bytes:
-    """A serialized WriteTrajectoriesResponse; what it says of most items is short enough to be written by hand."""
-    parts: list[bytes] = []
-    for result in results:
-        trajectory_id, attempt, seq, status, expected_seq, message, retry_seconds = result
-        if expected_seq or message or retry_seconds:
-            data = result_to_proto(result).SerializeToString()
-        else:
-            data = item_head(trajectory_id, attempt, seq) + bytes((_STATUS, status))
-        parts += (_RESULTS, varint(len(data)), data)
-    return b"".join(parts)
-
-
-def item_head(trajectory_id: str, attempt: int, seq: int) -> bytes:
-    """Fields 1 to 3 of WriteItem, WriteResult and ChunkWritten: whose, which attempt, which item."""
-    name = trajectory_id.encode()
-    head = b"\x0a" + varint(len(name)) + name if name else b""
-    if attempt:
-        head += b"\x10" + varint(attempt)
-    return head + b"\x18" + varint(seq) if seq else head
 
 
 def result_from_proto(message: replay_pb2.WriteResult) -> WriteResult:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from leeway.conformance.client import BackendClient, Refused
 from leeway.errors import ConfigError, UnavailableError
-from leeway.rpc import Security, cancel_and_wait
+from leeway.rpc import Security
+from leeway.service.children import Child, start
 from leeway.service.ports import free_port
 
 
@@ -49,34 +51,23 @@ async def started(command: Sequence[str], security: Security, start_seconds: flo
     argv = [part.replace("{address}", address) for part in command]
     try:
         # Its log goes to stderr, beside the kit's own messages.
-        process = await asyncio.create_subprocess_exec(
-            *argv, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL
-        )
+        child = await start(argv, on_stdout=asyncio.subprocess.DEVNULL)
     except OSError as error:
         raise ConfigError(f"{argv[0]}: cannot be run: {error.strerror}") from error
     try:
-        await _wait_until_it_answers(process, address, security, start_seconds)
-        yield OwnServer(address, process.terminate, process.wait)
+        await _wait_until_it_answers(child, address, security, start_seconds)
+        yield OwnServer(address, lambda: child.signal(signal.SIGTERM), child.wait)
     finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+        await child.stop(0.0)
 
 
-async def _wait_until_it_answers(
-    process: asyncio.subprocess.Process, address: str, security: Security, start_seconds: float
-) -> None:
+async def _wait_until_it_answers(child: Child, address: str, security: Security, start_seconds: float) -> None:
     client = BackendClient(address, security, start_seconds)
-    ending, answering = asyncio.create_task(process.wait()), asyncio.create_task(client.info())
     try:
-        await asyncio.wait([ending, answering], return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise UnavailableError(f"the server that was started for {address} ended with code {process.returncode}")
-        try:
-            answering.result()
-        except Refused as refusal:
-            raise UnavailableError(f"the server that was started for {address} does not answer: {refusal}") from refusal
+        await child.unless_ended(client.info())
+    except Refused as refusal:
+        raise UnavailableError(f"the server that was started for {address} does not answer: {refusal}") from refusal
     finally:
-        await cancel_and_wait(ending)
-        await cancel_and_wait(answering)
         await client.aclose()
+    if child.exit_code is not None:
+        raise UnavailableError(f"the server that was started for {address} ended with code {child.exit_code}")

@@ -1,11 +1,13 @@
 """gRPC as every service of Leeway uses it.
 
+backoff      how long to wait before an attempt is repeated
 channels     what a client opens: limits, keepalive, retries, certificates
 servers      what a service listens with; a handler raises a LeewayError, the client gets the same one
 statuses     how that error travels
 cancelling   tasks that end when they are cancelled, whatever their call does in that moment
 """
 
+from leeway.rpc.backoff import Backoff
 from leeway.rpc.cancelling import cancel_and_wait, cancellation_kept
 from leeway.rpc.channels import (
     BULK_PIECE_BYTES,
@@ -19,6 +21,7 @@ from leeway.rpc.statuses import from_rpc_error, mapped_errors
 __all__ = [
     "BULK_PIECE_BYTES",
     "MAX_MESSAGE_BYTES",
+    "Backoff",
     "RunningServer",
     "Security",
     "cancel_and_wait",

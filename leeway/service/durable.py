@@ -38,18 +38,42 @@ def make_directory(directory: Path) -> None:
     sync_directory(directory.parent)
 
 
-def replace_file(path: Path, text: str) -> None:
+def sync_file(path: Path) -> None:
+    """Make what was written to a file durable; its name is not.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, data: str | bytes) -> None:
     """Write a file as a whole: after a crash there is the old one or the new one.
 
     Raises:
         OSError: the disk is full or fails; the old one stands.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    sync_directory(path.parent)
+
+
+def publish_directory(partial: Path, path: Path) -> None:
+    """Give a folder, whose files and inner folders are durable, its name: after a crash it is whole or not there.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    sync_directory(partial)
+    partial.rename(path)
     sync_directory(path.parent)
 
 

@@ -26,9 +26,13 @@ T = TypeVar("T")
 Main = Callable[[asyncio.Event], Awaitable[None]]
 
 
-def service_parser(module: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that every service takes."""
-    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
+RUN_FINISHED: Final = "leeway: the run has finished"
+"""A server's line on stdout before it exits 0 because its run has finished: a supervisor does not restart it then."""
+
+
+def service_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The arguments that every service takes; `prog` is the documented way to start it."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML configuration of the run")
     add_override_option(parser)
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
@@ -38,7 +42,7 @@ def service_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_override_option(parser: argparse.ArgumentParser) -> None:
-    """Declare `--set`, for `leeway.config.load_document`."""
+    """Declare `--set`, for `leeway.config.load_configuration`."""
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -71,6 +75,11 @@ def serve(service: str, main: Main, arguments: argparse.Namespace) -> int:
     except* LeewayError as group:
         code = _report(service, _leaves(group))
     return code
+
+
+def tell_run_finished() -> None:
+    """Say on stdout, for a supervisor, that this server ends because its run has finished."""
+    print(RUN_FINISHED, flush=True)
 
 
 def exit_code(error: LeewayError) -> int:

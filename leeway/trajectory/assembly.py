@@ -1,18 +1,17 @@
-"""From pieces to whole trajectories: joins the columns of a trajectory's chunks on one token axis, and checks them.
+"""From pieces to whole trajectories: checks a trajectory's chunks and joins their columns on one token axis.
 
-The learner assembles what it draws; the replay buffer runs the same check when a trajectory closes, so what it calls
-READY assembles everywhere.
+pieces ──> records: chunks and a close ──> digest, `TrajectoryCheck` ──> arrays
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
 
 import numpy as np
 
 from leeway import codec
 from leeway.errors import CorruptDataError, InvalidDataError
+from leeway.trajectory.check import TrajectoryCheck
 from leeway.types import (
     Array,
     Column,
@@ -21,27 +20,13 @@ from leeway.types import (
     GroupRecord,
     GroupState,
     Purpose,
-    RunSpec,
-    SamplingParams,
-    Segment,
-    SegmentKind,
     Trajectory,
     TrajectoryChunk,
     TrajectoryClose,
     TrajectoryGroup,
     TrajectoryRecord,
-    VersionSpan,
 )
 from leeway.v1 import replay_pb2
-
-LAYOUT: Final = {
-    ColumnKind.TOKEN_IDS: (1, ("int32",)),
-    ColumnKind.BEHAVIOR_LOGPROBS: (1, ("float32",)),
-    ColumnKind.TOPK_TOKEN_IDS: (2, ("int32",)),
-    ColumnKind.TOPK_LOGPROBS: (2, ("float32",)),
-    ColumnKind.ROUTING: (3, ("uint8", "uint16")),
-}
-"""Axes and element types of each column."""
 
 
 def assemble_groups(pieces: Iterable[replay_pb2.GroupPiece]) -> list[TrajectoryGroup]:
@@ -114,9 +99,7 @@ def assemble_trajectory(record: TrajectoryRecord) -> Trajectory:
     where = f"trajectory {record.trajectory_id}"
     if close is None:
         raise InvalidDataError(f"{where} is not closed")
-    digest = codec.EMPTY_CHAIN
-    for chunk in record.chunks:
-        digest = codec.chain_digest(digest, chunk)
+    digest = codec.chain_digest(codec.EMPTY_CHAIN, *record.chunks)
     if digest != close.digest or len(record.chunks) != close.chunk_count:
         raise CorruptDataError(f"{where}: its chunks are not what its close sealed")
     try:
@@ -126,136 +109,52 @@ def assemble_trajectory(record: TrajectoryRecord) -> Trajectory:
 
 
 def join_chunks(chunks: Sequence[TrajectoryChunk], record: TrajectoryRecord, close: TrajectoryClose) -> Trajectory:
-    """Join decoded chunks; every check that needs no knowledge of the run.
+    """Check decoded chunks, as far as that needs no knowledge of the run, and join their columns.
 
     Raises:
-        InvalidDataError: gaps, overlaps, missing behavior log-probs or spans, non-finite log-probs.
+        InvalidDataError: they do not fit together; see `TrajectoryCheck.whole`.
     """
+    judge = TrajectoryCheck()
+    for chunk in chunks:
+        judge.take(chunk)
     n = close.token_count
-    segments = _segments(chunks, n)
-    sampled = np.zeros(n, dtype=np.bool_)
+    segments, _ = judge.whole(n)
     loss_mask = np.zeros(n, dtype=np.bool_)
     for segment in segments:
-        if segment.kind is SegmentKind.MODEL:
-            sampled[segment.start_token : segment.end_token] = True
-            loss_mask[segment.start_token : segment.end_token] = segment.in_loss
-    spans = tuple(span for chunk in chunks for span in chunk.version_spans)
-    _check_spans(spans, sampled)
-    token_ids = _column(chunks, ColumnKind.TOKEN_IDS, n)
-    if token_ids is None or token_ids[1].sum() != n:
-        raise InvalidDataError("token ids are missing")
-    logprobs = _column(chunks, ColumnKind.BEHAVIOR_LOGPROBS, n)
-    if logprobs is None or not np.array_equal(logprobs[1], sampled):
-        raise InvalidDataError("behavior log-probs must cover exactly the sampled tokens; mu is never recomputed")
-    if not np.isfinite(logprobs[0]).all() or (logprobs[0] > 1e-4).any():
-        raise InvalidDataError("a behavior log-prob is not a finite number of at most 0")
-    routing = _column(chunks, ColumnKind.ROUTING, max(n - 1, 0))
-    if routing is not None and not routing[1].all():
-        raise InvalidDataError("routing must cover every token but the last")
-    topk_ids = _column(chunks, ColumnKind.TOPK_TOKEN_IDS, n)
-    topk_logprobs = _column(chunks, ColumnKind.TOPK_LOGPROBS, n)
-    if (topk_ids is None) != (topk_logprobs is None):
-        raise InvalidDataError("top-K token ids and log-probs come together")
-    for topk in (topk_ids, topk_logprobs):
-        if topk is not None and not np.array_equal(topk[1], sampled):
-            raise InvalidDataError("top-K columns must cover exactly the sampled tokens")
+        loss_mask[segment.start_token : segment.end_token] = segment.in_loss
+    columns = [column for chunk in chunks for column in chunk.columns]
+    token_ids, behavior_logprobs = (
+        _joined(columns, kind, n) for kind in (ColumnKind.TOKEN_IDS, ColumnKind.BEHAVIOR_LOGPROBS)
+    )
+    assert token_ids is not None
+    assert behavior_logprobs is not None
     return Trajectory(
         trajectory_id=record.trajectory_id,
         member=record.member,
         attempt=record.attempt,
         server_id=record.server_id,
-        token_ids=token_ids[0],
-        behavior_logprobs=logprobs[0],
+        token_ids=token_ids,
+        behavior_logprobs=behavior_logprobs,
         loss_mask=loss_mask,
-        version_spans=spans,
+        version_spans=tuple(span for chunk in chunks for span in chunk.version_spans),
         segments=segments,
         reward=close.reward,
         finish_reason=close.finish_reason,
         generation_started_at=close.generation_started_at,
         generation_finished_at=close.generation_finished_at,
-        routing=None if routing is None else routing[0],
-        topk_token_ids=None if topk_ids is None else topk_ids[0],
-        topk_logprobs=None if topk_logprobs is None else topk_logprobs[0],
+        routing=_joined(columns, ColumnKind.ROUTING, max(n - 1, 0)),
+        topk_token_ids=_joined(columns, ColumnKind.TOPK_TOKEN_IDS, n),
+        topk_logprobs=_joined(columns, ColumnKind.TOPK_LOGPROBS, n),
         digest=close.digest,
     )
 
 
-def check_against_spec(trajectory: Trajectory, spec: RunSpec, sampling: SamplingParams) -> None:
-    """Check a trajectory against its run: vocabulary, model dimensions, and that what was asked for was recorded.
-
-    Raises:
-        InvalidDataError: saying which value is out of place.
-    """
-    signature = spec.signature
-    ids = trajectory.token_ids
-    if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= signature.vocab_size):
-        raise InvalidDataError(f"a token id is outside the vocabulary of {signature.vocab_size}")
-    for span in trajectory.version_spans:
-        if span.version.run != spec.run:
-            raise InvalidDataError(f"tokens are labelled with {span.version}, a version of another run")
-    if trajectory.routing is not None:
-        _, layers, experts_per_token = trajectory.routing.shape
-        if (layers, experts_per_token) != (signature.moe_layers, signature.experts_per_token):
-            raise InvalidDataError(
-                f"routing has {layers} layers x {experts_per_token} experts per token; "
-                f"the model has {signature.moe_layers} x {signature.experts_per_token}"
-            )
-        if trajectory.routing.size and int(trajectory.routing.max()) >= signature.experts:
-            raise InvalidDataError(f"routing names an expert beyond the model's {signature.experts}")
-    elif sampling.routing:
-        raise InvalidDataError("the run records routing, but none came; does the engine provide it?")
-    if sampling.topk and (trajectory.topk_token_ids is None or trajectory.topk_token_ids.shape[1] < sampling.topk):
-        raise InvalidDataError(f"the run records top-{sampling.topk}, but fewer came; does the engine provide it?")
-
-
-def _segments(chunks: Sequence[TrajectoryChunk], n: int) -> tuple[Segment, ...]:
-    latest: dict[int, Segment] = {}
-    for chunk in chunks:
-        for segment in chunk.segments:
-            latest[segment.start_token] = segment
-    segments = tuple(latest[start] for start in sorted(latest))
-    at = 0
-    for segment in segments:
-        if segment.start_token != at:
-            raise InvalidDataError(f"segments leave a gap or overlap at token {at}")
-        at = segment.end_token
-    if at != n:
-        raise InvalidDataError(f"segments cover {at} tokens of {n}")
-    return segments
-
-
-def _check_spans(spans: Sequence[VersionSpan], sampled: Array) -> None:
-    covered = np.zeros_like(sampled)
-    for span in spans:
-        if span.end_token > len(covered) or covered[span.start_token : span.end_token].any():
-            raise InvalidDataError(
-                f"version span [{span.start_token}, {span.end_token}) overlaps or exceeds the tokens"
-            )
-        covered[span.start_token : span.end_token] = True
-    if not np.array_equal(covered, sampled):
-        raise InvalidDataError("version spans must cover exactly the sampled tokens")
-
-
-def _column(chunks: Sequence[TrajectoryChunk], kind: ColumnKind, n: int) -> tuple[Array, Array] | None:
-    """All values of one kind on the token axis (0 where there are none), and which tokens have one."""
-    columns: list[Column] = [column for chunk in chunks for column in chunk.columns if column.kind is kind]
-    if not columns:
-        return None
-    first = columns[0].values
-    ndim, dtypes = LAYOUT[kind]
-    if first.ndim != ndim or first.dtype.name not in dtypes:
-        raise InvalidDataError(
-            f"{kind.name} must be {' or '.join(dtypes)} with {ndim} axes, but is {first.dtype.name} with {first.ndim}"
-        )
-    values: Array = np.zeros((n, *first.shape[1:]), dtype=first.dtype)
-    covered = np.zeros(n, dtype=np.bool_)
+def _joined(columns: Iterable[Column], kind: ColumnKind, n: int) -> Array | None:
+    """All values of one kind on the token axis, 0 where there are none; None when nothing of it came."""
+    joined: Array | None = None
     for column in columns:
-        if column.values.dtype != first.dtype or column.values.shape[1:] != first.shape[1:]:
-            raise InvalidDataError(f"{kind.name} changes its type or shape between chunks")
-        if column.end_token > n or covered[column.start_token : column.end_token].any():
-            raise InvalidDataError(
-                f"{kind.name} [{column.start_token}, {column.end_token}) overlaps or exceeds {n} tokens"
-            )
-        values[column.start_token : column.end_token] = column.values
-        covered[column.start_token : column.end_token] = True
-    return values, covered
+        if column.kind is kind:
+            if joined is None:
+                joined = np.zeros((n, *column.values.shape[1:]), dtype=column.values.dtype)
+            joined[column.start_token : column.end_token] = column.values
+    return joined

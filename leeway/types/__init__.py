@@ -28,6 +28,15 @@ from leeway.types.run import (
     RunStatus,
     TrajectoryRecord,
 )
+from leeway.types.tickets import (
+    AcquiredTickets,
+    Purpose,
+    Ticket,
+    TicketMember,
+    WriteItem,
+    WriteResult,
+    WriteStatus,
+)
 from leeway.types.trajectory import (
     Array,
     BoolArray,
@@ -52,16 +61,9 @@ from leeway.types.weights import (
     WeightRequest,
     WeightSnapshot,
 )
-from leeway.types.work import (
-    Purpose,
-    Ticket,
-    TicketMember,
-    WriteItem,
-    WriteResult,
-    WriteStatus,
-)
 
 __all__ = [
+    "AcquiredTickets",
     "Array",
     "BoolArray",
     "Column",

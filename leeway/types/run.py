@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from leeway.types.policy import ModelSignature, PolicyVersion
+from leeway.types.tickets import Purpose
 from leeway.types.trajectory import SamplingParams, TrajectoryClose
-from leeway.types.work import Purpose
 
 
 class GroupState(enum.IntEnum):

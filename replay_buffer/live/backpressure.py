@@ -14,12 +14,18 @@ message more for each stream that is being read.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
+from typing import Final
 
 from leeway.config import ReplayBufferOptions
 from leeway.errors import ExhaustedError
 from replay_buffer.storage.log import Log
+
+_FAR_FROM_FULL_BYTES: Final = 1 << 30
+_ROOM_SECONDS: Final = 0.05
 
 
 class Cause(StrEnum):
@@ -30,15 +36,21 @@ class Cause(StrEnum):
     FREE_BYTES = "free_bytes"  # it is nearly full
 
 
-class Intake:
+class Backpressure:
     """Slows writers, then refuses them."""
 
     def __init__(
-        self, options: ReplayBufferOptions, durable_log: Log, on_refused: Callable[[str], None] = lambda _: None
+        self,
+        options: ReplayBufferOptions,
+        durable_log: Log,
+        on_refused: Callable[[str], None] = lambda _: None,
+        free_bytes: Callable[[Path], int] | None = None,
     ) -> None:
         self._options = options
         self._log = durable_log
         self._on_refused = on_refused
+        self._free_bytes = free_bytes or free_bytes_of
+        self._room_until = 0.0  # on the loop's clock: until then the disk has room for chunks
         self.waiting_bytes = 0
 
     @property
@@ -85,7 +97,42 @@ class Intake:
             message = f"the disk {cause}: nothing became durable within {self._options.hold_seconds:g} s"
             raise self.refusal(Cause.DISK, message) from None
 
+    def has_room_for_chunks(self) -> bool:
+        """Whether chunks may be taken. Far from the mark the disk is not looked at for each message."""
+        if self._log.stalled:
+            return False
+        now = asyncio.get_running_loop().time()
+        if now >= self._room_until:
+            spare = self._free_bytes(self._options.directory) - self._options.hard_free_bytes
+            if spare < _FAR_FROM_FULL_BYTES:
+                return spare >= 0
+            self._room_until = now + _ROOM_SECONDS
+        return True
+
+    def check_free_space(self) -> None:
+        """Refuse tickets on a disk that is nearly full.
+
+        Raises:
+            ExhaustedError: it is; the caller has to come back.
+        """
+        if self._log.stalled:
+            raise self.refusal(Cause.DISK, "the disk is full; no tickets are issued until there is room")
+        free, wanted = self._free_bytes(self._options.directory), self._options.soft_free_bytes
+        if free < wanted:
+            self._room_until = 0.0
+            raise self.refusal(
+                Cause.FREE_BYTES,
+                f"{free >> 20} MiB free, below replay_buffer.soft_free_bytes ({wanted >> 20} MiB): "
+                "no tickets are issued until there is room",
+            )
+
     def refusal(self, cause: Cause, message: str) -> ExhaustedError:
         """The error that says when to come back."""
         self._on_refused(cause)
         return ExhaustedError(f"{self._options.directory}: {message}", self._options.retry_seconds)
+
+
+def free_bytes_of(directory: Path) -> int:
+    """Space that this process may still use on the directory's disk."""
+    statistics = os.statvfs(directory)
+    return statistics.f_bavail * statistics.f_frsize

@@ -10,15 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
-from leeway.codec.fields import Bytes
+from leeway import codec
 from leeway.trajectory.check import TrajectoryCheck
 from leeway.types import PolicyVersion
 from replay_buffer.rules.groups import Location, Member
-from replay_buffer.storage.records import span_versions
 
 _MOST_DRAFTS: Final = 16_384
 
-ReadChunk = Callable[[Location], Bytes]
+ReadChunk = Callable[[Location], bytes]
 
 
 class Drafts:
@@ -28,7 +27,7 @@ class Drafts:
         self._most = most
         self._drafts: OrderedDict[tuple[str, int], TrajectoryCheck] = OrderedDict()
 
-    def add(self, run: str, member: Member, chunk: Bytes) -> tuple[PolicyVersion, ...]:
+    def add(self, member: Member, chunk: bytes) -> tuple[PolicyVersion, ...]:
         """The next chunk of a member; returns the versions of its tokens.
 
         Raises:
@@ -37,9 +36,9 @@ class Drafts:
         key, written = (member.trajectory_id, member.attempt), len(member.records)
         draft = self._drafts.get(key)
         if not written:
-            draft = TrajectoryCheck(run)
+            draft = TrajectoryCheck()
         elif draft is None or draft.num_chunks != written:
-            return span_versions(chunk)
+            return codec.chunk_versions(chunk)
         versions = draft.add(chunk)
         self._drafts[key] = draft
         self._drafts.move_to_end(key)
@@ -47,7 +46,7 @@ class Drafts:
             self._drafts.popitem(last=False)
         return versions
 
-    def whole(self, run: str, member: Member, read: ReadChunk) -> TrajectoryCheck:
+    def whole(self, member: Member, read: ReadChunk) -> TrajectoryCheck:
         """Everything that was written of a member, which is about to end.
 
         Raises:
@@ -55,7 +54,7 @@ class Drafts:
         """
         draft = self._drafts.pop((member.trajectory_id, member.attempt), None)
         if draft is None or draft.num_chunks != len(member.records):
-            draft = TrajectoryCheck(run)
+            draft = TrajectoryCheck()
             for location in member.records:
                 draft.add(read(location))
         return draft

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from leeway.codec.fields import Bytes
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.types import (
     DropReason,
@@ -105,12 +104,12 @@ def _repeated(group: Group, item: WriteItem, written: Transition) -> WriteDecisi
     return WriteDecision(decision.result, (GroupsDropped((group.group_id,), DropReason.CONFLICT, message),))
 
 
-def _chunk(run: RunState, group: Group, item: WriteItem, chunk: Bytes, member: Member, drafts: Drafts) -> WriteDecision:
+def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: Member, drafts: Drafts) -> WriteDecision:
     try:
-        versions = drafts.add(run.spec.run, member, chunk)
+        versions = drafts.add(member, chunk)
     except InvalidDataError as error:
         return _refuse(item, WriteStatus.INVALID, f"item {item.seq} of {item.trajectory_id}: {error.message}")
-    written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions, item.encoded)
+    written = ChunkWritten(item.trajectory_id, item.attempt, item.seq, chunk, versions)
     for version in versions:
         if run.lineage.is_unknown(version):
             message = f"trajectory {item.trajectory_id}: tokens are labelled with {version}, which was never registered"
@@ -171,14 +170,14 @@ def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, d
         if group.purpose is Purpose.TRAIN
         else run.evaluations[group.evaluation_id].evaluation.sampling
     )
-    draft = drafts.whole(run.spec.run, member, lambda location: _chunk_of(read(location)))
+    draft = drafts.whole(member, lambda location: _chunk_of(read(location)))
     try:
         draft.check(close, run.spec, sampling)
     except (InvalidDataError, CorruptDataError) as error:
         raise type(error)(f"trajectory {member.trajectory_id}: {error.message}") from error
 
 
-def _chunk_of(written: Transition) -> Bytes:
+def _chunk_of(written: Transition) -> bytes:
     assert isinstance(written, ChunkWritten)
     return written.chunk
 

@@ -10,11 +10,10 @@ from typing import Final
 
 from leeway import codec
 from leeway.rpc import BULK_PIECE_BYTES
-from leeway.v1 import replay_pb2
+from leeway.v1 import log_pb2, replay_pb2
 from replay_buffer.live.views import GroupView, MemberView
 from replay_buffer.rules.groups import Location
-from replay_buffer.rules.transitions import TrajectoryClosed, TrajectoryFailed
-from replay_buffer.storage.records import Bytes, decode, stored_chunk, stored_close
+from replay_buffer.storage.records import stored_chunk
 
 ReadMany = Callable[[Sequence[Location]], list[bytes]]
 """Records' payloads, in the order asked for."""
@@ -22,8 +21,6 @@ ReadMany = Callable[[Sequence[Location]], list[bytes]]
 _MOST_RECORDS: Final = 1024
 """Read at once; fewer when they are large."""
 _PIECES: Final = codec.field_tag(replay_pb2.DrawBatchResponse, "pieces")
-_TRAJECTORY: Final = codec.field_tag(replay_pb2.GroupPiece, "trajectory")
-_CLOSE: Final = codec.field_tag(replay_pb2.TrajectoryHeader, "close")
 _CHUNK: Final = codec.field_tag(replay_pb2.GroupPiece, "chunk")
 assert codec.field_tag(replay_pb2.ExportGroupsResponse, "pieces") == _PIECES, "one framing serves both"
 
@@ -34,7 +31,7 @@ def messages(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[bytes]
     Raises:
         CorruptDataError: a record is damaged on disk.
     """
-    gathered: list[Bytes] = []
+    gathered: list[bytes] = []
     size_bytes = 0
     for piece_bytes, parts in _pieces(views, read_many):
         if gathered and size_bytes + piece_bytes > BULK_PIECE_BYTES:
@@ -46,14 +43,14 @@ def messages(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[bytes]
         yield b"".join(gathered)
 
 
-def _pieces(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[tuple[int, Sequence[Bytes]]]:
+def _pieces(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[tuple[int, Sequence[bytes]]]:
     """Each group announces itself, then each of its trajectories, then that one's chunks; sizes, and bytes in parts."""
     records = _read(_locations(views), read_many)
     for view in views:
         yield _serialized(replay_pb2.GroupPiece(group=_group_header(view)))
         for member in view.members:
             ending = None if member.ending is None else next(records)
-            yield _trajectory(member, ending)
+            yield _serialized(_trajectory(member, ending))
             for _ in member.chunks:
                 chunk = stored_chunk(next(records))
                 inner = _CHUNK + codec.varint(len(chunk))
@@ -61,7 +58,7 @@ def _pieces(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[tuple[i
                 yield size_bytes, (_PIECES, codec.varint(size_bytes), inner, chunk)
 
 
-def _serialized(piece: replay_pb2.GroupPiece) -> tuple[int, Sequence[Bytes]]:
+def _serialized(piece: replay_pb2.GroupPiece) -> tuple[int, Sequence[bytes]]:
     data = piece.SerializeToString()
     return len(data), (_PIECES, codec.varint(len(data)), data)
 
@@ -104,24 +101,19 @@ def _group_header(view: GroupView) -> replay_pb2.GroupHeader:
     return header
 
 
-def _trajectory(view: MemberView, ending: bytes | None) -> tuple[int, Sequence[Bytes]]:
-    """A serialized piece with a TrajectoryHeader; a close goes out as it is stored."""
+def _trajectory(view: MemberView, ending: bytes | None) -> replay_pb2.GroupPiece:
+    """A trajectory's header; a close goes out as it is stored."""
     header = replay_pb2.TrajectoryHeader(
-        trajectory_id=view.trajectory_id, member=view.member, attempt=view.attempt, server_id=view.server_id
+        trajectory_id=view.trajectory_id,
+        member=view.member,
+        attempt=view.attempt,
+        server_id=view.server_id,
+        chunk_count=len(view.chunks),
     )
-    count = replay_pb2.TrajectoryHeader(chunk_count=len(view.chunks))
-    close = b"" if ending is None else stored_close(ending)
-    if close:
-        data = b"".join(
-            (header.SerializeToString(), _CLOSE, codec.varint(len(close)), close, count.SerializeToString())
-        )
-    else:
-        transition = None if ending is None else decode(ending).transition
-        if isinstance(transition, TrajectoryFailed):
-            count.failure = transition.failure.message
-        elif isinstance(transition, TrajectoryClosed):
-            header.close.CopyFrom(codec.close_to_proto(transition.close))
-        data = header.SerializeToString() + count.SerializeToString()
-    inner = _TRAJECTORY + codec.varint(len(data))
-    size_bytes = len(inner) + len(data)
-    return size_bytes, (_PIECES, codec.varint(size_bytes), inner, data)
+    if ending is not None:
+        record = log_pb2.LogRecord.FromString(ending)
+        if record.HasField("trajectory_closed"):
+            header.close.CopyFrom(record.trajectory_closed.close)
+        else:
+            header.failure = record.trajectory_failed.failure.message
+    return replay_pb2.GroupPiece(trajectory=header)

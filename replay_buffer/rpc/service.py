@@ -135,14 +135,13 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
     async def AcquireTickets(
         self, request: replay_pb2.AcquireTicketsRequest, context: _Context
     ) -> replay_pb2.AcquireTicketsResponse:
-        tickets, finished = await self._buffer.acquire_tickets(
+        tickets, finished, drain = await self._buffer.acquire_tickets(
             request.run,
             request.server_id,
             codec.version_from_proto(request.version),
             request.max_members,
             codec.seconds_from_proto(request.wait),
         )
-        drain = self._buffer.drain_of(request.run, request.server_id)
         return replay_pb2.AcquireTicketsResponse(
             tickets=[codec.ticket_to_proto(ticket) for ticket in tickets],
             finished=finished,

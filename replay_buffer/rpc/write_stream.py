@@ -3,7 +3,7 @@
 client ──> read: decide and append, message by message ──> unanswered ──> answer: wait until durable ──> client
              ▲                                                                  │
              └── waits while too much is unanswered, or received and not yet    │   one message answers everything
-                 on disk (intake.py)                                            │
+                 on disk (backpressure.py)                                            │
                                                                                 └── that one fsync made durable
 
 waits     read, for the next message, and for room; answer, for something unanswered, and for the disk
@@ -18,10 +18,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Final
 
 from leeway import codec
-from leeway.codec.fields import CLOSE, WireItem
 from leeway.errors import InvalidDataError, UnavailableError
 from leeway.rpc import cancel_and_wait
 from leeway.types import TrajectoryFailure, WriteItem, WriteResult, WriteStatus
+from leeway.v1 import replay_pb2
 from replay_buffer.buffer import ReplayBuffer
 
 _UNANSWERED_MESSAGES: Final = 256
@@ -86,12 +86,12 @@ class WriteStream:
             if results and len(results) + len(self._unanswered[0][0]) > _RESULTS_PER_ANSWER:
                 break
             results += self._unanswered.popleft()[0]
-        return codec.answer_to_wire(results)
+        return replay_pb2.WriteTrajectoriesResponse(results=map(codec.result_to_proto, results)).SerializeToString()
 
     async def _read(self) -> None:
         async for request in self._requests:
-            if self._buffer.intake.crowded():
-                await self._buffer.intake.admit(len(request))
+            if self._buffer.backpressure.crowded():
+                await self._buffer.backpressure.admit(len(request))
             self._unanswered.append((self._write(request), self._buffer.mark))
             self._read_more.set()
             while len(self._unanswered) >= _UNANSWERED_MESSAGES:
@@ -99,22 +99,22 @@ class WriteStream:
                 await self._room.wait()
 
     def _write(self, request: bytes) -> list[WriteResult]:
-        run, server_id, items = codec.write_from_wire(request)
-        read = [_item(item) for item in items]
+        message = codec.parse(replay_pb2.WriteTrajectoriesRequest, request)
+        read = [_item(item) for item in message.items]
         taken = [item for item in read if isinstance(item, WriteItem)]
-        written = self._buffer.write(run, taken, server_id)
+        written = self._buffer.write(message.run, taken, message.server_id)
         if len(taken) == len(read):
             return written
         answers = iter(written)
         return [next(answers) if isinstance(item, WriteItem) else item for item in read]
 
 
-def _item(item: WireItem) -> WriteItem | WriteResult:
+def _item(message: replay_pb2.WriteItem) -> WriteItem | WriteResult:
     """An item, or its refusal. A close that makes no sense ends its trajectory: nothing better will follow it."""
     try:
-        return codec.item_from_wire(item)
+        return codec.item_from_proto(message)
     except InvalidDataError as error:
-        if item.tag == CLOSE:
-            failure = TrajectoryFailure(f"its close is malformed: {error.message}", retryable=False)
-            return WriteItem(item.trajectory_id, item.attempt, item.seq, failure)
-        return WriteResult(item.trajectory_id, item.attempt, item.seq, WriteStatus.INVALID, message=error.message)
+        key = message.trajectory_id, message.attempt, message.seq
+        if message.HasField("close"):
+            return WriteItem(*key, TrajectoryFailure(f"its close is malformed: {error.message}", retryable=False))
+        return WriteResult(*key, WriteStatus.INVALID, message=error.message)

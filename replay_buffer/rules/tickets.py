@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from leeway.errors import InvalidDataError, PreconditionError
+from leeway.service.seeds import seed_of
 from leeway.types import (
     DropReason,
     Evaluation,
@@ -200,8 +201,7 @@ def _closed(group: Group) -> list[int]:
 
 def member_seed(run_seed: int, origin: str, member: int, attempt: int) -> int:
     """A sampling seed below 2^63 that no other member or attempt shares."""
-    digest = hashlib.sha256(f"{run_seed}/{origin}/{member}/{attempt}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return seed_of(f"{run_seed}/{origin}/{member}/{attempt}".encode())
 
 
 def task_at(seed: int, task_count: int, cursor: int) -> int:

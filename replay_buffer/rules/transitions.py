@@ -46,9 +46,8 @@ class ChunkWritten(NamedTuple):
     trajectory_id: str
     attempt: int
     seq: int
-    chunk: bytes | memoryview
+    chunk: bytes
     versions: tuple[PolicyVersion, ...]  # those of its spans; read from the chunk, not stored beside it
-    encoded: bytes = b""  # the item as it came, which the log keeps; empty when it did not come from a writer
 
     def __repr__(self) -> str:
         return f"ChunkWritten({self.trajectory_id!r}, {self.attempt}, {self.seq}, {len(self.chunk)} bytes)"

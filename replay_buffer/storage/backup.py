@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from leeway.errors import PreconditionError
-from leeway.service.durable import sync_directory
+from leeway.service.durable import publish_directory, sync_file
 from replay_buffer.storage.generation import Generation, write_generation
 from replay_buffer.storage.segments import Position, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
@@ -51,12 +51,10 @@ def write_backup(source: Path, target: Path, end: Position, generation: Generati
     try:
         size_bytes = _fill(source, partial, end)
         write_generation(partial, generation.backup(datetime.now(UTC)))
-        sync_directory(partial)
-        partial.rename(target)
+        publish_directory(partial, target)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    sync_directory(target.parent)
     return Backup(generation.id, end, size_bytes)
 
 
@@ -90,5 +88,4 @@ def _copy(source: Path, target: Path, size_bytes: int) -> None:
         while left and (data := reader.read(min(left, _COPY_BYTES))):
             writer.write(data)
             left -= len(data)
-        writer.flush()
-        os.fsync(writer.fileno())
+    sync_file(target)

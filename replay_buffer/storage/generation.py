@@ -7,7 +7,6 @@ opened       id B, parents [A]       what was written up to the backup is common
 
 from __future__ import annotations
 
-import os
 import secrets
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +17,7 @@ from google.protobuf.message import DecodeError
 
 from leeway import codec
 from leeway.errors import CorruptDataError
-from leeway.service.durable import sync_directory
+from leeway.service.durable import replace_file
 from leeway.v1 import storage_pb2
 from replay_buffer.storage.segments import HEADER, crc32c, frame
 
@@ -75,10 +74,4 @@ def write_generation(directory: Path, generation: Generation) -> None:
     message = storage_pb2.Generation(id=generation.id, parents=generation.parents)
     if generation.taken_at is not None:
         message.taken_at.CopyFrom(codec.timestamp_to_proto(generation.taken_at))
-    partial = directory / f"{FILE}.partial"
-    with partial.open("wb") as file:
-        file.write(frame(message.SerializeToString()))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(directory / FILE)
-    sync_directory(directory)
+    replace_file(directory / FILE, frame(message.SerializeToString()))

@@ -5,14 +5,12 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple, assert_never
 
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from leeway import codec
-from leeway.codec import varint
-from leeway.codec.fields import Bytes, leading_columns, varint_at
 from leeway.errors import CorruptDataError, InvalidDataError
-from leeway.types import DrainReason, DropReason, PolicyVersion
-from leeway.v1 import log_pb2, replay_pb2, trajectory_pb2
+from leeway.types import DrainReason, DropReason
+from leeway.v1 import log_pb2, replay_pb2
 from replay_buffer.rules.transitions import (
     BatchDrawn,
     ChunkWritten,
@@ -38,11 +36,6 @@ _CHUNK_WRITTEN_TAG = codec.field_tag(log_pb2.LogRecord, "chunk_written")
 _CHUNK_TAG = codec.field_tag(log_pb2.ChunkWritten, "chunk")
 _TRAJECTORY_CLOSED_TAG = codec.field_tag(log_pb2.LogRecord, "trajectory_closed")
 _CLOSE_TAG = codec.field_tag(log_pb2.TrajectoryClosed, "close")
-_RECORDED_AT_TAG = codec.field_tag(log_pb2.LogRecord, "recorded_at")[0]
-_RUN_TAG = codec.field_tag(log_pb2.LogRecord, "run")[0]
-_TRAJECTORY_ID_TAG = codec.field_tag(log_pb2.ChunkWritten, "trajectory_id")[0]
-_ATTEMPT_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["attempt"].number << 3
-_SEQ_TAG = log_pb2.ChunkWritten.DESCRIPTOR.fields_by_name["seq"].number << 3
 
 
 class Record(NamedTuple):
@@ -54,28 +47,23 @@ class Record(NamedTuple):
 
 
 def encode(record: Record) -> tuple[bytes, ...]:
-    """The payload of a log frame; what a writer sent is a part by itself, so that it is not copied."""
+    """The payload of a log frame; what a writer sent is a part by itself: not copied, and kept as it came."""
     match record.transition:
-        case ChunkWritten() as written:
-            # A WriteItem with a chunk is a ChunkWritten, field by field.
-            item = written.encoded or _chunk_item(written)
-            return _prefix(record, _CHUNK_WRITTEN_TAG, len(item)), item
-        case TrajectoryClosed() as closed:
-            close = closed.close.encoded or codec.close_to_proto(closed.close).SerializeToString()
-            item = codec.item_head(closed.trajectory_id, closed.attempt, 0) + _CLOSE_TAG + varint(len(close)) + close
-            return (_prefix(record, _TRAJECTORY_CLOSED_TAG, len(item)) + item,)
+        case ChunkWritten(trajectory_id, attempt, seq, chunk):
+            item = log_pb2.ChunkWritten(trajectory_id=trajectory_id, attempt=attempt, seq=seq)
+            return _written(record, _CHUNK_WRITTEN_TAG, item, _CHUNK_TAG, chunk), chunk
+        case TrajectoryClosed(trajectory_id, attempt, close):
+            item = log_pb2.TrajectoryClosed(trajectory_id=trajectory_id, attempt=attempt)
+            sealed = close.encoded or codec.close_to_proto(close).SerializeToString()
+            return _written(record, _TRAJECTORY_CLOSED_TAG, item, _CLOSE_TAG, sealed), sealed
         case _:
             return (_message(record).SerializeToString(),)
 
 
-def _chunk_item(written: ChunkWritten) -> bytes:
-    head = codec.item_head(written.trajectory_id, written.attempt, written.seq)
-    return b"".join((head, _CHUNK_TAG, varint(len(written.chunk)), written.chunk))
-
-
-def _prefix(record: Record, tag: bytes, size_bytes: int) -> bytes:
-    """A LogRecord up to its transition, which is its last field."""
-    return _head(record.run, record.recorded_at_ns) + tag + varint(size_bytes)
+def _written(record: Record, tag: bytes, item: Message, content_tag: bytes, content: bytes) -> bytes:
+    """A LogRecord up to what a writer sent, which is its last field's last field."""
+    before = item.SerializeToString() + content_tag + codec.varint(len(content))
+    return _head(record.run, record.recorded_at_ns) + tag + codec.varint(len(before) + len(content)) + before
 
 
 @lru_cache(maxsize=16)
@@ -91,7 +79,7 @@ def _message(record: Record) -> log_pb2.LogRecord:
     message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
     match record.transition:
         case ChunkWritten() | TrajectoryClosed():
-            raise AssertionError("what a writer sent is not encoded again")
+            raise AssertionError("what a writer sent is not copied into a message")
         case TrajectoryFailed() as failed:
             message.trajectory_failed.trajectory_id = failed.trajectory_id
             message.trajectory_failed.attempt = failed.attempt
@@ -173,7 +161,7 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
         case "chunk_written":
             written = message.chunk_written
             chunk = written.chunk
-            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, span_versions(chunk))
+            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, codec.chunk_versions(chunk))
         case "trajectory_closed":
             closed = message.trajectory_closed
             return TrajectoryClosed(closed.trajectory_id, closed.attempt, codec.close_from_proto(closed.close))
@@ -245,63 +233,13 @@ def _transition(message: log_pb2.LogRecord) -> Transition:
             raise InvalidDataError("the record holds no known transition")
 
 
-def stored_chunk(payload: bytes) -> Bytes:
-    """The chunk in a payload that `encode` made of a ChunkWritten, not copied.
+def stored_chunk(payload: bytes) -> bytes:
+    """The chunk in the payload of a ChunkWritten; nothing in it is looked at.
 
     Raises:
         CorruptDataError: the payload is another record.
     """
-    at = _content_at(payload, _CHUNK_WRITTEN_TAG, _CHUNK_TAG)
-    if at is not None:
-        return memoryview(payload)[at:]
-    transition = decode(payload).transition
-    if not isinstance(transition, ChunkWritten):
-        raise CorruptDataError(f"the log holds {type(transition).__name__} where a chunk should be")
-    return transition.chunk
-
-
-def stored_close(payload: bytes) -> Bytes:
-    """The serialized TrajectoryClose in a payload that `encode` made of a TrajectoryClosed; empty in any other."""
-    at = _content_at(payload, _TRAJECTORY_CLOSED_TAG, _CLOSE_TAG)
-    return b"" if at is None else memoryview(payload)[at:]
-
-
-def _content_at(payload: bytes, transition_tag: bytes, content_tag: bytes) -> int | None:
-    """Where the last field of a LogRecord's transition begins, which is the end of the payload.
-
-    None when it is another transition, or not encoded field by field in order, as everything here is.
-    """
-    try:
-        at = 0
-        for tag in (_RECORDED_AT_TAG, _RUN_TAG):
-            if payload[at] == tag:
-                size_bytes, at = varint_at(payload, at + 1)
-                at += size_bytes
-        if payload[at] != transition_tag[0]:
-            return None
-        size_bytes, at = varint_at(payload, at + 1)
-        if at + size_bytes != len(payload) or payload[at] != _TRAJECTORY_ID_TAG:
-            return None
-        size_bytes, at = varint_at(payload, at + 1)
-        at += size_bytes
-        for tag in (_ATTEMPT_TAG, _SEQ_TAG):
-            if payload[at] == tag:
-                _, at = varint_at(payload, at + 1)
-        if payload[at] != content_tag[0]:
-            return None
-        size_bytes, at = varint_at(payload, at + 1)
-    except IndexError:
-        return None
-    return at if at + size_bytes == len(payload) else None
-
-
-def span_versions(chunk: Bytes) -> tuple[PolicyVersion, ...]:
-    """The policy versions that a serialized chunk's spans name, each once.
-
-    A span that names no complete version is left out here and refused when its trajectory closes.
-
-    Raises:
-        InvalidDataError: the bytes are not a TrajectoryChunk.
-    """
-    _, end = leading_columns(chunk)  # columns name no versions, and are most of the bytes
-    return codec.span_versions(codec.parse(trajectory_pb2.TrajectoryChunk, bytes(chunk[end:])))
+    record = log_pb2.LogRecord.FromString(payload)
+    if not record.HasField("chunk_written"):
+        raise CorruptDataError(f"the log holds {record.WhichOneof('transition')} where a chunk should be")
+    return record.chunk_written.chunk

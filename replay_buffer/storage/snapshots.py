@@ -9,7 +9,6 @@ have been retired does the snapshot of its new beginning take their place; it wa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -17,7 +16,7 @@ from typing import Final
 from google.protobuf.message import DecodeError
 
 from leeway.errors import CorruptDataError
-from leeway.service.durable import sync_directory
+from leeway.service.durable import replace_file
 from leeway.v1 import storage_pb2
 from replay_buffer.storage.generation import Generation
 from replay_buffer.storage.segment_scan import record_checksum
@@ -65,15 +64,8 @@ def read_snapshot(directory: Path, position: Position) -> storage_pb2.Snapshot:
 
 def write_snapshot(directory: Path, snapshot: storage_pb2.Snapshot) -> int:
     """Make a snapshot durable; returns its size in bytes. Raises OSError."""
-    path = snapshot_path(directory, Position(snapshot.position.segment, snapshot.position.offset))
-    partial = path.with_suffix(_PARTIAL)
     data = frame(snapshot.SerializeToString())
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_directory(directory)
+    replace_file(snapshot_path(directory, Position(snapshot.position.segment, snapshot.position.offset)), data)
     return len(data)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import replay_buffer.buffer
 import replay_buffer.storage.directory
 from learner.loop.checkpointing import Checkpointing
-from learner.records.checkpoint import PendingCheckpoint
+from learner.run_artifacts.checkpoint import PendingCheckpoint
 from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
 from replay_buffer.rules.admission import Admission
@@ -38,10 +38,10 @@ def commit_before_checkpoint() -> None:
         self: Checkpointing, epoch: int, pending: PendingCheckpoint, finish_save: FinishSave, began: float
     ) -> None:
         step = pending.version.step
-        await self._answers.wait_for(self._parts.buffer.commit(epoch, step))
+        await self._context.answered(self._context.buffer.commit(epoch, step))
         self._ledger = [entry for entry in self._ledger if entry[0] > step]
         finish_save()
-        await asyncio.to_thread(self._parts.checkpoints.finish, pending)
+        await asyncio.to_thread(self._context.checkpoints.finish, pending)
 
     Checkpointing._commit = commit  # type: ignore[method-assign]
 
@@ -53,7 +53,7 @@ def no_attempt_check() -> None:
     def careless(run: RunState, item: WriteItem, *rest: Any, **more: Any) -> Any:
         found = run.find(item.trajectory_id)
         attempt = item.attempt if found is None else found[0].members[found[1]].attempt
-        decision = decide(run, item._replace(encoded=b"", attempt=attempt), *rest, **more)
+        decision = decide(run, item._replace(attempt=attempt), *rest, **more)
         return decision._replace(result=decision.result._replace(attempt=item.attempt))
 
     replay_buffer.buffer.decide_write = careless

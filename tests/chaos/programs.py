@@ -10,7 +10,6 @@ import inference_server.server
 import learner.__main__
 import replay_buffer.__main__
 from leeway.config import RunConfiguration
-from leeway.service.process import service_parser
 
 _SEGMENT_BYTES: Final = 32 << 10
 
@@ -25,7 +24,7 @@ def run_replay_buffer() -> int:
         return configuration.model_copy(update={"replay_buffer": options})
 
     replay_buffer.__main__.load_configuration = with_small_segments
-    return replay_buffer.__main__.main(service_parser("replay_buffer", "").parse_args())
+    return replay_buffer.__main__.main()
 
 
 def run_learner() -> int:

@@ -10,8 +10,8 @@ from random import Random
 
 import pytest
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import Journal, read_journal
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import Journal, read_journal
 from leeway.service.durable import replace_file, sync_directory
 from leeway.types import PolicyVersion
 from replay_buffer.storage.log import Log, LogOptions

@@ -168,10 +168,7 @@ class FakeReplay(_Servicer):
         async for request in request_iterator:
             self.max_in_message = max(self.max_in_message, len(request.items))
             results: list[WriteResult] = []
-            for wire_item in codec.write_from_wire(request.SerializeToString()).items:
-                item = codec.item_from_wire(wire_item)
-                if isinstance(item.content, memoryview):
-                    item = item._replace(content=bytes(item.content))
+            for item in map(codec.item_from_proto, request.items):
                 self.arrived.append(item)
                 cut = self.break_stream(stream, item)
                 if cut == "exhausted":

@@ -14,11 +14,11 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from transformers import PreTrainedModel
 
-from learner.loop import Learner, Parts
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import Journal
-from learner.records.receipts import Options, ReceiptBook, deciding_options, read_receipts
-from learner.records.replay import Difference, find_start, replay
+from learner.loop import Context, Learner
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import Journal
+from learner.run_artifacts.receipts import Options, ReceiptBook, deciding_options, read_receipts
+from learner.run_artifacts.recompute import Difference, find_start, replay
 from learner.trainer import Trainer
 from learner.weights.publisher import Publisher
 from leeway import codec
@@ -129,7 +129,7 @@ class LearnerRun:
         spec = run_spec(trainer, self.steps)
         async with connected(self.address, RUN) as client:
             await client.join_run("s0", trainer.signature, DATASET, WAIT_SECONDS)
-            tickets, _ = await client.acquire_tickets("s0", spec.root, 1000, WAIT_SECONDS)
+            tickets, *_ = await client.acquire_tickets("s0", spec.root, 1000, WAIT_SECONDS)
             assert len(tickets) == spec.groups_per_step * self.steps
             await write(
                 client,
@@ -158,7 +158,7 @@ class LearnerRun:
         receipts = ReceiptBook(self.directory, self.deciding(), resume_step=restored.version.step)
         async with connected(self.address, RUN) as client:
             learner = Learner(
-                Parts(
+                Context(
                     cast("Trainer", _StoppingTrainer(trainer, until, crash_at, stop, slow_save=slow_save)),
                     client,
                     Publisher(RUN, trainer.signature, metrics, None),
@@ -167,12 +167,12 @@ class LearnerRun:
                     receipts,
                     metrics,
                     self.directory,
+                    stop,
                 ),
                 spec,
                 self.options,
                 EvaluationOptions(tasks=0),
                 restored,
-                stop,
             )
             filling = asyncio.create_task(self.fill()) if restored.version.step == 0 else None
             try:

@@ -48,7 +48,7 @@ async def test_writers_are_slowed_then_refused_and_nothing_is_lost(tmp_path: Pat
         connected(address) as client,
     ):
         await client.open_run(spec(groups_per_step=8, max_staleness=0), ROOT, [])
-        tickets, _ = await client.acquire_tickets("s0", ROOT, 16, WAIT_SECONDS)
+        tickets, *_ = await client.acquire_tickets("s0", ROOT, 16, WAIT_SECONDS)
         disk.may_sync.clear()
         writing = {asyncio.create_task(write(client, large_items(ticket))): ticket for ticket in tickets}
         refused: list[Ticket] = []
@@ -61,14 +61,14 @@ async def test_writers_are_slowed_then_refused_and_nothing_is_lost(tmp_path: Pat
                 assert isinstance(error, ExhaustedError)
                 assert error.retry_seconds == 7.5
                 assert "replay_buffer.max_pending_bytes" in error.message
-        assert len(LARGE) < buffer.intake.received_bytes <= limit
-        assert buffer.intake.waiting_bytes > 0
+        assert len(LARGE) < buffer.backpressure.received_bytes <= limit
+        assert buffer.backpressure.waiting_bytes > 0
         disk.may_sync.set()
         answers = [result for results in await asyncio.gather(*writing) for result in results]
         for ticket in refused:
             answers += await write(client, large_items(ticket))
         assert [result.status for result in answers] == [WriteStatus.ACKNOWLEDGED] * 8
-        assert buffer.intake.received_bytes == 0
+        assert buffer.backpressure.received_bytes == 0
 
 
 async def test_a_stream_that_runs_ahead_of_the_disk_is_not_read(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ async def test_a_stream_that_runs_ahead_of_the_disk_is_not_read(tmp_path: Path) 
         connected(address) as client,
     ):
         await client.open_run(spec(groups_per_step=1, max_staleness=0), ROOT, [])
-        ((ticket,), _) = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
+        ((ticket,), *_) = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
         disk.may_sync.clear()
         sent = 0
 
@@ -91,13 +91,13 @@ async def test_a_stream_that_runs_ahead_of_the_disk_is_not_read(tmp_path: Path) 
                 sent += 1
 
         async def answers() -> list[WriteResult]:
-            call = client.write_stream(requests())
+            call = client.stub.WriteTrajectories(requests())
             return [codec.result_from_proto(result) async for reply in call for result in reply.results]
 
         writing = asyncio.create_task(answers())
         await asyncio.wait([writing], timeout=0.5)
         # What the buffer holds is bounded; the rest stays with the writer, but for the windows of the connection.
-        assert buffer.intake.received_bytes <= 3 * len(huge) + 1000
+        assert buffer.backpressure.received_bytes <= 3 * len(huge) + 1000
         was_sent = sent
         disk.may_sync.set()
         assert was_sent < count / 2
@@ -113,11 +113,11 @@ async def test_nobody_waits_long_for_a_disk_that_takes_nothing(tmp_path: Path) -
         ),
         connected(address) as client,
     ):
-        patient = buffer.intake._options
+        patient = buffer.backpressure._options
         await client.open_run(spec(groups_per_step=1, max_staleness=0), ROOT, [])
-        ((ticket,), _) = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
+        ((ticket,), *_) = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
         disk.may_sync.clear()
-        buffer.intake._options = patient.model_copy(update={"hold_seconds": 0.05})
+        buffer.backpressure._options = patient.model_copy(update={"hold_seconds": 0.05})
         with pytest.raises(ExhaustedError, match="the disk is too slow") as caught:
             await write(client, filled(ticket))
         assert caught.value.retry_seconds == 0.01
@@ -126,7 +126,7 @@ async def test_nobody_waits_long_for_a_disk_that_takes_nothing(tmp_path: Path) -
         )  # the learner's calls come back by themselves
         done, _ = await asyncio.wait([drawing], timeout=0.3)
         assert not done
-        buffer.intake._options = patient  # a disk that takes something may take its time
+        buffer.backpressure._options = patient  # a disk that takes something may take its time
         disk.may_sync.set()
         assert [result.status for result in await write(client, filled(ticket))] == [WriteStatus.ACKNOWLEDGED] * 4
         assert len(await drawing) == 1
@@ -151,10 +151,10 @@ async def test_a_refusal_tells_any_client_when_to_return(tmp_path: Path) -> None
 async def test_a_slow_learner_costs_no_fresh_work(tmp_path: Path) -> None:
     async with serving(tmp_path) as address, connected(address) as client:
         await client.open_run(spec(groups_per_step=2, max_staleness=2), ROOT, [])
-        tickets, _ = await client.acquire_tickets("s0", ROOT, 1000, WAIT_SECONDS)
+        tickets, *_ = await client.acquire_tickets("s0", ROOT, 1000, WAIT_SECONDS)
         await write(client, [item for ticket in tickets for item in filled(ticket)])
         for _ in range(3):  # the servers go on asking; the learner takes nothing
-            assert await client.acquire_tickets("s0", ROOT, 1000, 0) == ([], False)
+            assert await client.acquire_tickets("s0", ROOT, 1000, 0) == ([], False, None)
         status = await client.run_status()
         assert (status.issued, status.ready, status.dropped) == (6, 6, {})
         trained: list[str] = []

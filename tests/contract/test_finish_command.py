@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from learner.records.run_lock import held_run
+from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
 from leeway.cli.main import main
 from leeway.errors import PreconditionError
@@ -29,7 +29,7 @@ run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step
 network = {{ replay_buffer = "{address}", insecure = true }}
 """
 EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
-ENDED = f"run '{RUN}' has ended before, at step 2 of 100; nothing is changed\n"
+ENDED = f"run '{RUN}': already finished at step 2 of 100; nothing to do\n"
 STEP = {"kind": "step", "step": 1, "elapsed_seconds": 1.0, "batch_wait_seconds": 0.5, "reward_mean": 0.5}
 
 
@@ -37,7 +37,7 @@ async def leave_a_run(address: str) -> None:
     """Step 1 is committed, step 2 trained; one group is open, one ready, and nobody comes back."""
     async with connected(address) as client:
         await client.open_run(spec(), ROOT, [])
-        tickets, _ = await client.acquire_tickets("s0", ROOT, 12, WAIT_SECONDS)
+        tickets, *_ = await client.acquire_tickets("s0", ROOT, 12, WAIT_SECONDS)
         *whole, half = tickets
         await write(client, [item for ticket in whole for item in filled(ticket)])
         await write(client, [WriteItem(half.members[0].trajectory_id, 1, 0, chunk())])
@@ -78,10 +78,10 @@ def test_a_run_that_nobody_continues_is_ended_for_good(run_folder: Path, leeway:
     assert code == 0, said
     what, done = said.splitlines()
     assert what == (
-        f"run '{RUN}' is at step 2 of 100: 1 open, 1 ready and 2 drawn groups are to be dropped (run_end), "
-        "with those of step 2, which is trained but not committed"
+        f"run '{RUN}' is at step 2 of 100: dropping 1 open, 1 ready and 2 drawn groups (run_end), "
+        "including those of step 2, which is trained but not committed"
     )
-    assert done.startswith(f"run '{RUN}' is ended for good: 4 groups are dropped")
+    assert done.startswith(f"run '{RUN}' is finished: 4 groups are dropped")
     assert "2 consumed and 0 dropped before stay as long as retention keeps them" in done
     assert leeway("buffer", "finish", str(run_folder)) == (0, ENDED)
     code, listed = leeway("buffer", "ls", str(run_folder))
@@ -132,7 +132,7 @@ async def test_a_run_whose_buffer_serves_ends_for_everyone_who_waits(tmp_path: P
         assert not (tmp_path / RUN).exists()
         with pytest.raises(PreconditionError, match=r"ended for good .* at step 2 of 100; .* another name"):
             await drawing
-        assert await client.acquire_tickets("late", version(2), 4, WAIT_SECONDS) == ([], True)
+        assert await client.acquire_tickets("late", version(2), 4, WAIT_SECONDS) == ([], True, None)
         trajectory = open_group.trajectories[0]
         (late,) = await write(client, [WriteItem(trajectory.trajectory_id, 1, 1, chunk())])
         assert late.status is WriteStatus.ABORTED
@@ -176,7 +176,7 @@ async def test_a_learner_at_work_ends_with_one_line(tmp_path: Path, caplog: pyte
         run = _GivenUpRun(tmp_path / "run", address)
         with pytest.raises(PreconditionError, match="ended for good"):
             await run.train(slow_save=True)
-        (state,) = buffer._states()
+        (state,) = buffer._store._states()
         assert (state.given_up, state.committed_step, state.head.step) == (True, 0, 2)
         assert run.store.steps() == [0, 2]
         with pytest.raises(PreconditionError, match="ended for good"):

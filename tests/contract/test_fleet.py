@@ -30,10 +30,10 @@ async def server(client: ReplayClient, server_id: str) -> ServerStatus:
 
 
 async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayClient) -> None:
-    held, _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
+    held, *_ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     waiting = asyncio.create_task(client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS))
     await client.leave_run("s0")
-    again, _ = await waiting  # the lease is 30 s
+    again, *_ = await waiting  # the lease is 30 s
     assert [(ticket.group_id, ticket.attempt) for ticket in again] == [(ticket.group_id, 2) for ticket in held]
     assert not (await server(client, "s0")).present
     assert {result.status for result in await write(client, filled(held[0]))} == {WriteStatus.ABORTED}
@@ -45,7 +45,7 @@ async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayC
 
 async def test_a_drained_server_is_told_at_once_and_gets_nothing_until_it_is_readmitted(client: ReplayClient) -> None:
     await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)  # nothing is left
-    waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, 600))
+    waiting = asyncio.create_task(client.acquire_tickets("s0", ROOT, 2, 600))
     while not (await server(client, "s0")).version:
         await asyncio.wait({waiting}, timeout=0.01)
     drain, dropped = await client.drain_server("s0", DrainReason.OPERATOR, "maintenance")
@@ -55,21 +55,21 @@ async def test_a_drained_server_is_told_at_once_and_gets_nothing_until_it_is_rea
     assert (told.tickets, told.finished, dropped) == ([], False, 0)
     assert (drain.reason, drain.message) == (DrainReason.OPERATOR, "maintenance")
     await client.leave_run("s1")  # now there is work, but not for it
-    assert (await client.request_work("s0", ROOT, 2, 0.05)).tickets == []
+    assert (await client.acquire_tickets("s0", ROOT, 2, 0.05)).tickets == []
     assert (await server(client, "s0")).drained == drain
     again, _ = await client.drain_server("s0", DrainReason.DIVERGING, "another reason")
     assert again == drain
-    waiting = asyncio.create_task(client.request_work("s0", ROOT, 2, 600))
+    waiting = asyncio.create_task(client.acquire_tickets("s0", ROOT, 2, 600))
     assert await client.readmit_server("s0")
     async with asyncio.timeout(WAIT_SECONDS):
-        work = await waiting
-    assert work.drained is None
-    assert len(work.tickets) == 1
+        acquired = await waiting
+    assert acquired.drained is None
+    assert len(acquired.tickets) == 1
     assert not await client.readmit_server("s0")
 
 
 async def test_a_diverging_server_loses_what_it_holds_and_what_it_wrote(client: ReplayClient) -> None:
-    (ready, held, *_), _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
+    (ready, held, *_), *_ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     await write(client, filled(ready))
     await write(client, whole(held.members[0], held.attempt)[:1])
     _, dropped = await client.drain_server("s0", DrainReason.DIVERGING, "2.1 nats from the others")
@@ -78,22 +78,22 @@ async def test_a_diverging_server_loses_what_it_holds_and_what_it_wrote(client: 
     results = await write(client, whole(held.members[1], held.attempt))
     assert {result.status for result in results} == {WriteStatus.ABORTED}
     assert "server 's0' was drained: 2.1 nats from the others" in results[0].message
-    tickets, _ = await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)
+    tickets, *_ = await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)
     assert [ticket.task_index for ticket in tickets][:2] == [ready.task_index, held.task_index]
 
 
 async def test_a_slow_server_loses_what_it_holds_and_keeps_what_it_wrote(client: ReplayClient) -> None:
-    (ready, held, *_), _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
+    (ready, held, *_), *_ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     await write(client, filled(ready))
     _, dropped = await client.drain_server("s0", DrainReason.SLOW, "slow")
     assert dropped == 0
-    tickets, _ = await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)
+    tickets, *_ = await client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS)
     assert (held.group_id, 2) in [(ticket.group_id, ticket.attempt) for ticket in tickets]
     assert (await client.run_status()).ready == 1
 
 
 async def test_a_person_lets_a_server_finish_what_it_holds(client: ReplayClient) -> None:
-    (held, *_), _ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
+    (held, *_), *_ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
     await client.drain_server("s0", DrainReason.OPERATOR, "maintenance")
     assert (await server(client, "s0")).loans == 1
     assert {result.status for result in await write(client, filled(held))} == {WriteStatus.ACKNOWLEDGED}
@@ -126,9 +126,9 @@ async def test_a_drain_outlives_the_buffer_and_the_server(tmp_path: Path) -> Non
                 ("s0", False, drain)
             ]
             await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS)  # it may come back, and waits
-            assert (await client.request_work("s0", ROOT, 2, 0.05)).drained == drain
+            assert (await client.acquire_tickets("s0", ROOT, 2, 0.05)).drained == drain
             await client.readmit_server("s0")
-            assert (await client.request_work("s0", ROOT, 2, WAIT_SECONDS)).tickets
+            assert (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)).tickets
 
 
 async def test_what_cannot_be_asked(client: ReplayClient) -> None:
@@ -142,7 +142,7 @@ async def test_what_cannot_be_asked(client: ReplayClient) -> None:
 
 
 async def test_loans_are_timed(client: ReplayClient) -> None:
-    (one, two, *_), _ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
+    (one, two, *_), *_ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
     await write(client, filled(one))
     status = await server(client, "s0")
     assert (status.present, status.loans, status.timed_loans, status.version) == (True, 1, 2, ROOT)

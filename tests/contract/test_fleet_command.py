@@ -45,7 +45,7 @@ def test_servers_are_listed_drained_and_readmitted(run_folder: Path, capsys: pyt
     assert code == 2
     assert "'s1' is the only one at work and stays in the run (new driver)" in refused
     assert leeway("drain", "s1", "--force") == (0, "s1 is drained (operator): drained by hand\n")
-    assert leeway("readmit", "s0") == (0, "s0 gets work again\n")
+    assert leeway("readmit", "s0") == (0, "s0 is readmitted\n")
     assert leeway("readmit", "s0") == (0, "s0 was not drained\n")
     _, listed = leeway("ls")
     assert "s0" not in listed

@@ -80,7 +80,7 @@ async def test_a_group_of_many_megabytes_is_written_and_drawn_in_pieces(tmp_path
         asyncio.timeout(WAIT_SECONDS),
     ):
         await client.open_run(run_spec, ROOT, [])
-        (ticket, *_), _ = await client.acquire_tickets("s0", ROOT, MEMBERS, WAIT_SECONDS)
+        (ticket, *_), *_ = await client.acquire_tickets("s0", ROOT, MEMBERS, WAIT_SECONDS)
         window = asyncio.Semaphore(4)
 
         async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
@@ -93,7 +93,7 @@ async def test_a_group_of_many_megabytes_is_written_and_drawn_in_pieces(tmp_path
         try:
             before, _ = tracemalloc.get_traced_memory()
             count = 0
-            async for reply in client.write_stream(requests()):
+            async for reply in client.stub.WriteTrajectories(requests()):
                 for result in reply.results:
                     assert codec.result_from_proto(result).status is WriteStatus.ACKNOWLEDGED
                     window.release()

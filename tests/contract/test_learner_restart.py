@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
-from learner.records.receipts import read_receipts
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal
+from learner.run_artifacts.receipts import read_receipts
 from tests.contract.learner_run import STEPS, CrashError, LearnerRun
 from tests.harness.buffer_server import serving, serving_buffer
 
@@ -73,5 +73,5 @@ async def test_the_buffer_is_told_which_checkpoint_is_the_oldest(tmp_path: Path)
         run = LearnerRun(tmp_path / "run", address)
         assert await run.train()
         kept = CheckpointStore(run.directory / "checkpoints", keep=100).steps()
-        (state,) = buffer._states()
+        (state,) = buffer._store._states()
         assert state.oldest_kept_step == kept[0] < kept[-1] == state.committed_step

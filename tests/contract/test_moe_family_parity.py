@@ -13,7 +13,7 @@ import torch
 
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
-from learner.errors import UnusableGroupError
+from learner.trainer import UnusableGroupError
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import TrainingOptions, TransformersEngineOptions
 from leeway.errors import InvalidDataError

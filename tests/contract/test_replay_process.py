@@ -67,7 +67,7 @@ async def test_its_metrics_can_be_scraped(tmp_path: Path, ports: tuple[int, list
     await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
     async with connected(f"127.0.0.1:{port}") as client:
         await client.open_run(spec(groups_per_step=1, max_staleness=1, max_attempts=1), ROOT, [])
-        (whole, poison), _ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
+        (whole, poison), *_ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
         await write(client, filled(whole))
         failure = TrajectoryFailure("the engine died", retryable=True)
         await write(client, [WriteItem(member.trajectory_id, 1, 0, failure) for member in poison.members])
@@ -184,7 +184,7 @@ async def test_an_index_that_is_found_damaged_ends_it_and_the_next_start_is_well
     await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)
     async with connected(f"127.0.0.1:{port}") as client:
         await client.open_run(spec(groups_per_step=1), ROOT, [])
-        (ticket, *_), _ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
+        (ticket, *_), *_ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
         await write(client, filled(ticket))
         await client.draw_batch(1, 1, WAIT_SECONDS)
         await client.advance(1, version(1), ROOT)

@@ -70,7 +70,7 @@ async def client(address: str) -> AsyncIterator[ReplayClient]:
 
 async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Ticket]:
     """Complete this many new groups at one version."""
-    tickets, finished = await client.acquire_tickets("s0", at, groups * 2, WAIT_SECONDS)
+    tickets, finished, _ = await client.acquire_tickets("s0", at, groups * 2, WAIT_SECONDS)
     assert not finished
     assert len(tickets) == groups
     results = await write(client, [item for ticket in tickets for item in filled(ticket, [at])])
@@ -81,7 +81,7 @@ async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Tic
 @contextmanager
 def leases_of(buffer: ReplayBuffer, seconds: float) -> Generator[None]:
     """Whatever is lent within the block has such a lease; nothing else can lapse while the test looks on."""
-    leases = buffer._runs[RUN].leases
+    leases = buffer._store.runs[RUN].leases
     usual, leases.lease_seconds = leases.lease_seconds, seconds
     yield
     leases.lease_seconds = usual
@@ -101,7 +101,7 @@ async def test_a_run_from_open_to_finish(client: ReplayClient) -> None:
     await client.commit(1, 2)
     await client.finish_run(1)
     assert (await client.join_run("late", SIGNATURE, DATASET, WAIT_SECONDS))[1]
-    tickets, finished = await client.acquire_tickets("s0", head, 8, WAIT_SECONDS)
+    tickets, finished, _ = await client.acquire_tickets("s0", head, 8, WAIT_SECONDS)
     assert (tickets, finished) == ([], True)
     status = await client.run_status()
     assert (status.issued, status.consumed, status.open, status.ready, status.drawn) == (4, 4, 0, 0, 0)
@@ -115,7 +115,7 @@ async def test_a_group_without_signal_never_reaches_the_learner(client: ReplayCl
     assert await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS) == (run_spec, False)
     dull = (await fill(client, ROOT, 1))[0]  # all rewards are 1
     drawing = asyncio.create_task(client.draw_batch(1, 1, WAIT_SECONDS))
-    (ticket,), _ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)  # its place is free at once
+    (ticket,), *_ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)  # its place is free at once
     for member in ticket.members:
         await write(client, whole(member, ticket.attempt, reward=float(member.member)))
     assert [group.group_id for group in await drawing] == [ticket.group_id]
@@ -168,11 +168,11 @@ async def test_join_waits_for_the_learner(client: ReplayClient) -> None:
 async def test_tickets_are_waited_for(client: ReplayClient) -> None:
     await client.open_run(spec(max_staleness=0), ROOT, [])
     await fill(client, ROOT, 2)
-    assert await client.acquire_tickets("s0", ROOT, 8, 0.01) == ([], False)
+    assert await client.acquire_tickets("s0", ROOT, 8, 0.01) == ([], False, None)
     await client.draw_batch(1, 1, WAIT_SECONDS)
     await client.advance(1, version(1), ROOT)
     waiting = asyncio.create_task(client.acquire_tickets("s0", version(1), 4, WAIT_SECONDS))
-    tickets, _ = await waiting
+    tickets, *_ = await waiting
     assert len(tickets) == 2
     # Everything the bound allows is out; the next request waits for the step.
     waiting = asyncio.create_task(client.acquire_tickets("s1", version(1), 4, WAIT_SECONDS))
@@ -190,7 +190,7 @@ async def test_a_server_that_asks_at_a_newer_version_gets_its_older_call_back(cl
     await client.advance(1, version(1), ROOT)
     assert len((await client.acquire_tickets("s0", version(1), 4, WAIT_SECONDS))[0]) == 2
     async with asyncio.timeout(WAIT_SECONDS):
-        assert await never_served == ([], False)
+        assert await never_served == ([], False, None)
     assert not another.done()
     another.cancel()
 
@@ -200,7 +200,7 @@ async def test_a_waiting_worker_hears_that_the_run_has_finished(client: ReplayCl
     await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     waiting = asyncio.create_task(client.acquire_tickets("s1", ROOT, 8, WAIT_SECONDS))
     await client.finish_run(1)
-    assert await waiting == ([], True)
+    assert await waiting == ([], True, None)
 
 
 async def test_a_draw_waits_for_whole_groups_and_names_what_is_missing(
@@ -226,7 +226,7 @@ async def test_an_evaluation_is_waited_for(client: ReplayClient) -> None:
     await client.create_evaluation(1, wanted)
     await client.create_evaluation(1, wanted)
     assert not (await client.await_evaluation("start", 0)).complete
-    tickets, _ = await working
+    tickets, *_ = await working
     assert {ticket.purpose for ticket in tickets} == {Purpose.EVAL}
     waiting = asyncio.create_task(client.await_evaluation("start", WAIT_SECONDS))
     for ticket, reward in zip(tickets, (0.0, 1.0), strict=True):
@@ -277,7 +277,7 @@ async def test_a_server_that_joins_again_lost_what_it_had_on_loan(client: Replay
     mine = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
     await client.acquire_tickets("s1", ROOT, 2, WAIT_SECONDS)
     await client.join_run("s0", SIGNATURE, DATASET, WAIT_SECONDS)
-    tickets, _ = await client.acquire_tickets("s2", ROOT, 8, WAIT_SECONDS)
+    tickets, *_ = await client.acquire_tickets("s2", ROOT, 8, WAIT_SECONDS)
     assert [(ticket.group_id, ticket.attempt) for ticket in tickets] == [(mine.group_id, 2)]
 
 
@@ -286,7 +286,7 @@ async def test_a_server_that_joins_again_lost_what_it_had_on_loan(client: Replay
 
 async def test_a_draw_is_idempotent_and_ranks_partition_it(client: ReplayClient) -> None:
     await client.open_run(spec(groups_per_step=5, members=1), ROOT, [])
-    tickets, _ = await client.acquire_tickets("s0", ROOT, 8, WAIT_SECONDS)
+    tickets, *_ = await client.acquire_tickets("s0", ROOT, 8, WAIT_SECONDS)
     await write(client, [item for ticket in tickets for item in filled(ticket)])
     whole_batch = [group.group_id for group in await client.draw_batch(1, 1, WAIT_SECONDS)]
     assert [group.group_id for group in await client.draw_batch(1, 1, WAIT_SECONDS)] == whole_batch
@@ -312,11 +312,11 @@ async def test_a_dead_server_holds_a_draw_up_no_longer_than_its_lease(tmp_path: 
         await client.open_run(spec(max_staleness=1, groups_per_step=1, members=1), ROOT, [])
         with leases_of(buffer, 0.3):
             await client.acquire_tickets("dead", ROOT, 1, WAIT_SECONDS)
-        (first,), _ = await client.acquire_tickets("s0", ROOT, 1, WAIT_SECONDS)
+        (first,), *_ = await client.acquire_tickets("s0", ROOT, 1, WAIT_SECONDS)
         await write(client, filled(first))
         await client.draw_batch(1, 1, WAIT_SECONDS)
         await client.advance(1, version(1), ROOT)
-        (young,), _ = await client.acquire_tickets("s0", version(1), 1, WAIT_SECONDS)
+        (young,), *_ = await client.acquire_tickets("s0", version(1), 1, WAIT_SECONDS)
         await write(client, filled(young, [version(1)]))
         # The dead server's group is at its deadline, so the younger one waits for it at first.
         (drawn,) = await client.draw_batch(1, 2, WAIT_SECONDS)
@@ -354,7 +354,7 @@ async def test_a_restart_of_the_buffer_changes_nothing(tmp_path: Path) -> None:
         assert await client.run_status() == before
         assert [record async for record in client.export_groups()] == exported
         # The open ticket's lease began afresh, and the writer repeats what it does not know to be on disk.
-        others, _ = await client.acquire_tickets("s1", version(1), 100, WAIT_SECONDS)
+        others, *_ = await client.acquire_tickets("s1", version(1), 100, WAIT_SECONDS)
         assert open_ticket.group_id not in {ticket.group_id for ticket in others}
         results = await write(client, filled(open_ticket))
         assert {result.status for result in results} == {ACKNOWLEDGED}
@@ -419,7 +419,7 @@ async def test_dead_letters_are_listed_and_queued_again(tmp_path: Path) -> None:
     async with serving(tmp_path) as address, connected(address) as client:
         await client.open_run(spec(max_staleness=0, groups_per_step=1, max_attempts=2), ROOT, [])
         for attempt in (1, 2):
-            ((ticket,), _) = await client.acquire_tickets(f"s{attempt}", ROOT, 2, WAIT_SECONDS)
+            ((ticket,), *_) = await client.acquire_tickets(f"s{attempt}", ROOT, 2, WAIT_SECONDS)
             failure = TrajectoryFailure("the prompt kills the engine", retryable=True)
             await write(client, [WriteItem(member.trajectory_id, attempt, 0, failure) for member in ticket.members])
         (letter,) = await client.dead_letters()
@@ -431,7 +431,7 @@ async def test_dead_letters_are_listed_and_queued_again(tmp_path: Path) -> None:
         with pytest.raises(NotFoundError):
             await client.requeue_dead_letters(["nobody"])
         waiting = asyncio.create_task(client.acquire_tickets("s3", ROOT, 2, 0))
-        ((other,), _) = await waiting
+        ((other,), *_) = await waiting
         assert other.task_index != letter.task_index
         await write(client, filled(other))
         assert await client.requeue_dead_letters([letter.group_id]) == 1
@@ -439,7 +439,7 @@ async def test_dead_letters_are_listed_and_queued_again(tmp_path: Path) -> None:
         assert await client.dead_letters() == []
         await client.draw_batch(1, 1, WAIT_SECONDS)
         await client.advance(1, version(1), ROOT)
-        ((again,), _) = await client.acquire_tickets("s3", version(1), 2, WAIT_SECONDS)
+        ((again,), *_) = await client.acquire_tickets("s3", version(1), 2, WAIT_SECONDS)
         assert (again.task_index, again.attempt) == (letter.task_index, 1)
         assert again.group_id != letter.group_id
 
@@ -564,7 +564,7 @@ async def test_bad_trajectories_are_set_aside_with_their_data(client: ReplayClie
         "finite": chunk(logprob=float("nan")),
         "never registered": chunk([version(9)]),
     }
-    tickets, _ = await client.acquire_tickets("s0", ROOT, 2 * len(cases), WAIT_SECONDS)
+    tickets, *_ = await client.acquire_tickets("s0", ROOT, 2 * len(cases), WAIT_SECONDS)
     for ticket, data in zip(tickets, cases.values(), strict=True):
         assert (await write(client, whole(ticket.members[0], 1, data)))[0].status is ACKNOWLEDGED
     records = [record async for record in client.export_groups(state=GroupState.DROPPED)]
@@ -585,7 +585,7 @@ async def test_items_without_content_are_refused_one_by_one(client: ReplayClient
         yield replay_pb2.WriteTrajectoriesRequest(run=RUN, items=items)
 
     async with asyncio.timeout(WAIT_SECONDS):
-        results = [result async for reply in client.write_stream(requests()) for result in reply.results]
+        results = [result async for reply in client.stub.WriteTrajectories(requests()) for result in reply.results]
     invalid = WriteStatus.INVALID
     assert [result.status for result in results] == [ACKNOWLEDGED, invalid, ACKNOWLEDGED, ACKNOWLEDGED, ACKNOWLEDGED]
     assert "neither chunk, close nor failure" in results[1].message
@@ -622,7 +622,7 @@ async def test_export_filters_and_limits(client: ReplayClient) -> None:
 
 async def test_a_stream_is_answered_in_order_while_it_goes_on(client: ReplayClient) -> None:
     await client.open_run(spec(members=1, groups_per_step=40), ROOT, [])
-    tickets, _ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
+    tickets, *_ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     items = [item for ticket in tickets for item in filled(ticket)]
 
     async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
@@ -630,7 +630,7 @@ async def test_a_stream_is_answered_in_order_while_it_goes_on(client: ReplayClie
             yield replay_pb2.WriteTrajectoriesRequest(run=RUN, items=[codec.item_to_proto(item)])
 
     async with asyncio.timeout(WAIT_SECONDS):
-        results = [result async for reply in client.write_stream(requests()) for result in reply.results]
+        results = [result async for reply in client.stub.WriteTrajectories(requests()) for result in reply.results]
     assert [(result.trajectory_id, result.seq) for result in results] == [
         (item.trajectory_id, item.seq) for item in items
     ]
@@ -649,7 +649,7 @@ async def test_a_stop_releases_everyone_who_waits(tmp_path: Path) -> None:
         client = await stack.enter_async_context(connected(address))
         await client.open_run(spec(), ROOT, [])
         await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
-        stream = client.write_stream(silent())
+        stream = client.stub.WriteTrajectories(silent())
         assert await stream.read() is not None
         acquiring = client.stub.AcquireTickets(
             replay_pb2.AcquireTicketsRequest(

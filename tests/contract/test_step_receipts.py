@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from learner.records.receipts import FILE, ReceiptBook, read_receipts
+from learner.run_artifacts.receipts import FILE, ReceiptBook, read_receipts
 from learner.trainer import StepResult, Trainer
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from replay_buffer.storage.segments import segment_path

@@ -255,7 +255,7 @@ async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_noth
 async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(
     metrics: InferenceServerMetrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("inference_server.weights.receiver._LAST_BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr("inference_server.weights.receiver._ANNOUNCE_AGAIN_SECONDS", 0.01)
     async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, _):
         good = snapshot(0)
         await learner.publisher.publish(replace(good, buffers=[b"\0" * 80_000, *good.buffers[1:]]))

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from learner.errors import UnusableGroupError
 from learner.policy.model import PolicyModel
+from learner.trainer import UnusableGroupError
 from learner.training.torch_trainer import TorchTrainer
 from learner.training.world import TorchWorld, World
 from leeway.config import TrainingOptions

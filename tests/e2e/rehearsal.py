@@ -22,6 +22,7 @@ from typing import Any
 import grpc
 
 from leeway.cli.replay_access import open_replay
+from leeway.cli.serve import serve_command
 from leeway.cli.supervisor import Outcome, Service, Supervisor
 from leeway.config import load_configuration
 from leeway.v1 import replay_pb2, replay_pb2_grpc
@@ -198,10 +199,14 @@ async def rehearse(
         arguments = ("--config", str(config), "--supervised")
         plan.supervisor = Supervisor(
             replay_buffer=Service(
-                "replay-buffer", ("replay_buffer", *arguments, f"--set=network.replay_buffer={network.replay_buffer}")
+                "replay-buffer",
+                serve_command("replay-buffer", *arguments, f"--set=network.replay_buffer={network.replay_buffer}"),
             ),
-            learner=Service("learner", ("learner", *arguments)),
-            servers=[Service(f"server-{i}", (*_server(i, backends), *arguments)) for i in range(2)],
+            learner=Service("learner", serve_command("learner", *arguments)),
+            servers=[
+                Service(f"server-{i}", serve_command("inference-server", *_place(i, backends), *arguments))
+                for i in range(2)
+            ],
             learner_stop_seconds=WAIT_SECONDS,
             log_directory=run_directory / "logs",
             on_journal_line=plan.on_journal_line,
@@ -215,11 +220,9 @@ async def rehearse(
     return outcome, plan, events, evidence
 
 
-def _server(index: int, backends: Sequence[str]) -> tuple[str, ...]:
-    """Module and own arguments of a server."""
-    if not backends:
-        return "inference_server", "--index", str(index)
-    return "inference_server.worker", "--index", str(index), "--backend", backends[index]
+def _place(index: int, backends: Sequence[str]) -> tuple[str, ...]:
+    """A server's own arguments."""
+    return ("--index", str(index), *(("--backend", backends[index]) if backends else ()))
 
 
 def _server_of(subject: Call | Write) -> str:

@@ -24,6 +24,7 @@ from tests.harness.recording_proxy import Call, Fate, Weather, Write
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 80
+_SERVER = ("leeway.cli.main", "serve", "inference-server")
 JOIN_AT_STEP = 4
 ENOUGH_CLOSES = 6
 """Trajectories of a server after which it may go."""
@@ -100,11 +101,11 @@ class Visitors(Weather):
 
     async def _start(self) -> None:
         for name in ("late", "leaver", "mortal"):
-            await self._run(name, "inference_server", "--config", str(self.config), "--join", name)
+            await self._run(name, *_SERVER, "--config", str(self.config), "--join", name)
         address = f"127.0.0.1:{free_port('127.0.0.1')}"
         await self._run("backend", "tests.e2e.stale_backend", "--address", address, "--run", "rehearsal")
         arguments = ("--config", str(self.config), "--join", "odd", "--backend", address)
-        await self._run("odd", "inference_server.worker", *arguments)
+        await self._run("odd", *_SERVER, *arguments)
 
     async def _run(self, name: str, *argv: str) -> None:
         with (self.logs / f"{name}.log").open("wb") as log_file:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from inference_server.engines.remote import RemoteEngine
 from leeway import arithmetic, codec
 from leeway.arithmetic import ArithmeticWeights
 from leeway.cli.main import main
+from leeway.cli.serve import serve_command
 from leeway.rpc import Security
 from leeway.service.ports import free_port
 from leeway.types import ColumnKind, GroupState, Purpose
@@ -120,15 +120,9 @@ async def test_the_node_backend_feeds_a_run(tmp_path: Path) -> None:
 
 
 async def test_a_worker_that_waits_for_its_backend_stops_when_asked() -> None:
-    command = [
-        "-m",
-        "inference_server.worker",
-        "--config",
-        str(EXAMPLE),
-        "--backend",
-        f"127.0.0.1:{free_port('127.0.0.1')}",
-    ]
-    worker = await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
+    arguments = ("--config", str(EXAMPLE), "--backend", f"127.0.0.1:{free_port('127.0.0.1')}")
+    command = serve_command("inference-server", *arguments)
+    worker = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     assert worker.stderr is not None
     try:
         async with asyncio.timeout(WAIT_SECONDS):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from leeway.huggingface import published_tensors, tensor_bytes
 from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics, ReplayBufferMetrics
 from leeway.service.ports import free_port

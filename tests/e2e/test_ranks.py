@@ -52,11 +52,11 @@ def test_a_run_with_two_ranks(tmp_path: Path) -> None:
     exported = leeway("export", str(run), "4")  # one process reads what two wrote
     assert exported.returncode == 0, exported.stderr
     assert (run / "export" / "step-4" / "model.safetensors").is_file()
-    replayed = leeway("replay-step", str(run), "4")
+    replayed = leeway("recompute-step", str(run), "4")
     assert replayed.returncode == 0, replayed.stderr
     assert "starting from the checkpoint of step 2" in replayed.stdout
     assert replayed.stdout.endswith("equal: step 4 gives the same statistics and weights, bit for bit\n")
-    missing = leeway("replay-step", str(run), "9")
+    missing = leeway("recompute-step", str(run), "9")
     assert missing.returncode == 2
     assert missing.stderr.startswith("leeway: ")
     assert "no receipt of step 9" in missing.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import read_journal
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import read_journal
 from tests.e2e.rehearsal import SMALL
 from tests.e2e.test_stop_and_resume import EXAMPLE, children, command_line, leeway
 from tests.harness.processes import command

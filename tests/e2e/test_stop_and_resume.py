@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from tests.deadlines import WAIT_SECONDS
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 from tests.harness.processes import running

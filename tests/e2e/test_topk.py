@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from tests.deadlines import RUN_SECONDS
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -45,5 +45,5 @@ def test_candidates_agree_with_the_learner_where_nothing_is_stale(tmp_path: Path
     assert 0 < steps[0]["mismatch"] < 1e-5
     assert steps[0]["topk_policy_mass"] == pytest.approx(steps[0]["topk_behavior_mass"], abs=1e-5)
     assert all(0.9 < step["topk_behavior_mass"] <= 1 + 1e-6 for step in steps)
-    replayed = leeway("replay-step", str(tmp_path / "sortmix8"), "4")
+    replayed = leeway("recompute-step", str(tmp_path / "sortmix8"), "4")
     assert replayed.returncode == 0, replayed.stderr

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import pytest
 import tomli_w
 
-from learner.records.journal import read_journal
+from learner.run_artifacts.journal import read_journal
 from leeway.cli.replay_access import open_replay
 from leeway.service.ports import free_port
 from leeway.trajectory.assembly import assemble_trajectory

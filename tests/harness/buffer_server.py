@@ -85,6 +85,6 @@ async def write(client: ReplayClient, items: Sequence[WriteItem], server_id: str
         async with asyncio.timeout(WAIT_SECONDS):
             return [
                 codec.result_from_proto(result)
-                async for reply in client.write_stream(requests())
+                async for reply in client.stub.WriteTrajectories(requests())
                 for result in reply.results
             ]

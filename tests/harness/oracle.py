@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from learner.records.policy_logprobs import read_policy_logprobs
+from learner.run_artifacts.journal import read_policy_logprobs
 from leeway import arithmetic, codec
 from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import LeewayError

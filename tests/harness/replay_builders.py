@@ -126,9 +126,7 @@ def chunk(
 
 
 def close(chunks: Sequence[bytes], *, reward: float = 1.0, token_count: int = 7) -> TrajectoryClose:
-    digest = codec.EMPTY_CHAIN
-    for data in chunks:
-        digest = codec.chain_digest(digest, data)
+    digest = codec.chain_digest(codec.EMPTY_CHAIN, *chunks)
     return TrajectoryClose(len(chunks), token_count, digest, FinishReason.STOP, reward, MOMENT, MOMENT)
 
 

@@ -37,7 +37,7 @@ class OpenBuffer:
 
     @property
     def state(self) -> RunState:
-        return self.buffer._runs[self.run].state
+        return self.buffer._store.runs[self.run].state
 
     async def open_run(self, checkpoint: PolicyVersion | None = None, run_spec: RunSpec | None = None) -> None:
         run_spec = run_spec or spec(self.run, total_steps=10_000)
@@ -46,12 +46,12 @@ class OpenBuffer:
     async def step(self, *, commit: bool = True, oldest_kept_step: int = 0) -> tuple[str, ...]:
         """One whole step on fresh groups."""
         state = self.state
-        tickets, _ = await self.buffer.acquire_tickets(self.run, "s0", state.head, 1000, 0)
+        tickets, *_ = await self.buffer.acquire_tickets(self.run, "s0", state.head, 1000, 0)
         for ticket in tickets:
             results = self.buffer.write(self.run, filled(ticket, [state.head]))
             assert {result.status for result in results} == {WriteStatus.ACKNOWLEDGED}
         head = state.head
-        views = await self.buffer.draw(self.run, state.epoch, head.step + 1, self.buffer._now())
+        views = await self.buffer.draw(self.run, state.epoch, head.step + 1, self.buffer._store.now())
         await self.buffer.advance(self.run, state.epoch, version(head.step + 1, state.epoch, self.run), head)
         if commit:
             await self.buffer.commit(self.run, state.epoch, head.step + 1, oldest_kept_step)
@@ -60,7 +60,7 @@ class OpenBuffer:
 
     async def settled(self) -> None:
         """Wait for the snapshot on its way, and for what leaves the page cache."""
-        storage = self.buffer._storage
+        storage = self.buffer._store.storage
         if (saving := storage._saving) is not None:
             await saving
         await asyncio.gather(*storage._uncaching)
@@ -74,13 +74,13 @@ async def opened(
     log = Log(LogOptions(directory, segment_bytes))
     buffer = ReplayBuffer(ReplayBufferOptions(directory=directory, **options), log)
     folded: list[Position] = []
-    fold = buffer._replay
+    fold = buffer._store._replay
 
     def count(payload: bytes, location: Any) -> None:
         folded.append(Position(location.segment, location.offset))
         fold(payload, location)
 
-    buffer._replay = count  # type: ignore[method-assign]
+    buffer._store._replay = count  # type: ignore[method-assign]
     try:
         buffer.start()
         try:
@@ -90,9 +90,9 @@ async def opened(
             if cleanly:
                 await buffer.aclose()
             else:
-                if (saving := buffer._storage._saving) is not None:
+                if (saving := buffer._store.storage._saving) is not None:
                     await asyncio.wait([saving])  # a thread cannot be killed
-                buffer._storage.index._file.close()
+                buffer._store.storage.index._file.close()
     finally:
         await log.aclose()
 

@@ -27,7 +27,6 @@ import base64
 import contextlib
 import json
 import shutil
-import signal
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -204,10 +203,10 @@ class SglangDriver:
             raise UnavailableError(f"{path} was answered with {said[:500]}")
 
     async def ended(self) -> str:
-        return f"it ended with code {await self._child.process.wait()}"
+        return f"it ended with code {await self._child.child.wait()}"
 
     def kill(self) -> None:
-        self._child.signal(signal.SIGKILL)
+        self._child.child.kill()
 
     async def aclose(self, request_ids: Sequence[str]) -> None:
         await self._child.end()  # which ends every stream

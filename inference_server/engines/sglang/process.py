@@ -1,4 +1,4 @@
-"""SGLang's server as a child process: how it is started, waited for and ended."""
+"""SGLang's server as a child process: its command line, its start and its end."""
 # aiohttp comes with SGLang, which is not installed where types are checked.
 # pyright: reportMissingImports=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -18,6 +18,7 @@ import torch
 
 from leeway.config import SglangEngineOptions
 from leeway.errors import ConfigError, DeadlineError
+from leeway.service.children import Child, python_command, start
 from leeway.service.ports import free_port
 from leeway.types import ModelSignature
 
@@ -30,23 +31,15 @@ _HOST: Final = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class SglangProcess:
-    """A running server, with everything that it has started as its group."""
+    """A running server, with every process that it has started as its group."""
 
-    process: asyncio.subprocess.Process
+    child: Child
     url: str
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the group, if there still is one."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
-
     async def end(self) -> None:
-        """End the server, by force if it takes too long."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            self.signal(number)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_STOP_SECONDS):
-                    await self.process.wait()
+        """End the server and its group, by force if it takes too long."""
+        self.child.signal_group(signal.SIGTERM)
+        await self.child.stop(_STOP_SECONDS)
 
 
 async def start_process(model_path: Path, options: SglangEngineOptions, signature: ModelSignature) -> SglangProcess:
@@ -58,25 +51,21 @@ async def start_process(model_path: Path, options: SglangEngineOptions, signatur
     """
     port = free_port(_HOST)
     command, environment = _command_line(model_path, options, signature, port)
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        env=environment,
-        stdout=sys.stderr,
-        stderr=sys.stderr,
-        start_new_session=True,  # it is ended as a group
-    )
-    child = SglangProcess(process, f"http://{_HOST}:{port}")
+    child = await start(command, on_stdout=sys.stderr, on_stderr=sys.stderr, environment=environment)
+    server = SglangProcess(child, f"http://{_HOST}:{port}")
     try:
-        await _answering(child, options.start_timeout_seconds)
+        await child.unless_ended(_answers(server.url, options.start_timeout_seconds))
+        if child.exit_code is not None:
+            raise ConfigError(f"SGLang ended with code {child.exit_code}; its log says why")
     except BaseException:
-        await child.end()
+        await server.end()
         raise
-    return child
+    return server
 
 
 def _command_line(
     model_path: Path, options: SglangEngineOptions, signature: ModelSignature, port: int
-) -> tuple[list[str], dict[str, str]]:
+) -> tuple[tuple[str, ...], dict[str, str]]:
     on_cpu = not torch.cuda.is_available()
     module = "inference_server.engines.sglang.cpu_shim" if on_cpu else "inference_server.engines.sglang.server"
     context_length = options.context_length or signature.context_length
@@ -99,28 +88,25 @@ def _command_line(
     if on_cpu:
         arguments |= {"device": "cpu", "attention-backend": "torch_native", "sampling-backend": "pytorch"}
         flags += ["disable-overlap-schedule", "disable-cuda-graph", "sleep-on-idle"]
-    command = [sys.executable, "-m", module, str(os.getpid())]
+    command = [str(os.getpid())]
     for name, value in arguments.items():
         command += [f"--{name}", str(value)]
     command += [f"--{flag}" for flag in flags] + list(options.arguments)
-    environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
-    return command, environment | ({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})
+    environment = {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+    return python_command(module, *command), environment | ({"SGLANG_USE_CPU_ENGINE": "1"} if on_cpu else {})
 
 
-async def _answering(child: SglangProcess, timeout_seconds: float) -> None:
-    """Wait until the server answers. It has no way to say so but to be asked again and again.
+async def _answers(url: str, timeout_seconds: float) -> None:
+    """Wait until the server answers. It does not announce that, so it is asked again and again.
 
     Raises:
-        ConfigError: it ended.
         DeadlineError: it did not answer in time.
     """
     try:
         async with asyncio.timeout(timeout_seconds), aiohttp.ClientSession() as session:
             while True:
-                if child.process.returncode is not None:
-                    raise ConfigError(f"SGLang ended with code {child.process.returncode}; its log says why")
                 with contextlib.suppress(aiohttp.ClientError, ConnectionError):
-                    async with session.get(f"{child.url}/health") as response:
+                    async with session.get(f"{url}/health") as response:
                         if response.status == 200:
                             return
                 await asyncio.sleep(_PROBE_SECONDS)

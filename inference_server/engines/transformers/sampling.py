@@ -8,18 +8,13 @@ sample does not depend on what else is in the batch, beyond float noise in z.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from leeway.service.seeds import GAMMA, mix64
 from leeway.types import Float32Array, Int32Array
-
-# SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): its increment and the two multipliers of its finalizer.
-_GAMMA: Final = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1: Final = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2: Final = np.uint64(0x94D049BB133111EB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +29,7 @@ class Sampled:
 
 def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1) with 53 bits, one for each (seed, position); both [n]."""
-    bits = _mix(_mix(seeds) + (positions + np.uint64(1)) * _GAMMA) >> np.uint64(11)
+    bits = mix64(mix64(seeds) + (positions + np.uint64(1)) * np.uint64(GAMMA)) >> np.uint64(11)
     return bits.astype(np.float64) * np.float64(2.0**-53)
 
 
@@ -65,9 +60,3 @@ def sample(logits: torch.Tensor, temperatures: torch.Tensor, draws: NDArray[np.f
         topk_token_ids=None if top_ids is None else top_ids.numpy().astype(np.int32),
         topk_logprobs=None if top_logprobs is None else top_logprobs.numpy(),
     )
-
-
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = (state ^ (state >> np.uint64(30))) * _MIX_1
-    state = (state ^ (state >> np.uint64(27))) * _MIX_2
-    return state ^ (state >> np.uint64(31))

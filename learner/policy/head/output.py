@@ -1,7 +1,8 @@
 """A model's output layer as the trainer asks it: by one of two implementations.
 
 The fused one adds the gradient of its own parameters while it goes through the tokens, and hands over that of the
-hidden states. The reference leaves all of that to autograd.
+hidden states. The reference leaves all of that to autograd and takes any layer, but holds several [N, V] matrices until
+the backward pass is over.
 
 Shape legend: N targets, D hidden size, V vocabulary, K recorded candidates per target.
 """
@@ -15,9 +16,8 @@ from typing import Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from learner.policy.head import Head, Targets, TokenLoss
+from learner.policy.head import Head, Targets, TokenLoss, TokenScores
 from learner.policy.head.fused import fused_head
-from learner.policy.head.reference import scores_of_logits
 from leeway.errors import ConfigError
 
 HeadImplementation = Literal["fused", "reference"]
@@ -107,3 +107,14 @@ def _add_gradient(parameter: Tensor | None, gradient: Tensor | None) -> None:
         parameter.grad = gradient.to(parameter.dtype)
     else:
         parameter.grad += gradient
+
+
+def scores_of_logits(logits: Tensor, targets: Targets) -> TokenScores:
+    """Score tokens from logits [T, V] of at least float32, before the temperature."""
+    logprobs = torch.log_softmax(logits / targets.temperatures.to(logits.dtype).unsqueeze(-1), dim=-1)
+    top = None if targets.topk_token_ids is None else logprobs.detach().gather(-1, targets.topk_token_ids)
+    return TokenScores(
+        logprobs.gather(-1, targets.token_ids.unsqueeze(-1)).squeeze(-1),
+        -(logprobs.exp() * logprobs).sum(dim=-1),  # entr would have no gradient where a probability is below the dtype
+        top,
+    )

@@ -54,10 +54,9 @@ def test_a_server_may_join_beside_the_configured_ones() -> None:
     ],
 )
 def test_the_process_ends_with_one_line(
-    arguments: list[str], code: int, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["inference_server", "--config", str(EXAMPLE), *arguments])
-    assert main() == code
+    assert main(["--config", str(EXAMPLE), *arguments]) == code
     errors = capsys.readouterr().err
     assert words in errors
     assert len([line for line in errors.splitlines() if line]) == (1 if code else 0)

@@ -1,4 +1,4 @@
-"""`python -m tests.unit.leeway.stubborn FIFO [wait]`: a service that ends by SIGKILL only, and leaves a process behind.
+"""`python -m tests.unit.leeway.stubborn FIFO [wait]`: a service that ends by SIGKILL only, and leaves processes behind.
 
 With `wait` it ends as soon as the other one is there.
 """
@@ -15,5 +15,6 @@ if __name__ == "__main__":
         Path(sys.argv[1]).read_text()
         sys.exit()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with subprocess.Popen(["cat"]):  # holds this one's pipes until its input ends, which is the supervisor's
+    # Both hold its pipes. One is in a group of its own, and ends with its input, which is the supervisor's.
+    with subprocess.Popen(["cat"], start_new_session=True), subprocess.Popen(["sleep", "600"]):
         Path(sys.argv[1]).write_text("here")

@@ -29,7 +29,7 @@ async def log(tmp_path: Path) -> Path:
         await run.open_run()
         for _ in range(STEPS):
             await run.step()
-        tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
+        tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
         failure = TrajectoryFailure("the prompt is too long", retryable=False)
         run.buffer.write(RUN, [WriteItem(tickets[0].members[0].trajectory_id, 1, 0, failure)])
         run.buffer.write(RUN, [WriteItem(tickets[1].members[0].trajectory_id, 1, 0, chunk([run.state.head]))])
@@ -38,21 +38,21 @@ async def log(tmp_path: Path) -> Path:
 
 def test_verify_says_what_it_checked_and_what_is_wrong(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["buffer", "verify", str(log)]) == 0
-    assert capsys.readouterr().out.endswith("nothing is wrong\n")
+    assert capsys.readouterr().out.endswith("OK\n")
     path = segment_path(log, 1)
     data = bytearray(path.read_bytes())
     data[HEADER.size] ^= 1
     path.write_bytes(data)
     assert main(["buffer", "verify", str(log)]) == 1
     out = capsys.readouterr().out
-    assert f"wrong: {path}: the record at byte 0 is damaged" in out
-    assert out.endswith("1 things are wrong\n")
+    assert f"problem: {path}: the record at byte 0 is damaged" in out
+    assert out.endswith("1 problem found\n")
 
 
 def test_a_runs_folder_stands_for_its_log(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load_configuration(EXAMPLE, [f"replay_buffer.directory={log}"]).write(log.parent / "config.toml")
     assert main(["buffer", "verify", str(log.parent)]) == 0
-    assert "nothing is wrong" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("OK\n")
 
 
 def test_ls_lists_runs_groups_and_segments(log: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,157 +1,37 @@
-from datetime import UTC, datetime
+"""Between messages and `leeway.types`: what comes back is what was sent, and what makes no sense is refused."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from leeway import codec
-from leeway.errors import CorruptDataError, InvalidDataError
-from leeway.trajectory.assembly import assemble_trajectory
-from leeway.types import (
-    Column,
-    ColumnKind,
-    FinishReason,
-    PolicyVersion,
-    SamplingParams,
-    Segment,
-    SegmentKind,
-    TrajectoryChunk,
-    TrajectoryClose,
-    TrajectoryRecord,
-    VersionSpan,
-)
-from leeway.v1 import common_pb2
-
-VERSION = PolicyVersion("demo", 1, 3, bytes(range(32)))
-NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-PROMPT, SAMPLED, LAYERS, TOP = 3, 4, 2, 2
-
-
-def chunks() -> list[TrajectoryChunk]:
-    """Tokens first; routing late, in one piece, as real engines send it."""
-    n = PROMPT + SAMPLED
-    return [
-        TrajectoryChunk(
-            columns=(
-                Column(ColumnKind.TOKEN_IDS, 0, PROMPT, np.arange(PROMPT, dtype=np.int32)),
-                Column(ColumnKind.TOKEN_IDS, PROMPT, PROMPT + 1, np.array([9], np.int32)),
-                Column(ColumnKind.BEHAVIOR_LOGPROBS, PROMPT, PROMPT + 1, np.array([-0.5], np.float32)),
-            ),
-            segments=(
-                Segment(SegmentKind.PROMPT, 0, PROMPT),
-                Segment(SegmentKind.MODEL, PROMPT, PROMPT + 1, in_loss=True, sampling=SamplingParams(), engine="e/1"),
-            ),
-            version_spans=(VersionSpan(PROMPT, PROMPT + 1, VERSION),),
-        ),
-        TrajectoryChunk(
-            columns=(
-                Column(ColumnKind.TOKEN_IDS, PROMPT + 1, n, np.array([8, 7, 6], np.int32)),
-                Column(ColumnKind.BEHAVIOR_LOGPROBS, PROMPT + 1, n, np.array([-1, -2, 0], np.float32)),
-                Column(
-                    ColumnKind.ROUTING,
-                    0,
-                    n - 1,
-                    np.arange((n - 1) * LAYERS * TOP, dtype=np.uint8).reshape(n - 1, LAYERS, TOP),
-                ),
-            ),
-            segments=(Segment(SegmentKind.MODEL, PROMPT, n, in_loss=True, sampling=SamplingParams(), engine="e/1"),),
-            version_spans=(VersionSpan(PROMPT + 1, n, VERSION),),
-        ),
-    ]
-
-
-def record(parts: list[TrajectoryChunk], **changes: object) -> TrajectoryRecord:
-    data = tuple(codec.encode_chunk(part) for part in parts)
-    digest = codec.EMPTY_CHAIN
-    for chunk in data:
-        digest = codec.chain_digest(digest, chunk)
-    close = {
-        "chunk_count": len(data),
-        "token_count": PROMPT + SAMPLED,
-        "digest": digest,
-        "finish_reason": FinishReason.STOP,
-        "reward": 1.0,
-        "generation_started_at": NOW,
-        "generation_finished_at": NOW,
-        **changes,
-    }
-    return TrajectoryRecord("t", 0, 1, "server-0", TrajectoryClose(**close), "", data)  # type: ignore[arg-type]
+from leeway.errors import InvalidDataError
+from leeway.types import TrajectoryFailure, WeightManifest, WriteItem, WriteResult, WriteStatus
+from leeway.v1 import common_pb2, replay_pb2
+from leeway.weights.digests import tensor_entry
+from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed
+from replay_buffer.storage.records import Record, decode, encode
+from tests.harness.replay_builders import chunk, close
+from tests.unit.leeway.test_trajectory import parts
 
 
 def test_chunks_survive_the_wire() -> None:
-    for chunk in chunks():
-        again = codec.decode_chunk(codec.encode_chunk(chunk))
-        assert again.segments == chunk.segments
-        assert again.version_spans == chunk.version_spans
-        for column, original in zip(again.columns, chunk.columns, strict=True):
+    for original in parts([4, 7]):
+        again = codec.decode_chunk(codec.encode_chunk(original))
+        assert again.segments == original.segments
+        assert again.version_spans == original.version_spans
+        for column, other in zip(again.columns, original.columns, strict=True):
             assert (column.kind, column.start_token, column.end_token) == (
-                original.kind,
-                original.start_token,
-                original.end_token,
+                other.kind,
+                other.start_token,
+                other.end_token,
             )
-            assert column.values.dtype == original.values.dtype
-            np.testing.assert_array_equal(column.values, original.values)
-
-
-def test_a_trajectory_is_assembled_on_one_axis() -> None:
-    trajectory = assemble_trajectory(record(chunks()))
-    np.testing.assert_array_equal(trajectory.token_ids, [0, 1, 2, 9, 8, 7, 6])
-    np.testing.assert_array_equal(trajectory.loss_mask, [False] * PROMPT + [True] * SAMPLED)
-    np.testing.assert_array_equal(trajectory.behavior_logprobs, np.array([0, 0, 0, -0.5, -1, -2, 0], np.float32))
-    assert trajectory.routing is not None
-    assert trajectory.routing.shape == (PROMPT + SAMPLED - 1, LAYERS, TOP)
-
-
-def test_changed_bytes_are_noticed() -> None:
-    good = record(chunks())
-    flipped = bytearray(good.chunks[1])
-    flipped[-1] ^= 1
-    bad = TrajectoryRecord("t", 0, 1, "s", good.close, "", (good.chunks[0], bytes(flipped)))
-    with pytest.raises(CorruptDataError, match="trajectory t"):
-        assemble_trajectory(bad)
-    with pytest.raises(CorruptDataError):
-        assemble_trajectory(TrajectoryRecord("t", 0, 1, "s", good.close, "", good.chunks[:1]))
-
-
-def _without(kind: ColumnKind) -> list[TrajectoryChunk]:
-    return [
-        TrajectoryChunk(
-            tuple(column for column in chunk.columns if column.kind is not kind), chunk.segments, chunk.version_spans
-        )
-        for chunk in chunks()
-    ]
-
-
-def _replaced(kind: ColumnKind, values: np.ndarray) -> list[TrajectoryChunk]:
-    first, last = chunks()
-    columns = tuple(
-        Column(kind, column.start_token, column.end_token, values) if column.kind is kind else column
-        for column in last.columns
-    )
-    return [first, TrajectoryChunk(columns, last.segments, last.version_spans)]
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (_without(ColumnKind.BEHAVIOR_LOGPROBS), "behavior log-probs must cover"),
-        (_without(ColumnKind.TOKEN_IDS), "token ids are missing"),
-        (_replaced(ColumnKind.BEHAVIOR_LOGPROBS, np.array([-1, np.nan, 0], np.float32)), "not a finite number"),
-        (_replaced(ColumnKind.BEHAVIOR_LOGPROBS, np.array([-1, -np.inf, 0], np.float32)), "not a finite number"),
-        (_replaced(ColumnKind.BEHAVIOR_LOGPROBS, np.array([-1, 0.5, 0], np.float32)), "at most 0"),
-        (_replaced(ColumnKind.BEHAVIOR_LOGPROBS, np.array([-1, -1, 0], np.float64)), "changes its type"),
-        (chunks()[:1], "segments cover 4 tokens of 7"),
-        ([*chunks(), chunks()[1]], "overlaps"),
-    ],
-)
-def test_what_does_not_fit_is_refused_by_name(parts: list[TrajectoryChunk], message: str) -> None:
-    with pytest.raises(InvalidDataError, match=f"trajectory t: .*{message}"):
-        assemble_trajectory(record(parts))
-
-
-def test_missing_version_spans_are_refused() -> None:
-    parts = [TrajectoryChunk(chunk.columns, chunk.segments) for chunk in chunks()]
-    with pytest.raises(InvalidDataError, match="version spans must cover"):
-        assemble_trajectory(record(parts))
+            assert column.values.dtype == other.values.dtype
+            np.testing.assert_array_equal(column.values, other.values)
 
 
 @pytest.mark.parametrize(
@@ -169,10 +49,57 @@ def test_malformed_tensors_are_refused_before_anything_is_allocated(tensor: comm
         codec.array_from_proto(tensor)
 
 
-def test_a_stream_of_weights_is_cut_at_tensor_boundaries() -> None:
-    from leeway.types import WeightManifest
-    from leeway.weights.digests import tensor_entry
+@pytest.mark.parametrize(
+    "content", [chunk(), b"", close([chunk()]), TrajectoryFailure("the engine died", retryable=True)]
+)
+def test_a_write_survives_the_wire(content: object) -> None:
+    item = WriteItem("r-g1.0", 2, 2**40, content)  # type: ignore[arg-type]
+    message = replay_pb2.WriteItem.FromString(codec.item_to_proto(item).SerializeToString())
+    assert codec.item_from_proto(message) == item
 
+
+def test_a_write_that_makes_no_sense_is_refused() -> None:
+    for message, reason in (
+        (replay_pb2.WriteItem(trajectory_id="r-g1.0"), "'r-g1.0' carries neither chunk, close nor failure"),
+        (codec.item_to_proto(WriteItem("t", 1, 0, replace(close([]), reward=math.nan))), "reward must be finite"),
+        (replay_pb2.WriteItem(close=codec.close_to_proto(close([]))), "0 is not a FinishReason"),
+    ):
+        if reason.endswith("FinishReason"):
+            message.close.finish_reason = 0  # type: ignore[assignment]
+        with pytest.raises(InvalidDataError, match=reason):
+            codec.item_from_proto(message)
+
+
+def test_the_log_keeps_what_a_writer_sent_byte_for_byte() -> None:
+    unknown = b"\xf8\x07\x01"  # field 127, of a later writer
+    sent = chunk() + unknown
+    sealed = codec.close_to_proto(close([sent])).SerializeToString() + unknown
+    for data, written in (
+        (sent, replay_pb2.WriteItem(trajectory_id="r-g1.0", attempt=2, chunk=sent)),
+        (sealed, replay_pb2.WriteItem(trajectory_id="r-g1.0", attempt=2)),
+    ):
+        if data is sealed:
+            written.close.MergeFromString(sealed)
+        item = codec.item_from_proto(written)
+        transition = (
+            TrajectoryClosed("r-g1.0", 2, item.content)  # type: ignore[arg-type]
+            if data is sealed
+            else ChunkWritten("r-g1.0", 2, 0, sent, ())
+        )
+        payload = b"".join(encode(Record("r", 1, transition)))
+        assert payload.endswith(data)
+        assert decode(payload).transition[3 if data is sent else 2] == item.content  # type: ignore[index]
+
+
+def test_an_answer_survives_the_wire() -> None:
+    for result in (
+        WriteResult("r-g1.0", 1, 3, WriteStatus.ACKNOWLEDGED),
+        WriteResult("r-g1.0", 1, 3, WriteStatus.EXHAUSTED, 9, "why", 1.5),
+    ):
+        assert codec.result_from_proto(codec.result_to_proto(result)) == result
+
+
+def test_a_stream_of_weights_is_cut_at_tensor_boundaries() -> None:
     buffers = [b"abcd", b"", b"efghijkl"]
     manifest = WeightManifest(
         tuple(tensor_entry(name, "uint8", (len(data),), data) for name, data in zip("abc", buffers, strict=True))

@@ -1,26 +1,15 @@
-"""A command that started a replay buffer gets rid of it, and knows a busy one from none."""
+"""A command knows a busy replay buffer from none."""
 
 from __future__ import annotations
 
-import asyncio
-import signal
 import socket
 
 import pytest
 
-from leeway.cli import replay_access
 from leeway.errors import DeadlineError, UnavailableError
 from leeway.rpc import Security, check_health
 from leeway.service.ports import free_port
 from tests.deadlines import WAIT_SECONDS
-
-
-async def test_a_buffer_that_does_not_stop_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay_access, "_STOP_SECONDS", 0.05)
-    process = await asyncio.create_subprocess_exec("sleep", "600")
-    async with asyncio.timeout(WAIT_SECONDS):
-        await replay_access._ended(process)
-    assert process.returncode == -signal.SIGKILL
 
 
 async def test_where_nobody_listens_is_known_at_once_and_a_busy_server_is_waited_for() -> None:

@@ -12,6 +12,7 @@ from leeway.config import ReplayBufferOptions
 from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.live import ticket_demand
+from replay_buffer.run_store import RunStore
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log, LogOptions
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, chunk, spec, version
@@ -22,7 +23,7 @@ LEASE_SECONDS = 10.0
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [-1e6]  # behind the event loop's, which may have begun just now: no wait for a moment of it lasts
-    monkeypatch.setattr(ReplayBuffer, "_now", staticmethod(lambda: now[0]))
+    monkeypatch.setattr(RunStore, "now", staticmethod(lambda: now[0]))
     return now
 
 
@@ -39,7 +40,7 @@ async def buffer(tmp_path: Path, clock: list[float]) -> AsyncIterator[ReplayBuff
 
 
 async def lent_to(buffer: ReplayBuffer, server_id: str) -> list[tuple[str, int]]:
-    tickets, _ = await buffer.acquire_tickets(RUN, server_id, ROOT, 2, 0)
+    tickets, *_ = await buffer.acquire_tickets(RUN, server_id, ROOT, 2, 0)
     return [(ticket.group_id, ticket.attempt) for ticket in tickets]
 
 
@@ -91,21 +92,21 @@ async def test_what_servers_asked_for_is_bounded_however_many_names_come_and_go(
 ) -> None:
     clock[0] = asyncio.get_running_loop().time()
     monkeypatch.setattr(ticket_demand, "_MOST_SERVERS", 8)
-    (ticket,), _ = await buffer.acquire_tickets(RUN, "holder", ROOT, 2, 0)
+    (ticket,), *_ = await buffer.acquire_tickets(RUN, "holder", ROOT, 2, 0)
     waiting = asyncio.create_task(buffer.acquire_tickets(RUN, "patient", ROOT, 2, 30))
     await asyncio.sleep(0)
     for number in range(100):
-        assert await buffer.acquire_tickets(RUN, f"passing-{number}", ROOT, 1, 0) == ([], False)
-    assert len(buffer._runs[RUN].asks) == 8
+        assert await buffer.acquire_tickets(RUN, f"passing-{number}", ROOT, 1, 0) == ([], False, None)
+    assert len(buffer._store.runs[RUN].asks) == 8
     # One that was forgotten while it waits gets its work all the same.
     buffer.write(RUN, [WriteItem(ticket.members[0].trajectory_id, 1, 0, TrajectoryFailure("died", retryable=False))])
-    (other,), _ = await waiting
+    (other,), *_ = await waiting
     assert other.group_id != ticket.group_id
 
 
 async def test_what_a_server_asked_for_is_its_most_and_its_newest(buffer: ReplayBuffer) -> None:
-    assert await buffer.acquire_tickets(RUN, "small", ROOT, 1, 0) == ([], False)
-    run = buffer._runs[RUN]
+    assert await buffer.acquire_tickets(RUN, "small", ROOT, 1, 0) == ([], False, None)
+    run = buffer._store.runs[RUN]
     ask, is_newer = run.asks.take("small", ROOT, 4)
     assert (ask.capacity, is_newer) == (4, False)
     assert run.asks.take("small", version(1), 1) == (ask, True)

@@ -189,7 +189,7 @@ async def test_clock_jumps_decide_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         await log.aclose()
 
     async def lent_to(server_id: str) -> list[tuple[str, int]]:
-        tickets, _ = await buffer.acquire_tickets(RUN, server_id, ROOT, 2, 0)
+        tickets, *_ = await buffer.acquire_tickets(RUN, server_id, ROOT, 2, 0)
         return [(ticket.group_id, ticket.attempt) for ticket in tickets]
 
     buffer, log = await opened()
@@ -203,14 +203,14 @@ async def test_clock_jumps_decide_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     monotonic[0] += LEASE_SECONDS
     wall[0] -= 40 * YEAR_SECONDS
     assert await lent_to("s1") == [(group, 2)]
-    ticket = buffer._runs[RUN].state.groups[group]
+    ticket = buffer._store.runs[RUN].state.groups[group]
     results = buffer.write(RUN, [WriteItem(member.trajectory_id, 2, 0, b"") for member in ticket.members[:1]])
     assert [result.status for result in results] == [WriteStatus.ACKNOWLEDGED]
-    before = snapshot(buffer._runs[RUN].state)
+    before = snapshot(buffer._store.runs[RUN].state)
     await stopped(buffer, log)
     wall[0] += 60 * YEAR_SECONDS
     buffer, log = await opened()
-    assert snapshot(buffer._runs[RUN].state) == before
+    assert snapshot(buffer._store.runs[RUN].state) == before
     assert await lent_to("s2") == []  # a restart begins every lease anew
     monotonic[0] += LEASE_SECONDS
     assert await lent_to("s2") == [(group, 3)]

@@ -27,7 +27,7 @@ class Disk:
     """A buffer that takes everything, on a disk that syncs when it is told to."""
 
     def __init__(self) -> None:
-        self.intake = Intake()
+        self.backpressure = Intake()
         self.mark = 0
         self.durable_mark = 0
         self._synced = asyncio.Condition()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from learner.errors import UnusableGroupError
-from learner.loop import Learner
-from learner.records.checkpoint import Checkpoint
-from learner.records.journal import Journal
+from learner.loop import Context, Learner
+from learner.run_artifacts.checkpoint import Checkpoint
+from learner.run_artifacts.journal import Journal
+from learner.trainer import UnusableGroupError
 from leeway.config import LearnerOptions
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import PolicyVersion
@@ -36,10 +35,12 @@ async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Pa
     head = PolicyVersion("run", 2, 6, b"")
     journal = Journal(tmp_path / "metrics.jsonl", resume_step=0)
     metrics = LearnerMetrics(CollectorRegistry())
-    parts: Any = SimpleNamespace(trainer=Refusing(), buffer=Buffer(), metrics=metrics, journal=journal)
     nothing: Any = None
+    trainer: Any = Refusing()
+    buffer: Any = Buffer()
+    context = Context(trainer, buffer, nothing, nothing, journal, nothing, metrics, tmp_path, asyncio.Event())
     restored = Checkpoint(tmp_path, head, (), ((1, 0), (2, 4)))
-    learner = Learner(parts, nothing, LearnerOptions(), nothing, restored, asyncio.Event())
+    learner = Learner(context, nothing, LearnerOptions(), nothing, restored)
     assert await learner._train(groups()) is False
     journal.close()
     assert seen == [(7, ((1, 0), (2, 4))), "group-0"]

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from learner.losses.form import TokenBatch, load_algorithm, token_losses
 from learner.policy.head import Head, Targets, TokenLoss, TokenScores, chunk
 from learner.policy.head.fused import FusedResult, fused_head
-from learner.policy.head.reference import reference_head
+from learner.policy.head.output import scores_of_logits
 from leeway.config.algorithms import ALGORITHMS
 
 HIDDEN = 12
@@ -80,6 +80,13 @@ def top_weighted(places: slice, scores: TokenScores) -> Tensor:
 
 def with_entropy(places: slice, scores: TokenScores) -> Tensor:
     return top_weighted(places, scores) - 0.3 * (scores.entropies * scores.entropies).sum()
+
+
+def reference_head(hidden: Tensor, head: Head, targets: Targets) -> TokenScores:
+    """log pi = log_softmax((h W^T + b) / temperature), with gradient."""
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logits = hidden.to(dtype) @ head.weight.to(dtype).T
+    return scores_of_logits(logits if head.bias is None else logits + head.bias.to(dtype), targets)
 
 
 def by_autograd(

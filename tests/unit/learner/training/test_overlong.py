@@ -10,8 +10,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from learner.batch.advantages import group_advantages
-from learner.batch.overlong import OverlongRule, is_overlong, shape_group, soft_penalty
+from learner.batch.advantages import OverlongRule, group_advantages, is_overlong, shape_group, soft_penalty
 from leeway.config import TrainingOptions
 from leeway.types import FinishReason, TrajectoryGroup
 from tests.harness.learner_builders import dense_model, groups, moe_model, trainer, trajectory

@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.batch.packing import pack
-from learner.errors import UnusableGroupError
 from learner.lineage import trajectory_staleness
 from learner.losses.batch_statistics import Reduction
 from learner.policy.model import PolicyModel
-from learner.training.mismatch import RunningMismatch
-from learner.training.policy_loss import PolicyLoss
+from learner.trainer import UnusableGroupError
+from learner.training.policy_loss import PolicyLoss, RunningMismatch
 from leeway.config import TrainingOptions
 from leeway.config.algorithms import ALGORITHMS
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan

@@ -293,7 +293,6 @@ def test_without_an_active_replay_nothing_changes() -> None:
     five = torch.from_numpy(random_routing(5, 3)), torch.ones(5, dtype=torch.bool)
     with replay.active(*five), pytest.raises(PreconditionError, match="routes 9 tokens while 5"):
         native_routing(model, t)
-    replay.remove()
 
 
 def test_a_dense_model_has_nothing_to_replay() -> None:

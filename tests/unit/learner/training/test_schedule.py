@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from learner.training.schedule import Schedule, scheduled_learning_rate
+from learner.training.optimizer import Schedule, scheduled_learning_rate
 from leeway.config import TrainingOptions
 from tests.harness.learner_builders import dense_model, groups, trainer
 

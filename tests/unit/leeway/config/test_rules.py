@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import inference_server.server
-import learner.__main__
-import replay_buffer.__main__
 from leeway.cli.main import main as leeway
 from leeway.config import load_configuration
 from leeway.config.rules import RULES
-from leeway.service.process import EXIT_OK, EXIT_REFUSED, service_parser
+from leeway.service.process import EXIT_OK, EXIT_REFUSED
 
 EXAMPLES = Path(__file__).parents[4] / "examples"
 EXAMPLE = EXAMPLES / "sortmix8.toml"
@@ -91,26 +88,20 @@ Check = Callable[[Path, Sequence[str]], tuple[int, str]]
 
 
 @pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> dict[str, Check]:
+def checks(capsys: pytest.CaptureFixture[str]) -> dict[str, Check]:
     """Every program that reads a configuration: its exit code and what it says, without the program's name."""
 
-    def service(main: Callable[[], int]) -> Check:
+    def check_by(*command: str) -> Check:
         def check(config: Path, overrides: Sequence[str]) -> tuple[int, str]:
             options = [part for override in overrides for part in ("--set", override)]
-            monkeypatch.setattr("sys.argv", ["service", "--config", str(config), "--check", *options])
-            return main(), capsys.readouterr().err.partition(": ")[2]
+            code = leeway([*command, str(config), "--check", *options])
+            return code, capsys.readouterr().err.partition(": ")[2]
 
         return check
 
-    def run(config: Path, overrides: Sequence[str]) -> tuple[int, str]:
-        options = [part for override in overrides for part in ("--set", override)]
-        return leeway(["run", str(config), "--check", *options]), capsys.readouterr().err.partition(": ")[2]
-
     return {
-        "run": run,
-        "replay buffer": service(lambda: replay_buffer.__main__.main(service_parser("", "").parse_args())),
-        "learner": service(learner.__main__.main),
-        "inference server": service(inference_server.server.main),
+        "run": check_by("run"),
+        **{name: check_by("serve", name, "--config") for name in ("replay-buffer", "learner", "inference-server")},
     }
 
 
@@ -157,11 +148,11 @@ def test_every_program_accepts_the_examples(checks: dict[str, Check], example: P
 
 
 OPENED: list[tuple[str, str, set[str]]] = [
-    ("model.path=elsewhere", "model.path: ", {"run", "learner", "inference server"}),
-    ("evaluation.tasks=257", "evaluation.tasks: is 257", {"run", "learner", "inference server"}),
-    ("task.tasks=sortmix8.task:nothing", "sortmix8.task:nothing: ", {"run", "learner", "inference server"}),
-    ("task.reward=sortmix8.task:nothing", "sortmix8.task:nothing: ", {"run", "inference server"}),
-    ("network.weights=collective", "network.weights: ", {"run", "learner", "inference server"}),
+    ("model.path=elsewhere", "model.path: ", {"run", "learner", "inference-server"}),
+    ("evaluation.tasks=257", "evaluation.tasks: is 257", {"run", "learner", "inference-server"}),
+    ("task.tasks=sortmix8.task:nothing", "sortmix8.task:nothing: ", {"run", "learner", "inference-server"}),
+    ("task.reward=sortmix8.task:nothing", "sortmix8.task:nothing: ", {"run", "inference-server"}),
+    ("network.weights=collective", "network.weights: ", {"run", "learner", "inference-server"}),
     (
         'inference_server.engines=["transformers", "vllm"]',
         "inference_server.vllm.python: there is no interpreter",
@@ -183,6 +174,6 @@ def test_who_needs_what_is_named_refuses_with_the_same_line(
 
 
 def test_an_engine_that_is_not_installed_is_named_by_its_server(checks: dict[str, Check]) -> None:
-    code, line = checks["inference server"](EXAMPLE, ["inference_server.engine=vllm"])
+    code, line = checks["inference-server"](EXAMPLE, ["inference_server.engine=vllm"])
     assert (code, line[:24]) == (EXIT_REFUSED, "inference_server.engine:")
     assert "inference_server.vllm.python" in line

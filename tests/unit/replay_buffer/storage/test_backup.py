@@ -52,7 +52,7 @@ async def test_a_backup_holds_what_was_acknowledged(
         monkeypatch.setattr(backup_module.os, "link", refuse)
     async with opened(original) as run:
         await grown(run)
-        tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 1000, 0)
+        tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 1000, 0)
         run.buffer.write(RUN, filled(tickets[0], [run.state.head]))
         backup = await run.buffer.back_up(copy)
         before = described(run.state)
@@ -74,7 +74,7 @@ async def test_a_backup_holds_what_was_acknowledged(
 async def test_a_restored_copy_fences_what_the_original_did_afterwards(original: Path, copy: Path) -> None:
     async with opened(original) as run:
         await grown(run, 3)
-        tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 1000, 0)
+        tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 1000, 0)
         head = run.state.head
         await run.buffer.back_up(copy)
         # The original goes on: another learner, other groups.
@@ -97,7 +97,7 @@ async def test_a_restored_copy_fences_what_the_original_did_afterwards(original:
         # Ids of groups that the original may have made since are never used here.
         reopened = await run.buffer.open_run(state.spec, head, [])
         assert reopened.epoch > late_epoch + 1000
-        fresh, _ = await run.buffer.acquire_tickets(RUN, "s0", head, 1000, 0)
+        fresh, *_ = await run.buffer.acquire_tickets(RUN, "s0", head, 1000, 0)
         numbers = [int(ticket.group_id.removeprefix(f"{RUN}-g")) for ticket in fresh]
         assert min(numbers) > 1_000_000
         # Nothing is lost: the tasks come again, first.
@@ -209,7 +209,7 @@ async def test_a_copy_of_a_log_whose_beginning_is_retired(original: Path, copy: 
 async def test_only_what_is_durable_is_copied(original: Path, copy: Path) -> None:
     async with opened(original) as run:
         await grown(run, 3)
-        end, generation = run.log.durable_end, run.buffer._storage.generation
+        end, generation = run.log.durable_end, run.buffer._store.storage.generation
     path = segment_path(original, end.segment)
     path.write_bytes(path.read_bytes() + b"written, not synced")
     segment_path(original, end.segment + 1).write_bytes(b"neither")

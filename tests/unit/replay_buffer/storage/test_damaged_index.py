@@ -144,7 +144,7 @@ async def test_damage_that_is_met_while_a_record_is_applied_ends_the_service_and
         assert decided is not None
         _damage(tmp_path, ENTRY)
         with pytest.raises(LogFailedError):
-            running.buffer._record(RUN, decided)
+            running.buffer._store.record(RUN, decided)
         with pytest.raises(LogFailedError):
             await running.buffer.status(RUN)
     async with opened(tmp_path) as again:

@@ -95,7 +95,7 @@ async def test_ended_groups_leave_memory(tmp_path: Path) -> None:
                 sizes.append(tracemalloc.get_traced_memory()[0])
         finally:
             tracemalloc.stop()
-        state, storage = run.state, run.buffer._storage
+        state, storage = run.state, run.buffer._store.storage
         assert state.consumed == 180
         assert len(state.groups.unended) <= 6
         assert not state.batches
@@ -112,7 +112,7 @@ async def test_ended_trajectories_answer_after_a_restart_as_before(tmp_path: Pat
         await run.open_run()
         for _ in range(3):
             await run.step()
-        tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
+        tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
         failed = tickets[0]
         items = [WriteItem(failed.members[0].trajectory_id, 1, 0, TrajectoryFailure("too long", retryable=False))]
         run.buffer.write(RUN, items)
@@ -248,7 +248,7 @@ async def test_an_index_that_fails_does_not_stop_the_log(tmp_path: Path, monkeyp
     async with opened(tmp_path) as run:
         await run.open_run()
         await run.step()
-        index = run.buffer._storage.index
+        index = run.buffer._store.storage.index
         file = index._file
         index._file = BrokenFile(sqlite3.OperationalError("disk I/O error"))  # type: ignore[assignment]
         for _ in range(5):
@@ -269,7 +269,7 @@ async def test_an_index_that_a_write_finds_damaged_ends_the_service(
     async with opened(tmp_path) as run:
         await run.open_run()
         await run.step()
-        index = run.buffer._storage.index
+        index = run.buffer._store.storage.index
         file = index._file
         index._file = BrokenFile(sqlite3.DatabaseError("malformed"))  # type: ignore[assignment]
         with pytest.raises(LogFailedError, match=r"index\.sqlite: malformed; .*; start the replay buffer again"):

@@ -57,7 +57,7 @@ async def test_only_what_nothing_live_needs_goes_and_each_once(tmp_path: Path, m
             await run.step()
         evaluation = Evaluation("slow", run.state.head, 1, 2, SamplingParams(max_tokens=16))
         await run.buffer.create_evaluation(run.state.epoch, evaluation)
-        (slow,), _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 2, 0)
+        (slow,), *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 2, 0)
         run.buffer.write(RUN, [WriteItem(slow.members[0].trajectory_id, 1, 0, chunk([run.state.head]))])
         held = run.state.groups[slow.group_id].oldest_segment
         assert held is not None

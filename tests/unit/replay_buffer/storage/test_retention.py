@@ -98,7 +98,7 @@ async def test_a_run_that_was_left_pins_the_log_until_it_is_given_up(tmp_path: P
         await left.open_run()
         await train(left, 6, keep=4)
         await left.step(commit=False)  # trained, and its learner died before the checkpoint
-        tickets, _ = await run.buffer.acquire_tickets("left", "s0", left.state.head, 1000, 0)
+        tickets, *_ = await run.buffer.acquire_tickets("left", "s0", left.state.head, 1000, 0)
         run.buffer.write("left", filled(tickets[0], [left.state.head]))
         await run.open_run()
         await train(run, 12, keep=2)
@@ -127,7 +127,7 @@ async def test_two_finished_runs_keep_what_can_be_replayed(tmp_path: Path) -> No
             await train(of, 4, keep=4)
             await run.buffer.finish_run(name, of.state.epoch)
         await run.settled()
-        needed = first_needed([run.of(name).state for name in ("one", "two")], run.buffer._storage.index, 1 << 30)
+        needed = first_needed([run.of(name).state for name in ("one", "two")], run.buffer._store.storage.index, 1 << 30)
         two = [view async for view in run.buffer.export("two", Filter(step=4), 0)]
         assert needed <= min(member.chunks[0].segment for view in two for member in view.members)
 
@@ -139,7 +139,7 @@ async def test_a_live_group_keeps_its_segment(tmp_path: Path) -> None:
         state = run.state
         evaluation = Evaluation("slow", state.head, 1, 2, SamplingParams(max_tokens=16))
         await run.buffer.create_evaluation(state.epoch, evaluation)
-        (slow,), _ = await run.buffer.acquire_tickets(RUN, "s0", state.head, 2, 0)
+        (slow,), *_ = await run.buffer.acquire_tickets(RUN, "s0", state.head, 2, 0)
         run.buffer.write(RUN, [WriteItem(slow.members[0].trajectory_id, 1, 0, chunk([state.head]))])
         held = state.groups[slow.group_id].oldest_segment
         assert held is not None
@@ -184,7 +184,7 @@ async def test_an_interrupted_deletion_is_finished_later(tmp_path: Path, monkeyp
     monkeypatch.setattr(storage_module, "remove_segments", die)
     async with opened(tmp_path, cleanly=False, retain_bytes=0) as run:
         while not removed:
-            tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 1000, 0)
+            tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 1000, 0)
             run.buffer.write(RUN, [item for ticket in tickets for item in filled(ticket, [run.state.head])])
             await run.step(oldest_kept_step=run.state.head.step - 2)
         before = described(run.state)

@@ -35,7 +35,7 @@ async def grown(directory: Path, steps: int = 8, *, cleanly: bool = True, retain
         await run.open_run()
         for step in range(1, steps + 1):
             await run.step(oldest_kept_step=max(step - 2, 1))
-        tickets, _ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
+        tickets, *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 4, 0)
         failure = TrajectoryFailure("too long", retryable=False)
         run.buffer.write(RUN, [WriteItem(tickets[0].members[0].trajectory_id, 1, 0, failure)])
         run.buffer.write(RUN, [WriteItem(tickets[1].members[0].trajectory_id, 1, 0, chunk([run.state.head]))])

@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from learner.lineage import Branch
 from leeway.errors import ConfigError, CorruptDataError, NotFoundError
-from leeway.service.durable import make_directory, sync_directory
+from leeway.service.durable import make_directory, publish_directory, replace_file, sync_directory, sync_file
 from leeway.types import PolicyVersion, Rollback
 
 _MANIFEST: Final = "manifest.json"
@@ -30,9 +30,6 @@ _PREFIX: Final = "step-"
 
 LedgerStep = tuple[int, tuple[str, ...]]
 """(step, its group ids in order)"""
-
-Branch = tuple[int, int]
-"""(epoch, step of the checkpoint that it started from)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +102,15 @@ class CheckpointStore:
             "branches": [list(branch) for branch in pending.branches],
             "files": {str(path.relative_to(partial)): _file_digest(path) for path in files},
         }
-        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in [*files, partial / _MANIFEST]:
-            _fsync(path)
-        for folder in {path.parent for path in files} | {partial}:
+        for path in files:
+            sync_file(path)
+        for folder in {path.parent for path in files} - {partial}:
             sync_directory(folder)
+        replace_file(partial / _MANIFEST, json.dumps(manifest, indent=1))
         final = self._path(version.step)
         # What an abandoned branch left of this step and later ones goes first: it must never be the newest again.
         self._remove([step for step in self.steps() if step >= version.step])
-        partial.rename(final)
-        sync_directory(self._directory)
+        publish_directory(partial, final)
         return Checkpoint(final, version, pending.ledger, pending.branches)
 
     def oldest_kept_step(self) -> int:
@@ -208,11 +204,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

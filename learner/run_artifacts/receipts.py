@@ -22,8 +22,8 @@ from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any, Final
 
-from learner.records.checkpoint import Branch
-from learner.records.journal import read_journal
+from learner.lineage import Branch
+from learner.run_artifacts.journal import read_journal
 from leeway.config import LearnerOptions
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.service.durable import replace_file

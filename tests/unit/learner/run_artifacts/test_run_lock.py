@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.run_lock import FILE, held_run
+from learner.run_artifacts.run_lock import FILE, held_run
 from leeway.errors import ConfigError, UnavailableError
 from tests.deadlines import WAIT_SECONDS
 
@@ -18,7 +18,7 @@ EXAMPLE = Path(__file__).parents[4] / "examples" / "rehearsal.toml"
 HOLDER = """
 import signal, sys
 from pathlib import Path
-from learner.records.run_lock import held_run
+from learner.run_artifacts.run_lock import held_run
 
 with held_run(Path(sys.argv[1])):
     print("held", flush=True)

@@ -1,4 +1,4 @@
-"""What a server is lent, and what it writes."""
+"""Tickets, and what a server writes for them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from leeway.types.fleet import Drain
 from leeway.types.policy import PolicyVersion
 from leeway.types.trajectory import SamplingParams, TrajectoryClose, TrajectoryFailure
 
@@ -40,7 +41,7 @@ class TicketMember:
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A loan of a group's missing members to one server."""
+    """A group's missing members, granted to one server for as long as its lease."""
 
     group_id: str
     attempt: int
@@ -53,14 +54,21 @@ class Ticket:
     evaluation_id: str = ""  # EVAL only
 
 
+class AcquiredTickets(NamedTuple):
+    """The answer to a server that requested tickets."""
+
+    tickets: list[Ticket]
+    finished: bool  # the run has; no more requests
+    drained: Drain | None  # set while this server gets no tickets
+
+
 class WriteItem(NamedTuple):
     """One write: a serialized TrajectoryChunk, a close or a failure."""
 
     trajectory_id: str
     attempt: int
     seq: int
-    content: bytes | memoryview | TrajectoryClose | TrajectoryFailure
-    encoded: bytes = b""  # the whole item as it came; empty for one that is made here
+    content: bytes | TrajectoryClose | TrajectoryFailure
 
 
 class WriteResult(NamedTuple):

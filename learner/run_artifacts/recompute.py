@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 
-from learner.errors import UnusableGroupError
-from learner.records.checkpoint import Checkpoint, CheckpointStore
-from learner.records.receipts import (
+from learner.run_artifacts.checkpoint import Checkpoint, CheckpointStore
+from learner.run_artifacts.receipts import (
     GroupReceipt,
     Options,
     Receipts,
@@ -22,7 +21,7 @@ from learner.records.receipts import (
     full_name,
     options_digest,
 )
-from learner.trainer import Trainer
+from learner.trainer import Trainer, UnusableGroupError
 from leeway import codec
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from leeway.trajectory.assembly import assemble_trajectory
@@ -158,9 +157,7 @@ def _verified(step: int, recorded: GroupReceipt, record: GroupRecord) -> Traject
     if before != now:
         raise DiffersError(Difference(step, "group", recorded.group_id, ", ".join(before), ", ".join(now)))
     for known, trajectory in zip(recorded.trajectories, members, strict=True):
-        digest = codec.EMPTY_CHAIN
-        for chunk in trajectory.chunks:
-            digest = codec.chain_digest(digest, chunk)
+        digest = codec.chain_digest(codec.EMPTY_CHAIN, *trajectory.chunks)
         if digest.hex() != known.digest:
             raise DiffersError(
                 Difference(step, "trajectory", trajectory.trajectory_id, known.digest[:16], digest.hex()[:16])

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from learner.records.checkpoint import CheckpointStore
-from learner.records.journal import Journal, read_journal
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.journal import Journal, read_journal
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.types import PolicyVersion, Rollback
 

@@ -3,7 +3,7 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.records.summary import merge_intervals, overlap_seconds
+from learner.run_artifacts.journal import merge_intervals, overlap_seconds
 
 INTERVALS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)).map(lambda pair: (pair[0], pair[0] + pair[1])))
 

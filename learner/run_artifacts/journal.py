@@ -1,16 +1,90 @@
-"""`summary.json`: what a run came to, computed from its journal and the buffer's counts."""
+"""The files of a run that people read: journal, the learner's log-probs, summary.
+
+    metrics.jsonl                                 one line per step, evaluation and drained server
+    policy_logprobs/step-NNNNNNNN.safetensors     trajectory id -> float32 [tokens in the loss], before the step
+    summary.json                                  results of the run, from the journal and the replay buffer's counts
+
+The journal tells the surviving history only: a learner that resumes at step s drops what an abandoned branch wrote
+beyond s, so the file always reads as one curve.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import numpy as safetensors_numpy
+
 from leeway.service.durable import replace_file
-from leeway.types import RunStatus
+from leeway.types import Float32Array, RunStatus
+
+
+class Journal:
+    """Appends records; each has `kind` ("step" or "evaluation") and `step`."""
+
+    def __init__(self, path: Path, *, resume_step: int, listen: Callable[[str], None] | None = None) -> None:
+        """Open `path`, keeping records up to `resume_step`; `listen` is told each new line."""
+        self._listen = listen
+        self.records = [record for record in read_journal(path) if record["step"] <= resume_step]
+        replace_file(path, "".join(_line(record) for record in self.records))
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one record and pass it on."""
+        self.records.append(dict(record))
+        line = _line(record)
+        self._file.write(line)
+        self._file.flush()
+        if self._listen is not None:
+            self._listen(line)
+
+    def sync(self) -> None:
+        """Make what was written durable; called with each checkpoint."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """Every whole record of a journal; it ends where a crash has torn it."""
+    if not path.exists():
+        return []
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            records.append(json.loads(line[: line.index(b"\n")]))
+        except ValueError:
+            break
+    return records
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def policy_logprobs_path(run_directory: Path, step: int) -> Path:
+    """The file of one step."""
+    return run_directory / "policy_logprobs" / f"step-{step:08d}.safetensors"
+
+
+def write_policy_logprobs(run_directory: Path, step: int, logprobs: Mapping[str, Float32Array]) -> None:
+    """Write one step's file, replacing one of an abandoned branch."""
+    path = policy_logprobs_path(run_directory, step)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    safetensors_numpy.save_file(dict(logprobs), path)
+
+
+def read_policy_logprobs(run_directory: Path, step: int) -> dict[str, Float32Array]:
+    """One step's log-probs; empty when none were kept."""
+    path = policy_logprobs_path(run_directory, step)
+    return safetensors_numpy.load_file(path) if path.exists() else {}
+
 
 Interval = tuple[float, float]
 """[start, end) in seconds"""

@@ -1,13 +1,13 @@
 """A past step again, by as many ranks as trained it.
 
-    python -m learner.records.replay_process --config FILE --directory DIR --step N
+    python -m learner.recompute_process --config FILE --directory DIR --step N
 
     rank 0        replay: loads the checkpoint, trains, compares, prints
       │ commands as in training (learner.distributed)
       ▼
     rank r > 0    follows; takes its slice of each step from the receipts and the log, as rank 0 does
 
-The last line on stdout is the answer: `equal: ...` or `different: ...`. `leeway replay-step` starts this beside a
+The last line on stdout is the answer: `equal: ...` or `different: ...`. `leeway recompute-step` starts this beside a
 replay buffer that serves the run's log.
 """
 
@@ -20,9 +20,10 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from learner.factory import join_world, make_ranked_trainer, make_trainer
-from learner.records.checkpoint import Branch, CheckpointStore
-from learner.records.receipts import Receipts, deciding_options, read_receipts
-from learner.records.replay import ExportStep, find_start, read_groups, replay
+from learner.lineage import Branch
+from learner.run_artifacts.checkpoint import CheckpointStore
+from learner.run_artifacts.receipts import Receipts, deciding_options, read_receipts
+from learner.run_artifacts.recompute import ExportStep, find_start, read_groups, replay
 from learner.trainer import Trainer
 from leeway.config import load_configuration
 from leeway.errors import ConfigError
@@ -101,15 +102,15 @@ def _tell(line: str) -> None:
 
 def main() -> int:
     """Parse and replay."""
-    parser = service_parser("learner.records.replay_process", "Computes a past step of a run again and compares it.")
+    parser = service_parser("learner.recompute_process", "Computes a past step of a run again and compares it.")
     parser.add_argument("--directory", type=Path, required=True, metavar="DIR", help="the run's folder")
     parser.add_argument("--step", type=int, required=True, metavar="STEP", help="a trained step")
     arguments = parser.parse_args()
     try:
         process = ReplayProcess(arguments)
     except ConfigError as error:
-        return report_error("replay-step", error)
-    return serve("replay-step", process.main, arguments)
+        return report_error("recompute-step", error)
+    return serve("recompute-step", process.main, arguments)
 
 
 if __name__ == "__main__":
