@@ -94,7 +94,9 @@ class InferenceServerProcess:
     def _take_place(self, index: int, backend: str | None) -> None:
         addresses, backends = self.network.inference_servers, self.options.backends
         if not 0 <= index < len(addresses):
-            raise ConfigError(f"network.inference_servers: lists {len(addresses)}, none for --index {index}")
+            raise self.configuration.refused(
+                f"network.inference_servers: lists {len(addresses)}, none for --index {index}"
+            )
         self.server_id = f"server-{index}"
         self.address = addresses[index]
         self.metrics_port = self.configuration.metrics.inference_servers[index]
@@ -121,7 +123,7 @@ class InferenceServerProcess:
         """
         library = ENGINES[self.engine].library
         if self.backend is None and library is not None and importlib.util.find_spec(library) is None:
-            raise ConfigError(
+            raise self.configuration.refused(
                 f"inference_server.engine: {sys.executable} has no {library}; set "
                 f"inference_server.{self.engine}.python to the interpreter of its environment (`make engine-env "
                 f"ENGINE={self.engine}` builds one)"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import tomli_w
-from pydantic import ValidationError, model_validator
+from pydantic import PrivateAttr, ValidationError, model_validator
 
 from leeway.config.document import Document, Options, explain, load_document
 from leeway.config.inference_server import InferenceServerOptions
@@ -33,17 +33,25 @@ class RunConfiguration(Options):
     replay_buffer: ReplayBufferOptions
     inference_server: InferenceServerOptions
     learner: LearnerOptions
+    _file: Path = PrivateAttr(Path())
 
     @model_validator(mode="before")
     @classmethod
     def _every_section(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Sections that are not in the file are empty; the log lies in the run's folder unless the file says where."""
-        sections: dict[str, Any] = {name: {} for name in cls.model_fields} | values
+        sections = {**{name: cast("Any", {}) for name in cls.model_fields}, **values}
         if isinstance(sections["run"], dict) and isinstance(sections["replay_buffer"], dict):
             run = cast("dict[str, Any]", sections["run"])
             log = f"{run.get('directory', 'runs')}/{run.get('name')}/replay"
             sections["replay_buffer"] = {"directory": log, **cast("dict[str, Any]", sections["replay_buffer"])}
         return sections
+
+    def model_post_init(self, context: Any) -> None:  # noqa: ANN401 (as pydantic declares it)
+        self._file = (context or {}).get("file", self._file)
+
+    def refused(self, line: str) -> ConfigError:
+        """The error of a configuration that cannot be used, with the file's name."""
+        return ConfigError(f"{self._file}: {line}")
 
     def engine_names(self) -> frozenset[str]:
         """The engines of the configured servers; `inference_server.engine` where none is configured."""
@@ -94,12 +102,12 @@ def read_configuration(document: Document) -> RunConfiguration:
         ConfigError: naming file and key, what is wrong, and what was given.
     """
     try:
-        configuration = RunConfiguration.model_validate(document.values, context={"directory": document.path.parent})
+        configuration = RunConfiguration.model_validate(document.values, context={"file": document.path})
     except ValidationError as error:
         raise ConfigError(explain(document.path, error)) from error
     refused = refusal(configuration)
     if refused is not None:
-        raise ConfigError(f"{document.path}: {refused}")
+        raise configuration.refused(refused)
     return configuration
 
 

@@ -32,7 +32,7 @@ def _in_config_directory(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, (str, Path)):
         return value
     context: Mapping[str, Path] = info.context or {}
-    return (context.get("directory", Path()) / Path(value).expanduser()).absolute()
+    return (context.get("file", Path()).parent / Path(value).expanduser()).absolute()
 
 
 def _resolved(value: object, info: ValidationInfo) -> object:

@@ -16,12 +16,12 @@ def check_references(configuration: RunConfiguration) -> None:
     """Open all of it on one machine, as `leeway run` does for its services.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: naming file and key.
     """
     for engine in sorted(configuration.engine_names()):
         python = configuration.inference_server.python_of(engine)
         if python is not None and not python.is_file():
-            raise ConfigError(f"inference_server.{engine}.python: there is no interpreter {python}")
+            raise configuration.refused(f"inference_server.{engine}.python: there is no interpreter {python}")
     open_tasks(configuration)
     open_reward(configuration)
 
@@ -30,21 +30,26 @@ def open_tasks(configuration: RunConfiguration) -> TaskSet:
     """Look for the model's files and for torch, where they are needed, and open the tasks.
 
     Raises:
-        ConfigError: naming the key.
+        ConfigError: naming file and key.
     """
     if configuration.learner.trainer != "arithmetic":
         directory = configuration.model.directory
         for name in ("config.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
-                raise ConfigError(f"model.path: {directory} is not a Hugging Face model with its tokenizer: no {name}")
+                raise configuration.refused(
+                    f"model.path: {directory} is not a Hugging Face model with its tokenizer: no {name}"
+                )
     if configuration.network.uses_broadcasts and importlib.util.find_spec("torch") is None:
-        raise ConfigError(
+        raise configuration.refused(
             f'network.weights: "{configuration.network.weights}" needs torch in every process that sends or takes '
             'weights; install it or set "grpc"'
         )
-    tasks = load_tasks(configuration.task, configuration.run.seed)
+    try:
+        tasks = load_tasks(configuration.task, configuration.run.seed)
+    except ConfigError as error:
+        raise configuration.refused(error.message) from error
     if configuration.evaluation.tasks > len(tasks.heldout):
-        raise ConfigError(
+        raise configuration.refused(
             f"evaluation.tasks: is {configuration.evaluation.tasks}, but there are {len(tasks.heldout)} held-out tasks"
         )
     return tasks
@@ -56,4 +61,7 @@ def open_reward(configuration: RunConfiguration) -> Callable[..., Any]:
     Raises:
         ConfigError: there is no such function.
     """
-    return load_function(configuration.task.reward, configuration.task.python_path)
+    try:
+        return load_function(configuration.task.reward, configuration.task.python_path)
+    except ConfigError as error:
+        raise configuration.refused(error.message) from error

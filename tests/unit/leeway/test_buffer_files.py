@@ -11,13 +11,12 @@ from safetensors.numpy import load_file
 
 from leeway.cli import buffer_export
 from leeway.cli.main import main
-from leeway.config import load_configuration
 from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.segments import HEADER, segment_path
+from tests.harness.configurations import write_rehearsal
 from tests.harness.replay_builders import RUN, chunk
 from tests.harness.replay_directory import opened
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "rehearsal.toml"
 STEPS, PER_STEP, MEMBERS, TOKENS = 4, 2, 2, 7
 
 
@@ -50,7 +49,7 @@ def test_verify_says_what_it_checked_and_what_is_wrong(log: Path, capsys: pytest
 
 
 def test_a_runs_folder_stands_for_its_log(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    load_configuration(EXAMPLE, [f"replay_buffer.directory={log}"]).write(log.parent / "config.toml")
+    write_rehearsal(log.parent / "config.toml", f"replay_buffer.directory={log}")
     assert main(["buffer", "verify", str(log.parent)]) == 0
     assert capsys.readouterr().out.endswith("OK\n")
 

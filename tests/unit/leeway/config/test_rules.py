@@ -170,10 +170,10 @@ def test_who_needs_what_is_named_refuses_with_the_same_line(
     said = {name: check(EXAMPLE, [override, "inference_server.vllm.python=/nowhere"]) for name, check in checks.items()}
     assert {name for name, (code, _) in said.items() if code == EXIT_REFUSED} == programs, said
     (line,) = {line for name, (_, line) in said.items() if name in programs}
-    assert line.startswith(expected)
+    assert line.startswith(f"{EXAMPLE}: {expected}")
 
 
 def test_an_engine_that_is_not_installed_is_named_by_its_server(checks: dict[str, Check]) -> None:
     code, line = checks["inference-server"](EXAMPLE, ["inference_server.engine=vllm"])
-    assert (code, line[:24]) == (EXIT_REFUSED, "inference_server.engine:")
+    assert (code, line.startswith(f"{EXAMPLE}: inference_server.engine: ")) == (EXIT_REFUSED, True)
     assert "inference_server.vllm.python" in line
