@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import tomli_w
 from pydantic import PrivateAttr, ValidationError, model_validator
@@ -39,11 +39,11 @@ class RunConfiguration(Options):
     @classmethod
     def _every_section(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Sections that are not in the file are empty; the log lies in the run's folder unless the file says where."""
-        sections = {**{name: cast("Any", {}) for name in cls.model_fields}, **values}
-        if isinstance(sections["run"], dict) and isinstance(sections["replay_buffer"], dict):
-            run = cast("dict[str, Any]", sections["run"])
+        sections: dict[str, dict[str, Any]] = {**{name: {} for name in cls.model_fields}, **values}
+        if all(isinstance(sections[name], dict) for name in ("run", "replay_buffer")):
+            run = sections["run"]
             log = f"{run.get('directory', 'runs')}/{run.get('name')}/replay"
-            sections["replay_buffer"] = {"directory": log, **cast("dict[str, Any]", sections["replay_buffer"])}
+            sections["replay_buffer"] = {"directory": log, **sections["replay_buffer"]}
         return sections
 
     def model_post_init(self, context: Any) -> None:  # noqa: ANN401 (as pydantic declares it)
