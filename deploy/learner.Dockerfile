@@ -12,6 +12,7 @@ COPY leeway leeway
 COPY inference_server inference_server
 COPY learner learner
 COPY replay_buffer replay_buffer
+COPY examples examples
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m venv /opt/leeway \
     && /opt/leeway/bin/pip install ".[learner]" --constraint constraints.txt

@@ -9,7 +9,6 @@ import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -21,7 +20,7 @@ from learner.run_artifacts.journal import Journal, summarize, write_summary
 from learner.run_artifacts.receipts import ReceiptBook, deciding_options
 from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
-from learner.weights.local import LocalWeights
+from learner.weights.outlets import WeightOutlet
 from learner.weights.publisher import Publisher
 from leeway.config import RunConfiguration, load_configuration
 from leeway.config.references import open_tasks
@@ -34,9 +33,7 @@ from leeway.tasks import TaskSet
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import weights_digest
-
-if TYPE_CHECKING:
-    from learner.weights.collective import CollectiveWeights
+from leeway.weights.transports import TRANSPORTS, load_side
 
 log = logging.getLogger(__name__)
 
@@ -96,15 +93,13 @@ class LearnerProcess:
             await buffer.aclose()
             return
         restored = self._restore(trainer, checkpoints, root)
-        local = LocalWeights(metrics) if self.network.uses_zeromq else None
-        broadcasts = self._make_broadcasts(metrics)
+        outlets = self._make_outlets(metrics)
         publisher = Publisher(
             self.run.name,
             trainer.signature,
             metrics,
-            local,
+            outlets,
             max_delta_chain=self.options.max_delta_chain,
-            broadcasts=broadcasts,
         )
         server = await start_server(
             self.network.policy,
@@ -133,17 +128,15 @@ class LearnerProcess:
             if stop.is_set():
                 buffer.patience_seconds = LAST_ANSWER_SECONDS
             status = await buffer.run_status()
-            write_summary(self.directory, summarize(journal.records, status, publisher.push_times.seconds))
+            write_summary(self.directory, summarize(journal.records, status, publisher.push_seconds))
             log.info("%s at step %d", "finished" if finished else "stopped with a checkpoint", learner.step)
         finally:
             journal.close()
             receipts.close()
             await server.stop(grace_seconds=1.0)
             await buffer.aclose()
-            if broadcasts is not None:
-                await broadcasts.aclose()
-            if local is not None:
-                await local.aclose()
+            for outlet in outlets:
+                await outlet.aclose()
 
     @asynccontextmanager
     async def _replay_client(self) -> AsyncGenerator[ReplayClient]:
@@ -183,13 +176,11 @@ class LearnerProcess:
             drop_no_signal=self.run.drop_no_signal,
         )
 
-    def _make_broadcasts(self, metrics: LearnerMetrics) -> CollectiveWeights | None:
-        if not self.network.uses_broadcasts:
-            return None
-        from learner.weights.collective import CollectiveWeights  # imports torch
-
-        host = self.network.policy.rpartition(":")[0]
-        return CollectiveWeights(host, metrics, patience_seconds=self.options.broadcast_patience_seconds)
+    def _make_outlets(self, metrics: LearnerMetrics) -> list[WeightOutlet]:
+        """The ways that weights leave this learner, beside gRPC."""
+        host, patience_seconds = self.network.policy.rpartition(":")[0], self.options.broadcast_patience_seconds
+        references = [TRANSPORTS[name].outlet for name in self.network.weight_transports]
+        return [load_side(reference)(metrics, host, patience_seconds) for reference in references if reference]
 
 
 async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) -> bool:

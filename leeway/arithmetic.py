@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from leeway.errors import PreconditionError
 from leeway.service.seeds import GAMMA, MASK_64, mix64
@@ -47,12 +46,12 @@ SIGNATURE: Final = ModelSignature(
     experts_per_token=2,
     context_length=4096,
 )
-"""What a run on this law must be opened with."""
+"""The signature with which a run on this law is opened."""
 
 
 @dataclass(frozen=True, slots=True)
 class ArithmeticWeights:
-    """What the law knows of a policy version: 64 bits of the digest of its weights."""
+    """A policy version as the law sees it: 64 bits of the digest of its weights."""
 
     key: int
 
@@ -104,21 +103,6 @@ def sample(distribution: Distribution, length: int, seed: int) -> tuple[int, flo
     return token_id, distribution.other_logprob
 
 
-def next_token(
-    weights: ArithmeticWeights, prefix: Sequence[int] | NDArray[np.int32], seed: int, temperature: float = 1.0
-) -> tuple[int, float]:
-    """Sample the token after `prefix`: (token id, log-probability). Pure."""
-    length = len(prefix)
-    return sample(next_distribution(weights, length, int(prefix[-1]), temperature), length, seed)
-
-
-def behavior_logprob(
-    weights: ArithmeticWeights, prefix: Sequence[int] | NDArray[np.int32], token_id: int, temperature: float = 1.0
-) -> float:
-    """The log-probability of `token_id` after `prefix` under the weights that its label names."""
-    return next_distribution(weights, len(prefix), int(prefix[-1]), temperature).logprob(token_id)
-
-
 def routing_row(weights: ArithmeticWeights, position: int, token_id: int) -> list[list[int]]:
     """Experts that token `token_id` at `position` is sent to: [layers][k], distinct within a layer.
 
@@ -148,13 +132,8 @@ def published_weights(history: int, step: int) -> tuple[WeightManifest, list[byt
     return _manifest(data), [data]
 
 
-def policy_version(run: str, epoch: int, step: int, history: int = 0) -> PolicyVersion:
-    """The identity of the weights of (history, step), made by the learner's incarnation `epoch`."""
-    return PolicyVersion(run, epoch, step, weights_digest(published_weights(history, step)[0]))
-
-
 def read_weights(manifest: WeightManifest, buffers: Sequence[bytes | memoryview]) -> ArithmeticWeights:
-    """The weights that bytes are, whatever anybody calls them.
+    """The weights in these bytes, whatever version they were announced as.
 
     Raises:
         PreconditionError: the manifest is not that of this law.

@@ -1,15 +1,16 @@
 """Every error that Leeway raises, as one tree.
 
     LeewayError
-    ├── ConfigError             a configuration that cannot be used          INVALID_ARGUMENT
-    ├── InvalidDataError        the caller sent something malformed          INVALID_ARGUMENT
-    ├── NotFoundError           the named thing does not exist               NOT_FOUND
-    ├── PreconditionError       do not retry until the state is mended       FAILED_PRECONDITION
-    ├── FencedError             a newer incarnation took over: go one up     ABORTED
-    ├── ExhaustedError          no room now; retry later                     RESOURCE_EXHAUSTED
-    ├── UnavailableError        the peer cannot be reached; retry            UNAVAILABLE
-    ├── DeadlineError           a wait ended without what it waited for      DEADLINE_EXCEEDED
-    └── CorruptDataError        bytes are not what their digest says         DATA_LOSS
+    ├── ConfigError             a configuration cannot be used                 INVALID_ARGUMENT
+    ├── InvalidDataError        the caller sent something malformed            INVALID_ARGUMENT
+    ├── NotFoundError           the named thing does not exist                 NOT_FOUND
+    ├── PreconditionError       the state forbids it; retrying does not help   FAILED_PRECONDITION
+    ├── FencedError             a newer learner or attempt took over; restart  ABORTED
+    │                           one level up, not this call
+    ├── ExhaustedError          no room now; retry later                       RESOURCE_EXHAUSTED
+    ├── UnavailableError        the peer cannot be reached; retry              UNAVAILABLE
+    ├── DeadlineError           no answer or event within the time allowed     DEADLINE_EXCEEDED
+    └── CorruptDataError        bytes do not match their digest                DATA_LOSS
 
 A message says what happened, where, and what to do. `leeway.rpc` maps the tree to gRPC status codes and back, with
 `reason` as `google.rpc.ErrorInfo.reason`.
@@ -62,7 +63,7 @@ class PreconditionError(LeewayError):
 
 
 class FencedError(LeewayError):
-    """A newer incarnation took over; the caller's epoch or attempt is refused from now on."""
+    """A newer learner or attempt took over; restart one level up. This epoch or attempt is refused from now on."""
 
     code = grpc.StatusCode.ABORTED
     reason = "FENCED"
@@ -77,7 +78,7 @@ class ExhaustedError(LeewayError):
     def __init__(self, message: str, retry_seconds: float | None = None) -> None:
         super().__init__(message)
         self.retry_seconds = retry_seconds
-        """When to come back, if whoever refused knows; travels as `google.rpc.RetryInfo`."""
+        """When to call again, if the peer said so; sent as `google.rpc.RetryInfo`."""
 
 
 class UnavailableError(LeewayError):
@@ -88,14 +89,14 @@ class UnavailableError(LeewayError):
 
 
 class DeadlineError(LeewayError):
-    """A wait ended without what it waited for."""
+    """No answer or event came within the time allowed."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
     reason = "DEADLINE"
 
 
 class CorruptDataError(LeewayError):
-    """Bytes are not what their digest says."""
+    """Bytes do not match their digest."""
 
     code = grpc.StatusCode.DATA_LOSS
     reason = "CORRUPT_DATA"

@@ -68,7 +68,7 @@ from replay_buffer.run_store import Run, RunStore, open_groups
 from replay_buffer.storage.backup import Backup
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log
-from replay_buffer.storage.selection import check_kept, select
+from replay_buffer.storage.run_index import check_kept, select
 
 log = logging.getLogger(__name__)
 

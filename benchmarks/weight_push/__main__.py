@@ -39,8 +39,7 @@ from prometheus_client import CollectorRegistry
 from benchmarks.promise import Promise
 from benchmarks.weight_push.broadcast import Broadcast
 from benchmarks.weight_push.training import EXAMPLE, RUN, any_reward, larger_model, real_steps, sorted_reward
-from learner.weights.collective import CollectiveWeights
-from learner.weights.local import LocalWeights
+from learner.weights.outlets import WeightOutlet
 from learner.weights.publication import Publication
 from learner.weights.publisher import Publisher, _Server
 from leeway.huggingface import model_signature
@@ -49,6 +48,7 @@ from leeway.service.metrics import LearnerMetrics
 from leeway.service.ports import free_port
 from leeway.types import WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights.transports import TRANSPORTS, load_side
 
 ROOT = Path(__file__).parents[2]
 RATES = (1e-6, 1e-5)
@@ -73,9 +73,9 @@ class TimedPublisher(Publisher):
 
     def __init__(self, model: Path, transport: Transport, max_delta_chain: int) -> None:
         metrics = LearnerMetrics(CollectorRegistry())
-        self._zmq = LocalWeights(metrics) if transport == "zmq" else None
-        self._collective = CollectiveWeights("127.0.0.1", metrics) if transport == "collective" else None
-        super().__init__(RUN, model_signature(model), metrics, self._zmq, max_delta_chain, self._collective)
+        outlet = TRANSPORTS[transport].outlet
+        self._sending: list[WeightOutlet] = [load_side(outlet)(metrics, "127.0.0.1", 10.0)] if outlet else []
+        super().__init__(RUN, model_signature(model), metrics, self._sending, max_delta_chain)
         self._acknowledgements: asyncio.Queue[tuple[float, policy_pb2.PolicyAcknowledgement]] = asyncio.Queue()
         self.server_process = 0
 
@@ -103,9 +103,8 @@ class TimedPublisher(Publisher):
 
     async def aclose(self) -> None:
         """Release what it sends with."""
-        for outlet in (self._zmq, self._collective):
-            if outlet is not None:
-                await outlet.aclose()
+        for outlet in self._sending:
+            await outlet.aclose()
 
 
 @asynccontextmanager
@@ -163,7 +162,7 @@ def delta_ratios(versions: Sequence[WeightSnapshot]) -> tuple[list[float], float
         publication = Publication(publication.snapshot).followed_by(version, 1)
         size_bytes = publication.deltas[0].size_bytes if publication.deltas else version.manifest.size_bytes
         ratios.append(size_bytes / version.manifest.size_bytes)
-    publisher = Publisher(RUN, None, LearnerMetrics(CollectorRegistry()), None)  # type: ignore[arg-type]
+    publisher = Publisher(RUN, None, LearnerMetrics(CollectorRegistry()))  # type: ignore[arg-type]
     announcement = publisher._announcement(publication, _Server()).ByteSize()
     return ratios, announcement / versions[0].manifest.size_bytes
 

@@ -76,8 +76,7 @@ async def receive(arguments: argparse.Namespace) -> None:
         server_id="server-0",
         address=arguments.policy,
         security=Security(),
-        allow_local=arguments.transport == "zmq",
-        broadcasts="gloo" if arguments.transport == "collective" else None,
+        transports=tuple(dict.fromkeys((arguments.transport, "grpc"))),
         fetch_timeout_seconds=300.0,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )

@@ -1,1 +1,1 @@
-"""Weights on their way in: announced, fetched, staged, verified, applied."""
+"""Receiving weights: announced, fetched, staged, verified, applied."""

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from inference_server.weights.transport import Announcement, Part, WeightTransport, batches
+from inference_server.weights.transports import Announcement, Part, WeightTransport, batches
 from leeway.errors import CorruptDataError, DeadlineError, InvalidDataError, NotFoundError, UnavailableError
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import WeightDelta, WeightRequest, WeightSnapshot
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """What a part must be."""
+    """A part as it was announced."""
 
     name: str
     size_bytes: int

@@ -7,7 +7,7 @@
 Two tasks: one watches, and opens the stream again when the learner restarts; one applies. An announcement that comes
 while another is applied waits; of several only the newest remains. What is being fetched is finished, so that a learner
 that publishes faster than this server fetches cannot starve it; but not when the stream breaks: then its learner is
-gone, and the next one announces anew. Within one incarnation of the learner steps only rise: an announcement of an
+gone, and the next one announces again. Within one incarnation of the learner steps only rise: an announcement of an
 earlier step comes too late and is passed over, one that comes twice is acknowledged twice.
 """
 
@@ -15,15 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 import grpc
 
 from inference_server.served_policy import ServedPolicy
 from inference_server.weights.fetcher import WeightFetcher
-from inference_server.weights.ipc import IpcWeights
-from inference_server.weights.streamed import StreamedWeights
-from inference_server.weights.transport import Announcement, WeightTransport
+from inference_server.weights.transports import Announcement, WeightSource, WeightTransport
 from leeway import codec
 from leeway.errors import (
     CorruptDataError,
@@ -38,6 +37,7 @@ from leeway.rpc import Backoff, Security, cancel_and_wait, cancellation_kept, fr
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import ModelSignature, PolicyVersion, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
+from leeway.weights.transports import TRANSPORTS, load_side
 
 _ANNOUNCE_AGAIN_SECONDS: Final = 2.0
 _FATAL_CODES: Final = {
@@ -63,8 +63,7 @@ class WeightReceiver:
         server_id: this server's name in the run.
         address: the learner's PolicyService.
         security: the run's certificates.
-        allow_local: whether weights may come over ZeroMQ on the same host.
-        broadcasts: whether to take part in the learner's broadcasts; needs torch.
+        transports: names of the ways that weights may come, the preferred one first and the last one gRPC.
         take_deltas: whether to hold the newest weights on the host and fetch only what changed.
         fetch_timeout_seconds: longest fetch of one version.
         metrics: shows pushes and pauses.
@@ -79,8 +78,7 @@ class WeightReceiver:
         server_id: str,
         address: str,
         security: Security,
-        allow_local: bool,
-        broadcasts: bool = False,
+        transports: Sequence[str] = ("grpc",),
         take_deltas: bool = True,
         fetch_timeout_seconds: float,
         metrics: InferenceServerMetrics,
@@ -90,18 +88,14 @@ class WeightReceiver:
         self._metrics = metrics
         self._channel = open_channel(address, security)
         self._stub: policy_pb2_grpc.PolicyServiceAsyncStub = policy_pb2_grpc.PolicyServiceStub(self._channel)
-        transports: list[WeightTransport] = [StreamedWeights(self._stub, address, fetch_timeout_seconds)]
-        if allow_local:
-            transports.insert(0, IpcWeights())
         self._hello = policy_pb2.PolicyWatcher(
             run=run, server_id=server_id, signature=codec.signature_to_proto(signature)
         )
-        if broadcasts:
-            from inference_server.weights import collective  # imports torch
-
-            transports.insert(0, collective.CollectiveWeights(self._stub, address, server_id))
-            self._hello.broadcast_library = collective.LIBRARY
-        self._fetcher = WeightFetcher(transports, take_deltas=take_deltas, metrics=metrics)
+        source = WeightSource(self._stub, address, server_id, fetch_timeout_seconds)
+        ways: list[WeightTransport] = [load_side(TRANSPORTS[name].transport)(source) for name in transports]
+        for way in ways:
+            way.greet(self._hello)
+        self._fetcher = WeightFetcher(ways, take_deltas=take_deltas, metrics=metrics)
         self._call: _Call | None = None
         self._answering = asyncio.Lock()
         self._newest: tuple[Announcement, float] | None = None  # with the time it came
@@ -219,7 +213,7 @@ class WeightReceiver:
             return
         except LeewayError as error:
             await self._refuse(version, error)
-            if isinstance(error, CorruptDataError | InvalidDataError):  # spoilt on its way: perhaps not the next time
+            if isinstance(error, CorruptDataError | InvalidDataError):  # the next transfer may be whole
                 await self._announce_again()
             return
         self._metrics.weight_push_seconds.observe(loop.time() - announced_at)

@@ -1,1 +1,1 @@
-"""Weights on their way out: what is published, announced, and by which way it travels."""
+"""Publishing weights: the versions on offer, their announcement, and the outlets that send their bytes."""

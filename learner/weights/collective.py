@@ -4,7 +4,7 @@
          seats (ranks) for those who came ──> group: the last one if its peers are the same, else a new one ──> pieces
 
 A round is for one version and one base: servers that need the tensors and servers that need deltas are in different
-ones. Rounds go one after the other; who comes while one is on its way is in the next. A newer publication ends rounds
+ones. Rounds go one after the other; a server that asks during one is in the next. A newer publication ends rounds
 that have not begun. What began is finished, or fails for all of its servers, which then fetch over gRPC: at once when
 one of them dies and the library notices, after `patience_seconds` when one is silent. The learner's loop never waits
 for any of it.
@@ -20,12 +20,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from learner.weights.outlet import Seat
+from learner.weights.outlets import Seat
 from learner.weights.publication import Part, Publication, kind_of
 from leeway.errors import LeewayError, NotFoundError, PreconditionError, UnavailableError
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import LearnerMetrics
 from leeway.types import WeightRequest
+from leeway.v1 import policy_pb2
 from leeway.weights.broadcast import LIBRARY, BroadcastGroup, Rendezvous
 
 log = logging.getLogger(__name__)
@@ -51,12 +52,12 @@ class _Round:
     peers: dict[str, _BroadcastPeer] = field(default_factory=dict[str, _BroadcastPeer])
 
 
-class CollectiveWeights:
-    """Implements `learner.weights.outlet.Broadcasts`.
+class BroadcastOutlet:
+    """Implements `learner.weights.outlets.Broadcasts`.
 
     Args:
-        host: address of this learner that servers reach; groups meet at a port of it.
         metrics: shows bytes sent and broadcasts that failed.
+        host: address of this learner that servers reach; groups meet at a port of it.
         patience_seconds: longest silence of a peer before a broadcast is given up.
         gather_seconds: longest wait for the expected servers after the first has asked.
 
@@ -66,9 +67,8 @@ class CollectiveWeights:
 
     def __init__(
         self,
-        host: str,
         metrics: LearnerMetrics,
-        *,
+        host: str,
         patience_seconds: float = 10.0,
         gather_seconds: float = _GATHER_SECONDS,
     ) -> None:
@@ -77,7 +77,6 @@ class CollectiveWeights:
         self._gather_seconds = gather_seconds
         self.library = LIBRARY
         self._rendezvous = Rendezvous(host)
-        self.port = self._rendezvous.address[1]
         self._publication: Publication | None = None
         self._expected: frozenset[str] = frozenset()
         self._asked: set[str] = set()  # for something of the newest publication
@@ -92,6 +91,9 @@ class CollectiveWeights:
         self._publication = publication
         self._asked.clear()
         self._refuse_waiting(NotFoundError("a newer version is published; wait for its announcement"))
+
+    def announce(self, message: policy_pb2.WatchPolicyResponse, hello: policy_pb2.PolicyWatcher) -> None:
+        message.broadcast_port = self._rendezvous.address[1] if hello.broadcast_library == self.library else 0
 
     def expect(self, server_ids: frozenset[str]) -> None:
         self._expected = server_ids
@@ -119,13 +121,13 @@ class CollectiveWeights:
                 del joined.peers[server_id]
 
     async def aclose(self) -> None:
-        """Stop broadcasting; a piece on its way ends within its patience."""
+        """Stop broadcasting; a piece that is being sent ends within its patience."""
         self._closing = True
         await cancel_and_wait(self._task)
         self._group = None
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """However the task ended, nobody waits for it."""
+        """The task has ended, however it did: nobody waits for it any more."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("broadcasts have ended, servers fetch over gRPC from now on: %r", error)
         self._refuse_waiting(PreconditionError(_NO_MORE))

@@ -1,4 +1,4 @@
-"""What is published at one time: the newest snapshot, and the deltas that lead to it."""
+"""A publication: the newest snapshot, and the deltas that lead to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A snapshot and a chain of deltas that ends at it; never changed, so whoever sends it sends it whole."""
+    """A snapshot and a chain of deltas that ends at it; immutable, so that every sender sends it whole."""
 
     snapshot: WeightSnapshot
     links: tuple[Link, ...] = ()  # each starts where the one before it ends
@@ -32,7 +32,7 @@ class Publication:
     def followed_by(self, snapshot: WeightSnapshot, max_chain: int) -> Publication:
         """The publication of the next version. Reads all weights: runs in a thread.
 
-        The chain keeps at most `max_chain` links and fewer bytes than the snapshot; it begins anew after a version
+        The chain keeps at most `max_chain` links and fewer bytes than the snapshot; it starts again after a version
         whose delta would not be smaller than its snapshot.
         """
         payload = encode_delta(self.snapshot, snapshot, WEIGHT_THREADS) if max_chain else None
@@ -52,7 +52,7 @@ class Publication:
         return tuple(link.delta for link in self.links)
 
     def parts(self, request: WeightRequest) -> Sequence[Part]:
-        """What is asked for.
+        """The requested parts.
 
         Raises:
             NotFoundError: this is another version, or no deltas lead to it from the base.

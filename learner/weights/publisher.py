@@ -4,8 +4,8 @@
                  ▲                                                  │         server: announcement out, acknowledgement
             hold / release                                          │         or refusal back in
         (an evaluation keeps                                        │
-         servers at its version)        the outlets answer requests ├──> streamed weights (gRPC): servers anywhere
-                                        for it and no other         ├──> local weights (ZeroMQ): servers on this host
+         servers at its version)        the outlets answer requests ├──> gRPC: servers anywhere
+                                        for it and no other         ├──> ZeroMQ: servers on this host
                                                                     └──> broadcasts: all servers at once
 
 `publish` waits for its delta, never for a server. A server that falls behind skips what was overtaken and takes several
@@ -18,15 +18,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 
 import grpc
 
-from learner.weights.local import LocalWeights
-from learner.weights.outlet import Broadcasts, WeightOutlet
+from learner.weights.outlets import Broadcasts, GrpcOutlet, WeightOutlet
 from learner.weights.publication import Publication
-from learner.weights.streamed import StreamedWeights
 from leeway import codec
 from leeway.errors import InvalidDataError, PreconditionError
 from leeway.rpc import cancel_and_wait
@@ -39,18 +37,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Server:
-    """What is known of a connected server."""
+    """State of a connected server."""
 
     version: PolicyVersion | None = None
     refusal: str = ""
     takes_broadcasts: bool = False
-
-
-@dataclass(slots=True)
-class PushTimes:
-    """Announcement to acknowledgement, in seconds, over all versions and servers."""
-
-    seconds: list[float] = field(default_factory=list[float])
 
 
 class Publisher(policy_pb2_grpc.PolicyServiceServicer):
@@ -60,9 +51,8 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         run: name of the run.
         signature: of the model whose weights are published.
         metrics: shows bytes sent and versions acknowledged.
-        local: sends weights on this host; None when all servers are elsewhere.
+        outlets: ways for the bytes beside gRPC, at most one of them Broadcasts.
         max_delta_chain: newest versions from which deltas are offered.
-        broadcasts: sends to all servers at once; None when they fetch one by one.
     """
 
     def __init__(
@@ -70,19 +60,15 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         run: str,
         signature: ModelSignature,
         metrics: LearnerMetrics,
-        local: LocalWeights | None,
+        outlets: Sequence[WeightOutlet] = (),
         max_delta_chain: int = 8,
-        broadcasts: Broadcasts | None = None,
     ) -> None:
         self._run = run
         self._signature = signature
         self._metrics = metrics
-        self._local = local
-        self._streamed = StreamedWeights(metrics)
-        self._broadcasts = broadcasts
-        self._outlets: list[WeightOutlet] = [
-            outlet for outlet in (self._streamed, local, broadcasts) if outlet is not None
-        ]
+        self._grpc = GrpcOutlet(metrics)
+        self._outlets = outlets
+        self._broadcasts = next((outlet for outlet in outlets if isinstance(outlet, Broadcasts)), None)
         self._max_delta_chain = max_delta_chain
         self._newest: Publication | None = None
         self._announcing = asyncio.Lock()
@@ -91,7 +77,8 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         self._holds = 0
         self._changed = asyncio.Condition()
         self._servers: dict[str, _Server] = {}
-        self.push_times = PushTimes()
+        self.push_seconds: list[float] = []
+        """Announcement to acknowledgement, over all versions and servers."""
 
     @property
     def servers(self) -> dict[str, PolicyVersion | None]:
@@ -121,7 +108,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
             publication = await self._publication(snapshot)
             self._newest = publication
             self._announced_at = {snapshot.version: time.monotonic()}
-            for outlet in self._outlets:
+            for outlet in (self._grpc, *self._outlets):
                 outlet.offer(publication)
             self._expect()
             async with self._changed:
@@ -157,7 +144,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         try:
             while (publication := await self._next_publication(announced, answers)) is not None:
                 announced = publication.snapshot.version
-                yield self._announcement(publication, server)
+                yield self._announcement(publication, hello)
             await answers
         finally:
             await cancel_and_wait(answers)
@@ -173,7 +160,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         context: grpc.aio.ServicerContext[policy_pb2.FetchWeightsRequest, policy_pb2.FetchWeightsResponse],
     ) -> AsyncIterator[policy_pb2.FetchWeightsResponse]:
         """See policy.proto."""
-        for piece in self._streamed.pieces(codec.weight_request_from_proto(request)):
+        for piece in self._grpc.pieces(codec.weight_request_from_proto(request)):
             yield policy_pb2.FetchWeightsResponse(data=piece)
 
     async def JoinBroadcast(
@@ -239,16 +226,19 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         ]
         self._broadcasts.expect(frozenset(asking))
 
-    def _announcement(self, publication: Publication, server: _Server) -> policy_pb2.WatchPolicyResponse:
+    def _announcement(
+        self, publication: Publication, hello: policy_pb2.PolicyWatcher
+    ) -> policy_pb2.WatchPolicyResponse:
         snapshot = publication.snapshot
-        return policy_pb2.WatchPolicyResponse(
+        message = policy_pb2.WatchPolicyResponse(
             publisher_epoch=snapshot.publisher_epoch,
             version=codec.version_to_proto(snapshot.version),
             manifest=codec.manifest_to_proto(snapshot.manifest),
-            local_endpoint=self._local.endpoint if self._local is not None else "",
             deltas=map(codec.delta_to_proto, publication.deltas),
-            broadcast_port=self._broadcasts.port if self._broadcasts is not None and server.takes_broadcasts else 0,
         )
+        for outlet in self._outlets:
+            outlet.announce(message, hello)
+        return message
 
     async def _read_answers(
         self, server_id: str, server: _Server, requests: AsyncIterator[policy_pb2.WatchPolicyRequest]
@@ -276,7 +266,7 @@ class Publisher(policy_pb2_grpc.PolicyServiceServicer):
         self._metrics.server_policy_step.labels(server_id).set(server.version.step)
         announced_at = self._announced_at.get(server.version)
         if announced_at is not None:
-            self.push_times.seconds.append(time.monotonic() - announced_at)
+            self.push_seconds.append(time.monotonic() - announced_at)
 
     def _count_refusing(self) -> None:
         self._metrics.refusing_servers.set(sum(bool(server.refusal) for server in self._servers.values()))

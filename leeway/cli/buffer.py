@@ -8,14 +8,11 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import read_journal, summarize, write_summary
 from learner.run_artifacts.run_lock import held_run
 from leeway.cli import buffer_files
-from leeway.cli.command import Command, add_commands, add_run_argument, ask_buffer
+from leeway.cli.command import Command, add_commands, add_run_argument, ask_buffer, print_table
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, has_finished, open_run_folder
 from leeway.errors import PreconditionError, UnavailableError
@@ -38,6 +35,12 @@ def _declare_rollback(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollback(arguments: argparse.Namespace) -> int:
+    """Return a run to an older checkpoint.
+
+    Every step after STEP and all that later versions sampled is discarded (drop reason rolled_back), and their tasks
+    are issued again. A running learner is fenced, and continues from the checkpoint of STEP when it restarts. This
+    cannot be undone.
+    """
     folder = open_run_folder(arguments.run)
     store = CheckpointStore(folder.directory / "checkpoints", keep=folder.configuration.learner.keep_checkpoints)
     version = store.load(arguments.step).version
@@ -58,6 +61,13 @@ def _declare_finish(parser: argparse.ArgumentParser) -> None:
 
 
 def _finish(arguments: argparse.Namespace) -> int:
+    """Finish a run that will not be continued, so that retention can delete its log.
+
+    Every group that has not ended is dropped (drop reason run_end), also those of steps that are trained but not
+    committed. What has ended and the checkpoints stay. The servers end. A learner that still runs ends with its next
+    call to the buffer; without --force the command refuses while one is training in the run's folder on this host.
+    This cannot be undone.
+    """
     asyncio.run(_finish_run(open_run_folder(arguments.run), force=arguments.force))
     return EXIT_OK
 
@@ -126,21 +136,21 @@ def _declare_dead_letters(parser: argparse.ArgumentParser) -> None:
 
 
 def _dead_letters(arguments: argparse.Namespace) -> int:
+    """List the groups that were dropped as dead_letter, failed, invalid, conflict or unknown_version.
+
+    Those whose tasks have been queued again are left out.
+    """
     letters = ask_buffer(open_run_folder(arguments.run), lambda client: client.dead_letters(arguments.limit))
     if not letters:
         print("no dead letters")
         return EXIT_OK
-    table = Table("group", "task", "reason", "attempts", "server", "what happened", box=None, pad_edge=False)
-    for letter in letters:
-        table.add_row(
-            letter.group_id,
-            str(letter.task_index),
-            letter.reason.name.lower(),
-            str(letter.attempts),
-            letter.server_id,
-            letter.message,
-        )
-    Console(highlight=False, markup=False).print(table)
+    print_table(
+        ("group", "task", "reason", "attempts", "server", "what happened"),
+        [
+            (each.group_id, each.task_index, each.reason.name.lower(), each.attempts, each.server_id, each.message)
+            for each in letters
+        ],
+    )
     return EXIT_OK
 
 
@@ -152,6 +162,10 @@ def _declare_requeue(parser: argparse.ArgumentParser) -> None:
 
 
 def _requeue(arguments: argparse.Namespace) -> int:
+    """Issue the tasks of dead letters again.
+
+    Each comes as a new group with all its attempts. Old groups stay dropped.
+    """
     groups: list[str] = [] if arguments.all else arguments.groups
     requeued = ask_buffer(open_run_folder(arguments.run), lambda client: client.requeue_dead_letters(groups))
     print(f"{requeued} tasks are queued again")
@@ -167,6 +181,12 @@ def _declare_backup(parser: argparse.ArgumentParser) -> None:
 
 
 def _backup(arguments: argparse.Namespace) -> int:
+    """Copy the log to a new folder while the run goes on.
+
+    The copy is consistent and can be opened in place of the original ([replay_buffer] directory). It is then a separate
+    log: learners and leases from before are fenced, and a checkpoint that it does not know is refused. On the same
+    disk, sealed segments are hard links.
+    """
     target: Path = arguments.target.resolve()
     size_bytes = ask_buffer(open_run_folder(arguments.run), lambda client: client.back_up(str(target)))
     print(f"{target}: {size_bytes >> 20} MiB of log")
@@ -174,48 +194,9 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = [
-    Command(
-        "rollback",
-        _rollback,
-        _declare_rollback,
-        "return a run to an older checkpoint",
-        "Return a run to an older checkpoint: discard every step after STEP and all that later versions sampled (drop "
-        "reason rolled_back), and issue their tasks again. A running learner is fenced, and continues from the "
-        "checkpoint of STEP when it restarts. This cannot be undone.",
-    ),
-    Command(
-        "finish",
-        _finish,
-        _declare_finish,
-        "finish a run that will not be continued",
-        "Finish a run that will not be continued, so that retention can delete its log. Every group that has not ended "
-        "is dropped (drop reason run_end), also those of steps that are trained but not committed. What has ended and "
-        "the checkpoints stay. The servers end. A learner that still runs ends with its next call to the buffer; "
-        "without --force the command refuses while one is training in the run's folder on this host. This cannot be "
-        "undone.",
-    ),
-    Command(
-        "dead-letters",
-        _dead_letters,
-        _declare_dead_letters,
-        "list groups that were set aside",
-        "List groups that were dropped as dead_letter, failed, invalid, conflict or unknown_version, and whose tasks "
-        "have not been queued again.",
-    ),
-    Command(
-        "requeue",
-        _requeue,
-        _declare_requeue,
-        "issue the tasks of dead letters again",
-        "Issue the tasks of dead letters again, each as a new group with all its attempts. Old groups stay dropped.",
-    ),
-    Command(
-        "backup",
-        _backup,
-        _declare_backup,
-        "copy the log to a new folder while the run goes on",
-        "Copy the log to a new folder while the run goes on. The copy is consistent and can be opened in place of the "
-        "original ([replay_buffer] directory). It is then a separate log: learners and leases from before are fenced, "
-        "and a checkpoint that it does not know is refused. On the same disk, sealed segments are hard links.",
-    ),
+    Command("rollback", _rollback, _declare_rollback, "return a run to an older checkpoint"),
+    Command("finish", _finish, _declare_finish, "finish a run that will not be continued"),
+    Command("dead-letters", _dead_letters, _declare_dead_letters, "list groups that were set aside"),
+    Command("requeue", _requeue, _declare_requeue, "issue the tasks of dead letters again"),
+    Command("backup", _backup, _declare_backup, "copy the log to a new folder while the run goes on"),
 ]

@@ -16,13 +16,13 @@ from leeway.trajectory.assembly import join_chunks
 from leeway.types import Array, ColumnKind, GroupState, Trajectory, TrajectoryRecord
 from replay_buffer.rules.groups import Group, Member, Progress
 from replay_buffer.rules.transitions import TrajectoryClosed
-from replay_buffer.storage.columns import ColumnReader
 from replay_buffer.storage.offline import Directory
 from replay_buffer.storage.records import decode
+from replay_buffer.storage.segment_reader import ColumnReader
 
 FORMATS: Final = (".jsonl", ".safetensors")
 EXPORTED_STATES: Final = (GroupState.READY, GroupState.DRAWN, GroupState.CONSUMED)
-"""Unless a state is asked for: whole groups that nothing was found wrong with."""
+"""Exported unless --state names another one: whole groups that passed every check."""
 OPTIONAL_COLUMNS: Final[Mapping[str, tuple[ColumnKind, ...]]] = {
     "topk": (ColumnKind.TOPK_TOKEN_IDS, ColumnKind.TOPK_LOGPROBS),
     "routing": (ColumnKind.ROUTING,),
@@ -34,7 +34,7 @@ _FILE_BYTES: Final = 256 << 20
 
 @dataclass(slots=True)
 class Exported:
-    """What was written."""
+    """Counts and files of an export."""
 
     groups: int = 0
     trajectories: int = 0

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from rich.console import Console
-from rich.table import Table
-
 from leeway import codec
 from leeway.cli.buffer_export import EXPORTED_STATES, FORMATS, OPTIONAL_COLUMNS, export_groups
-from leeway.cli.command import Command
+from leeway.cli.command import Command, print_table
 from leeway.cli.run_folder import is_run_folder, open_run_folder
 from leeway.errors import ConfigError
 from leeway.service.process import EXIT_FAILED, EXIT_OK
@@ -86,6 +82,11 @@ def _filter(arguments: argparse.Namespace) -> Filter:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    """Check every byte of a log without changing it.
+
+    Every record's checksum and every trajectory's digest are checked, and that the index and every snapshot match the
+    log. Exit code 1 if there are problems.
+    """
     report = verify(directory_of(arguments.path))
     print(
         f"{report.segments} segments, {report.size_bytes >> 20} MiB, {report.records} records, {report.closes} closes, "
@@ -101,36 +102,36 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    path, console = directory_of(arguments.path), _console()
-    if arguments.segments and list_segments(path):
-        table = Table("segment", "bytes", "newest record", box=None, pad_edge=False)
-        for segment in list_segments(path):
-            table.add_row(str(segment.number), str(segment.size_bytes), _time(segment.written_at))
-        console.print(table)
+    """List a log's runs and the newest groups of one."""
+    path = directory_of(arguments.path)
+    if arguments.segments and (segments := list_segments(path)):
+        print_table(
+            ("segment", "bytes", "newest record"),
+            [(segment.number, segment.size_bytes, _time(segment.written_at)) for segment in segments],
+        )
         return EXIT_OK
     directory = open_directory(path)
     try:
         for run in directory.runs.values():
-            console.print(_described(run))
+            print(_described(run))
         run = directory.run(arguments.run)
-        table = Table(
-            "group", "task", "state", "step", "attempt", "members", "server", "issued", box=None, pad_edge=False
+        groups = directory.select(run, _filter(arguments), arguments.limit)
+        print_table(
+            ("group", "task", "state", "step", "attempt", "members", "server", "issued"),
+            [_row(group) for group in groups],
         )
-        for group in directory.select(run, _filter(arguments), arguments.limit):
-            table.add_row(
-                group.group_id,
-                str(group.task_index),
-                _state(group),
-                str(group.step or ""),
-                str(group.attempt),
-                f"{len(group.members) - len(group.missing)}/{len(group.members)}",
-                group.server_id,
-                _time(group.issued_at_ns / 1e9),
-            )
-        console.print(table)
     finally:
         directory.close()
     return EXIT_OK
+
+
+def _row(group: Group) -> tuple[object, ...]:
+    done = f"{len(group.members) - len(group.missing)}/{len(group.members)}"
+    issued = _time(group.issued_at_ns / 1e9)
+    return (
+        *(group.group_id, group.task_index, _state(group), group.step or "", group.attempt, done, group.server_id),
+        issued,
+    )
 
 
 def _described(run: RunState) -> str:
@@ -155,25 +156,25 @@ def _state(group: Group) -> str:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    console = _console()
+    """Show a group's state and its trajectories, or a trajectory's records and where they lie in the log."""
     directory = open_directory(directory_of(arguments.path))
     try:
         run, group, member = directory.find(arguments.name)
-        console.print(
+        print(
             f"group {group.group_id} of run {run.spec.run}, {group.purpose.name.lower()}, task {group.task_index}, "
             f"{_state(group)}{f', step {group.step}' if group.step else ''}, attempt {group.attempt}, issued "
             f"{_time(group.issued_at_ns / 1e9)} to {group.server_id}"
         )
         if group.drop_message:
-            console.print(f"  {group.drop_message}")
+            print(f"  {group.drop_message}")
         for each in group.members if member is None else [group.members[member]]:
-            _show_member(console, directory, each, details=member is not None)
+            _show_member(directory, each, details=member is not None)
     finally:
         directory.close()
     return EXIT_OK
 
 
-def _show_member(console: Console, directory: Directory, member: Member, *, details: bool) -> None:
+def _show_member(directory: Directory, member: Member, *, details: bool) -> None:
     size_bytes = sum(location.size_bytes for location in member.records)
     ending = "open"
     if member.progress is not Progress.OPEN:
@@ -184,32 +185,32 @@ def _show_member(console: Console, directory: Directory, member: Member, *, deta
                 ending = f"failed: {failure.message}"
             case other:
                 ending = f"ends with {type(other).__name__}"
-    console.print(
+    print(
         f"{member.trajectory_id}  attempt {member.attempt}, {member.server_id or 'no server'}, "
         f"{member.chunk_count} chunks, {size_bytes} bytes: {ending}"
     )
     if not details:
         return
-    table = Table("seq", "segment", "byte", "bytes", "columns", box=None, pad_edge=False)
+    rows: list[tuple[object, ...]] = []
     for seq, location in enumerate(member.records):
         written = decode(directory.reader.read(location)).transition
-        columns = ""
+        columns = type(written).__name__
         if isinstance(written, ChunkWritten):
             chunk = codec.decode_chunk(written.chunk)
             columns = ", ".join(
                 f"{column.kind.name.lower()} [{column.start_token}, {column.end_token})" for column in chunk.columns
             )
-        table.add_row(
-            str(seq),
-            str(location.segment),
-            str(location.offset),
-            str(location.size_bytes),
-            columns or type(written).__name__,
-        )
-    console.print(table)
+        rows.append((seq, location.segment, location.offset, location.size_bytes, columns))
+    print_table(("seq", "segment", "byte", "bytes", "columns"), rows)
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    """Write the complete trajectories of consumed, ready and drawn groups, or of --state.
+
+    They have token ids, behavior log-probs, loss mask, version labels and rewards. JSONL has one line per trajectory.
+    Safetensors has one array per column, with the trajectories concatenated and `offsets` [M + 1]; a large export is
+    split into numbered files.
+    """
     output: Path = arguments.output
     if output.suffix not in FORMATS:
         raise ConfigError(f"{output}: name a file that ends in {' or '.join(FORMATS)}")
@@ -232,42 +233,13 @@ def _export(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _console() -> Console:
-    """Tables keep their lines whole where nobody watches."""
-    return Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 200)
-
-
 def _time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 COMMANDS: Final = (
-    Command(
-        "verify",
-        _verify,
-        _declare_path,
-        "check every byte of a log, its index and its snapshots",
-        "Read the whole log without changing it. Check every record's checksum and every trajectory's digest, and that "
-        "the index and every snapshot match the log. Exit code 1 if there are problems.",
-    ),
-    Command(
-        "ls", _ls, _declare_ls, "list runs, groups or segments", "List the log's runs and the newest groups of one."
-    ),
-    Command(
-        "show",
-        _show,
-        _declare_show,
-        "show one group or trajectory",
-        "Show a group's state and its trajectories, or a trajectory's records and where they lie in the log.",
-    ),
-    Command(
-        "export",
-        _export,
-        _declare_export,
-        "write trajectories as JSONL or safetensors",
-        "Write the complete trajectories of consumed, ready and drawn groups (or of --state): token ids, behavior "
-        "log-probs, loss mask, version labels, rewards. JSONL has one line per trajectory. Safetensors has one array "
-        "per column, with the trajectories concatenated and `offsets` [M + 1]; a large export is split into numbered "
-        "files.",
-    ),
+    Command("verify", _verify, _declare_path, "check every byte of a log, its index and its snapshots"),
+    Command("ls", _ls, _declare_ls, "list runs, groups or segments"),
+    Command("show", _show, _declare_show, "show one group or trajectory"),
+    Command("export", _export, _declare_export, "write trajectories as JSONL or safetensors"),
 )

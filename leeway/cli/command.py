@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from rich.console import Console
+from rich.table import Table
 
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder
@@ -25,24 +29,22 @@ class Command:
 
     Args:
         name: what is typed.
-        handler: runs it and returns the exit code.
+        handler: runs it and returns the exit code; its docstring is the command's help.
         declare: adds its arguments.
         summary: a phrase for the list of commands.
-        description: sentences for its own help.
     """
 
     name: str
     handler: Handler
     declare: Declare
     summary: str
-    description: str
 
 
 def add_commands(parser: argparse.ArgumentParser, commands: Sequence[Command]) -> None:
     """Declare a group's commands."""
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in commands:
-        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.description)
+        subparser = subparsers.add_parser(command.name, help=command.summary, description=command.handler.__doc__)
         command.declare(subparser)
         subparser.set_defaults(handler=command.handler)
 
@@ -64,8 +66,17 @@ def add_security_options(parser: argparse.ArgumentParser) -> None:
 
 
 def security_of(arguments: argparse.Namespace) -> Security:
-    """What `add_security_options` declared."""
+    """The certificates that `add_security_options` declared."""
     return Security.from_files(arguments.certificate, arguments.key, arguments.authority, insecure=True)
+
+
+def print_table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; its lines are kept whole where the output is not a terminal."""
+    table = Table(*headers, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(str, row))
+    width = None if sys.stdout.isatty() else 200
+    Console(highlight=False, markup=False, soft_wrap=True, width=width).print(table)
 
 
 def ask_buffer(folder: RunFolder, question: Callable[[ReplayClient], Awaitable[T]]) -> T:

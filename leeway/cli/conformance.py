@@ -17,8 +17,8 @@ from rich.text import Text
 from leeway.cli.command import add_security_options, security_of
 from leeway.conformance import kit
 from leeway.conformance.client import BackendClient, Refused
+from leeway.conformance.kit import exit_code, junit, printable
 from leeway.conformance.own_server import Starter, started
-from leeway.conformance.report import exit_code, junit, printable
 from leeway.conformance.requirement import Result, Status
 from leeway.conformance.session import KitOptions, Session
 from leeway.conformance.weights import arithmetic_weights, checkpoint_weights, is_arithmetic

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
-from rich.table import Table
-
-from leeway.cli.command import Command, add_commands, add_run_argument, ask_buffer
+from leeway.cli.command import Command, add_commands, add_run_argument, ask_buffer, print_table
 from leeway.cli.run_folder import open_run_folder
 from leeway.service.process import EXIT_OK
 from leeway.types import DrainReason, ServerStatus
@@ -19,30 +16,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
     add_commands(
         parser,
         [
-            Command(
-                "ls",
-                _list,
-                add_run_argument,
-                "list the servers",
-                "List the servers seen since the replay buffer started, and all drained ones.",
-            ),
-            Command(
-                "drain",
-                _drain,
-                _declare_drain,
-                "take a server out of the run",
-                "Take a server out of the run: it finishes the groups it has, gets no more tickets, and is told why. "
-                "The drain also holds after the buffer or the server restarts. The last active server is drained only "
-                "with --force.",
-            ),
-            Command(
-                "readmit",
-                _readmit,
-                _declare_server,
-                "let a drained server take part again",
-                "Let a drained server take part again. A running server continues at once; one that has ended can be "
-                "started again. Statistics of its log-prob mismatch start from zero.",
-            ),
+            Command("ls", _list, add_run_argument, "list the servers"),
+            Command("drain", _drain, _declare_drain, "take a server out of the run"),
+            Command("readmit", _readmit, _declare_server, "let a drained server take part again"),
         ],
     )
 
@@ -59,20 +35,24 @@ def _declare_drain(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> int:
+    """List the servers seen since the replay buffer started, and all drained ones."""
     servers = ask_buffer(open_run_folder(arguments.run), lambda client: client.servers())
     if not servers:
         print("no servers")
         return EXIT_OK
-    table = Table("server", "state", "step", "groups", "seconds/group", box=None, pad_edge=False)
-    for server in servers:
-        table.add_row(
-            server.server_id,
-            _state(server),
-            "" if server.version is None else str(server.version.step),
-            str(server.loans),
-            f"{server.median_loan_seconds:.3g}" if server.timed_loans else "",
-        )
-    Console(highlight=False, markup=False).print(table)
+    print_table(
+        ("server", "state", "step", "groups", "seconds/group"),
+        [
+            (
+                server.server_id,
+                _state(server),
+                "" if server.version is None else server.version.step,
+                server.loans,
+                f"{server.median_loan_seconds:.3g}" if server.timed_loans else "",
+            )
+            for server in servers
+        ],
+    )
     for server in servers:
         if server.drained is not None:
             since = f"{server.drained.drained_at:%Y-%m-%d %H:%M:%S}"
@@ -88,6 +68,11 @@ def _state(server: ServerStatus) -> str:
 
 
 def _drain(arguments: argparse.Namespace) -> int:
+    """Take a server out of the run.
+
+    It finishes the groups it has, gets no more tickets, and is told why. The drain also holds after the buffer or the
+    server restarts. The last active server is drained only with --force.
+    """
     drained, _ = ask_buffer(
         open_run_folder(arguments.run),
         lambda client: client.drain_server(
@@ -99,6 +84,11 @@ def _drain(arguments: argparse.Namespace) -> int:
 
 
 def _readmit(arguments: argparse.Namespace) -> int:
+    """Let a drained server take part again.
+
+    A running server continues at once; one that has ended can be started again. Statistics of its log-prob mismatch
+    start from zero.
+    """
     readmitted = ask_buffer(open_run_folder(arguments.run), lambda client: client.readmit_server(arguments.server))
     print(f"{arguments.server} {'is readmitted' if readmitted else 'was not drained'}")
     return EXIT_OK

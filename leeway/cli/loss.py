@@ -9,6 +9,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from learner.losses.explanation import Explanation
 
 _NARROWEST_TABLE: Final = 140
+_PARAMETERS: Final = ("delta_low", "delta_high", "truncation", "ratio_low", "ratio_high", "divergence")
 
 _INPUT: Final = f"""\
 The input is one JSON object; T tokens of N sequences, one after the other:
@@ -159,42 +161,36 @@ def _with_options(content: Any, algorithm: str | None, overrides: Sequence[str],
 
 
 def _as_json(explanation: Explanation) -> dict[str, Any]:
-    parameters = explanation.parameters
+    parameters = asdict(explanation.parameters)
+    columns: dict[str, Any] = {
+        "mu": explanation.mu,
+        "pi": explanation.pi,
+        "advantage": explanation.advantages,
+        "ratio": explanation.ratio,
+        "divergence": explanation.divergence,
+        "delta": explanation.delta,
+        "binary_tv": explanation.binary_tv,
+        "binary_kl": explanation.binary_kl,
+        "weight": explanation.weight,
+        "token_loss": explanation.token_loss,
+        "gradient": explanation.gradient,
+        "sequence_weight": explanation.sequence_weight,
+    }
     return {
         "algorithm": explanation.options.algorithm,
         "aggregation": explanation.options.aggregation,
-        "parameters": {
-            "delta_low": _plain(parameters.delta_low),
-            "delta_high": _plain(parameters.delta_high),
-            "truncation": _plain(parameters.truncation),
-            "ratio_low": _plain(parameters.ratio_low),
-            "ratio_high": _plain(parameters.ratio_high),
-            "divergence": parameters.divergence,
-        },
+        "parameters": {name: _plain(parameters[name]) for name in _PARAMETERS},
         "sequence": explanation.sequences.tolist(),
-        "mu": _column(explanation.mu.tolist()),
-        "pi": _column(explanation.pi.tolist()),
-        "advantage": _column(explanation.advantages.tolist()),
-        "ratio": _column(explanation.ratio.tolist()),
-        "divergence": None if explanation.divergence is None else _column(explanation.divergence.tolist()),
-        "delta": None if explanation.delta is None else _column(explanation.delta.tolist()),
-        "binary_tv": _column(explanation.binary_tv.tolist()),
-        "binary_kl": _column(explanation.binary_kl.tolist()),
         "mask": [int(kept) for kept in explanation.mask.tolist()],
-        "weight": _column(explanation.weight.tolist()),
-        "token_loss": _column(explanation.token_loss.tolist()),
-        "gradient": _column(explanation.gradient.tolist()),
-        "sequence_weight": _column(explanation.sequence_weight.tolist()),
         "loss": explanation.loss,
+        **{name: None if values is None else [_plain(x) for x in values.tolist()] for name, values in columns.items()},
     }
 
 
-def _column(values: Sequence[float]) -> list[float | str]:
-    return [_plain(value) for value in values]
-
-
-def _plain(value: float) -> float | str:
+def _plain(value: float | str) -> float | str:
     """JSON knows no infinity; a negative zero is a zero."""
+    if isinstance(value, str):
+        return value
     return value + 0.0 if math.isfinite(value) else str(value)
 
 

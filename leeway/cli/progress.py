@@ -1,4 +1,4 @@
-"""What `leeway run` shows while a run is going: a live display on a terminal, plain lines elsewhere."""
+"""Progress of `leeway run`: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -12,12 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
+from types import ModuleType
 from typing import Any
 
 from learner.run_artifacts.journal import read_journal
 from leeway.cli.command import add_run_argument
 from leeway.cli.run_folder import RunFolder, open_run_folder
-from leeway.errors import NotFoundError
+from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.process import EXIT_OK
 
 
@@ -36,11 +37,8 @@ def _report(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
     print(write_report(folder))
     if arguments.curve is not None:
-        from leeway.cli.curves import draw_reward_curve
-
-        arguments.curve.write_text(
-            draw_reward_curve(read_journal(folder.directory / "metrics.jsonl")), encoding="utf-8"
-        )
+        curve = _curves().draw_reward_curve(read_journal(folder.directory / "metrics.jsonl"))
+        arguments.curve.write_text(curve, encoding="utf-8")
         print(arguments.curve)
     return EXIT_OK
 
@@ -50,6 +48,7 @@ def write_report(folder: RunFolder) -> Path:
 
     Raises:
         NotFoundError: the run has no steps yet.
+        PreconditionError: matplotlib is not installed.
     """
     directory = folder.directory
     records = read_journal(directory / "metrics.jsonl")
@@ -57,22 +56,37 @@ def write_report(folder: RunFolder) -> Path:
         raise NotFoundError(f"{directory}: metrics.jsonl holds no steps; nothing to report yet")
     summary_path = directory / "summary.json"
     summary: dict[str, Any] = json.loads(summary_path.read_text(encoding="utf-8")) if summary_path.exists() else {}
-    from leeway.cli.curves import draw_curves  # matplotlib is in no service's image
-
     path = directory / "report.html"
+    curves = _curves().draw_curves(records)
     page = _PAGE.substitute(
         title=html.escape(directory.resolve().name),
         headline=_headline(summary),
         tiles=_tiles(summary),
         curves="\n".join(
-            f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>"
-            for caption, svg in draw_curves(records)
+            f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>" for caption, svg in curves
         ),
         summary=html.escape(json.dumps(summary, indent=1)),
         config=html.escape(folder.config_path.read_text(encoding="utf-8")),
     )
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _curves() -> ModuleType:
+    """`leeway.cli.curves`, which needs matplotlib.
+
+    Raises:
+        PreconditionError: matplotlib is not installed.
+    """
+    try:
+        from leeway.cli import curves
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise PreconditionError(
+            "no report: its curves need matplotlib, which is not installed; pip install 'leeway[report]'"
+        ) from error
+    return curves
 
 
 def _headline(summary: Mapping[str, Any]) -> str:

@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import shlex
-import shutil
 import signal
 import sys
 from collections.abc import Mapping
@@ -21,12 +20,13 @@ from typing import Any
 
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import read_journal
+from leeway.cli.examples import load_run_document
 from leeway.cli.progress import open_progress
 from leeway.cli.report import write_report
-from leeway.cli.run_folder import has_finished, open_run_folder
+from leeway.cli.run_folder import has_finished, open_run_folder, prepare_run_folder
 from leeway.cli.serve import on_ranks, serve_command
 from leeway.cli.supervisor import Outcome, Service, Supervisor
-from leeway.config import RunConfiguration, RunOptions, load_configuration
+from leeway.config import RunConfiguration, RunOptions, read_configuration
 from leeway.config.references import check_references
 from leeway.errors import PreconditionError
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
@@ -39,7 +39,9 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "report at the end. A process that dies is restarted. Ctrl-C stops the run with a checkpoint; --resume "
         "continues it."
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML configuration")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="TOML file, or the name of an example such as sortmix8"
+    )
     add_override_option(parser)
     parser.add_argument("--resume", action="store_true", help="continue the run from its newest checkpoint")
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
@@ -48,41 +50,18 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    configuration = load_configuration(arguments.config, arguments.overrides)
+    configuration = read_configuration(load_run_document(arguments.config, arguments.overrides))
     check_references(configuration)
     if arguments.check:
         print(f"{arguments.config}: configuration OK")
         return EXIT_OK
     run = configuration.run
-    _prepare_folder(run, resume=arguments.resume)
+    prepare_run_folder(run, resume=arguments.resume)
     config_path = run.run_directory / "config.toml"
     configuration = configuration.with_free_ports()
     configuration.write(config_path)
     outcome = asyncio.run(_supervise(configuration, config_path, plain=arguments.plain))
     return _conclude(run, _command(arguments), outcome)
-
-
-def _prepare_folder(run: RunOptions, *, resume: bool) -> None:
-    """Make the run's folder; one that holds anything trained or measured is never overwritten."""
-    directory = run.run_directory
-    started = bool(read_journal(directory / "metrics.jsonl"))
-    if resume and not started:
-        raise PreconditionError(f"{directory}: there is no run to resume; start it without --resume")
-    if started and has_finished(directory):
-        report = directory / "report.html"
-        raise PreconditionError(
-            f"{directory}: this run is finished{f'; its report is {report}' if report.exists() else ''}. "
-            "To train again, choose another name with --set run.name=NAME, or remove the folder"
-        )
-    if started and not resume:
-        raise PreconditionError(
-            f"{directory}: holds an unfinished run; continue it with --resume, "
-            "or choose another name with --set run.name=NAME"
-        )
-    if not started:  # what a refused start left behind
-        for name in ("replay", "checkpoints"):
-            shutil.rmtree(directory / name, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
 
 
 async def _supervise(configuration: RunConfiguration, config_path: Path, *, plain: bool) -> Outcome:
@@ -114,7 +93,7 @@ async def _supervise(configuration: RunConfiguration, config_path: Path, *, plai
 
         def on_signal() -> None:
             if stop.is_set():
-                supervisor.kill()  # whoever asks twice does not want to wait
+                supervisor.kill()  # a second signal: do not wait
             stop.set()
 
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -130,7 +109,7 @@ def _checkpoint_words(directory: Path, step: int) -> str:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """What starts this run again, with every override."""
+    """The command line that starts this run, with every override."""
     overrides = [part for override in arguments.overrides for part in ("--set", override)]
     return shlex.join(["leeway", "run", str(arguments.config), *overrides])
 
@@ -141,14 +120,22 @@ def _conclude(run: RunOptions, command: str, outcome: Outcome) -> int:
         print(f"leeway: {outcome.error}\nleeway: logs are in {directory / 'logs'}", file=sys.stderr)
         return EXIT_REFUSED if outcome.refused else EXIT_FAILED
     steps = sum(record["kind"] == "step" for record in read_journal(directory / "metrics.jsonl"))
-    report = write_report(open_run_folder(directory)) if steps else None
+    report = _write_report(directory) if steps else ""
     if not has_finished(directory):
         again = f"{command} --resume" if steps else command
         print(f"leeway: stopped at step {steps}{_checkpoint_words(directory, steps)}; continue with: {again}")
         return EXIT_OK
     print(_closing_lines(json.loads((directory / "summary.json").read_text(encoding="utf-8"))))
-    print(f"report: {report}")
+    print(report)
     return EXIT_OK
+
+
+def _write_report(directory: Path) -> str:
+    """The line that says where the report is, or why there is none."""
+    try:
+        return f"report: {write_report(open_run_folder(directory))}"
+    except PreconditionError as error:
+        return error.message
 
 
 def _closing_lines(summary: Mapping[str, Any]) -> str:

@@ -1,18 +1,20 @@
-"""A run as the commands are told of it: its folder, or the configuration file that its services were started with."""
+"""A run's folder, given by its path or by the configuration file that its services were started with."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from leeway.config import RunConfiguration, load_configuration
-from leeway.errors import NotFoundError
+from learner.run_artifacts.journal import read_journal
+from leeway.config import RunConfiguration, RunOptions, load_configuration
+from leeway.errors import NotFoundError, PreconditionError
 
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Where a run leaves its files, and how its services were configured."""
+    """A run's folder and the configuration of its services."""
 
     directory: Path
     config_path: Path
@@ -20,7 +22,7 @@ class RunFolder:
 
 
 def open_run_folder(path: Path) -> RunFolder:
-    """The run that a person named.
+    """The run at a path.
 
     Raises:
         NotFoundError: there is none.
@@ -38,15 +40,42 @@ def open_run_folder(path: Path) -> RunFolder:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Whether `leeway run` made it."""
+    """True if `leeway run` made it."""
     return _configuration(path).is_file()
 
 
 def has_finished(directory: Path) -> bool:
-    """Whether the run's summary says that it has finished."""
+    """True if the run's summary says that it has finished."""
     path = directory / "summary.json"
     return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["finished"])
 
 
 def _configuration(directory: Path) -> Path:
     return directory / "config.toml"
+
+
+def prepare_run_folder(run: RunOptions, *, resume: bool) -> None:
+    """Make the run's folder. One that holds anything trained or measured is never overwritten.
+
+    Raises:
+        PreconditionError: there is a run in it that does not go with `resume`.
+    """
+    directory = run.run_directory
+    started = bool(read_journal(directory / "metrics.jsonl"))
+    if resume and not started:
+        raise PreconditionError(f"{directory}: there is no run to resume; start it without --resume")
+    if started and has_finished(directory):
+        report = directory / "report.html"
+        raise PreconditionError(
+            f"{directory}: this run is finished{f'; its report is {report}' if report.exists() else ''}. "
+            "To train again, choose another name with --set run.name=NAME, or remove the folder"
+        )
+    if started and not resume:
+        raise PreconditionError(
+            f"{directory}: holds an unfinished run; continue it with --resume, "
+            "or choose another name with --set run.name=NAME"
+        )
+    if not started:  # what a refused start left behind
+        for name in ("replay", "checkpoints"):
+            shutil.rmtree(directory / name, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)

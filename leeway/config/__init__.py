@@ -9,7 +9,7 @@ rules              what shows only between two sections, as pure functions
 references         what shows only when something is opened: model, tasks, reward function
 document           how a file is read and overridden; what a refusal says
 run, network, replay_buffer, inference_server, engines, learner, losses     the sections, with every key and default
-algorithms, engines.ENGINES, network.WEIGHT_TRANSPORTS                      what a configuration may name
+algorithms, engines.ENGINES, leeway.weights.transports                      what a configuration may name
 """
 
 from leeway.config.configuration import RunConfiguration, load_configuration, read_configuration

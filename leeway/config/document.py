@@ -11,7 +11,7 @@ configuration file's own directory, so that a run starts the same from any worki
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -52,7 +52,7 @@ class Registered:
     """Validates the name of an entry of a registry: `Annotated[str, AfterValidator(Registered("engine", ENGINES))]`."""
 
     kind: str
-    entries: Mapping[str, object]
+    entries: Collection[str]
 
     def __call__(self, name: str) -> str:
         if name not in self.entries:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
 from leeway.config.document import Address, ConfigPath, Options, Registered
+from leeway.weights.transports import TRANSPORTS
 
 
 def is_loopback(address: str) -> bool:
@@ -20,27 +20,6 @@ def is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-@dataclass(frozen=True, slots=True)
-class WeightTransport:
-    """A way to carry weights from the learner to the servers, beside gRPC, which is always there.
-
-    Args:
-        on_host: whether the learner's own host gets them over ZeroMQ, given whether its address is a loopback one.
-        broadcast: whether one broadcast over torch.distributed carries them to all servers at once.
-    """
-
-    on_host: tuple[bool, bool] = (False, False)  # beyond loopback, on loopback
-    broadcast: bool = False
-
-
-WEIGHT_TRANSPORTS: Final[dict[str, WeightTransport]] = {
-    "auto": WeightTransport(on_host=(False, True)),
-    "zmq": WeightTransport(on_host=(True, True)),
-    "grpc": WeightTransport(),
-    "collective": WeightTransport(broadcast=True),
-}
 
 
 class NetworkOptions(Options):
@@ -63,7 +42,7 @@ class NetworkOptions(Options):
     authority: ConfigPath | None = Field(
         default=None, description="PEM file of the authority that signed the certificates of all services."
     )
-    weights: Annotated[str, AfterValidator(Registered("weight transport", WEIGHT_TRANSPORTS))] = Field(
+    weights: Annotated[str, AfterValidator(Registered("transport", ("auto", *TRANSPORTS)))] = Field(
         default="auto",
         description="How weights travel. auto: over ZeroMQ where network.policy is a loopback address, else over gRPC; "
         "zmq: over ZeroMQ on the learner's host; grpc: over gRPC; collective: broadcast to all servers at once over "
@@ -84,14 +63,17 @@ class NetworkOptions(Options):
         return self.insecure or self.certificate is not None
 
     @property
-    def uses_zeromq(self) -> bool:
-        """Whether the learner offers weights to its own host over ZeroMQ."""
-        return WEIGHT_TRANSPORTS[self.weights].on_host[is_loopback(self.policy)]
+    def weight_transports(self) -> tuple[str, ...]:
+        """Names of the transports of weights, the preferred one first; the last one, gRPC, always works."""
+        name = self.weights
+        if name == "auto":
+            name = "zmq" if is_loopback(self.policy) else "grpc"
+        return tuple(dict.fromkeys((name, "grpc")))
 
     @property
     def uses_broadcasts(self) -> bool:
         """Whether the learner broadcasts weights to all servers at once."""
-        return WEIGHT_TRANSPORTS[self.weights].broadcast
+        return any(TRANSPORTS[name].broadcast for name in self.weight_transports)
 
 
 class MetricsOptions(Options):

@@ -87,7 +87,7 @@ class TaskOptions(Options):
     )
     python_path: ConfigPath = Field(
         default=Path(),
-        description="Folder from which the modules of `tasks` and `reward` are imported.",
+        description="Folder from which the modules of `tasks` and `reward` are imported; installed modules come first.",
         validate_default=True,
     )
     chat: bool = Field(

@@ -1,25 +1,37 @@
 """The kit's own client of InferenceService: the only module of the kit that sees protobuf.
 
-It hides nothing that a check may want to see: a chunk that cannot be decoded is kept as a finding, a status is raised
-as `Refused` with its code, and bytes of an update travel cut as the check says.
+It hides nothing from the checks: a chunk that cannot be decoded is kept as a finding, a status is raised as `Refused`
+with its code, and bytes of an update are cut as the check says.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Generator, Iterable
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import AsyncGenerator, Generator, Iterable
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 
 import grpc
+import numpy as np
 
 from leeway import codec, rpc
-from leeway.conformance.completion import Completion
-from leeway.conformance.violation import Violation
+from leeway.conformance.requirement import Violation
 from leeway.errors import InvalidDataError
 from leeway.rpc import Security, cancellation_kept
-from leeway.types import EngineInfo, FinishReason, Int32Array, PolicyVersion, SamplingParams, WeightManifest
+from leeway.types import (
+    Array,
+    Column,
+    ColumnKind,
+    EngineInfo,
+    FinishReason,
+    Float32Array,
+    Int32Array,
+    PolicyVersion,
+    SamplingParams,
+    TrajectoryChunk,
+    VersionSpan,
+    WeightManifest,
+)
 from leeway.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 
 _GenerateCall = grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]
@@ -47,27 +59,67 @@ class Update:
 
 @dataclass(frozen=True, slots=True)
 class RawPrompt:
-    """A prompt tensor that may be malformed."""
+    """A prompt tensor that may be malformed, as no codec would make it."""
 
     dtype: int  # leeway.v1.DataType
     shape: tuple[int, ...]
     data: bytes
 
 
+@dataclass(slots=True)
+class Completion:
+    """One Generate call: its chunks in order, kept as they came, and how it ended."""
+
+    prompt: Int32Array  # [prompt]
+    sampling: SamplingParams
+    chunks: list[TrajectoryChunk] = field(default_factory=list[TrajectoryChunk])
+    malformed: list[str] = field(default_factory=list[str])  # chunks that are none, and why
+    finish_reason: FinishReason | None = None
+    announced_tokens: int = 0  # as `finished` says
+    after_finished: int = 0  # messages that came later
+
+    def columns(self, kind: ColumnKind) -> list[Column]:
+        """All columns of a kind, in the order in which they came."""
+        return [column for chunk in self.chunks for column in chunk.columns if column.kind is kind]
+
+    def values(self, kind: ColumnKind) -> Array:
+        """Their values, one after the other; [0] when there are none."""
+        columns = self.columns(kind)
+        return np.concatenate([column.values for column in columns]) if columns else np.zeros(0)
+
+    @property
+    def token_ids(self) -> Int32Array:
+        """[n], the sampled tokens."""
+        return self.values(ColumnKind.TOKEN_IDS).astype(np.int32)
+
+    @property
+    def logprobs(self) -> Float32Array:
+        """[n], what they were sampled with, as claimed."""
+        return self.values(ColumnKind.BEHAVIOR_LOGPROBS).astype(np.float32)
+
+    @property
+    def spans(self) -> list[VersionSpan]:
+        """All version spans, in the order in which they came."""
+        return [span for chunk in self.chunks for span in chunk.version_spans]
+
+    def equals(self, other: Completion, tolerance: float, count: int | None = None) -> bool:
+        """True if the first `count` tokens are the same and their log-probs agree."""
+        ids, logprobs = self.token_ids[:count], self.logprobs[:count]
+        other_ids, other_logprobs = other.token_ids[:count], other.logprobs[:count]
+        return (
+            ids.shape == other_ids.shape
+            and logprobs.shape == other_logprobs.shape
+            and bool((ids == other_ids).all())
+            and bool((np.abs(logprobs - other_logprobs) <= tolerance).all())
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Stream:
-    """One Generate call; leaving the block cancels what is left of it."""
+    """One Generate call."""
 
-    def __init__(self, call: _GenerateCall, completion: Completion) -> None:
-        self._call = call
-        self.completion = completion
-
-    async def __aenter__(self) -> Stream:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._call.cancel()
+    _call: _GenerateCall
+    completion: Completion
 
     async def read(self) -> bool:
         """Take one message into the completion; False at the end of the stream.
@@ -120,7 +172,7 @@ class BackendClient:
         )
 
     async def info(self, timeout_seconds: float | None = None) -> EngineInfo:
-        """What the server says of itself.
+        """The description that the server gives of itself.
 
         Raises:
             Refused: the call failed.
@@ -134,25 +186,24 @@ class BackendClient:
             )
         return codec.info_from_proto(reply)
 
-    def open(self, prompt: Int32Array, sampling: SamplingParams) -> Stream:
-        """Begin to generate."""
-        request = inference_pb2.GenerateRequest(
-            prompt_token_ids=codec.array_to_proto(prompt), sampling=codec.sampling_to_proto(sampling)
-        )
-        return Stream(self._stub.Generate(request, timeout=self._timeout_seconds), Completion(prompt, sampling))
-
-    def open_raw(self, prompt: RawPrompt, sampling: SamplingParams) -> Stream:
-        """Begin to generate from a prompt that no codec has seen."""
-        request = inference_pb2.GenerateRequest(
-            prompt_token_ids=common_pb2.Tensor(
+    @asynccontextmanager
+    async def open(self, prompt: Int32Array | RawPrompt, sampling: SamplingParams) -> AsyncGenerator[Stream]:
+        """Begin to generate; at the end of the block the rest of the call is cancelled."""
+        if isinstance(prompt, RawPrompt):
+            tensor = common_pb2.Tensor(
                 dtype=prompt.dtype,  # type: ignore[arg-type]
                 shape=prompt.shape,
                 data=prompt.data,
-            ),
-            sampling=codec.sampling_to_proto(sampling),
-        )
-        empty = codec.array_from_proto(common_pb2.Tensor(dtype=common_pb2.DATA_TYPE_INT32, shape=[0]))
-        return Stream(self._stub.Generate(request, timeout=self._timeout_seconds), Completion(empty, sampling))
+            )
+            prompt = np.zeros(0, dtype=np.int32)
+        else:
+            tensor = codec.array_to_proto(prompt)
+        request = inference_pb2.GenerateRequest(prompt_token_ids=tensor, sampling=codec.sampling_to_proto(sampling))
+        call = self._stub.Generate(request, timeout=self._timeout_seconds)
+        try:
+            yield Stream(call, Completion(prompt, sampling))
+        finally:
+            call.cancel()
 
     async def update(self, update: Update) -> PolicyVersion:
         """Send an update; the version that the server says is in force.
@@ -164,14 +215,13 @@ class BackendClient:
         with _refusals("UpdateWeights"):
             call = self._stub.UpdateWeights(timeout=self._timeout_seconds)
             try:
-                async for message in _messages(update):
-                    await call.write(message)
+                await call.write(inference_pb2.UpdateWeightsRequest(header=_header(update)))
+                for piece in update.pieces:
+                    await call.write(inference_pb2.UpdateWeightsRequest(data=piece))
                 if not update.cancel_at_end:
                     await call.done_writing()
-            except grpc.aio.AioRpcError:
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError):
                 pass  # the server has answered before the end; the answer is read below
-            except (asyncio.InvalidStateError, grpc.aio.UsageError, grpc.aio.InternalError):
-                pass  # likewise: the call is done already
             if update.cancel_at_end:
                 call.cancel()
                 raise Refused("UpdateWeights", grpc.StatusCode.CANCELLED, "given up by the kit")
@@ -193,16 +243,12 @@ class BackendClient:
         await self._channel.close()
 
 
-async def _messages(update: Update) -> AsyncIterator[inference_pb2.UpdateWeightsRequest]:
-    yield inference_pb2.UpdateWeightsRequest(
-        header=inference_pb2.WeightUpdateHeader(
-            publisher_epoch=update.publisher_epoch,
-            version=codec.version_to_proto(update.version),
-            manifest=codec.manifest_to_proto(update.manifest),
-        )
+def _header(update: Update) -> inference_pb2.WeightUpdateHeader:
+    return inference_pb2.WeightUpdateHeader(
+        publisher_epoch=update.publisher_epoch,
+        version=codec.version_to_proto(update.version),
+        manifest=codec.manifest_to_proto(update.manifest),
     )
-    for piece in update.pieces:
-        yield inference_pb2.UpdateWeightsRequest(data=piece)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""All requirements, and how they are run: one after the other, each after those that it builds on."""
+"""All requirements; how they are run, one after the other, each after those that it builds on; results as JUnit."""
 
 from __future__ import annotations
 
@@ -6,38 +6,21 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Final
+from xml.etree import ElementTree as ET
 
-from leeway.conformance import (
-    information,
-    limits,
-    logprobs,
-    pausing,
-    recording,
-    refusals,
-    seeds,
-    stopping,
-    streams,
-    updates,
-    versions,
-)
+from leeway.conformance import refusals, sampling, scheduling, streams, updates
 from leeway.conformance.client import Refused
-from leeway.conformance.requirement import Requirement, Result, Status
+from leeway.conformance.requirement import NotSupportedError, Requirement, Result, Status, Violation
 from leeway.conformance.session import Session
-from leeway.conformance.violation import NotSupportedError, Violation
 from leeway.errors import InvalidDataError
+from leeway.service.process import EXIT_FAILED, EXIT_OK
 
 REQUIREMENTS: Final[tuple[Requirement, ...]] = (
-    *information.REQUIREMENTS,
     *streams.REQUIREMENTS,
-    *recording.REQUIREMENTS,
-    *seeds.REQUIREMENTS,
-    *logprobs.REQUIREMENTS,
+    *sampling.REQUIREMENTS,
     *updates.REQUIREMENTS,
-    *versions.REQUIREMENTS,
-    *pausing.REQUIREMENTS,
     *refusals.REQUIREMENTS,
-    *limits.REQUIREMENTS,
-    *stopping.REQUIREMENTS,
+    *scheduling.REQUIREMENTS,
 )
 
 
@@ -83,3 +66,43 @@ async def _check(session: Session, requirement: Requirement) -> tuple[Status, st
         return Status.FAILED, f"the server sent something malformed: {error.message}"
     except TimeoutError:
         return Status.FAILED, f"no answer within {session.options.check_seconds:g} s"
+
+
+def exit_code(results: Sequence[Result]) -> int:
+    """0 when nothing failed, 1 otherwise."""
+    return EXIT_FAILED if any(result.status is Status.FAILED for result in results) else EXIT_OK
+
+
+def junit(results: Sequence[Result], name: str) -> bytes:
+    """JUnit XML: a suite named after the server, a case per requirement; what was not run counts as skipped."""
+    suites = ET.Element("testsuites")
+    suite = ET.SubElement(
+        suites,
+        "testsuite",
+        name=name,
+        tests=str(len(results)),
+        failures=str(sum(result.status is Status.FAILED for result in results)),
+        skipped=str(sum(result.status in (Status.SKIPPED, Status.NOT_RUN) for result in results)),
+        errors="0",
+        time=f"{sum(result.seconds for result in results):.3f}",
+    )
+    for result in results:
+        requirement, detail = result.requirement, printable(result.detail)
+        case = ET.SubElement(
+            suite,
+            "testcase",
+            classname=f"leeway.conformance.{requirement.id.partition('-')[0].lower()}",
+            name=printable(f"{requirement.id} {requirement.title}"),
+            time=f"{result.seconds:.3f}",
+        )
+        if result.status is Status.PASSED:
+            ET.SubElement(case, "system-out").text = detail
+        else:
+            ET.SubElement(case, "failure" if result.status is Status.FAILED else "skipped", message=detail)
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="utf-8", xml_declaration=True)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: neither XML nor a terminal should get what a foreign server may send."""
+    return "".join(character if character.isprintable() else " " for character in text)

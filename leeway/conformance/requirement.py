@@ -1,12 +1,28 @@
-"""What a requirement is, and what became of it."""
+"""A requirement, how its check ends, and its result."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from leeway.conformance.session import Session
+if TYPE_CHECKING:
+    from leeway.conformance.session import Session
+
+
+class Violation(Exception):
+    """The server breaks the requirement under test; the message is the finding, in one line."""
+
+
+class NotSupportedError(Exception):
+    """The server does not offer what the requirement is about, or the kit was not given what the check needs."""
+
+
+def require(holds: object, finding: str) -> None:
+    """Raise a Violation unless something holds."""
+    if not holds:
+        raise Violation(finding)
 
 
 class Status(enum.Enum):
@@ -14,11 +30,11 @@ class Status(enum.Enum):
 
     PASSED = "passed"
     FAILED = "FAILED"
-    SKIPPED = "skipped"  # the server does not claim it, or the kit was not given what the check needs
+    SKIPPED = "skipped"  # see NotSupportedError
     NOT_RUN = "not run"  # it builds on a requirement that did not pass
 
 
-Check = Callable[[Session], Awaitable[str]]
+Check = Callable[["Session"], Awaitable[str]]
 """Returns what was seen, in one line; raises Violation or NotSupportedError."""
 
 
@@ -29,7 +45,7 @@ class Requirement:
     Args:
         id: stable name, described in docs/conformance.md.
         title: what must hold.
-        check: looks.
+        check: tests it.
         needs: ids of requirements without which the check says nothing.
     """
 
@@ -41,7 +57,7 @@ class Requirement:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of a requirement."""
+    """The outcome of a requirement."""
 
     requirement: Requirement
     status: Status

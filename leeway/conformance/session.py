@@ -1,19 +1,18 @@
-"""What the checks share: the server under test, what it said of itself, and the version that it should be serving."""
+"""State that the checks share: the server under test, its description, and the version that it should be serving."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from leeway.conformance.client import BackendClient, Refused, Stream, Update
-from leeway.conformance.completion import Completion
+from leeway.conformance.client import BackendClient, Completion, RawPrompt, Refused, Stream, Update
 from leeway.conformance.own_server import Starter
-from leeway.conformance.violation import NotSupportedError, Violation
+from leeway.conformance.requirement import NotSupportedError, Violation
 from leeway.conformance.weights import Weights, pieces, rolled
 from leeway.rpc import Security
 from leeway.types import EngineInfo, Int32Array, PolicyVersion, SamplingParams
@@ -24,7 +23,7 @@ _MOST_LENGTHS = 6
 
 @dataclass(frozen=True, slots=True)
 class KitOptions:
-    """How the kit looks.
+    """Options of a run of the kit.
 
     Args:
         run: name of the run whose versions are pushed; None takes the served version's.
@@ -59,7 +58,7 @@ class Session:
 
     Args:
         client: of the server.
-        options: how to look.
+        options: of this run.
         base: weights that fit its model; None when the kit cannot push.
         security: certificates, for servers that the kit starts itself.
         own_server: starts another server of the same kind, for the kit to stop; None when it cannot.
@@ -76,13 +75,11 @@ class Session:
     _other: Weights | None = None
     _next_step: int = 0
     _next_seed: int = 1
-    shared: dict[str, Completion] = field(
-        default_factory=dict[str, Completion]
-    )  # completions that several checks look at
+    shared: dict[str, Completion] = field(default_factory=dict[str, Completion])  # that several checks look at
 
     @property
     def info(self) -> EngineInfo:
-        """What the server said at the beginning."""
+        """The server's description of itself, from the beginning."""
         if self._info is None:
             raise Violation("the server has not said what it serves")
         return self._info
@@ -128,8 +125,7 @@ class Session:
         Raises:
             Violation: the reply names another version.
         """
-        update = self.new_update(weights)
-        update = replace(update, pieces=pieces(weights.buffers, first_sizes))
+        update = replace(self.new_update(weights), pieces=pieces(weights.buffers, first_sizes))
         version = await self.client.update(update)
         if version != update.version:
             raise Violation(f"UpdateWeights to {update.version} answered that {version} is in force")
@@ -150,11 +146,20 @@ class Session:
 
     @property
     def long_tokens(self) -> int:
-        return min(self.options.long_tokens, self.context_length - len(self.prompt()))
+        return min(self.options.long_tokens, self.longest)
+
+    def at_most(self, tokens: int) -> int:
+        """So many tokens, or fewer where the context is short."""
+        return min(tokens, self.long_tokens)
+
+    @property
+    def longest(self) -> int:
+        """Tokens that fit after a prompt of the kit's."""
+        return self.context_length - len(self.prompt())
 
     def longer_and_longer(self) -> list[int]:
         """Lengths of sequences in which something is to happen, which in a short one may come too late."""
-        longest = self.context_length - len(self.prompt())
+        longest = self.longest
         lengths = [self.long_tokens] * 2
         while lengths[-1] < longest and len(lengths) < _MOST_LENGTHS:
             lengths.append(min(lengths[-1] * 4, longest))
@@ -165,12 +170,15 @@ class Session:
         self._next_seed += count
         return range(self._next_seed - count, self._next_seed)
 
-    def open(self, prompt: Int32Array, sampling: SamplingParams) -> Stream:
-        return self.client.open(prompt, sampling)
+    def open(
+        self, prompt: Int32Array | RawPrompt | int, sampling: SamplingParams
+    ) -> AbstractAsyncContextManager[Stream]:
+        """Begin to generate after a prompt, or after the kit's prompt of that number."""
+        return self.client.open(self.prompt(prompt) if isinstance(prompt, int) else prompt, sampling)
 
-    async def generate(self, prompt: Int32Array, sampling: SamplingParams) -> Completion:
+    async def generate(self, prompt: Int32Array | int, sampling: SamplingParams) -> Completion:
         """One whole completion."""
-        async with self.client.open(prompt, sampling) as stream:
+        async with self.open(prompt, sampling) as stream:
             return await stream.rest()
 
     async def generate_all(self, requests: Iterable[tuple[Int32Array, SamplingParams]]) -> list[Completion]:
@@ -191,15 +199,11 @@ class Session:
 
     async def fingerprint(self) -> list[Completion]:
         """A few short completions that look otherwise under other weights."""
-        return [
-            await self.generate(
-                self.prompt(number), SamplingParams(max_tokens=min(8, self.long_tokens), seed=7 + number)
-            )
-            for number in range(3)
-        ]
+        sampling = [SamplingParams(max_tokens=self.at_most(8), seed=7 + number) for number in range(3)]
+        return [await self.generate(number, each) for number, each in enumerate(sampling)]
 
     def same_fingerprint(self, one: Sequence[Completion], other: Sequence[Completion]) -> bool:
-        """Whether two fingerprints are of the same weights."""
+        """True if two fingerprints are of the same weights."""
         return all(a.equals(b, self.options.tolerance) for a, b in zip(one, other, strict=True))
 
     # State
@@ -215,7 +219,7 @@ class Session:
 
     async def recover(self) -> None:
         """After a check that failed: let the server decode again, with the kit's own weights."""
-        with contextlib.suppress(Refused, Violation):
+        with contextlib.suppress(Refused):
             await self.client.resume()
         if self.base is not None:
             with contextlib.suppress(Refused, Violation):

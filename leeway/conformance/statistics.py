@@ -92,7 +92,7 @@ class FrequencyTest:
         return float((self._simulated(alternative, _SIMULATED // 3) > critical).mean())
 
     def p_value(self, counts: Int64Array) -> float:
-        """Of the counts, [C]; the claims are refuted when it is at most FALSE_ALARM."""
+        """The p-value of counts, [C]; the claims are refuted when it is at most FALSE_ALARM."""
         extreme = int((self._null >= g_statistic(counts, self._claimed)).sum())
         return (1 + extreme) / (_SIMULATED + 1)
 
@@ -102,7 +102,7 @@ class FrequencyTest:
 
 
 def tempered(probabilities: Float64Array, temperature: float, vocab_size: int) -> Float64Array:
-    """What is sampled at a temperature by a server whose claims ignore it: a_c = p_c^(1/T) / sum_j p_j^(1/T).
+    """The distribution sampled at a temperature by a server whose claims ignore it: a_c = p_c^(1/T) / sum_j p_j^(1/T).
 
     The last cell stands for all tokens without one; it is taken as spread evenly over them.
     """

@@ -38,7 +38,7 @@ class Weights:
 
     @property
     def digest(self) -> bytes:
-        """Of a policy version with these weights."""
+        """The digest of a policy version with these weights."""
         return weights_digest(self.manifest)
 
 
@@ -48,7 +48,7 @@ def arithmetic_weights() -> Weights:
 
 
 def is_arithmetic(signature: ModelSignature) -> bool:
-    """Whether a server says that it samples by that law."""
+    """True if a server says that it samples by that law."""
     return signature == arithmetic.SIGNATURE
 
 

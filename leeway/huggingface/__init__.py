@@ -15,8 +15,6 @@ from leeway.huggingface.published import (
     load_published,
     published_parts,
     published_tensors,
-)
-from leeway.huggingface.tensors import (
     tensor_bytes,
     tensor_dtype_name,
     tensor_from_bytes,

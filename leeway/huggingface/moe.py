@@ -19,7 +19,7 @@ _ModuleT = TypeVar("_ModuleT")
 
 @dataclass(frozen=True, slots=True)
 class MoeShape:
-    """What a token's routing looks like; all 0 for a dense model."""
+    """The shape of a token's routing; all 0 for a dense model."""
 
     layers: int
     experts: int

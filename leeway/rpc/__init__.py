@@ -8,7 +8,6 @@ cancelling   tasks that end when they are cancelled, whatever their call does in
 """
 
 from leeway.rpc.backoff import Backoff
-from leeway.rpc.cancelling import cancel_and_wait, cancellation_kept
 from leeway.rpc.channels import (
     BULK_PIECE_BYTES,
     MAX_MESSAGE_BYTES,
@@ -16,7 +15,7 @@ from leeway.rpc.channels import (
     open_channel,
 )
 from leeway.rpc.servers import RunningServer, check_health, start_server
-from leeway.rpc.statuses import from_rpc_error, mapped_errors
+from leeway.rpc.statuses import cancel_and_wait, cancellation_kept, from_rpc_error, mapped_errors
 
 __all__ = [
     "BULK_PIECE_BYTES",

@@ -1,7 +1,8 @@
-"""Errors across the wire: a LeewayError as a status with `google.rpc.ErrorInfo`, and back."""
+"""Calls that end early: a LeewayError as a status with `google.rpc.ErrorInfo` and back; tasks cancelled in a call."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,6 @@ from grpc_status import rpc_status
 
 from leeway import errors
 from leeway.errors import DeadlineError, ExhaustedError, LeewayError, UnavailableError
-from leeway.rpc.cancelling import cancellation_kept
 
 _DOMAIN: Final = "leeway"
 _rpc_status: Any = rpc_status  # its types are partial
@@ -69,3 +69,26 @@ def _retry_info(error: LeewayError) -> list[error_details_pb2.RetryInfo]:
     info = error_details_pb2.RetryInfo()
     info.retry_delay.FromTimedelta(timedelta(seconds=error.retry_seconds))
     return [info]
+
+
+@contextmanager
+def cancellation_kept() -> Generator[None]:
+    """End with CancelledError if the task is cancelled inside, whatever else ends the block.
+
+    A stream's first read waits for a task of grpc.aio's own, which takes the cancellation upon itself; if the call ends
+    in the same moment, the reader sees its status only, and a task that calls again would never stop.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "calls are made in tasks"
+    num_cancels = task.cancelling()
+    try:
+        yield
+    finally:
+        if task.cancelling() > num_cancels:
+            raise asyncio.CancelledError
+
+
+async def cancel_and_wait(task: asyncio.Task[Any]) -> None:
+    """Cancel a task and wait until it has ended; its own outcome is not reported."""
+    task.cancel()
+    await asyncio.wait([task])

@@ -11,16 +11,16 @@ from leeway.errors import UnavailableError
 
 _FIRST: Final = 20_000
 _END: Final = 32_768
-"""Beyond lie the ports of outgoing connections: one could take the place of a service that restarts."""
+"""Below the ephemeral ports, so that an outgoing connection cannot take the port of a service that restarts."""
 _TRIES: Final = 100
 
 
 def free_port(host: str) -> int:
-    """A port of `host` that nobody listens on, and that no outgoing connection and no other caller is given.
+    """Find a port of `host` without a listener, which no outgoing connection and no other caller is given.
 
-    Between this answer and the service's own bind the port is nobody's. Others who ask meanwhile, in any process, are
-    given other ports: a connection that has just ended stays on it (TIME_WAIT, a minute), over which a service may bind
-    (SO_REUSEADDR, which gRPC, ZeroMQ, torch and HTTP servers set), and this function does not.
+    The port has no owner until the service binds it. To keep other callers in any process from choosing it, a
+    connection is opened and ended on it. That leaves the port in TIME_WAIT for a minute: this function then does not
+    choose it, but servers that set SO_REUSEADDR, as those of gRPC, ZeroMQ, torch and HTTP do, can bind it.
 
     Raises:
         UnavailableError: none was found.
@@ -41,11 +41,11 @@ def free_port(host: str) -> int:
 
 
 def _keep(host: str, port: int) -> None:
-    """Leave an ended connection on the port."""
+    """Leave an ended connection on the port, in TIME_WAIT."""
     with (
         socket.create_server((host, port)) as listener,
         socket.create_connection((host, port), timeout=60) as client,
     ):
         accepted, _ = listener.accept()
-        accepted.close()  # who ends first keeps the port
+        accepted.close()  # the side that closes first stays in TIME_WAIT
         client.recv(1)

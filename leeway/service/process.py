@@ -2,7 +2,8 @@
 
 SIGTERM and SIGINT set the stop event that `main` watches; a clean stop follows. A second signal ends the process at
 once. A LeewayError ends it with one line on stderr: exit code 2 where a restart would meet the same error
-(configuration, precondition, corrupt data), 1 where it may not. A supervisor restarts on any code but 0 and 2.
+(configuration, precondition, corrupt data), 1 where it may not. A supervisor restarts on 1, on a signal,
+and on 0 where the run has not ended.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ EXIT_REFUSED: Final = 2
 
 T = TypeVar("T")
 Main = Callable[[asyncio.Event], Awaitable[None]]
-
 
 RUN_FINISHED: Final = "leeway: the run has finished"
 """A server's line on stdout before it exits 0 because its run has finished: a supervisor does not restart it then."""
@@ -99,7 +99,7 @@ async def _with_signals(main: Main, *, watch_parent: bool) -> None:
 
     def on_signal() -> None:
         if stop.is_set():
-            # The second signal: whoever sent it does not want to wait.
+            # A second signal ends the process without a clean stop.
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
             signal.raise_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The words of Leeway as frozen dataclasses: what travels between the parts of a service.
+"""The types that the services exchange, as frozen dataclasses.
 
 The wire forms live in `proto/leeway/v1`; `leeway.codec` is the only place that translates.
 """

@@ -19,7 +19,7 @@ class DrainReason(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """That a server gets no more tickets, and why."""
+    """The mark on a server that gets no more tickets, with the reason."""
 
     reason: DrainReason
     message: str
@@ -28,7 +28,7 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class ServerStatus:
-    """What the buffer knows of one server of a run; times are on the buffer's clock."""
+    """The state of one server of a run in the buffer; times are on the buffer's clock."""
 
     server_id: str
     present: bool  # has said something within a lease, and has not left

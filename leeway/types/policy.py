@@ -1,4 +1,4 @@
-"""Whose weights, of which model, in which engine."""
+"""Policy versions, models and engines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class LogprobMode(enum.IntEnum):
-    """Which distribution the behavior log-probs come from."""
+    """The distribution that the behavior log-probs come from."""
 
     SAMPLED = 1
     RAW = 2
@@ -37,7 +37,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True)
 class ModelSignature:
-    """What makes two models exchangeable for a run."""
+    """The properties in which two models must agree to be exchangeable for a run."""
 
     model_digest: bytes
     tokenizer_digest: bytes
@@ -50,7 +50,7 @@ class ModelSignature:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine serves."""
+    """An engine's description of itself."""
 
     signature: ModelSignature
     engine: str  # "name/version"

@@ -1,4 +1,4 @@
-"""A run, its evaluations, and what became of its groups."""
+"""A run, its evaluations, and the outcomes of its groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from leeway.types.trajectory import SamplingParams, TrajectoryClose
 
 
 class GroupState(enum.IntEnum):
-    """Where a group is in its life."""
+    """The states of a group."""
 
     OPEN = 1
     READY = 2
@@ -40,7 +40,7 @@ class DropReason(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What a run is; fixed at its first OpenRun."""
+    """The definition of a run; fixed at its first OpenRun."""
 
     run: str
     groups_per_step: int  # B
@@ -59,7 +59,7 @@ class RunSpec:
 
 @dataclass(frozen=True, slots=True)
 class OpenedRun:
-    """What a learner gets when it opens a run."""
+    """The answer to a learner that opens a run."""
 
     epoch: int
     head: PolicyVersion

@@ -12,14 +12,14 @@ from leeway.types.trajectory import SamplingParams, TrajectoryClose, TrajectoryF
 
 
 class Purpose(enum.IntEnum):
-    """What a ticket is for."""
+    """The purpose of a ticket."""
 
     TRAIN = 1
     EVAL = 2
 
 
 class WriteStatus(enum.IntEnum):
-    """What became of one written item."""
+    """The outcome of one written item."""
 
     ACKNOWLEDGED = 1
     ABORTED = 2

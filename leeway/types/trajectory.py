@@ -34,7 +34,7 @@ class FinishReason(enum.IntEnum):
 
 
 class SegmentKind(enum.IntEnum):
-    """Who wrote a stretch of a trajectory."""
+    """The author of a stretch of a trajectory."""
 
     PROMPT = 1
     MODEL = 2
@@ -42,7 +42,7 @@ class SegmentKind(enum.IntEnum):
 
 
 class ColumnKind(enum.IntEnum):
-    """What a column holds for each token of its range."""
+    """The kinds of value that a column holds, one for each token of its range."""
 
     TOKEN_IDS = 1
     BEHAVIOR_LOGPROBS = 2

@@ -1,4 +1,4 @@
-"""Published weights and what leads from one version to the next."""
+"""Published weights, and the deltas from one version to the next."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """What a published version consists of, ordered by name."""
+    """The tensors of a published version, ordered by name."""
 
     tensors: tuple[TensorEntry, ...]
 

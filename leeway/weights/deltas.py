@@ -75,7 +75,7 @@ class _Block:
 
 
 def encode_delta(base: WeightSnapshot, target: WeightSnapshot, threads: int = 1) -> bytes | None:
-    """What leads from `base` to `target`; None when a snapshot is as small, or the two have different tensors."""
+    """The delta from `base` to `target`; None when a snapshot is as small, or the two have different tensors."""
     if not same_layout(base.manifest, target.manifest):
         return None
     room = target.manifest.size_bytes - _HEADER.size
@@ -120,7 +120,7 @@ def apply_deltas(
 
 
 def same_layout(one: WeightManifest, other: WeightManifest) -> bool:
-    """Whether two manifests list the same names, types and shapes."""
+    """True if two manifests list the same names, types and shapes."""
     return len(one.tensors) == len(other.tensors) and all(
         (left.name, left.dtype, left.shape) == (right.name, right.dtype, right.shape)
         for left, right in zip(one.tensors, other.tensors, strict=True)
@@ -325,7 +325,7 @@ def _cut(tensors: Iterable[tuple[int, int]]) -> Iterator[tuple[_Span, ...]]:
 
 
 def payload_digest(payload: bytes | memoryview) -> bytes:
-    """What an announcement says of a delta's bytes: SHA-256."""
+    """The digest of a delta's bytes in an announcement: SHA-256."""
     return hashlib.sha256(payload).digest()
 
 

@@ -20,9 +20,8 @@ from typing import Final
 
 from leeway.errors import PreconditionError
 from leeway.service.durable import publish_directory, sync_file
-from replay_buffer.storage.generation import Generation, write_generation
 from replay_buffer.storage.segments import Position, segment_numbers, segment_path
-from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
+from replay_buffer.storage.snapshots import Generation, snapshot_path, snapshot_positions, write_generation
 
 _COPY_BYTES: Final = 1 << 20
 

@@ -26,7 +26,6 @@ from leeway.v1 import storage_pb2
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.backup import Backup, write_backup
-from replay_buffer.storage.generation import Generation, read_generation, write_generation
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import Log, LogFailedError, Take
@@ -40,7 +39,14 @@ from replay_buffer.storage.segments import (
     remove_segments,
     uncache_segments,
 )
-from replay_buffer.storage.snapshots import remove_snapshots, snapshot_positions, write_snapshot
+from replay_buffer.storage.snapshots import (
+    Generation,
+    read_generation,
+    remove_snapshots,
+    snapshot_positions,
+    write_generation,
+    write_snapshot,
+)
 from replay_buffer.storage.stored_state import run_to_proto
 
 _AMPLIFICATION: Final = 8
@@ -75,10 +81,10 @@ class Storage:
         found = read_generation(self._directory)
         self.restored_from: Generation | None = found if found is not None and not found.id else None
         self.generation = (found or Generation(b"")).opened()
-        start = choose_start(self._directory, self.generation)
+        start = choose_start(self._directory, self.generation, log.warning)
         self.index = start.index
         self.index.on_damage = self._index_damaged
-        for run in start.runs():
+        for run in start.runs().values():
             restore(run)
         self.index.first_segment = start.first_segment
         self.log.recover(take, start.position, start.last_record)

@@ -1,12 +1,13 @@
 """The index: what has ended, by id, outside of memory. A cache of the log, never the truth.
 
-    RunState ── put ──> waiting (memory, at most _WAITING) ── one transaction ──> index.sqlite
-    reads            look at what waits first, then into the file; by key or page by page
+    RunState ── put ──> recent (memory, about _MOST_RECENT) ── one transaction ──> index.sqlite
+    reads            both as one view, by key or page by page; `recent` goes before the file
 
 It is a file of SQLite in write-ahead mode: killed processes and power cuts leave it whole, though perhaps behind. So
 `settle` writes down up to which place of the log it is complete, and a snapshot of that place exists only once that is
 synced. What the index says beyond the place from which a restart folds is forgotten first; an index that is missing,
-behind, damaged or of another log is made anew from the log. Once damage is met the file is not written any more.
+behind, damaged or of another log is made again from the log. Once damage is met the file is not written any more; while
+the disk is full what ends stays in memory.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sqlite3
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
@@ -27,6 +28,7 @@ from replay_buffer.storage.index_file import (
     DAMAGE,
     LARGEST,
     Filter,
+    add_recent,
     check,
     clauses_of,
     connect,
@@ -35,12 +37,9 @@ from replay_buffer.storage.index_file import (
     row_of,
 )
 from replay_buffer.storage.segments import Position, crc32c
-from replay_buffer.storage.stored_state import (
-    evaluation_from_proto,
-    group_from_proto,
-)
+from replay_buffer.storage.stored_state import evaluation_from_proto, group_from_proto
 
-_WAITING: Final = 64
+_MOST_RECENT: Final = 64
 """Ended groups that are written in one transaction."""
 _PAGE: Final = 256
 
@@ -60,11 +59,11 @@ class Index:
         """
         self._path = path
         self._read_only = read_only
-        self._groups: dict[tuple[str, int], Group] = {}  # waiting to be written
-        self._evaluations: dict[tuple[str, str], tuple[EvaluationState, Location]] = {}
         self._file = connect(path, read_only=read_only)
         if not read_only:
             check(self._file, path)
+        add_recent(self._file)
+        self.num_recent = 0  # of both kinds
         self.is_damaged = False
         self.on_damage: Callable[[str], LeewayError] = lambda how: CorruptDataError(damaged(path, how))
         """What to raise when damage is met; told what it is."""
@@ -73,12 +72,12 @@ class Index:
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Remove an index, in order to make it anew."""
+        """Remove an index, in order to make it again."""
         for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
             path.with_name(name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Write what waits, as far as possible, and close the file."""
+        """Write what is recent, as far as possible, and close the file."""
         with suppress(OSError):  # what is not written now is folded again
             self._write()
         self._file.close()
@@ -87,12 +86,11 @@ class Index:
 
     def complete_to(self, generation: bytes) -> Position | None:
         """The place of the log up to which it is complete; None when it belongs to another log."""
-        with self._meeting_damage():
-            row = self._file.execute("SELECT generation, segment, offset FROM complete").fetchone()
+        row = self._one("SELECT generation, segment, offset FROM complete")
         return Position(row[1], row[2]) if row is not None and row[0] == generation else None
 
     def settle(self, generation: bytes, position: Position) -> None:
-        """Write what waits; from now on it is complete up to `position`. Raises OSError when the disk is full."""
+        """Write what is recent; from now on it is complete up to `position`. Raises OSError when the disk is full."""
         self._write((generation, position))
 
     def sync(self) -> None:
@@ -110,8 +108,7 @@ class Index:
 
     def forget_from(self, position: Position) -> None:
         """Forget what ended at `position` or later: it will be folded again."""
-        self._groups.clear()
-        self._evaluations.clear()
+        self._write()
         with self._meeting_damage(), self._file:
             for table in ("groups", "evaluations"):
                 self._file.execute(f"DELETE FROM {table} WHERE (ended_segment, ended_offset) >= (?, ?)", position)  # noqa: S608
@@ -127,12 +124,11 @@ class Index:
     def oldest_replayable(self, run: str, after_step: int) -> int | None:
         """The oldest segment that holds something of what the run trained on after a step; None when none does."""
         self._write()
-        with self._meeting_damage():
-            row = self._file.execute(
-                "SELECT min(oldest_segment) FROM groups WHERE run = ? AND state = ? AND purpose = ? AND step > ?",
-                (run, int(GroupState.CONSUMED), int(Purpose.TRAIN), min(after_step, LARGEST)),
-            ).fetchone()
-        return row[0]
+        row = self._one(
+            "SELECT min(oldest_segment) FROM groups WHERE run = ? AND state = ? AND purpose = ? AND step > ?",
+            *(run, int(GroupState.CONSUMED), int(Purpose.TRAIN), min(after_step, LARGEST)),
+        )
+        return None if row is None else row[0]
 
     # Writing
 
@@ -141,130 +137,95 @@ class Index:
         oldest = group.oldest_segment
         if oldest is not None and oldest < self.first_segment:
             return
-        self._groups[run, group.created] = group
-        if len(self._groups) >= _WAITING:
-            with suppress(OSError):  # the disk is full: it waits on in memory
-                self._write()
+        with self._file:
+            self._file.execute(
+                "INSERT OR REPLACE INTO recent.groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row_of(run, group)
+            )
+        self._one_more()
 
     def put_evaluation(self, run: str, state: EvaluationState, location: Location) -> None:
         """Take an ended evaluation over."""
-        self._evaluations[run, state.evaluation.evaluation_id] = (state, location)
+        row = evaluation_row_of(run, state, location)
+        with self._file:
+            self._file.execute("INSERT OR REPLACE INTO recent.evaluations VALUES (?, ?, ?, ?, ?, ?)", row)
+        self._one_more()
+
+    def _one_more(self) -> None:
+        self.num_recent += 1
+        if self.num_recent >= _MOST_RECENT:
+            with suppress(OSError):  # the disk is full: it stays in memory
+                self._write()
 
     def _write(self, complete: tuple[bytes, Position] | None = None) -> None:
-        if self._read_only or self.is_damaged or not (self._groups or self._evaluations or complete):
+        if self._read_only or self.is_damaged or not (self.num_recent or complete):
             return
         try:
             with self._file:
-                self._file.executemany(
-                    "INSERT OR REPLACE INTO groups VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    [row_of(run, group) for (run, _), group in self._groups.items()],
-                )
-                self._file.executemany(
-                    "INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?)",
-                    [evaluation_row_of(run, *entry) for (run, _), entry in self._evaluations.items()],
-                )
+                for table in ("groups", "evaluations"):
+                    self._file.execute(f"INSERT OR REPLACE INTO {table} SELECT * FROM recent.{table}")  # noqa: S608
+                    self._file.execute(f"DELETE FROM recent.{table}")  # noqa: S608
                 if complete is not None:
                     self._file.execute("DELETE FROM complete")
                     self._file.execute("INSERT INTO complete VALUES (?, ?, ?)", (complete[0], *complete[1]))
-        except sqlite3.OperationalError as error:  # the disk is full: what waits stays in memory
+        except sqlite3.OperationalError as error:  # the disk is full
             raise OSError(f"{self._path}: {error}") from error
         except DAMAGE as error:
             raise self._damage(str(error)) from error
-        self._groups.clear()
-        self._evaluations.clear()
+        self.num_recent = 0
 
     # Reading
 
     def get(self, run: str, created: int) -> Group | None:
         """One group."""
-        waiting = self._groups.get((run, created))
-        if waiting is not None:
-            return waiting
-        with self._meeting_damage():
-            row = self._file.execute(
-                "SELECT checksum, body FROM groups WHERE run = ? AND created = ?", (run, min(created, LARGEST))
-            ).fetchone()
-        return None if row is None else self._group(row)
+        query = "SELECT checksum, body FROM every_group WHERE run = ? AND created = ?"
+        row = self._one(query, run, min(created, LARGEST))
+        return None if row is None else self._group(*row)
 
     def get_evaluation(self, run: str, evaluation_id: str) -> EvaluationState | None:
         """One evaluation."""
-        waiting = self._evaluations.get((run, evaluation_id))
-        if waiting is not None:
-            return waiting[0]
-        with self._meeting_damage():
-            row = self._file.execute(
-                "SELECT checksum, body FROM evaluations WHERE run = ? AND evaluation_id = ?", (run, evaluation_id)
-            ).fetchone()
+        query = "SELECT checksum, body FROM every_evaluation WHERE run = ? AND evaluation_id = ?"
+        row = self._one(query, run, evaluation_id)
         if row is None:
             return None
         try:
-            return evaluation_from_proto(storage_pb2.EvaluationSnapshot.FromString(self._checked(row)))
+            return evaluation_from_proto(storage_pb2.EvaluationSnapshot.FromString(self._checked(*row)))
         except (DecodeError, InvalidDataError) as error:
             raise self._damage(str(error)) from error
 
     def batch(self, run: str, step: int) -> tuple[str, ...]:
         """The ids of the groups that a committed step trained on, in order."""
-        waiting = [
-            group for (owner, _), group in self._groups.items() if (owner, group.step) == (run, step) and group.step
-        ]
-        with self._meeting_damage():
-            rows = self._file.execute(
-                "SELECT created, checksum, body FROM groups WHERE run = ? AND step = ? AND step > 0 AND state = ?",
-                (run, min(step, LARGEST), int(GroupState.CONSUMED)),
-            ).fetchall()
-        written = [self._group(row[1:]) for row in rows if (run, row[0]) not in self._groups]
-        consumed = [group for group in [*waiting, *written] if group.state is GroupState.CONSUMED]
-        return tuple(group.group_id for group in sorted(consumed, key=lambda group: group.place))
+        query = "SELECT place, checksum, body FROM every_group WHERE run = ? AND step = ? AND state = ?"
+        rows = self._all(query, run, min(step, LARGEST), int(GroupState.CONSUMED)) if step else []
+        return tuple(self._group(*row[1:]).group_id for row in sorted(rows))
 
     def created(self, run: str, wanted: Filter, *, newest: int = 0) -> Iterator[int]:
         """The numbers of matching groups, ascending, page by page; `newest` keeps only so many."""
-        with suppress(OSError):
-            self._write()
-        extra = sorted(
-            number for (owner, number), group in self._groups.items() if owner == run and wanted.matches(group)
-        )
         clauses, values = clauses_of(run, wanted)
         if newest:
-            query = f"SELECT created FROM groups WHERE {clauses} ORDER BY created DESC LIMIT ?"  # noqa: S608
-            with self._meeting_damage():
-                found = [number for (number,) in self._file.execute(query, (*values, newest))]
-            yield from sorted({*found, *extra})[-newest:]
+            query = f"SELECT created FROM every_group WHERE {clauses} ORDER BY created DESC LIMIT ?"  # noqa: S608
+            yield from sorted(number for (number,) in self._all(query, *values, newest))
             return
-        query = f"SELECT created FROM groups WHERE {clauses} AND created > ? ORDER BY created LIMIT {_PAGE}"  # noqa: S608
-        after = 0
-        while True:
-            with self._meeting_damage():
-                page = [number for (number,) in self._file.execute(query, (*values, after))]
-            if not page:
-                break
-            yield from (number for number in page if number not in extra)
-            after = page[-1]
-        yield from extra
+        query = f"SELECT created FROM every_group WHERE {clauses} AND created > ? ORDER BY created LIMIT {_PAGE}"  # noqa: S608
+        page: list[tuple[Any, ...]] = [(0,)]
+        while page := self._all(query, *values, page[-1][0]):
+            yield from (number for (number,) in page)
 
     def dead_letters(self, run: str, newest: int) -> list[Group]:
         """Dead letters in the order of issue; at most so many, the newest."""
-        with suppress(OSError):
-            self._write()
-        waiting = {number: group for (owner, number), group in self._groups.items() if owner == run}
-        with self._meeting_damage():
-            rows = self._file.execute(
-                "SELECT created, checksum, body FROM groups WHERE run = ? AND dead_letter = 1 "
-                "ORDER BY created DESC LIMIT ?",
-                (run, newest + len(waiting)),
-            ).fetchall()
-        found = [*waiting.values(), *(self._group(row[1:]) for row in rows if row[0] not in waiting)]
-        letters = sorted((group for group in found if group.is_dead_letter), key=lambda group: group.created)
-        return letters[-newest:]
+        query = (
+            "SELECT created, checksum, body FROM every_group "
+            "WHERE run = ? AND dead_letter = 1 ORDER BY created DESC LIMIT ?"
+        )
+        return [self._group(*row[1:]) for row in reversed(self._all(query, run, newest))]
 
     def first_whole_step(self, run: str, groups_per_step: int) -> int | None:
         """The oldest committed step of which no group has been retired."""
         self._write()
-        with self._meeting_damage():
-            row = self._file.execute(
-                "SELECT step FROM groups WHERE run = ? AND state = ? AND step > 0 "
-                "GROUP BY step HAVING count(*) >= ? ORDER BY step LIMIT 1",
-                (run, int(GroupState.CONSUMED), groups_per_step),
-            ).fetchone()
+        row = self._one(
+            "SELECT step FROM groups WHERE run = ? AND state = ? AND step > 0 "
+            "GROUP BY step HAVING count(*) >= ? ORDER BY step LIMIT 1",
+            *(run, int(GroupState.CONSUMED), groups_per_step),
+        )
         return None if row is None else row[0]
 
     def entries(self, before: Position) -> Iterator[tuple[str, str, bytes]]:
@@ -281,16 +242,23 @@ class Index:
             )
             with self._meeting_damage():
                 for run, number, checksum, body in self._file.execute(query, before):
-                    yield run, f"{name} {number}", self._checked((checksum, body))
+                    yield run, f"{name} {number}", self._checked(checksum, body)
 
-    def _group(self, row: tuple[int, bytes]) -> Group:
+    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
+        with self._meeting_damage():
+            return self._file.execute(query, values).fetchone()
+
+    def _all(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        with self._meeting_damage():
+            return self._file.execute(query, values).fetchall()
+
+    def _group(self, checksum: int, body: bytes) -> Group:
         try:
-            return group_from_proto(storage_pb2.GroupSnapshot.FromString(self._checked(row)))
+            return group_from_proto(storage_pb2.GroupSnapshot.FromString(self._checked(checksum, body)))
         except (DecodeError, InvalidDataError) as error:
             raise self._damage(str(error)) from error
 
-    def _checked(self, row: tuple[int, bytes]) -> bytes:
-        checksum, body = row
+    def _checked(self, checksum: int, body: bytes) -> bytes:
         if crc32c(body) != checksum:
             raise self._damage("an entry fails its checksum")
         return body

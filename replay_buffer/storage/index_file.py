@@ -16,29 +16,46 @@ from replay_buffer.storage.segments import crc32c
 from replay_buffer.storage.stored_state import evaluation_to_proto, group_to_proto
 
 FILE: Final = "index.sqlite"
-_VERSION: Final = 2
+_VERSION: Final = 3
 LARGEST: Final = (1 << 63) - 1
 """SQLite's largest integer; no group has such a number or step."""
 
 DAMAGE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What a damaged file raises; the second, where a message quotes a name that is no text any more."""
 
-_SCHEMA: Final = """
-CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
-CREATE TABLE groups (
+_TABLES: Final = """
+CREATE TABLE {0}groups (
     run TEXT, created INTEGER, purpose INTEGER, state INTEGER, step INTEGER, place INTEGER,
     dead_letter INTEGER, oldest_segment INTEGER, ended_segment INTEGER, ended_offset INTEGER,
     checksum INTEGER, body BLOB,
     PRIMARY KEY (run, created)
 ) WITHOUT ROWID;
-CREATE INDEX groups_by_step ON groups (run, step, place) WHERE step > 0;
-CREATE INDEX dead_letters ON groups (run, created) WHERE dead_letter = 1;
-CREATE INDEX groups_by_segment ON groups (oldest_segment);
-CREATE INDEX groups_by_end ON groups (ended_segment, ended_offset);
-CREATE TABLE evaluations (
+CREATE TABLE {0}evaluations (
     run TEXT, evaluation_id TEXT, ended_segment INTEGER, ended_offset INTEGER, checksum INTEGER, body BLOB,
     PRIMARY KEY (run, evaluation_id)
 ) WITHOUT ROWID;
+"""
+_SCHEMA: Final = f"""
+CREATE TABLE complete (generation BLOB, segment INTEGER, offset INTEGER);
+{_TABLES.format("")}
+CREATE INDEX groups_by_step ON groups (run, step, place);
+CREATE INDEX dead_letters ON groups (run, created) WHERE dead_letter = 1;
+CREATE INDEX groups_by_segment ON groups (oldest_segment);
+CREATE INDEX groups_by_end ON groups (ended_segment, ended_offset);
+"""
+_STATISTICS: Final = """
+ANALYZE;
+INSERT INTO sqlite_stat1 VALUES ('groups', 'groups', '1000000 1000000 1'),
+    ('groups', 'groups_by_step', '1000000 1000000 100 1'), ('groups', 'dead_letters', '1000 1000 1');
+ANALYZE sqlite_schema;
+"""
+"""They tell the planner that a run has many groups, of which those of a step and the dead letters are few."""
+_VIEWS: Final = """
+CREATE TEMP VIEW every_group AS SELECT * FROM recent.groups UNION ALL SELECT * FROM main.groups AS one
+    WHERE NOT EXISTS (SELECT 1 FROM recent.groups AS other WHERE other.run = one.run AND other.created = one.created);
+CREATE TEMP VIEW every_evaluation AS SELECT * FROM recent.evaluations UNION ALL SELECT * FROM main.evaluations AS one
+    WHERE NOT EXISTS (SELECT 1 FROM recent.evaluations AS other
+        WHERE other.run = one.run AND other.evaluation_id = one.evaluation_id);
 """
 
 
@@ -92,7 +109,7 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
         if file.execute("PRAGMA user_version").fetchone()[0] != _VERSION:
             if read_only or file.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
                 raise CorruptDataError(damaged(path, "it has another version"))
-            file.executescript(f"PRAGMA journal_mode=WAL; {_SCHEMA} PRAGMA user_version={_VERSION};")
+            file.executescript(f"PRAGMA journal_mode=WAL; {_SCHEMA} {_STATISTICS} PRAGMA user_version={_VERSION};")
         # Whole after a power cut, though perhaps behind. Only `sync` waits for the disk.
         if not read_only:
             file.executescript("PRAGMA synchronous=NORMAL; PRAGMA wal_autocheckpoint=0;")
@@ -103,6 +120,11 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
         file.close()
         raise
     return file
+
+
+def add_recent(file: sqlite3.Connection) -> None:
+    """Beside the file's tables: the same in memory, for what is not written yet, and views of both."""
+    file.executescript(f"ATTACH ':memory:' AS recent; {_TABLES.format('recent.')} {_VIEWS}")
 
 
 def row_of(run: str, group: Group) -> tuple[object, ...]:
@@ -130,7 +152,7 @@ def clauses_of(run: str, wanted: Filter) -> tuple[str, list[object]]:
         clauses.append("state = ?")
         values.append(int(wanted.state))
     if wanted.step:
-        clauses.append("step = ? AND step > 0")
+        clauses.append("step = ?")
         values.append(min(wanted.step, LARGEST))
     return " AND ".join(clauses), values
 

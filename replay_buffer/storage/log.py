@@ -26,7 +26,6 @@ from typing import Final
 from replay_buffer.rules.groups import Location
 from replay_buffer.storage.log_writer import LogFailedError, LogOptions, LogWriter, Queued
 from replay_buffer.storage.segment_reader import SegmentReader
-from replay_buffer.storage.segment_scan import verify_segment
 from replay_buffer.storage.segments import (
     HEADER,
     LastRecord,
@@ -36,6 +35,7 @@ from replay_buffer.storage.segments import (
     lock_directory,
     segment_numbers,
     segment_path,
+    verify_segment,
 )
 
 _MAX_SEGMENT_BYTES: Final = 1 << 32

@@ -11,35 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError
-from leeway.v1 import storage_pb2
 from replay_buffer.rules.fold import apply
 from replay_buffer.rules.groups import Group, Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import RunOpened
-from replay_buffer.storage.generation import Generation, read_generation
 from replay_buffer.storage.index import Index
-from replay_buffer.storage.index_file import FILE, Filter
+from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.records import Record, decode
-from replay_buffer.storage.recovery import base_of, fitting_snapshot
-from replay_buffer.storage.run_index import RunIndex
+from replay_buffer.storage.recovery import Start, choose_start
+from replay_buffer.storage.run_index import RunIndex, check_kept, select
 from replay_buffer.storage.segment_reader import SegmentReader
-from replay_buffer.storage.segment_scan import read_segment
-from replay_buffer.storage.segments import Position, segment_numbers, segment_path
-from replay_buffer.storage.selection import check_kept, select
-from replay_buffer.storage.snapshots import snapshot_positions
-from replay_buffer.storage.stored_state import run_from_proto
+from replay_buffer.storage.segments import read_segment, segment_numbers, segment_path
+from replay_buffer.storage.snapshots import Generation, read_generation
 
 
 class Fold:
     """The state of every run of a log, record by record."""
 
-    def __init__(self, index: Index) -> None:
-        self.index = index
-        self.runs: dict[str, RunState] = {}
-
-    def restore(self, snapshot: storage_pb2.Snapshot) -> None:
-        """Begin with the runs of a snapshot."""
-        self.runs = {run.spec.run: run_from_proto(run, RunIndex(self.index, run.spec.run)) for run in snapshot.runs}
+    def __init__(self, start: Start) -> None:
+        self.index = start.index
+        self.index.first_segment = start.first_segment
+        self.runs = start.runs()
 
     def take(self, record: Record, location: Location) -> RunState:
         """Fold one record in; returns its run.
@@ -127,44 +119,14 @@ def open_directory(path: Path) -> Directory:
     if not numbers:
         raise NotFoundError(f"{path}: holds no log of a replay buffer (no segment-*.log)")
     generation = read_generation(path) or Generation(b"")
-    start, fold = _start(path, generation, numbers)
+    start = choose_start(path, generation, _ignore, read_only=True)
+    position, fold = start.position, Fold(start)
     for number in numbers:
-        if number >= start.segment:
-            begin = start.offset if number == start.segment else 0
+        if number >= position.segment:
+            begin = position.offset if number == position.segment else 0
             for offset, payload in read_segment(segment_path(path, number), last=number == numbers[-1], start=begin):
                 fold.take(decode(payload), Location(number, offset, len(payload)))
     return Directory(path, generation, fold.runs, fold.index, SegmentReader(path))
-
-
-def _start(path: Path, generation: Generation, numbers: list[int]) -> tuple[Position, Fold]:
-    """From where to fold, with the runs as they are there."""
-    index = _open_index(path / FILE)
-    complete_to = None if index is None else index.complete_to(generation.id)
-    if index is not None and complete_to is not None:
-        for position in reversed([at for at in snapshot_positions(path) if at <= complete_to]):
-            snapshot = fitting_snapshot(path, position, generation, numbers, _ignore)
-            if snapshot is not None:
-                fold = Fold(index)
-                fold.restore(snapshot)
-                index.first_segment = numbers[0]
-                return position, fold
-    if index is not None:
-        index.close()
-    position, snapshot = base_of(path, generation, _ignore)
-    fold = Fold(Index())
-    if snapshot is not None:
-        fold.restore(snapshot)
-    fold.index.first_segment = numbers[0]
-    return position, fold
-
-
-def _open_index(path: Path) -> Index | None:
-    if not path.exists():
-        return None
-    try:
-        return Index(path, read_only=True)
-    except CorruptDataError:
-        return None
 
 
 def _ignore(*_: object) -> None:

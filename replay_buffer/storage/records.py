@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import IntEnum
 from functools import lru_cache
-from typing import NamedTuple, assert_never
+from typing import Any, Final, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -36,6 +38,45 @@ _CHUNK_WRITTEN_TAG = codec.field_tag(log_pb2.LogRecord, "chunk_written")
 _CHUNK_TAG = codec.field_tag(log_pb2.ChunkWritten, "chunk")
 _TRAJECTORY_CLOSED_TAG = codec.field_tag(log_pb2.LogRecord, "trajectory_closed")
 _CLOSE_TAG = codec.field_tag(log_pb2.TrajectoryClosed, "close")
+
+
+_Converted = dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]]
+"""Fields that are more than a number, a text or several of them: to protobuf, and back."""
+
+
+def _enum(kind: type[IntEnum]) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
+    return int, lambda number: codec.enum_from_proto(kind, number)
+
+
+_VERSION = codec.version_to_proto, codec.version_from_proto
+_KINDS: Final[dict[str, tuple[type[Any], _Converted]]] = {
+    "run_opened": (RunOpened, {"spec": (codec.spec_to_proto, codec.spec_from_proto), "checkpoint": _VERSION}),
+    "ticket_issued": (
+        TicketIssued,
+        {"ticket": (codec.ticket_to_proto, codec.ticket_from_proto), "version": _VERSION},
+    ),
+    "chunk_written": (ChunkWritten, {}),
+    "trajectory_closed": (TrajectoryClosed, {"close": (codec.close_to_proto, codec.close_from_proto)}),
+    "trajectory_failed": (TrajectoryFailed, {"failure": (codec.failure_to_proto, codec.failure_from_proto)}),
+    "group_dropped": (GroupsDropped, {"reason": _enum(DropReason)}),
+    "batch_drawn": (BatchDrawn, {}),
+    "policy_advanced": (PolicyAdvanced, {"version": _VERSION, "parent": _VERSION}),
+    "steps_committed": (StepsCommitted, {}),
+    "evaluation_created": (EvaluationCreated, {}),
+    "run_finished": (RunFinished, {}),
+    "run_rolled_back": (RunRolledBack, {"version": _VERSION}),
+    "dead_letters_requeued": (DeadLettersRequeued, {}),
+    "run_restored": (RunRestored, {}),
+    "server_drained": (ServerDrained, {"reason": _enum(DrainReason)}),
+    "server_readmitted": (ServerReadmitted, {}),
+}
+"""Transitions by their fields in LogRecord; but for two, each has the fields of its message."""
+_NAMES: Final = {kind: name for name, (kind, _) in _KINDS.items()}
+_RENAMED: Final = {"is_all": "all"}
+
+
+def _fields(kind: type[Any]) -> tuple[str, ...]:
+    return kind.__match_args__
 
 
 class Record(NamedTuple):
@@ -74,73 +115,6 @@ def _head(run: str, recorded_at_ns: int) -> bytes:
     return head.SerializeToString()
 
 
-def _message(record: Record) -> log_pb2.LogRecord:
-    message = log_pb2.LogRecord(run=record.run)
-    message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
-    match record.transition:
-        case ChunkWritten() | TrajectoryClosed():
-            raise AssertionError("what a writer sent is not copied into a message")
-        case TrajectoryFailed() as failed:
-            message.trajectory_failed.trajectory_id = failed.trajectory_id
-            message.trajectory_failed.attempt = failed.attempt
-            message.trajectory_failed.failure.CopyFrom(codec.failure_to_proto(failed.failure))
-        case TicketIssued() as issued:
-            message.ticket_issued.ticket.CopyFrom(codec.ticket_to_proto(issued.ticket))
-            message.ticket_issued.server_id = issued.server_id
-            message.ticket_issued.version.CopyFrom(codec.version_to_proto(issued.version))
-            message.ticket_issued.task_cursor = issued.task_cursor
-        case GroupsDropped() as dropped:
-            message.group_dropped.group_ids.extend(dropped.group_ids)
-            message.group_dropped.reason = int(dropped.reason)  # type: ignore[assignment]
-            message.group_dropped.message = dropped.message
-        case BatchDrawn() as drawn:
-            message.batch_drawn.epoch = drawn.epoch
-            message.batch_drawn.step = drawn.step
-            message.batch_drawn.group_ids.extend(drawn.group_ids)
-        case PolicyAdvanced() as advanced:
-            message.policy_advanced.version.CopyFrom(codec.version_to_proto(advanced.version))
-            message.policy_advanced.parent.CopyFrom(codec.version_to_proto(advanced.parent))
-            message.policy_advanced.stale_group_ids.extend(advanced.stale_group_ids)
-        case StepsCommitted() as committed:
-            message.steps_committed.step = committed.step
-            message.steps_committed.oldest_kept_step = committed.oldest_kept_step
-        case RunOpened() as opened:
-            message.run_opened.spec.CopyFrom(codec.spec_to_proto(opened.spec))
-            message.run_opened.epoch = opened.epoch
-            message.run_opened.checkpoint.CopyFrom(codec.version_to_proto(opened.checkpoint))
-            message.run_opened.incarnation = opened.incarnation
-        case EvaluationCreated() as created:
-            message.evaluation_created.evaluation.CopyFrom(codec.evaluation_to_proto(created.evaluation, created.epoch))
-        case RunFinished() as finished:
-            # An empty message still has to say which transition it is.
-            message.run_finished.SetInParent()
-            message.run_finished.group_ids.extend(finished.group_ids)
-            message.run_finished.given_up = finished.given_up
-        case RunRolledBack() as rolled_back:
-            message.run_rolled_back.version.CopyFrom(codec.version_to_proto(rolled_back.version))
-            message.run_rolled_back.epoch = rolled_back.epoch
-            message.run_rolled_back.group_ids.extend(rolled_back.group_ids)
-            message.run_rolled_back.task_indices.extend(rolled_back.task_indices)
-        case DeadLettersRequeued() as requeued:
-            message.dead_letters_requeued.group_ids.extend(requeued.group_ids)
-            message.dead_letters_requeued.task_indices.extend(requeued.task_indices)
-            message.dead_letters_requeued.all = requeued.is_all
-        case RunRestored() as restored:
-            message.run_restored.epoch = restored.epoch
-            message.run_restored.created = restored.created
-            message.run_restored.group_ids.extend(restored.group_ids)
-        case ServerDrained() as drained:
-            message.server_drained.server_id = drained.server_id
-            message.server_drained.reason = int(drained.reason)  # type: ignore[assignment]
-            message.server_drained.message = drained.message
-            message.server_drained.group_ids.extend(drained.group_ids)
-        case ServerReadmitted() as readmitted:
-            message.server_readmitted.server_id = readmitted.server_id
-        case _:
-            assert_never(record.transition)
-    return message
-
-
 def decode(payload: bytes) -> Record:
     """A log frame's payload as a record.
 
@@ -157,80 +131,45 @@ def decode(payload: bytes) -> Record:
 
 
 def _transition(message: log_pb2.LogRecord) -> Transition:
-    match message.WhichOneof("transition"):
+    name = message.WhichOneof("transition")
+    if name is None:
+        raise InvalidDataError("the record holds no known transition")
+    content: Any = getattr(message, name)
+    match name:
         case "chunk_written":
-            written = message.chunk_written
-            chunk = written.chunk
-            return ChunkWritten(written.trajectory_id, written.attempt, written.seq, chunk, codec.chunk_versions(chunk))
-        case "trajectory_closed":
-            closed = message.trajectory_closed
-            return TrajectoryClosed(closed.trajectory_id, closed.attempt, codec.close_from_proto(closed.close))
-        case "trajectory_failed":
-            failed = message.trajectory_failed
-            return TrajectoryFailed(failed.trajectory_id, failed.attempt, codec.failure_from_proto(failed.failure))
-        case "ticket_issued":
-            issued = message.ticket_issued
-            return TicketIssued(
-                codec.ticket_from_proto(issued.ticket),
-                issued.server_id,
-                codec.version_from_proto(issued.version),
-                issued.task_cursor,
-            )
-        case "group_dropped":
-            dropped = message.group_dropped
-            reason = codec.enum_from_proto(DropReason, dropped.reason)
-            return GroupsDropped(tuple(dropped.group_ids), reason, dropped.message)
-        case "batch_drawn":
-            drawn = message.batch_drawn
-            return BatchDrawn(drawn.epoch, drawn.step, tuple(drawn.group_ids))
-        case "policy_advanced":
-            advanced = message.policy_advanced
-            return PolicyAdvanced(
-                codec.version_from_proto(advanced.version),
-                codec.version_from_proto(advanced.parent),
-                tuple(advanced.stale_group_ids),
-            )
-        case "steps_committed":
-            return StepsCommitted(message.steps_committed.step, message.steps_committed.oldest_kept_step)
-        case "run_opened":
-            opened = message.run_opened
-            return RunOpened(
-                codec.spec_from_proto(opened.spec),
-                opened.epoch,
-                codec.version_from_proto(opened.checkpoint),
-                opened.incarnation,
-            )
+            versions = codec.chunk_versions(content.chunk)
+            return ChunkWritten(content.trajectory_id, content.attempt, content.seq, content.chunk, versions)
         case "evaluation_created":
-            request: replay_pb2.CreateEvaluationRequest = message.evaluation_created.evaluation
+            request: replay_pb2.CreateEvaluationRequest = content.evaluation
             return EvaluationCreated(codec.evaluation_from_proto(request), request.epoch)
-        case "run_finished":
-            return RunFinished(tuple(message.run_finished.group_ids), message.run_finished.given_up)
-        case "run_rolled_back":
-            rolled_back = message.run_rolled_back
-            return RunRolledBack(
-                codec.version_from_proto(rolled_back.version),
-                rolled_back.epoch,
-                tuple(rolled_back.group_ids),
-                tuple(rolled_back.task_indices),
-            )
-        case "dead_letters_requeued":
-            requeued = message.dead_letters_requeued
-            return DeadLettersRequeued(tuple(requeued.group_ids), tuple(requeued.task_indices), requeued.all)
-        case "run_restored":
-            restored = message.run_restored
-            return RunRestored(restored.epoch, restored.created, tuple(restored.group_ids))
-        case "server_drained":
-            drained = message.server_drained
-            return ServerDrained(
-                drained.server_id,
-                codec.enum_from_proto(DrainReason, drained.reason),
-                drained.message,
-                tuple(drained.group_ids),
-            )
-        case "server_readmitted":
-            return ServerReadmitted(message.server_readmitted.server_id)
         case _:
-            raise InvalidDataError("the record holds no known transition")
+            kind, converted = _KINDS[name]
+            return kind(**{field: _value(content, field, converted) for field in _fields(kind)})
+
+
+def _value(content: object, field: str, converted: _Converted) -> object:
+    value = getattr(content, _RENAMED.get(field, field))
+    if field in converted:
+        return converted[field][1](value)
+    return value if isinstance(value, (int, str, bytes)) else tuple(value)
+
+
+def _message(record: Record) -> log_pb2.LogRecord:
+    transition = record.transition
+    name = _NAMES[type(transition)]
+    if isinstance(transition, EvaluationCreated):
+        values: dict[str, object] = {"evaluation": codec.evaluation_to_proto(transition.evaluation, transition.epoch)}
+    else:
+        converted, values = _KINDS[name][1], {}
+        for field in _fields(type(transition)):
+            value = getattr(transition, field)
+            values[_RENAMED.get(field, field)] = converted[field][0](value) if field in converted else value
+    message = log_pb2.LogRecord(run=record.run)
+    message.recorded_at.seconds, message.recorded_at.nanos = divmod(record.recorded_at_ns, _NANOS)
+    content: Any = getattr(message, name)
+    content.SetInParent()  # an empty message still has to say which transition it is
+    content.MergeFrom(type(content)(**values))
+    return message
 
 
 def stored_chunk(payload: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """From which place of the log a restart folds, and with which index.
 
     a snapshot that fits, and an index complete up to it     from its place on: the tail
-    neither, and the log begins with segment 1               from the beginning, with an index made anew
+    neither, and the log begins with segment 1               from the beginning, with an index made again
     neither, and the first segments are retired              from the snapshot of the new beginning, likewise
 
 Whatever does not fit is passed over with a line in the service's log, never repaired by guessing.
@@ -17,13 +17,12 @@ from pathlib import Path
 from leeway.errors import CorruptDataError
 from leeway.v1 import storage_pb2
 from replay_buffer.rules.state import RunState
-from replay_buffer.storage.generation import Generation
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import BEGINNING
 from replay_buffer.storage.run_index import RunIndex
 from replay_buffer.storage.segments import LastRecord, Position, segment_numbers, segment_path
-from replay_buffer.storage.snapshots import misfit, read_snapshot, snapshot_path, snapshot_positions
+from replay_buffer.storage.snapshots import Generation, misfit, read_snapshot, snapshot_path, snapshot_positions
 from replay_buffer.storage.stored_state import run_from_proto
 
 log = logging.getLogger(__name__)
@@ -46,43 +45,53 @@ class Start:
         last = self.snapshot.last_record
         return LastRecord(Position(last.segment, last.offset), self.snapshot.last_checksum)
 
-    def runs(self) -> list[RunState]:
+    def runs(self) -> dict[str, RunState]:
         """The runs as they were at the place.
 
         Raises:
             CorruptDataError: the snapshot contradicts itself.
         """
-        if self.snapshot is None:
-            return []
-        return [run_from_proto(run, RunIndex(self.index, run.spec.run)) for run in self.snapshot.runs]
+        stored = () if self.snapshot is None else self.snapshot.runs
+        return {run.spec.run: run_from_proto(run, RunIndex(self.index, run.spec.run)) for run in stored}
 
 
-def choose_start(directory: Path, generation: Generation) -> Start:
-    """The shortest way to the state of a directory; makes the index anew where it has to.
+def choose_start(
+    directory: Path, generation: Generation, warn: Callable[..., None], *, read_only: bool = False
+) -> Start:
+    """The shortest way to the state of a directory; makes the index again where it has to.
+
+    Args:
+        directory: holds the log.
+        generation: which log it is.
+        warn: hears, like a logger, of what is passed over.
+        read_only: nothing is changed; an index that cannot be used is made in memory.
 
     Raises:
         CorruptDataError: the log's beginning is retired, and no snapshot stands in for it.
     """
     numbers = segment_numbers(directory)
-    index, complete_to = _open_index(directory / FILE, generation)
+    path = directory / FILE
+    index, complete_to = _open_index(path, generation, warn, read_only=read_only)
     for position in reversed(snapshot_positions(directory)):
         if complete_to is None or position > complete_to:
             continue
-        snapshot = fitting_snapshot(directory, position, generation, numbers, log.warning)
+        snapshot = fitting_snapshot(directory, position, generation, numbers, warn)
         if snapshot is None:
             continue
         try:
-            index.forget_from(position)
+            if not read_only:
+                index.forget_from(position)
         except CorruptDataError as error:
-            log.warning("%s", error.message)
+            warn("%s", error.message)
             break
         return Start(position, snapshot, index, numbers[0] if numbers else position.segment)
     index.close()
-    Index.remove(directory / FILE)
-    position, snapshot = base_of(directory, generation, log.warning)
+    if not read_only:
+        Index.remove(path)
+    position, snapshot = base_of(directory, generation, warn)
     if numbers:
-        log.info("%s: the index is made anew from segment %d on", directory, position.segment)
-    return Start(position, snapshot, Index(directory / FILE), numbers[0] if numbers else position.segment)
+        log.info("%s: the index is made again from segment %d on", directory, position.segment)
+    return Start(position, snapshot, Index(None if read_only else path), numbers[0] if numbers else position.segment)
 
 
 def base_of(
@@ -131,12 +140,18 @@ def fitting_snapshot(
     return snapshot
 
 
-def _open_index(path: Path, generation: Generation) -> tuple[Index, Position | None]:
+def _open_index(
+    path: Path, generation: Generation, warn: Callable[..., None], *, read_only: bool
+) -> tuple[Index, Position | None]:
     """The index, and up to which place of this log it is complete."""
+    if read_only and not path.exists():
+        return Index(), None
     try:
-        index = Index(path)
+        index = Index(path, read_only=read_only)
         return index, index.complete_to(generation.id)
     except CorruptDataError as error:
-        log.warning("%s", error.message)
+        warn("%s", error.message)
+        if read_only:
+            return Index(), None
         Index.remove(path)
         return Index(path), None

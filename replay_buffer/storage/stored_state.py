@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Final
+from collections.abc import Iterable
+from typing import Any, Final
 
 from leeway import codec
 from leeway.errors import CorruptDataError
@@ -19,30 +20,34 @@ _NANOS: Final = 1_000_000_000
 assert sys.byteorder == "little", "the replay buffer needs a little-endian machine"
 
 
+_GROUP_FIELDS: Final = (
+    *("created", "number", "task_index", "evaluation_id", "drop_message", "step", "place", "attempt", "server_id"),
+    *("lost_attempts", "requeued"),
+)
+_RUN_FIELDS: Final = (
+    *("epoch", "committed_step", "oldest_kept_step", "finished", "given_up", "task_cursor", "created", "issued"),
+    *("consumed", "dead_letter_count"),
+)
+"""What a message keeps under the same name."""
+
+
+def _kept(state: object, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in names}
+
+
 def group_to_proto(group: Group) -> storage_pb2.GroupSnapshot:
     """A group as it is now."""
     message = storage_pb2.GroupSnapshot(
         group_id=group.group_id,
-        created=group.created,
-        number=group.number,
         purpose=int(group.purpose),  # type: ignore[arg-type]
-        task_index=group.task_index,
-        evaluation_id=group.evaluation_id,
         state=int(group.state),  # type: ignore[arg-type]
         drop_reason=int(group.drop_reason or 0),  # type: ignore[arg-type]
-        drop_message=group.drop_message,
-        step=group.step,
-        place=group.place,
-        attempt=group.attempt,
-        server_id=group.server_id,
         members=[_member_to_proto(member) for member in group.members],
         ended_at=group.ended_at or (),
-        lost_attempts=group.lost_attempts,
-        requeued=group.requeued,
+        version=None if group.version is None else codec.version_to_proto(group.version),
+        **_kept(group, _GROUP_FIELDS),
     )
     message.issued_at.seconds, message.issued_at.nanos = divmod(group.issued_at_ns, _NANOS)
-    if group.version is not None:
-        message.version.CopyFrom(codec.version_to_proto(group.version))
     return message
 
 
@@ -61,17 +66,13 @@ def group_from_proto(message: storage_pb2.GroupSnapshot) -> Group:
     """The group of a snapshot."""
     purpose = codec.enum_from_proto(Purpose, message.purpose)
     group = Group(message.group_id, message.created, purpose, message.task_index, len(message.members))
-    group.number = message.number
-    group.evaluation_id = message.evaluation_id
+    for name in _GROUP_FIELDS:
+        setattr(group, name, getattr(message, name))
     group.issued_at_ns = message.issued_at.seconds * _NANOS + message.issued_at.nanos
     group.state = codec.enum_from_proto(GroupState, message.state)
     group.drop_reason = codec.enum_from_proto(DropReason, message.drop_reason) if message.drop_reason else None
-    group.drop_message = message.drop_message
-    group.step, group.place = message.step, message.place
-    group.attempt, group.server_id = message.attempt, message.server_id
     group.version = codec.version_from_proto(message.version) if message.HasField("version") else None
     group.ended_at = Location(*message.ended_at) if message.ended_at else None
-    group.lost_attempts, group.requeued = message.lost_attempts, message.requeued
     for member, stored in zip(group.members, message.members, strict=True):
         member.attempt, member.server_id = stored.attempt, stored.server_id
         member.progress = codec.enum_from_proto(Progress, stored.progress)
@@ -112,22 +113,13 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
     """A run's live state as it is now."""
     message = storage_pb2.RunSnapshot(
         spec=codec.spec_to_proto(state.spec),
-        epoch=state.epoch,
-        committed_step=state.committed_step,
-        oldest_kept_step=state.oldest_kept_step,
-        finished=state.finished,
-        given_up=state.given_up,
         groups=[group_to_proto(group) for group in state.groups.unended.values()],
         batches=[
             storage_pb2.BatchSnapshot(step=batch.step, group_ids=batch.group_ids, sealed=batch.sealed)
             for batch in state.batches.values()
         ],
         evaluations=[evaluation_to_proto(evaluation) for evaluation in state.evaluations.values()],
-        task_cursor=state.task_cursor,
         requeued=state.requeued,
-        created=state.created,
-        issued=state.issued,
-        consumed=state.consumed,
         dropped=[
             replay_pb2.DropCount(reason=int(reason), count=count)  # type: ignore[arg-type]
             for reason, count in state.dropped.items()
@@ -137,7 +129,6 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
             for task_index, count in state.lost_attempts.items()
         ],
         dead_letters=[codec.letter_to_proto(letter) for letter in state.dead_letters.values()],
-        dead_letter_count=state.dead_letter_count,
         rollback=None if state.rollback is None else codec.rollback_to_proto(state.rollback),
         restored_at=None if state.restored_at is None else codec.version_to_proto(state.restored_at),
         incarnations=[
@@ -148,6 +139,7 @@ def run_to_proto(state: RunState) -> storage_pb2.RunSnapshot:
             storage_pb2.DrainedServer(server_id=server_id, drain=codec.drain_to_proto(drain))
             for server_id, drain in state.drained.items()
         ],
+        **_kept(state, _RUN_FIELDS),
     )
     _lineage_to_proto(state.lineage, message)
     return message
@@ -169,20 +161,16 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
             live[group.group_id] = group
     except (IndexError, KeyError, AssertionError, ValueError) as error:
         raise CorruptDataError(f"the snapshot of run {message.spec.run!r} contradicts itself: {error!r}") from error
-    state.epoch = message.epoch
-    state.committed_step, state.oldest_kept_step = message.committed_step, message.oldest_kept_step
-    state.finished, state.given_up = message.finished, message.given_up
+    for name in _RUN_FIELDS:
+        setattr(state, name, getattr(message, name))
     state.batches = {batch.step: Batch(batch.step, tuple(batch.group_ids), batch.sealed) for batch in message.batches}
     for evaluation in map(evaluation_from_proto, message.evaluations):
         state.evaluations[evaluation.evaluation.evaluation_id] = evaluation
-    state.task_cursor = message.task_cursor
     state.requeued.extend(message.requeued)
-    state.created, state.issued, state.consumed = message.created, message.issued, message.consumed
     for entry in message.dropped:
         state.dropped[codec.enum_from_proto(DropReason, entry.reason)] = entry.count
     state.lost_attempts.update({entry.task_index: entry.count for entry in message.lost_attempts})
     state.dead_letters = {letter.group_id: codec.letter_from_proto(letter) for letter in message.dead_letters}
-    state.dead_letter_count = message.dead_letter_count
     state.rollback = codec.rollback_from_proto(message.rollback) if message.HasField("rollback") else None
     state.restored_at = codec.version_from_proto(message.restored_at) if message.HasField("restored_at") else None
     state.incarnations = {entry.incarnation: entry.epoch for entry in message.incarnations}

@@ -27,15 +27,20 @@ from replay_buffer.rules.transitions import (
     TrajectoryFailed,
     Transition,
 )
-from replay_buffer.storage.generation import Generation, read_generation
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.offline import Fold
 from replay_buffer.storage.records import decode
-from replay_buffer.storage.recovery import base_of
-from replay_buffer.storage.segment_scan import read_segment
-from replay_buffer.storage.segments import HEADER, Position, segment_numbers, segment_path
-from replay_buffer.storage.snapshots import misfit, read_snapshot, snapshot_path, snapshot_positions
+from replay_buffer.storage.recovery import Start, base_of
+from replay_buffer.storage.segments import HEADER, Position, read_segment, segment_numbers, segment_path
+from replay_buffer.storage.snapshots import (
+    Generation,
+    misfit,
+    read_generation,
+    read_snapshot,
+    snapshot_path,
+    snapshot_positions,
+)
 from replay_buffer.storage.stored_state import run_to_proto
 
 
@@ -86,11 +91,8 @@ class _Verification:
     def run(self, scratch: Path) -> None:
         """Fold everything once more, from the beginning, comparing on the way."""
         base, snapshot = base_of(self._directory, self._generation, self._warn)
-        fold = Fold(Index(scratch))
+        fold = Fold(Start(base, snapshot, Index(scratch), self._numbers[0]))
         try:
-            fold.index.first_segment = self._numbers[0]
-            if snapshot is not None:
-                fold.restore(snapshot)
             end = self._fold(base, fold)
             # A segment begins with its first record: after a full one the next may not be there yet.
             for place in (end, Position(end.segment + 1, 0)):

@@ -1,14 +1,13 @@
-"""What happens to a chaos suite, and what has happened."""
+"""The plan of a chaos suite: which faults, how many, how often; and the tally of what happened."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.chaos.weather import TEMPERATE, Climate
+from tests.chaos.network_faults import USUAL_FAULTS, FaultRates
 from tests.harness.disks import Losses
 
 BUFFER, LEARNER, SERVERS = "replay-buffer", "learner", ("server-0", "server-1")
@@ -46,33 +45,34 @@ VICTIMS: Final = ((BUFFER, 3.0), (LEARNER, 2.0), (SERVERS[0], 2.0), (SERVERS[1],
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to a suite."""
+    """The faults of a suite, and the shape of its runs."""
 
     seed: int
     kills: int
     directory: Path
     victims: tuple[tuple[str, float], ...] = VICTIMS
-    """Who is struck, and how likely."""
+    """Processes that are killed or stopped, and their weights."""
     events: tuple[tuple[str, int], ...] = EVENTS
-    strike_seconds: float = 3.0  # a crash point that is not reached within this time is struck all the same
-    stops: float = 0.2  # share of strikes that only stop a process for a while
-    hardships: float = 0.0  # share of strikes with which a clock jumps, or the disk fills up for a while
+    kill_seconds: float = 3.0  # a crash point that is not reached within this time is not waited for
+    stops: float = 0.2  # share of kills that only stop a process for a while
+    clock_and_disk: float = 0.0  # share of kills with which a clock jumps, or the disk fills up for a while
     retentions: tuple[tuple[str, ...], ...] = ((),)
     """One of these for each run: options by which the buffer retires what nothing needs."""
-    merciless: bool = False  # whether a loss of power takes all that was not synced, not what chance will have
-    rollbacks: float = 0.0  # share of strikes with which a person returns the run to an older checkpoint
+    lose_all: bool = False  # whether a loss of power takes all that was not synced, or a random part of it
+    rollbacks: float = 0.0  # share of kills with which a person returns the run to an older checkpoint
     kills_per_run: int = 20
     steps: int = 30
     step_seconds: float = 120.0  # when faults have ended, each step comes within this time
     overrides: tuple[str, ...] = ()
-    climate: Climate = TEMPERATE
-    plant: Callable[[str], Callable[[], None] | None] = lambda _: None
-    """What a process does first, by name: the planted bugs."""
+    rates: FaultRates = USUAL_FAULTS
+    bug: str = ""
+    """The planted bug, and the process that has it."""
+    bug_process: str = ""
 
 
 @dataclass
 class Tally:
-    """What happened, over all runs."""
+    """The faults, checks and violations of all runs."""
 
     runs: int = 0
     kills: Counter[str] = field(default_factory=Counter[str])
@@ -82,7 +82,7 @@ class Tally:
     violations: list[str] = field(default_factory=list[str])
 
     def lines(self) -> list[str]:
-        """For people; the last line has the counts."""
+        """The report; its last line has the counts."""
         by_number = Counter(int(line.partition(":")[0]) for line in self.violations)
         kills = ", ".join(f"{name} {count}" for name, count in sorted(self.kills.items()))
         faults = ", ".join(f"{name} {count}" for name, count in sorted(self.faults.items()))

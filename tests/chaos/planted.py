@@ -1,6 +1,6 @@
-"""Bugs on purpose, put into a process before it starts: the chaos suite must find each, by an invariant it breaks.
+"""Planted bugs, put into a process before it starts: the chaos suite must find each, by an invariant it breaks.
 
-Each replaces one thing that a service decides by, with what a careless author might have written.
+Each replaces one function by which a service decides with one that a careless author might have written.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from leeway.types import PolicyVersion, WriteItem
 from replay_buffer.rules.admission import Admission
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.segments import AppendFile
+from tests.chaos.network_faults import USUAL_FAULTS
 from tests.chaos.plan import BUFFER, LEARNER, RETENTIONS, SERVERS, Plan
-from tests.chaos.weather import TEMPERATE
 
 
 def acknowledge_before_fsync() -> None:
@@ -116,10 +116,10 @@ def _everywhere(name: str, value: object) -> None:
 
 @dataclass(frozen=True)
 class Bug:
-    """A bug, the process it goes into, the invariants of which it must break one, and the fire that brings it out.
+    """A bug, its process, the invariants of which it must break one, and the plan that brings it out.
 
-    A fault has to meet the bug at work, which a seed makes likely: processes run as they please. Where the fire is made
-    for the bug it is certain, and one seed has to do.
+    A fault has to meet the bug, which a seed makes likely, not certain: the timing of processes is not seeded. Where
+    the plan makes it certain, one seed has to do.
     """
 
     install: Callable[[], None]
@@ -128,22 +128,17 @@ class Bug:
     plan: Plan
     certain: bool = False
 
-    def planted(self, seed: int, directory: Path) -> Plan:
+    def planted(self, name: str, seed: int, directory: Path) -> Plan:
         """A short suite with the bug in it."""
-        return replace(
-            self.plan,
-            seed=seed,
-            directory=directory,
-            plant=lambda name: self.install if name == self.process else None,
-        )
+        return replace(self.plan, seed=seed, directory=directory, bug=name, bug_process=self.process)
 
 
 _SHORT = Plan(seed=0, kills=8, directory=Path(), kills_per_run=8, steps=14, stops=0.0)
-_MET = replace(_SHORT, strike_seconds=60.0)
+_MET = replace(_SHORT, kill_seconds=60.0)
 """The run goes on with the bug in it, so its crash points come, however slowly."""
 _STUCK_SECONDS = 8.0
 """A run with the bug may come to a halt, which is looked for no longer than this."""
-_HAUNTED = replace(TEMPERATE, ghost=0.6, longest_ghost_seconds=2.0)
+_REPEATING = replace(USUAL_FAULTS, repeated=0.6, longest_repetition_seconds=2.0)
 _ADVANCES = (("Advance.ended", 3), ("DrawBatch.ended", 3))
 _REWINDING = ("learner.checkpoint_every_steps=4", "run.max_staleness=1", "evaluation.every_steps=0")
 _KEEPING = ("learner.keep_checkpoints=100", "learner.checkpoint_every_steps=4")
@@ -160,7 +155,7 @@ BUGS = {
             victims=((BUFFER, 1.0),),
             events=(("write.answered", 30),),
             kills=1,
-            merciless=True,
+            lose_all=True,
         ),
         certain=True,
     ),
@@ -175,7 +170,7 @@ BUGS = {
             _MET,
             victims=((SERVERS[0], 1.0), (SERVERS[1], 1.0)),
             events=(("write.sent", 20),),
-            climate=replace(_HAUNTED, longest_ghost_seconds=1.0),
+            rates=replace(_REPEATING, longest_repetition_seconds=1.0),
             # Slow tokens: a new attempt has written nothing yet when the old one's items arrive.
             overrides=(
                 "inference_server.arithmetic.token_seconds=0.02",
@@ -188,7 +183,7 @@ BUGS = {
         no_epoch_check,
         BUFFER,
         (7,),
-        replace(_MET, victims=((LEARNER, 1.0),), events=_ADVANCES, climate=_HAUNTED, kills=4),
+        replace(_MET, victims=((LEARNER, 1.0),), events=_ADVANCES, rates=_REPEATING, kills=4),
     ),
     "leaked-reservation": Bug(
         leaked_reservation,
@@ -205,7 +200,7 @@ BUGS = {
             step_seconds=_STUCK_SECONDS,
             victims=((BUFFER, 1.0), (SERVERS[0], 2.0)),
             events=(("write.sent", 20),),
-            hardships=1.0,
+            clock_and_disk=1.0,
             steps=30,
         ),
     ),

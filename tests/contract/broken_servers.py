@@ -6,7 +6,7 @@ Each entry of BROKEN names the requirement that it breaks, and only that one, an
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -29,18 +29,15 @@ from leeway.errors import (
     PreconditionError,
     UnavailableError,
 )
-from leeway.types import (
-    FinishReason,
-    PolicyVersion,
-    WeightManifest,
-    WeightSnapshot,
-)
+from leeway.types import FinishReason, PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.v1 import common_pb2, inference_pb2, trajectory_pb2
 from leeway.weights.digests import weights_digest
 
 Response = inference_pb2.GenerateResponse
 Chunk = trajectory_pb2.TrajectoryChunk
 TOKENS, LOGPROBS, TOPK_IDS, TOPK_LOGPROBS, ROUTING = 1, 2, 3, 4, 5
+TOPK = (TOPK_IDS, TOPK_LOGPROBS)
+RAW = inference_pb2.LOGPROB_MODE_RAW
 
 
 @dataclass(frozen=True)
@@ -55,204 +52,149 @@ class Broken:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-# What is sent, rewritten on its way out
+# Messages changed on their way in or out
 
 
-class Rewriting(InferenceServicer):
-    """Changes the request on its way in and each response on its way out."""
+def rewriting(
+    *,
+    info: Callable[[Any], None] = lambda _info: None,
+    request: Callable[[Any], None] = lambda _request: None,
+    chunk: Callable[[Any, Any, int], None] = lambda _request, _chunk, _number: None,
+    finished: Callable[[Any], None] = lambda _finished: None,
+    after: Sequence[Response] = (),
+) -> type[InferenceServicer]:
+    """A service that changes what it says of itself, each request, each chunk with its number, or the end."""
 
-    def request(self, request: Any) -> Any:
-        return request
+    change_request = request
 
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        pass
+    class Rewriting(InferenceServicer):
+        async def GetServerInfo(self, request: Any, context: Any) -> Any:
+            reply = await super().GetServerInfo(request, context)
+            info(reply)
+            return reply
 
-    def finished(self, request: Any, finished: Any) -> None:
-        pass
+        async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
+            change_request(request)
+            number = 0
+            async for response in super().Generate(request, context):
+                if response.WhichOneof("event") == "chunk":
+                    chunk(request, response.chunk, number)
+                    number += 1
+                else:
+                    finished(response.finished)
+                yield response
+            for response in after:
+                yield response
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
-        number = 0
-        async for response in super().Generate(self.request(request), context):
-            if response.WhichOneof("event") == "chunk":
-                self.chunk(request, response.chunk, number)
-                number += 1
-            else:
-                self.finished(request, response.finished)
-            yield response
-
-
-class NamelessEngine(InferenceServicer):
-    async def GetServerInfo(self, request: Any, context: Any) -> Any:
-        info = await super().GetServerInfo(request, context)
-        info.engine = "arithmetic"
-        return info
-
-
-class RawMode(InferenceServicer):
-    async def GetServerInfo(self, request: Any, context: Any) -> Any:
-        info = await super().GetServerInfo(request, context)
-        info.logprob_mode = inference_pb2.LOGPROB_MODE_RAW
-        return info
+    return Rewriting
 
 
-class StepAhead(InferenceServicer):
-    async def GetServerInfo(self, request: Any, context: Any) -> Any:
-        info = await super().GetServerInfo(request, context)
-        if info.HasField("version"):
-            info.version.step += 1
-        return info
+def assigning(field: str, value: Any, where: Callable[[Any], bool] = lambda _message: True) -> Callable[[Any], None]:
+    """Sets a field, given or made from what was in it, of the messages for which a condition holds."""
+
+    def assign(message: Any) -> None:
+        if where(message):
+            setattr(message, field, value(getattr(message, field)) if callable(value) else value)
+
+    return assign
 
 
-class LastWord(InferenceServicer):
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[Response]:
-        async for response in super().Generate(request, context):
-            yield response
-        yield Response(chunk=Chunk())
+def columns(*kinds: int, change: Callable[[Any, int], None]) -> Callable[[Any, Any, int], None]:
+    """Changes each column of these kinds, given the length of the prompt."""
+
+    def chunk(request: Any, message: Any, _number: int) -> None:
+        for column in message.columns:
+            if column.kind in kinds:
+                change(column, request.prompt_token_ids.shape[0])
+
+    return chunk
 
 
-class Gap(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        for column in chunk.columns:
-            if number and column.kind in (TOKENS, LOGPROBS):
-                column.start_token += 1
-                column.end_token += 1
+def set_values(column: Any, values: Any) -> None:
+    column.values.CopyFrom(codec.array_to_proto(np.ascontiguousarray(values)))
 
 
-class LogprobLost(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        for column in chunk.columns:
-            if column.kind == LOGPROBS and column.end_token >= request.prompt_token_ids.shape[0] + 40:
-                _cut(column, 1)
+def step_ahead(info: Any) -> None:
+    if info.HasField("version"):
+        info.version.step += 1
 
 
-class PositiveLogprob(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        at = request.prompt_token_ids.shape[0] + 38
-        for column in chunk.columns:
-            if column.kind == LOGPROBS and not request.sampling.topk and column.start_token <= at < column.end_token:
-                values = codec.array_from_proto(column.values).copy()
-                values[at - column.start_token] = 1.0
-                column.values.CopyFrom(codec.array_to_proto(values))
+def shifted(_request: Any, chunk: Any, number: int) -> None:
+    for column in chunk.columns:
+        if number and column.kind in (TOKENS, LOGPROBS):
+            column.start_token += 1
+            column.end_token += 1
 
 
-class LengthAsStop(Rewriting):
-    def finished(self, request: Any, finished: Any) -> None:
-        if finished.finish_reason == FinishReason.LENGTH:
-            finished.finish_reason = int(FinishReason.STOP)
+def last_lost(column: Any, prompt: int) -> None:
+    if column.end_token >= prompt + 40:
+        set_values(column, codec.array_from_proto(column.values)[:-1])
+        column.end_token -= 1
 
 
-class ContextAsLength(Rewriting):
-    def finished(self, request: Any, finished: Any) -> None:
-        if finished.finish_reason == FinishReason.CONTEXT:
-            finished.finish_reason = int(FinishReason.LENGTH)
+def positive_logprob(request: Any, chunk: Any, _number: int) -> None:
+    at = request.prompt_token_ids.shape[0] + 38
+    for column in chunk.columns:
+        if column.kind == LOGPROBS and not request.sampling.topk and column.start_token <= at < column.end_token:
+            values = codec.array_from_proto(column.values).copy()
+            values[at - column.start_token] = 1.0
+            set_values(column, values)
 
 
-class Segments(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        chunk.segments.add(kind=common_pb2.SEGMENT_KIND_MODEL, start_token=0, end_token=1)
+def topk_once(_request: Any, chunk: Any, number: int) -> None:
+    if number:
+        kept = [column for column in chunk.columns if column.kind not in TOPK]
+        del chunk.columns[:]
+        chunk.columns.extend(kept)
 
 
-class AlwaysTopk(Rewriting):
-    def request(self, request: Any) -> Any:
-        request.sampling.topk = max(request.sampling.topk, 1)
-        return request
+def upside_down(column: Any, _prompt: int) -> None:
+    set_values(column, codec.array_from_proto(column.values)[:, ::-1])
 
 
-class TopkOnce(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        if number:
-            kept = [column for column in chunk.columns if column.kind not in (TOPK_IDS, TOPK_LOGPROBS)]
-            del chunk.columns[:]
-            chunk.columns.extend(kept)
+def without_prompt(column: Any, prompt: int) -> None:
+    if column.start_token < prompt:
+        set_values(column, codec.array_from_proto(column.values)[prompt:])
+        column.start_token += prompt
 
 
-class TopkUpsideDown(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        for column in chunk.columns:
-            if column.kind in (TOPK_IDS, TOPK_LOGPROBS):
-                values = np.ascontiguousarray(codec.array_from_proto(column.values)[:, ::-1])
-                column.values.CopyFrom(codec.array_to_proto(values))
+def first_span_lost(_request: Any, chunk: Any, number: int) -> None:
+    if not number:
+        del chunk.version_spans[-1:]
 
 
-class RoutingOfCompletionOnly(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        for column in chunk.columns:
-            if column.kind == ROUTING and not number:
-                prompt = request.prompt_token_ids.shape[0]
-                values = codec.array_from_proto(column.values)[prompt:]
-                column.start_token += prompt
-                column.values.CopyFrom(codec.array_to_proto(np.ascontiguousarray(values)))
+def next_step(_request: Any, chunk: Any, _number: int) -> None:
+    for span in chunk.version_spans:
+        span.version.step += 1
 
 
-class SpanLost(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        if not number:
-            del chunk.version_spans[-1:]
+def segments(_request: Any, chunk: Any, _number: int) -> None:
+    chunk.segments.add(kind=common_pb2.SEGMENT_KIND_MODEL, start_token=0, end_token=1)
 
 
-class NextStepLabel(Rewriting):
-    def chunk(self, request: Any, chunk: Any, number: int) -> None:
-        for span in chunk.version_spans:
-            span.version.step += 1
+def sampling(field: str, value: Any, where: Callable[[Any], bool] = lambda _sampling: True) -> type[InferenceServicer]:
+    """Requests are taken with another value of a field of their sampling."""
+    assign = assigning(field, value, where)
+    return rewriting(request=lambda request: assign(request.sampling))
 
 
-def _cut(column: Any, count: int) -> None:
-    values = codec.array_from_proto(column.values)[:-count]
-    column.end_token -= count
-    column.values.CopyFrom(codec.array_to_proto(values))
+def prompts(change: Callable[[Any], Any]) -> type[InferenceServicer]:
+    """Well-formed prompts are changed."""
 
-
-# Requests taken otherwise than they were meant
-
-
-class OwnSeeds(Rewriting):
-    def request(self, request: Any) -> Any:
-        request.sampling.seed = random.getrandbits(64)
-        return request
-
-
-class DoubleSeeds(Rewriting):
-    def request(self, request: Any) -> Any:
-        request.sampling.seed = int(float(request.sampling.seed)) % 2**64
-        return request
-
-
-class TakesNegativeIds(Rewriting):
-    def request(self, request: Any) -> Any:
+    def request(message: Any) -> None:
         try:
-            prompt = codec.array_from_proto(request.prompt_token_ids)
+            prompt = codec.array_from_proto(message.prompt_token_ids)
         except InvalidDataError:
-            return request
-        if prompt.dtype == np.int32:
-            request.prompt_token_ids.CopyFrom(codec.array_to_proto(np.maximum(prompt, 0)))
-        return request
+            return
+        if prompt.dtype == np.int32 and prompt.ndim == 1:
+            message.prompt_token_ids.CopyFrom(codec.array_to_proto(change(prompt)))
+
+    return rewriting(request=request)
 
 
-class TruncatesPrompts(Rewriting):
-    def request(self, request: Any) -> Any:
-        if request.prompt_token_ids.shape and request.prompt_token_ids.shape[0] >= 4096:
-            prompt = codec.array_from_proto(request.prompt_token_ids)
-            request.prompt_token_ids.CopyFrom(codec.array_to_proto(prompt[:4000]))
-        return request
-
-
-class ColdIsWarm(Rewriting):
-    def request(self, request: Any) -> Any:
-        if request.sampling.temperature == 0:
-            request.sampling.temperature = 1.0
-        return request
-
-
-class NoneIsOne(Rewriting):
-    def request(self, request: Any) -> Any:
-        request.sampling.max_tokens = max(request.sampling.max_tokens, 1)
-        return request
-
-
-class TopkClipped(Rewriting):
-    def request(self, request: Any) -> Any:
-        request.sampling.topk = min(request.sampling.topk, 20)
-        return request
+def reason(ended: FinishReason, said: FinishReason) -> type[InferenceServicer]:
+    """One reason is reported as another."""
+    return rewriting(finished=assigning("finish_reason", int(said), lambda end: end.finish_reason == ended))
 
 
 class EmptyIsInternal(InferenceServicer):
@@ -291,36 +233,31 @@ class TurnsAway(InferenceServicer):
 # Sampling and labels
 
 
-class Claiming(ArithmeticEngine):
+def claiming(temperature: Callable[[_Sequence], float]) -> type[ArithmeticEngine]:
     """Samples as it should and claims the log-probs of another temperature."""
 
-    def claimed_temperature(self, sequence: _Sequence) -> float:
-        return sequence.request.sampling.temperature
+    class Claiming(ArithmeticEngine):
+        def _append_token(self, sequence: _Sequence, weights: ArithmeticWeights, version: PolicyVersion) -> None:
+            length, last, claimed_at = sequence.length, sequence.last_token, temperature(sequence)
+            super()._append_token(sequence, weights, version)
+            claimed = arithmetic.next_distribution(weights, length, last, claimed_at)
+            sequence.logprobs[-1] = claimed.logprob(sequence.last_token)
+            if sequence.topk_logprobs:
+                sequence.topk_logprobs[-1] = [claimed.logprob(candidate) for candidate in sequence.topk_token_ids[-1]]
 
-    def _append_token(self, sequence: _Sequence, weights: ArithmeticWeights, version: PolicyVersion) -> None:
-        length, last = sequence.length, sequence.last_token
-        temperature = self.claimed_temperature(sequence)
-        super()._append_token(sequence, weights, version)
-        claimed = arithmetic.next_distribution(weights, length, last, temperature)
-        sequence.logprobs[-1] = claimed.logprob(sequence.last_token)
-        if sequence.topk_logprobs:
-            sequence.topk_logprobs[-1] = [claimed.logprob(candidate) for candidate in sequence.topk_token_ids[-1]]
-
-
-class FlatterAtOne(Claiming):
-    def claimed_temperature(self, sequence: _Sequence) -> float:
-        temperature = sequence.request.sampling.temperature
-        return 1.4 if temperature == 1.0 else temperature
+    return Claiming
 
 
-class RawLogprobs(Claiming):
-    def claimed_temperature(self, sequence: _Sequence) -> float:
-        return 1.0
+def own_temperature(sequence: _Sequence) -> float:
+    return sequence.request.sampling.temperature
 
 
-class RawAfterTheFirst(Claiming):
-    def claimed_temperature(self, sequence: _Sequence) -> float:
-        return sequence.request.sampling.temperature if sequence.length == sequence.prompt_length else 1.0
+def flatter_at_one(sequence: _Sequence) -> float:
+    return 1.4 if own_temperature(sequence) == 1.0 else own_temperature(sequence)
+
+
+def raw_after_the_first(sequence: _Sequence) -> float:
+    return own_temperature(sequence) if sequence.length == sequence.prompt_length else 1.0
 
 
 class NeverStops(ArithmeticEngine):
@@ -403,82 +340,70 @@ class NoFenceEither(ArithmeticEngine):
         return await super().update_weights(snapshot)
 
 
-class Once(InferenceServicer):
-    """An update to the version that is served is refused."""
-
-    async def _stage(self, messages: Any) -> WeightSnapshot:
-        snapshot = await super()._stage(messages)
-        if snapshot.version == self._policy.version:
-            raise PreconditionError(f"{snapshot.version} is served already")
-        return snapshot
+_Stage = Callable[[AsyncIterator[Any]], Awaitable[WeightSnapshot]]
 
 
-class CopiesWhileChecking(InferenceServicer):
+def staging(change: Callable[[Any, list[Any], _Stage], Awaitable[WeightSnapshot]]) -> type[InferenceServicer]:
+    """Updates are staged otherwise: by a function of the service, the messages received and the right way."""
+
+    class Staging(InferenceServicer):
+        async def _stage(self, messages: Any) -> WeightSnapshot:
+            return await change(self, [message async for message in messages], super()._stage)
+
+    return Staging
+
+
+async def sent(*messages: Any) -> AsyncIterator[Any]:
+    for message in messages:
+        yield message
+
+
+async def once(service: Any, messages: list[Any], stage: _Stage) -> WeightSnapshot:
+    snapshot = await stage(sent(*messages))
+    if snapshot.version == service._policy.version:
+        raise PreconditionError(f"{snapshot.version} is served already")
+    return snapshot
+
+
+async def copies_while_checking(service: Any, messages: list[Any], stage: _Stage) -> WeightSnapshot:
     """Bytes go into the running weights as they come; a wrong digest is noticed afterwards."""
-
-    async def _stage(self, messages: Any) -> WeightSnapshot:
-        header, data = await _received(messages)
-        manifest = codec.manifest_from_proto(header.manifest)
-        version = codec.version_from_proto(header.version)
-        try:
-            return await super()._stage(_sent(header, data))
-        except CorruptDataError:
-            engine: Any = self._engine
-            if weights_digest(manifest) == version.digest:
-                engine._policy = engine._policy[0], arithmetic.read_weights(manifest, [data])
-            raise
+    header = messages[0].header
+    manifest, digest = codec.manifest_from_proto(header.manifest), header.version.digest
+    try:
+        return await stage(sent(*messages))
+    except CorruptDataError:
+        if weights_digest(manifest) == digest:
+            data = b"".join(message.data for message in messages[1:])
+            service._engine._policy = service._engine._policy[0], arithmetic.read_weights(manifest, [data])
+        raise
 
 
-class BelievesTheHeader(InferenceServicer):
+async def believes_the_header(_service: Any, messages: list[Any], stage: _Stage) -> WeightSnapshot:
     """The digest of the version is not compared with the manifest's."""
-
-    async def _stage(self, messages: Any) -> WeightSnapshot:
-        header, data = await _received(messages)
-        announced = codec.version_from_proto(header.version)
-        header.version.digest = weights_digest(codec.manifest_from_proto(header.manifest))
-        return replace(await super()._stage(_sent(header, data)), version=announced)
+    header = messages[0].header
+    announced = codec.version_from_proto(header.version)
+    header.version.digest = weights_digest(codec.manifest_from_proto(header.manifest))
+    return replace(await stage(sent(*messages)), version=announced)
 
 
-class TakesWhatFits(InferenceServicer):
+async def takes_what_fits(_service: Any, messages: list[Any], stage: _Stage) -> WeightSnapshot:
     """Bytes beyond those of the manifest are ignored."""
-
-    async def _stage(self, messages: Any) -> WeightSnapshot:
-        header, data = await _received(messages)
-        return await super()._stage(_sent(header, data[: header.manifest.size_bytes]))
-
-
-class SmallMessages(InferenceServicer):
-    async def _stage(self, messages: Any) -> WeightSnapshot:
-        async def received() -> AsyncIterator[Any]:
-            async for message in messages:
-                if message.ByteSize() > 4 << 20:
-                    raise ExhaustedError(f"received message larger than max ({message.ByteSize()} vs. {4 << 20})")
-                yield message
-
-        return await super()._stage(received())
+    data = b"".join(message.data for message in messages[1:])
+    taken = data[: messages[0].header.manifest.size_bytes]
+    return await stage(sent(messages[0], inference_pb2.UpdateWeightsRequest(data=taken)))
 
 
-class TensorPerMessage(InferenceServicer):
-    async def _stage(self, messages: Any) -> WeightSnapshot:
-        received = [message async for message in messages]
-        if sum(message.HasField("data") for message in received) > len(received[0].header.manifest.tensors):
-            raise InvalidDataError("more messages than tensors")
-
-        async def again() -> AsyncIterator[Any]:
-            for message in received:
-                yield message
-
-        return await super()._stage(again())
+async def small_messages(_service: Any, messages: list[Any], stage: _Stage) -> WeightSnapshot:
+    largest = max(message.ByteSize() for message in messages)
+    if largest > 4 << 20:
+        raise ExhaustedError(f"received message larger than max ({largest} vs. {4 << 20})")
+    return await stage(sent(*messages))
 
 
-async def _received(messages: Any) -> tuple[Any, bytes]:
-    header = (await anext(messages)).header
-    return header, b"".join([message.data async for message in messages])
-
-
-async def _sent(header: Any, data: bytes) -> AsyncIterator[Any]:
-    yield inference_pb2.UpdateWeightsRequest(header=header)
-    yield inference_pb2.UpdateWeightsRequest(data=data)
+async def tensor_per_message(_service: Any, messages: list[Any], stage: _Stage) -> WeightSnapshot:
+    if sum(message.HasField("data") for message in messages) > len(messages[0].header.manifest.tensors):
+        raise InvalidDataError("more messages than tensors")
+    return await stage(sent(*messages))
 
 
 # Pausing and slots
@@ -514,36 +439,40 @@ class KeepsCancelled(ArithmeticEngine):
 
 
 BROKEN: Sequence[Broken] = (
-    Broken("INFO-1", "an engine without its version", NamelessEngine),
-    Broken("INFO-2", "log-probs of the raw distribution", RawMode),
-    Broken("INFO-3", "names another step than it serves", StepAhead),
-    Broken("STREAM-1", "a chunk after finished", LastWord),
-    Broken("STREAM-2", "columns of later chunks are shifted", Gap),
-    Broken("STREAM-3", "the last log-prob is missing", LogprobLost),
-    Broken("STREAM-4", "a log-prob above 0", PositiveLogprob),
-    Broken("STREAM-5", "max_tokens is reported as STOP", LengthAsStop),
+    Broken("INFO-1", "an engine without its version", rewriting(info=assigning("engine", "arithmetic"))),
+    Broken("INFO-2", "log-probs of the raw distribution", rewriting(info=assigning("logprob_mode", RAW))),
+    Broken("INFO-3", "names another step than it serves", rewriting(info=step_ahead)),
+    Broken("STREAM-1", "a chunk after finished", rewriting(after=[Response(chunk=Chunk())])),
+    Broken("STREAM-2", "columns of later chunks are shifted", rewriting(chunk=shifted)),
+    Broken("STREAM-3", "the last log-prob is missing", rewriting(chunk=columns(LOGPROBS, change=last_lost))),
+    Broken("STREAM-4", "a log-prob above 0", rewriting(chunk=positive_logprob)),
+    Broken("STREAM-5", "max_tokens is reported as STOP", reason(FinishReason.LENGTH, FinishReason.STOP)),
     Broken("STREAM-6", "stop tokens are ignored", engine=NeverStops),
-    Broken("STREAM-7", "chunks have segments", Segments),
-    Broken("STREAM-8", "the likeliest token is always recorded", AlwaysTopk),
-    Broken("RECORD-1", "candidates of the first chunk only", TopkOnce),
-    Broken("RECORD-2", "candidates come likeliest last", TopkUpsideDown),
-    Broken("RECORD-3", "no routing of the prompt", RoutingOfCompletionOnly),
-    Broken("SEED-1", "seeds are ignored", OwnSeeds),
-    Broken("SEED-2", "a seed becomes a double", DoubleSeeds),
-    Broken("LOGPROB-1", "claims too flat a distribution", engine=FlatterAtOne),
-    Broken("LOGPROB-2", "raw log-probs", engine=RawLogprobs),
-    Broken("LOGPROB-3", "raw log-probs from the second token on", engine=RawAfterTheFirst),
+    Broken("STREAM-7", "chunks have segments", rewriting(chunk=segments)),
+    Broken("STREAM-8", "the likeliest token is always recorded", sampling("topk", lambda topk: max(topk, 1))),
+    Broken("RECORD-1", "candidates of the first chunk only", rewriting(chunk=topk_once)),
+    Broken(
+        "RECORD-2",
+        "candidates come likeliest last",
+        rewriting(chunk=columns(*TOPK, change=upside_down)),
+    ),
+    Broken("RECORD-3", "no routing of the prompt", rewriting(chunk=columns(ROUTING, change=without_prompt))),
+    Broken("SEED-1", "seeds are ignored", sampling("seed", lambda _seed: random.getrandbits(64))),
+    Broken("SEED-2", "a seed becomes a double", sampling("seed", lambda seed: int(float(seed)) % 2**64)),
+    Broken("LOGPROB-1", "claims too flat a distribution", engine=claiming(flatter_at_one)),
+    Broken("LOGPROB-2", "raw log-probs", engine=claiming(lambda _sequence: 1.0)),
+    Broken("LOGPROB-3", "raw log-probs from the second token on", engine=claiming(raw_after_the_first)),
     Broken("UPDATE-1", "acknowledges, but keeps the old weights", engine=KeepsOldWeights),
-    Broken("UPDATE-2", "refuses the version it serves", Once),
-    Broken("UPDATE-3", "copies while it checks", CopiesWhileChecking),
-    Broken("UPDATE-4", "believes the announced digest", BelievesTheHeader),
-    Broken("UPDATE-5", "ignores surplus bytes", TakesWhatFits),
+    Broken("UPDATE-2", "refuses the version it serves", staging(once)),
+    Broken("UPDATE-3", "copies while it checks", staging(copies_while_checking)),
+    Broken("UPDATE-4", "believes the announced digest", staging(believes_the_header)),
+    Broken("UPDATE-5", "ignores surplus bytes", staging(takes_what_fits)),
     Broken("UPDATE-6", "takes the weights of another model", engine=TakesAnyManifest),
     Broken("UPDATE-7", "takes weights of an older learner", engine=NoFenceEither, policy=NoFence),
-    Broken("UPDATE-8", "one message per tensor", TensorPerMessage),
-    Broken("UPDATE-9", "messages are limited to 4 MiB", SmallMessages),
-    Broken("VERSION-1", "the first chunk has no span", SpanLost),
-    Broken("VERSION-2", "labels name the next step", NextStepLabel),
+    Broken("UPDATE-8", "one message per tensor", staging(tensor_per_message)),
+    Broken("UPDATE-9", "messages are limited to 4 MiB", staging(small_messages)),
+    Broken("VERSION-1", "the first chunk has no span", rewriting(chunk=first_span_lost)),
+    Broken("VERSION-2", "labels name the next step", rewriting(chunk=next_step)),
     Broken("VERSION-3", "labels come a token late", engine=LabelsLate),
     Broken("VERSION-3", "labels are made at the end", engine=LabelsAtTheEnd),
     Broken("VERSION-4", "the first sequence after an update has the old label", engine=OldLabelFirst),
@@ -551,13 +480,13 @@ BROKEN: Sequence[Broken] = (
     Broken("PAUSE-2", "a pause ends what runs", engine=PauseAborts, options={"token_seconds": 0.001}),
     Broken("PAUSE-3", "a second pause is refused", engine=PausesOnce),
     Broken("ERROR-1", "an empty prompt is an internal error", EmptyIsInternal),
-    Broken("ERROR-2", "negative ids are taken for 0", TakesNegativeIds),
-    Broken("ERROR-3", "long prompts are cut", TruncatesPrompts),
-    Broken("ERROR-4", "temperature 0 is taken for 1", ColdIsWarm),
-    Broken("ERROR-5", "max_tokens 0 is taken for 1", NoneIsOne),
-    Broken("ERROR-6", "a larger topk is clipped", TopkClipped),
+    Broken("ERROR-2", "negative ids are taken for 0", prompts(lambda prompt: np.maximum(prompt, 0))),
+    Broken("ERROR-3", "long prompts are cut", prompts(lambda prompt: prompt[:4000] if len(prompt) >= 4096 else prompt)),
+    Broken("ERROR-4", "temperature 0 is taken for 1", sampling("temperature", 1.0, lambda each: each.temperature == 0)),
+    Broken("ERROR-5", "max_tokens 0 is taken for 1", sampling("max_tokens", lambda tokens: max(tokens, 1))),
+    Broken("ERROR-6", "a larger topk is clipped", sampling("topk", lambda topk: min(topk, 20))),
     Broken("ERROR-7", "the message says nothing", Taciturn),
-    Broken("LIMIT-1", "a full context is reported as LENGTH", ContextAsLength),
+    Broken("LIMIT-1", "a full context is reported as LENGTH", reason(FinishReason.CONTEXT, FinishReason.LENGTH)),
     Broken("LIMIT-2", "surplus requests are UNAVAILABLE", TurnsAway),
     Broken(
         "LIMIT-3",

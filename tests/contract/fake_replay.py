@@ -30,6 +30,7 @@ from leeway.types import (
     WriteStatus,
 )
 from leeway.v1 import replay_pb2, replay_pb2_grpc
+from tests.harness.arithmetic_law import policy_version
 
 RUN = "rehearsal"
 SAMPLING = SamplingParams(max_tokens=9, stop_token_ids=(arithmetic.END_OF_SEQUENCE,), routing=True)
@@ -47,7 +48,7 @@ def run_spec(**changes: Any) -> RunSpec:
         "sampling": SAMPLING,
         "signature": arithmetic.SIGNATURE,
         "dataset_digest": b"d" * 32,
-        "root": arithmetic.policy_version(RUN, 0, 0),
+        "root": policy_version(RUN, 0, 0),
         "max_attempts": 3,
     }
     return RunSpec(**(fields | changes))

@@ -161,7 +161,7 @@ class LearnerRun:
                 Context(
                     cast("Trainer", _StoppingTrainer(trainer, until, crash_at, stop, slow_save=slow_save)),
                     client,
-                    Publisher(RUN, trainer.signature, metrics, None),
+                    Publisher(RUN, trainer.signature, metrics),
                     self.store,
                     journal,
                     receipts,

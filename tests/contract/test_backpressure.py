@@ -21,7 +21,7 @@ from leeway.types import Ticket, WriteItem, WriteResult, WriteStatus
 from leeway.v1 import replay_pb2
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving, serving_buffer, write
-from tests.harness.held_disk import HeldDisk
+from tests.harness.disks import HeldDisk
 from tests.harness.replay_builders import ROOT, chunk, filled, spec, version
 
 ROOT_DIRECTORY = Path(__file__).parents[2]
@@ -167,6 +167,7 @@ async def test_a_slow_learner_costs_no_fresh_work(tmp_path: Path) -> None:
         assert (await client.run_status()).dropped == {}
 
 
+@pytest.mark.processes
 def test_a_full_disk_stops_acknowledgements_until_there_is_room() -> None:
     """On a real file system of 4 MiB: see full_disk.py."""
     if shutil.which("unshare") is None:

@@ -19,9 +19,9 @@ from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, InferenceServicer
 from leeway.cli.main import main
 from leeway.config import ArithmeticEngineOptions
-from leeway.conformance import kit, limits
+from leeway.conformance import kit, scheduling
 from leeway.conformance.client import BackendClient
-from leeway.conformance.report import exit_code, junit
+from leeway.conformance.kit import exit_code, junit
 from leeway.conformance.requirement import Requirement, Result, Status
 from leeway.conformance.session import KitOptions, Session
 from leeway.conformance.weights import Weights, arithmetic_weights, checkpoint_weights
@@ -49,7 +49,7 @@ def patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow machine is not called a server that keeps its slots: the last of these probes may take two minutes."""
-    monkeypatch.setattr(limits, "_MOST_PROBES", 7)
+    monkeypatch.setattr(scheduling, "_MOST_PROBES", 7)
 
 
 @asynccontextmanager
@@ -123,7 +123,7 @@ async def test_a_broken_server_fails_what_it_breaks_and_nothing_else(
     async with served(engine, broken.servicer, broken.policy) as client:
         options = replace(OPTIONS, quiet_seconds=2.0) if broken.requirement in SEEN_IN_QUIET else OPTIONS
         if broken.requirement == "LIMIT-3":  # is late every time
-            monkeypatch.setattr(limits, "_MOST_PROBES", 3)
+            monkeypatch.setattr(scheduling, "_MOST_PROBES", 3)
             options = replace(options, probe_seconds=0.25)
         results = await results_of(client, options=options)
         assert set(failed(results)) == {broken.requirement}, failed(results)

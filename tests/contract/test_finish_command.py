@@ -66,6 +66,7 @@ def leeway(capsys: pytest.CaptureFixture[str]) -> Leeway:
     return run
 
 
+@pytest.mark.processes
 def test_a_run_that_nobody_continues_is_ended_for_good(run_folder: Path, leeway: Leeway) -> None:
     intervals = {"staleness_histogram": {"0": 1}, "generation_intervals": [], "training_interval": [0.0, 1.0]}
     (run_folder / "metrics.jsonl").write_text(json.dumps({**STEP, **intervals}) + "\n", encoding="utf-8")
@@ -92,6 +93,7 @@ def test_a_run_that_nobody_continues_is_ended_for_good(run_folder: Path, leeway:
         assert said.startswith(f"leeway: {run_folder}: this run is finished. To train again, choose another name")
 
 
+@pytest.mark.processes
 def test_a_learner_at_work_is_left_alone_unless_forced(run_folder: Path, leeway: Leeway) -> None:
     with held_run(run_folder):
         code, said = leeway("buffer", "finish", str(run_folder))
@@ -104,6 +106,7 @@ def test_a_learner_at_work_is_left_alone_unless_forced(run_folder: Path, leeway:
     assert not (run_folder / "summary.json").exists()  # nothing was trained here
 
 
+@pytest.mark.processes
 def test_a_run_that_is_unknown_is_said(tmp_path: Path, leeway: Leeway) -> None:
     code, said = leeway("buffer", "finish", str(tmp_path))
     assert (code, said.count("\n")) == (1, 1)

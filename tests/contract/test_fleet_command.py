@@ -13,6 +13,8 @@ from tests.harness.buffer_server import connected, serving
 from tests.harness.configurations import write_rehearsal
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, spec
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 async def run_folder(tmp_path: Path) -> Path:

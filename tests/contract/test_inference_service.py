@@ -24,6 +24,7 @@ from leeway.errors import CorruptDataError, FencedError, InvalidDataError, Preco
 from leeway.rpc import Security, start_server
 from leeway.types import ColumnKind, FinishReason, SamplingParams, TrajectoryChunk, VersionSpan, WeightSnapshot
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.arithmetic_law import behavior_logprob, policy_version
 
 RUN = "rehearsal"
 WRONG_TYPE: Any = np.array([1], dtype=np.int64)
@@ -31,7 +32,7 @@ WRONG_TYPE: Any = np.array([1], dtype=np.int64)
 
 def snapshot(epoch: int, step: int, publisher_epoch: int | None = None) -> WeightSnapshot:
     manifest, buffers = arithmetic.published_weights(epoch, step)
-    version = arithmetic.policy_version(RUN, epoch, step, history=epoch)
+    version = policy_version(RUN, epoch, step, history=epoch)
     return WeightSnapshot(version, epoch if publisher_epoch is None else publisher_epoch, manifest, buffers)
 
 
@@ -100,7 +101,7 @@ class Completion:
             at = span.end_token
             weights = ArithmeticWeights.of(span.version)
             for position in range(span.start_token, span.end_token):
-                law = arithmetic.behavior_logprob(weights, tokens[:position], int(tokens[position]), temperature)
+                law = behavior_logprob(weights, tokens[:position], int(tokens[position]), temperature)
                 assert logprobs[position - len(prompt)] == np.float32(law)
         assert at == len(tokens)
         return {span.version.step for span in self.spans}
@@ -193,7 +194,7 @@ async def test_an_update_is_idempotent_and_belongs_to_the_run_and_the_model() ->
     async with backend() as (remote, engine):
         assert await remote.update_weights(snapshot(1, 0)) == 0.0
         other = snapshot(1, 1)
-        foreign = arithmetic.policy_version("another", 1, 1, history=1)
+        foreign = policy_version("another", 1, 1, history=1)
         with pytest.raises(PreconditionError, match="another run"):
             await remote.update_weights(WeightSnapshot(foreign, 1, other.manifest, other.buffers))
         assert engine.info().version == snapshot(1, 0).version

@@ -10,7 +10,7 @@ import zmq
 import zmq.asyncio
 from prometheus_client import CollectorRegistry
 
-from learner.weights.local import PROTOCOL, LocalWeights
+from learner.weights.outlets import PROTOCOL, ZmqOutlet
 from learner.weights.publisher import Publisher
 from leeway import codec
 from leeway.errors import NotFoundError, PreconditionError
@@ -38,7 +38,7 @@ def request(parts: WeightRequest) -> bytes:
 class Harness:
     """A publisher behind a real server, and watchers of it."""
 
-    def __init__(self, publisher: Publisher, local: LocalWeights, stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
+    def __init__(self, publisher: Publisher, local: ZmqOutlet, stub: policy_pb2_grpc.PolicyServiceAsyncStub) -> None:
         self.publisher = publisher
         self.local = local
         self.stub = stub
@@ -80,8 +80,8 @@ class Watcher:
 @pytest.fixture
 async def harness() -> AsyncIterator[Harness]:
     metrics = LearnerMetrics(CollectorRegistry())
-    local = LocalWeights(metrics)
-    publisher = Publisher("demo", SIGNATURE, metrics, local)
+    local = ZmqOutlet(metrics)
+    publisher = Publisher("demo", SIGNATURE, metrics, [local])
     server = await start_server(
         "127.0.0.1:0",
         lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(publisher, server),
@@ -112,7 +112,7 @@ async def test_acknowledgements_are_known_by_server(harness: Harness) -> None:
     watcher.leave()
     with pytest.raises(StopAsyncIteration):
         await watcher.announcement()
-    assert len(harness.publisher.push_times.seconds) == 1
+    assert len(harness.publisher.push_seconds) == 1
     assert harness.publisher.servers == {}
 
 

@@ -19,6 +19,8 @@ from leeway.service.ports import free_port
 from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.deadlines import WAIT_SECONDS
 
+pytestmark = pytest.mark.processes
+
 
 @asynccontextmanager
 async def process(address: str) -> AsyncGenerator[asyncio.subprocess.Process]:

@@ -24,6 +24,8 @@ from tests.harness.buffer_server import PLAIN, connected, write
 from tests.harness.configurations import write_rehearsal
 from tests.harness.replay_builders import ROOT, filled, spec, version
 
+pytestmark = pytest.mark.processes
+
 
 async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:
     config = write_rehearsal(directory / "run.toml", f"replay_buffer.directory={directory / 'log'}")

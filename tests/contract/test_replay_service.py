@@ -39,7 +39,7 @@ from replay_buffer.rpc import service
 from replay_buffer.storage.segments import AppendFile, segment_path
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving, serving_buffer, write
-from tests.harness.held_disk import HeldDisk
+from tests.harness.disks import HeldDisk
 from tests.harness.replay_builders import (
     DATASET,
     ROOT,

@@ -44,6 +44,7 @@ from leeway.types import (
 )
 from tests.contract.fake_replay import RUN, SAMPLING, FakeReplay, result, run_spec, serving, ticket
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.arithmetic_law import behavior_logprob, policy_version
 
 TASKS = TaskSet(
     train=[{"prompt": f"train {index}", "index": index} for index in range(6)]
@@ -55,7 +56,7 @@ TASKS = TaskSet(
 
 def snapshot(step: int, epoch: int = 1) -> WeightSnapshot:
     manifest, buffers = arithmetic.published_weights(epoch, step)
-    return WeightSnapshot(arithmetic.policy_version(RUN, epoch, step, history=epoch), epoch, manifest, buffers)
+    return WeightSnapshot(policy_version(RUN, epoch, step, history=epoch), epoch, manifest, buffers)
 
 
 class Rig:
@@ -145,7 +146,7 @@ def check_provenance(trajectory: Trajectory, num_prompt: int) -> set[int]:
     for span in trajectory.version_spans:
         weights = ArithmeticWeights.of(span.version)
         for position in range(span.start_token, span.end_token):
-            law = arithmetic.behavior_logprob(weights, tokens[:position], int(tokens[position]))
+            law = behavior_logprob(weights, tokens[:position], int(tokens[position]))
             assert trajectory.behavior_logprobs[position] == np.float32(law)
     assert trajectory.version_spans[0].start_token == num_prompt
     return {span.version.step for span in trajectory.version_spans}

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Generator, Sequence
 
+import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
@@ -16,21 +17,39 @@ from learner.weights.publisher import Publisher
 from leeway import arithmetic
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.metrics import LearnerMetrics
+from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
 from leeway.v1 import policy_pb2
 from leeway.weights.broadcast import BroadcastGroup, Part
-from tests.contract.broadcasting import (
-    PIECE_BYTES,
+from leeway.weights.digests import tensor_entry, weights_digest
+from tests.contract.weight_push import (
     RUN,
-    Server,
     all_have,
     all_serve,
+    broadcaster,
     fleet,
-    learner_of,
+    member,
     seat_of,
-    snapshot,
     until,
 )
 from tests.deadlines import WAIT_SECONDS
+
+SIZES = (300_000, 0, 7, 2_000_000, 1000, 0)  # elements of two bytes: in one piece, in several, empty
+PIECE_BYTES = 500_000
+
+
+def snapshot(step: int, base: WeightSnapshot | None = None) -> WeightSnapshot:
+    """Random weights, or a few percent of the base's elements a unit away."""
+    generator = np.random.default_rng(step)
+    words = [generator.integers(0, 1 << 16, size, np.uint16) for size in SIZES]
+    if base is not None:
+        words = [np.frombuffer(buffer, np.uint16).copy() for buffer in base.buffers]
+        for word in words:
+            word[generator.random(len(word)) < 0.02] += 1
+    buffers = [word.astype("<u2").tobytes() for word in words]
+    manifest = WeightManifest(
+        tuple(tensor_entry(f"t{i}", "bfloat16", (len(data) // 2,), data) for i, data in enumerate(buffers))
+    )
+    return WeightSnapshot(PolicyVersion(RUN, 1, step, weights_digest(manifest)), 1, manifest, buffers)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +83,7 @@ async def test_a_late_joiner_has_a_broadcast_of_its_own_and_is_with_the_others_n
         await learner.publisher.publish(first)
         await all_have(learner, servers, first)
         group = learner.group
-        servers.append(Server("server-2", learner.address))
+        servers.append(member(learner, 2))
         await all_have(learner, servers[2:], first)
         assert servers[2].received("collective") == first.manifest.size_bytes
         second = snapshot(2, first)
@@ -84,13 +103,12 @@ async def test_a_late_joiner_has_a_broadcast_of_its_own_and_is_with_the_others_n
 
 async def test_servers_with_and_without_a_base_have_different_broadcasts() -> None:
     async with fleet(1) as (learner, servers):
-        servers.append(Server("server-1", learner.address, take_deltas=False))
+        servers.append(member(learner, 1, take_deltas=False))
         await until(lambda: len(learner.publisher.servers) == 2)
         first = snapshot(1)
         second = snapshot(2, first)
         for version in (first, second):
-            await learner.publisher.publish(version)
-            await all_serve(servers, version)
+            await learner.push(servers, version)
         assert servers[0].received("collective", "delta") > 0
         assert servers[1].received("collective") == 2 * first.manifest.size_bytes
         assert learner.failed == 0
@@ -108,13 +126,11 @@ async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monk
         first, second = snapshot(1), snapshot(2)
         with monkeypatch.context() as broken:
             broken.setattr(BroadcastGroup, "send", spoilt)
-            await learner.publisher.publish(first)
-            await all_serve(servers, first)
+            await learner.push(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
-        fallbacks = [server.metrics.weight_fallbacks.labels("collective")._value.get() for server in servers]
+        fallbacks = [server.fallbacks("collective") for server in servers]
         assert fallbacks == [1, 1]
-        await learner.publisher.publish(second)
-        await all_serve(servers, second)
+        await learner.push(servers, second)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
 
@@ -133,8 +149,7 @@ async def test_a_server_that_takes_a_seat_and_never_comes_costs_the_others_their
         learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
         learner.broadcasts._patience_seconds = WAIT_SECONDS
         second = snapshot(2)
-        await learner.publisher.publish(second)
-        await all_serve(servers, second)
+        await learner.push(servers, second)
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
 
 
@@ -143,8 +158,7 @@ async def test_a_server_that_does_not_ask_is_not_waited_for() -> None:
         learner.publisher._expect = lambda: None
         learner.broadcasts.expect(frozenset({"server-0", "server-1", "silent"}))
         first = snapshot(1)
-        await learner.publisher.publish(first)
-        await all_serve(servers, first)
+        await learner.push(servers, first)
         assert [server.received("collective") for server in servers] == [first.manifest.size_bytes] * 2
 
 
@@ -161,6 +175,7 @@ signal.pause()
 
 
 @pytest.mark.parametrize(("how", "patience_seconds"), [(signal.SIGKILL, 2 * WAIT_SECONDS), (signal.SIGSTOP, 8.0)])
+@pytest.mark.processes
 async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
     how: signal.Signals, patience_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,7 +205,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
             await victim.stdout.readline()
             await learner.publisher.publish(first)
             seat = await seat_of(learner, "victim", first)
-            group = learner.broadcasts.port, seat.group, seat.rank, seat.world_size, PIECE_BYTES
+            group = learner.broadcasts._rendezvous.address[1], seat.group, seat.rank, seat.world_size, PIECE_BYTES
             victim.stdin.write(" ".join(map(str, group)).encode() + b"\n")
             await victim.stdout.readline()
             os.kill(victim.pid, how)
@@ -204,8 +219,7 @@ async def test_a_server_that_dies_or_hangs_in_mid_broadcast_blocks_nobody(
         second = snapshot(2)
         learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
         learner.broadcasts._patience_seconds = WAIT_SECONDS
-        await learner.publisher.publish(second)
-        await all_serve(servers, second)
+        await learner.push(servers, second)
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
 
 
@@ -221,13 +235,11 @@ async def test_servers_fetch_when_the_learner_fails_in_mid_broadcast(monkeypatch
         first = snapshot(1)
         with monkeypatch.context() as broken:
             broken.setattr(BroadcastGroup, "send", failing)
-            await learner.publisher.publish(first)
-            await all_serve(servers, first)
+            await learner.push(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
         learner.broadcasts._patience_seconds = WAIT_SECONDS
         second = snapshot(2)
-        await learner.publisher.publish(second)
-        await all_serve(servers, second)
+        await learner.push(servers, second)
         assert [server.received("collective") for server in servers] == [second.manifest.size_bytes] * 2
 
 
@@ -242,14 +254,13 @@ async def test_servers_fetch_when_broadcasts_have_ended_for_a_reason_nobody_thou
     async with fleet(2, patience_seconds=8.0) as (learner, servers):
         monkeypatch.setattr(BroadcastGroup, "send", impossible)
         for version in (snapshot(1), snapshot(2)):
-            await learner.publisher.publish(version)
-            await all_serve(servers, version)
+            await learner.push(servers, version)
         assert "ZeroDivisionError" in caplog.text
         assert learner.sent("grpc") == 2 * 2 * snapshot(1).manifest.size_bytes
 
 
 async def test_who_waits_for_an_overtaken_version_is_told() -> None:
-    async with learner_of() as learner:
+    async with broadcaster() as learner:
         first = snapshot(1)
         await learner.publisher.publish(first)
         learner.broadcasts.expect(frozenset({"server-0", "another"}))
@@ -263,7 +274,7 @@ async def test_who_waits_for_an_overtaken_version_is_told() -> None:
 
 
 async def test_a_server_that_gives_up_waiting_has_no_seat() -> None:
-    async with learner_of(patience_seconds=0.2) as learner:
+    async with broadcaster(patience_seconds=0.2) as learner:
         first = snapshot(1)
         await learner.publisher.publish(first)
         learner.broadcasts.expect(frozenset({"server-0", "server-1"}))
@@ -275,23 +286,26 @@ async def test_a_server_that_gives_up_waiting_has_no_seat() -> None:
         assert (seat.rank, seat.world_size) == (1, 2)
 
 
-@pytest.mark.parametrize(("takes_part", "said"), [(True, "it has gloo/1.0"), (False, "no library for them")])
+@pytest.mark.parametrize(
+    ("transports", "said"),
+    [(("collective", "grpc"), "it has gloo/1.0"), (("grpc",), "no library for them")],
+)
 async def test_a_server_with_another_library_or_none_fetches(
-    takes_part: bool, said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    transports: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(receiving, "LIBRARY", "gloo/1.0")
-    async with learner_of() as learner:
-        server = Server("server-0", learner.address, broadcasts=takes_part)
+    async with broadcaster() as learner:
+        server = member(learner, 0, transports=transports)
         first = snapshot(1)
         await learner.publisher.publish(first)
         await server.serves(first)
         await server.stop()
         assert learner.sent("grpc") == first.manifest.size_bytes
-        assert server.metrics.weight_fallbacks.labels("collective")._value.get() == 0
+        assert server.fallbacks("collective") == 0
         assert said in caplog.text
 
 
 async def test_a_learner_that_does_not_broadcast_says_so() -> None:
-    publisher = Publisher(RUN, arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()), None)
+    publisher = Publisher(RUN, arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()))
     with pytest.raises(PreconditionError, match="does not broadcast"):
         await publisher.JoinBroadcast(policy_pb2.JoinBroadcastRequest(), None)  # type: ignore[arg-type]

@@ -11,19 +11,16 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
 from learner.weights.publication import Publication
-from learner.weights.publisher import _Server
 from leeway import codec
 from leeway.config import ArithmeticEngineOptions
-from leeway.rpc import Security, cancel_and_wait, open_channel
-from leeway.service.metrics import InferenceServerMetrics
+from leeway.rpc import Security, open_channel
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest, WeightSnapshot
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import tensor_entry, verify_weights, weights_digest
-from tests.contract.test_weight_receiver import RUN, Learner, Server, pair, until
+from tests.contract.weight_push import RUN, Learner, Server, pair, until
 from tests.harness.certificates import make_security
 
 
@@ -58,134 +55,101 @@ class BytesEngine(ArithmeticEngine):
         return 0.0
 
 
-def received(metrics: InferenceServerMetrics, kind: str, transport: str = "zmq") -> int:
-    return int(metrics.received_weight_bytes.labels(transport, kind)._value.get())
-
-
-def fallbacks(metrics: InferenceServerMetrics, given_up: str) -> int:
-    return int(metrics.weight_fallbacks.labels(given_up)._value.get())
-
-
-@pytest.fixture
-def metrics() -> InferenceServerMetrics:
-    return InferenceServerMetrics(CollectorRegistry())
-
-
 @pytest.mark.parametrize(("local", "transport"), [(True, "zmq"), (False, "grpc")])
-async def test_a_server_that_holds_a_version_gets_only_what_changed(
-    metrics: InferenceServerMetrics, local: bool, transport: str
-) -> None:
+async def test_a_server_that_holds_a_version_gets_only_what_changed(local: bool, transport: str) -> None:
     engine = BytesEngine()
-    async with pair(local=local, engine=engine, metrics=metrics) as (learner, server, _):
-        for step in range(6):
-            await learner.publisher.publish(snapshot(step))
-            await server.reaches(snapshot(step).version)
+    async with pair(local=local, engine=engine) as (learner, server, _):
+        await learner.push(server, *map(snapshot, range(6)))
         assert engine.served == [snapshot(step).version for step in range(6)]
-        assert received(metrics, "snapshot", transport) == snapshot(0).manifest.size_bytes
-        assert 0 < received(metrics, "delta", transport) < 0.1 * snapshot(0).manifest.size_bytes
-        sent = learner.publisher._metrics.published_bytes
-        assert sent.labels(transport, "delta")._value.get() == received(metrics, "delta", transport)
-        assert not fallbacks(metrics, "delta")
+        assert server.received(transport) == snapshot(0).manifest.size_bytes
+        assert 0 < server.received(transport, "delta") < 0.1 * snapshot(0).manifest.size_bytes
+        assert learner.sent(transport, "delta") == server.received(transport, "delta")
+        assert not server.fallbacks("delta")
 
 
-async def test_a_slow_server_takes_several_deltas_at_once(metrics: InferenceServerMetrics) -> None:
+async def test_a_slow_server_takes_several_deltas_at_once() -> None:
     engine = BytesEngine()
-    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
+    async with pair(engine=engine) as (learner, server, _):
+        await learner.push(server, snapshot(0))
         engine.open.clear()
         for step in range(1, 6):
             await learner.publisher.publish(snapshot(step))
         engine.open.set()
-        await server.reaches(snapshot(5).version)
-        assert received(metrics, "snapshot") == snapshot(0).manifest.size_bytes
+        await server.serves(snapshot(5))
+        assert server.received("zmq") == snapshot(0).manifest.size_bytes
 
 
-async def test_a_server_beyond_the_chain_gets_the_snapshot(metrics: InferenceServerMetrics) -> None:
+async def test_a_server_beyond_the_chain_gets_the_snapshot() -> None:
     engine = BytesEngine()
-    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+    async with pair(engine=engine) as (learner, server, _):
         learner.publisher._max_delta_chain = 2
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
+        await learner.push(server, snapshot(0))
         engine.open.clear()
         await learner.publisher.publish(snapshot(1))
-        await until(lambda: received(metrics, "delta"))  # on its way into the engine
+        await until(lambda: server.received("zmq", "delta"))  # on its way into the engine
         for step in range(2, 6):
             await learner.publisher.publish(snapshot(step))
         engine.open.set()
-        await server.reaches(snapshot(5).version)
-        assert received(metrics, "snapshot") == 2 * snapshot(0).manifest.size_bytes
+        await server.serves(snapshot(5))
+        assert server.received("zmq") == 2 * snapshot(0).manifest.size_bytes
 
 
-async def test_a_change_of_everything_is_a_snapshot_and_the_chain_goes_on_from_there(
-    metrics: InferenceServerMetrics,
-) -> None:
-    async with pair(engine=BytesEngine(), metrics=metrics) as (learner, server, _):
-        for step, seed in enumerate([None, 1, 1, 1]):
-            await learner.publisher.publish(snapshot(step, seed=seed))
-            await server.reaches(snapshot(step, seed=seed).version)
-        assert received(metrics, "snapshot") == 2 * snapshot(0).manifest.size_bytes
+async def test_a_change_of_everything_is_a_snapshot_and_the_chain_goes_on_from_there() -> None:
+    async with pair(engine=BytesEngine()) as (learner, server, _):
+        await learner.push(server, *(snapshot(step, seed=seed) for step, seed in enumerate([None, 1, 1, 1])))
+        assert server.received("zmq") == 2 * snapshot(0).manifest.size_bytes
 
 
-async def test_the_same_weights_under_another_label_need_no_transfer(metrics: InferenceServerMetrics) -> None:
+async def test_the_same_weights_under_another_label_need_no_transfer() -> None:
     engine = BytesEngine()
-    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
+    async with pair(engine=engine) as (learner, server, _):
+        await learner.push(server, snapshot(0))
         again = replace(snapshot(0), version=replace(snapshot(0).version, step=1))
-        await learner.publisher.publish(again)
-        await server.reaches(again.version)
-        assert received(metrics, "snapshot") == snapshot(0).manifest.size_bytes
-        assert received(metrics, "delta") == 0
+        await learner.push(server, again)
+        assert server.received("zmq") == snapshot(0).manifest.size_bytes
+        assert server.received("zmq", "delta") == 0
 
 
 @pytest.mark.parametrize("where", ["learner", "server"])
-async def test_without_deltas_every_push_is_a_snapshot(metrics: InferenceServerMetrics, where: str) -> None:
-    async with pair(engine=BytesEngine(), metrics=metrics, take_deltas=where != "server") as (learner, server, _):
+async def test_without_deltas_every_push_is_a_snapshot(where: str) -> None:
+    async with pair(engine=BytesEngine(), take_deltas=where != "server") as (learner, server, _):
         learner.publisher._max_delta_chain = 0 if where == "learner" else 8
-        for step in range(3):
-            await learner.publisher.publish(snapshot(step))
-            await server.reaches(snapshot(step).version)
-        assert received(metrics, "snapshot") == 3 * snapshot(0).manifest.size_bytes
-        assert received(metrics, "delta") == 0
+        await learner.push(server, *map(snapshot, range(3)))
+        assert server.received("zmq") == 3 * snapshot(0).manifest.size_bytes
+        assert server.received("zmq", "delta") == 0
 
 
-async def test_a_server_whose_base_went_bad_repairs_itself(metrics: InferenceServerMetrics) -> None:
+async def test_a_server_whose_base_went_bad_repairs_itself() -> None:
     """Also where no delta touches it: every digest of the result is checked."""
-    async with pair(engine=BytesEngine(), metrics=metrics) as (learner, server, _):
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
+    async with pair(engine=BytesEngine()) as (learner, server, _):
+        await learner.push(server, snapshot(0))
         held = server.receiver._fetcher._held
         assert held is not None
         bad = bytearray(held.buffers[2])
         bad[17_000] ^= 4
         server.receiver._fetcher._held = replace(held, buffers=[*held.buffers[:2], bytes(bad)])
-        await learner.publisher.publish(snapshot(1))
-        await server.reaches(snapshot(1).version)
-        assert fallbacks(metrics, "delta") == 1
-        await learner.publisher.publish(snapshot(2))
-        await server.reaches(snapshot(2).version)
-        assert fallbacks(metrics, "delta") == 1
+        await learner.push(server, snapshot(1))
+        assert server.fallbacks("delta") == 1
+        await learner.push(server, snapshot(2))
+        assert server.fallbacks("delta") == 1
         assert not learner.refusal()
 
 
-async def test_a_delta_that_leads_elsewhere_is_repaired_by_the_snapshot(metrics: InferenceServerMetrics) -> None:
-    async with pair(engine=BytesEngine(), metrics=metrics) as (learner, server, _):
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
+async def test_a_delta_that_leads_elsewhere_is_repaired_by_the_snapshot() -> None:
+    async with pair(engine=BytesEngine()) as (learner, server, _):
+        await learner.push(server, snapshot(0))
         # Right in all its digests, but made of other weights.
-        spoilt = Publication(replace(snapshot(0), buffers=snapshot(9).buffers))
-        learner.publisher._newest = spoilt
-        await learner.publisher.publish(snapshot(1))
-        await server.reaches(snapshot(1).version)
-        assert received(metrics, "delta") > 0
-        assert fallbacks(metrics, "delta") == 1
-        assert received(metrics, "snapshot") == 2 * snapshot(0).manifest.size_bytes
+        wrong = Publication(replace(snapshot(0), buffers=snapshot(9).buffers))
+        learner.publisher._newest = wrong
+        await learner.push(server, snapshot(1))
+        assert server.received("zmq", "delta") > 0
+        assert server.fallbacks("delta") == 1
+        assert server.received("zmq") == 2 * snapshot(0).manifest.size_bytes
 
 
 @pytest.mark.parametrize("fault", ["flip", "cut", "extend", "swap", "twice"])
-async def test_deltas_spoilt_on_their_way_are_repaired(metrics: InferenceServerMetrics, fault: str) -> None:
-    async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, address):
+async def test_deltas_spoilt_on_their_way_are_repaired(fault: str) -> None:
+    async with pair(local=False, engine=BytesEngine()) as (learner, server, address):
         await learner.stop()
         fetch = learner.publisher.FetchWeights
 
@@ -208,37 +172,29 @@ async def test_deltas_spoilt_on_their_way_are_repaired(metrics: InferenceServerM
 
         learner.publisher.FetchWeights = fetch_weights
         await learner.start(address)
-        for step in range(3):
-            await learner.publisher.publish(snapshot(step))
-            await server.reaches(snapshot(step).version)
-        assert fallbacks(metrics, "delta") == 2
+        await learner.push(server, *map(snapshot, range(3)))
+        assert server.fallbacks("delta") == 2
         assert not learner.refusal()
 
 
-async def test_announcements_out_of_order_never_lead_back(
-    metrics: InferenceServerMetrics, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_announcements_out_of_order_never_lead_back(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "inference_server.weights.receiver")
     engine = BytesEngine()
-    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
-        await learner.publisher.publish(snapshot(2))
-        await server.reaches(snapshot(2).version)
+    async with pair(engine=engine) as (learner, server, _):
+        await learner.push(server, snapshot(2))
         await learner.publisher.publish(snapshot(1))  # it was sent before, and comes late
         await until(lambda: "passed over" in caplog.text or len(engine.served) > 1)
-        await learner.publisher.publish(snapshot(3))
-        await server.reaches(snapshot(3).version)
+        await learner.push(server, snapshot(3))
         await until(lambda: snapshot(3).version in learner.acknowledged)
         assert engine.served == [snapshot(2).version, snapshot(3).version]
 
 
-async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_nothing(
-    metrics: InferenceServerMetrics,
-) -> None:
+async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_nothing() -> None:
     engine = BytesEngine()
-    async with pair(engine=engine, metrics=metrics) as (learner, server, _):
+    async with pair(engine=engine) as (learner, server, _):
         engine.open.clear()
         await learner.publisher.publish(snapshot(1, epoch=2))
-        await until(lambda: received(metrics, "snapshot"))
+        await until(lambda: server.received("zmq"))
         await learner.publisher.publish(snapshot(2, epoch=2))
         await until(lambda: server.receiver._newest and server.receiver._newest[0].version.step == 2)
         newest = learner.publisher._newest
@@ -246,23 +202,21 @@ async def test_a_late_announcement_of_an_older_learner_is_refused_and_hides_noth
         await until(learner.refusal)
         assert "epoch 2 has taken over" in learner.refusal()
         assert newest is not None
-        for outlet in learner.publisher._outlets:
+        for outlet in (learner.publisher._grpc, *learner.publisher._outlets):
             outlet.offer(newest)  # the newer learner is still there
         engine.open.set()
-        await server.reaches(snapshot(2, epoch=2).version)
+        await server.serves(snapshot(2, epoch=2))
 
 
-async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(
-    metrics: InferenceServerMetrics, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_wrong_bytes_are_asked_for_again_without_a_newer_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("inference_server.weights.receiver._ANNOUNCE_AGAIN_SECONDS", 0.01)
-    async with pair(local=False, engine=BytesEngine(), metrics=metrics) as (learner, server, _):
+    async with pair(local=False, engine=BytesEngine()) as (learner, server, _):
         good = snapshot(0)
         await learner.publisher.publish(replace(good, buffers=[b"\0" * 80_000, *good.buffers[1:]]))
         await until(learner.refusal)
         assert learner.publisher._metrics.refusing_servers._value.get() == 1
-        learner.publisher._streamed.offer(Publication(good))
-        await server.reaches(good.version)
+        learner.publisher._grpc.offer(Publication(good))
+        await server.serves(good)
         await until(lambda: good.version in learner.acknowledged)
         assert not learner.refusal()
         assert learner.publisher._metrics.refusing_servers._value.get() == 0
@@ -274,7 +228,7 @@ async def test_an_announcement_names_the_chain_and_no_more_than_that() -> None:
     for step in range(6):
         await learner.publisher.publish(snapshot(step))
     assert learner.publisher._newest is not None
-    message = learner.publisher._announcement(learner.publisher._newest, _Server())
+    message = learner.publisher._announcement(learner.publisher._newest, policy_pb2.PolicyWatcher())
     deltas = [codec.delta_from_proto(delta) for delta in message.deltas]
     assert [delta.base_digest for delta in deltas] == [snapshot(step).version.digest for step in (2, 3, 4)]
     assert [delta.target_digest for delta in deltas] == [snapshot(step).version.digest for step in (3, 4, 5)]
@@ -282,31 +236,24 @@ async def test_an_announcement_names_the_chain_and_no_more_than_that() -> None:
 
 
 async def test_a_killed_server_that_comes_back_has_no_base_and_gets_the_snapshot() -> None:
-    first, second = (InferenceServerMetrics(CollectorRegistry()) for _ in range(2))
-    async with pair(engine=BytesEngine(), metrics=first) as (learner, server, address):
-        for step in range(2):
-            await learner.publisher.publish(snapshot(step))
-            await server.reaches(snapshot(step).version)
-        reborn = Server(address, BytesEngine(), metrics=second, server_id="server-1")
-        await reborn.reaches(snapshot(1).version)
-        assert received(second, "snapshot") == snapshot(0).manifest.size_bytes
-        reborn.task.cancel()
-        await asyncio.wait([reborn.task])
+    async with pair(engine=BytesEngine()) as (learner, server, address):
+        await learner.push(server, *map(snapshot, range(2)))
+        reborn = Server(address, BytesEngine(), server_id="server-1")
+        await reborn.serves(snapshot(1))
+        assert reborn.received("zmq") == snapshot(0).manifest.size_bytes
+        await reborn.stop()
 
 
-async def test_weights_travel_over_mutual_tls_and_to_nobody_else(
-    metrics: InferenceServerMetrics, tmp_path: Path
-) -> None:
+@pytest.mark.processes
+async def test_weights_travel_over_mutual_tls_and_to_nobody_else(tmp_path: Path) -> None:
     security, other = make_security(tmp_path / "run"), make_security(tmp_path / "other")
     learner = Learner(local=False, security=security)
     address = await learner.start()
-    server = Server(address, BytesEngine(), metrics=metrics, security=security)
+    server = Server(address, BytesEngine(), security=security)
     try:
-        for step in range(2):
-            await learner.publisher.publish(snapshot(step))
-            await server.reaches(snapshot(step).version)
-        assert received(metrics, "snapshot", "grpc") == snapshot(0).manifest.size_bytes
-        assert received(metrics, "delta", "grpc") > 0
+        await learner.push(server, *map(snapshot, range(2)))
+        assert server.received("grpc") == snapshot(0).manifest.size_bytes
+        assert server.received("grpc", "delta") > 0
         for stranger in (Security(), other):
             request = codec.weight_request_to_proto(WeightRequest(snapshot(1).version))
             async with open_channel(address, stranger) as channel:
@@ -314,5 +261,5 @@ async def test_weights_travel_over_mutual_tls_and_to_nobody_else(
                 with pytest.raises(grpc.aio.AioRpcError, match=r"UNAVAILABLE|DEADLINE"):
                     _ = [reply async for reply in stub.FetchWeights(request, timeout=0.5)]
     finally:
-        await cancel_and_wait(server.task)
+        await server.stop()
         await learner.stop()

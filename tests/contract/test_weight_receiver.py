@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,142 +12,40 @@ from typing import Any
 import pytest
 import zmq
 import zmq.asyncio
-from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
-from inference_server.served_policy import ServedPolicy
-from inference_server.weights.ipc import IpcWeights
-from inference_server.weights.receiver import WeightReceiver
-from learner.weights.local import LocalWeights
-from learner.weights.publisher import Publisher
 from leeway import arithmetic
 from leeway.config import ArithmeticEngineOptions
 from leeway.errors import NotFoundError, PreconditionError
-from leeway.rpc import RunningServer, Security, cancel_and_wait, start_server
-from leeway.service.metrics import InferenceServerMetrics, LearnerMetrics
-from leeway.service.ports import free_port
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
-from leeway.v1 import policy_pb2_grpc
 from leeway.weights.digests import tensor_entry, weights_digest
-from tests.deadlines import WAIT_SECONDS
-
-RUN = "rehearsal"
+from tests.contract.weight_push import RUN, Learner, Server, pair, until
+from tests.harness.arithmetic_law import policy_version
 
 
 def snapshot(step: int, epoch: int = 1, publisher_epoch: int | None = None) -> WeightSnapshot:
     manifest, buffers = arithmetic.published_weights(epoch, step)
-    version = arithmetic.policy_version(RUN, epoch, step, history=epoch)
+    version = policy_version(RUN, epoch, step, history=epoch)
     return WeightSnapshot(version, publisher_epoch or epoch, manifest, buffers)
 
 
-class Learner:
-    """A publisher behind a real server, which can be stopped and started again at the same address."""
-
-    def __init__(self, *, local: bool, run: str = RUN, security: Security | None = None) -> None:
-        self.security = security or Security()
-        self.registry = CollectorRegistry()
-        metrics = LearnerMetrics(self.registry)
-        self.local = LocalWeights(metrics) if local else None
-        self.publisher = Publisher(run, arithmetic.SIGNATURE, metrics, self.local)
-        self.acknowledged: list[PolicyVersion] = []
-        self.refused: list[str] = []
-        self.fetched_over_grpc = 0
-        self.server: RunningServer | None = None
-        self.changed = asyncio.Condition()
-        acknowledge, fetch = self.publisher._acknowledged, self.publisher.FetchWeights
-
-        def on_acknowledged(server_id: str, server: Any, message: Any) -> None:
-            acknowledge(server_id, server, message)
-            self.acknowledged.append(server.version)
-
-        async def fetch_weights(request: Any, context: Any) -> AsyncGenerator[Any, None]:
-            self.fetched_over_grpc += 1
-            async for piece in fetch(request, context):
-                yield piece
-
-        self.publisher._acknowledged = on_acknowledged
-        self.publisher.FetchWeights = fetch_weights
-
-    async def start(self, address: str = "") -> str:
-        address = address or f"127.0.0.1:{free_port('127.0.0.1')}"  # nobody else gets it between a stop and a start
-        self.server = await start_server(
-            address, lambda s: policy_pb2_grpc.add_PolicyServiceServicer_to_server(self.publisher, s), [], self.security
-        )
-        return address
-
-    async def stop(self) -> None:
-        if self.server is not None:
-            await self.server.stop(0.0)
-        if self.local is not None:
-            await self.local.aclose()
-
-    def refusal(self) -> str:
-        return next(iter(self.publisher._servers.values())).refusal if self.publisher._servers else ""
+def arithmetic_engine() -> ArithmeticEngine:
+    return ArithmeticEngine(ArithmeticEngineOptions())
 
 
-class Server:
-    """An engine with a receiver that keeps it up to date."""
-
-    def __init__(self, address: str, engine: Any, **options: Any) -> None:
-        self.engine = engine
-        self.policy = ServedPolicy(engine, RUN)
-        fields: dict[str, Any] = {
-            "policy": self.policy,
-            "signature": engine.info().signature,
-            "run": RUN,
-            "server_id": "server-0",
-            "address": address,
-            "security": Security(),
-            "allow_local": True,
-            "fetch_timeout_seconds": WAIT_SECONDS,
-            "metrics": InferenceServerMetrics(CollectorRegistry()),
-        }
-        self.receiver = WeightReceiver(**(fields | options))
-        for transport in self.receiver._fetcher._transports:
-            if isinstance(transport, IpcWeights):
-                transport.timeout_seconds = WAIT_SECONDS  # a learner that is late is not passed over
-        self.task = asyncio.create_task(self.receiver.run())
-
-    @property
-    def local(self) -> IpcWeights:
-        transport = self.receiver._fetcher._transports[0]
-        assert isinstance(transport, IpcWeights)
-        return transport
-
-    async def reaches(self, version: PolicyVersion) -> None:
-        async with asyncio.timeout(WAIT_SECONDS):
-            while self.policy.version != version:
-                await self.policy.wait_for_change(self.policy.version)
-
-
-@asynccontextmanager
-async def pair(
-    *, local: bool = True, engine: Any = None, **options: Any
-) -> AsyncGenerator[tuple[Learner, Server, str], None]:
-    learner = Learner(local=local)
-    address = await learner.start()
-    server = Server(address, engine or ArithmeticEngine(ArithmeticEngineOptions()), **options)
-    try:
-        yield learner, server, address
-    finally:
-        await cancel_and_wait(server.task)
-        await server.engine.aclose()
-        with suppress(zmq.ZMQError):
-            await learner.stop()
-
-
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(WAIT_SECONDS):
-        while not condition():
-            await asyncio.wait({asyncio.ensure_future(asyncio.sleep(0.002))})
+def arithmetic_pair(engine: Any = None, **options: Any) -> AbstractAsyncContextManager[tuple[Learner, Server, str]]:
+    return pair(engine=engine or arithmetic_engine(), **options)
 
 
 @pytest.mark.parametrize(("local", "allowed"), [(True, True), (False, True), (True, False)])
 async def test_versions_come_into_force_and_are_acknowledged(local: bool, allowed: bool) -> None:
-    async with pair(local=local, allow_local=allowed) as (learner, server, _):
+    async with arithmetic_pair(local=local, transports=("zmq", "grpc") if allowed else ("grpc",)) as (
+        learner,
+        server,
+        _,
+    ):
         for step in range(4):
-            await learner.publisher.publish(snapshot(step))
-            await server.reaches(snapshot(step).version)
+            await learner.push(server, snapshot(step))
             await until(lambda step=step: snapshot(step).version in learner.acknowledged)
         assert (learner.fetched_over_grpc == 0) == (local and allowed)
         assert not learner.refusal()
@@ -158,11 +56,11 @@ async def test_a_late_server_gets_the_newest_version_only() -> None:
     address = await learner.start()
     for step in range(5):
         await learner.publisher.publish(snapshot(step))
-    server = Server(address, ArithmeticEngine(ArithmeticEngineOptions()))
-    await server.reaches(snapshot(4).version)
+    server = Server(address, arithmetic_engine())
+    await server.serves(snapshot(4))
     await until(lambda: learner.acknowledged)
     assert learner.acknowledged == [snapshot(4).version]
-    await cancel_and_wait(server.task)
+    await server.stop()
     await learner.stop()
 
 
@@ -179,30 +77,28 @@ async def test_several_tensors_arrive_in_their_order() -> None:
     version = PolicyVersion(RUN, 1, 1, weights_digest(manifest))
     for local in (True, False):
         Recording.snapshots = []
-        async with pair(local=local, engine=Recording(ArithmeticEngineOptions())) as (learner, server, _):
+        async with arithmetic_pair(local=local, engine=Recording(ArithmeticEngineOptions())) as (learner, server, _):
             await learner.publisher.publish(WeightSnapshot(version, 1, manifest, buffers))
-            await server.reaches(version)
+            await until(lambda: server.policy.version == version)
             assert Recording.snapshots == [tuple(buffers)]
 
 
 @pytest.mark.parametrize("local", [True, False])
 async def test_wrong_bytes_are_refused_and_the_old_weights_stay(local: bool) -> None:
-    async with pair(local=local) as (learner, server, _):
-        await learner.publisher.publish(snapshot(0))
-        await server.reaches(snapshot(0).version)
+    async with arithmetic_pair(local=local) as (learner, server, _):
+        await learner.push(server, snapshot(0))
         good = snapshot(1)
         flipped = bytes([good.buffers[0][0] ^ 1]) + bytes(good.buffers[0][1:])
         await learner.publisher.publish(replace(good, buffers=[flipped]))
         await until(learner.refusal)
         assert "digest" in learner.refusal()
         assert server.policy.version == server.engine.info().version == snapshot(0).version
-        await learner.publisher.publish(snapshot(2))  # the next one is taken again
-        await server.reaches(snapshot(2).version)
+        await learner.push(server, snapshot(2))
         await until(lambda: not learner.refusal())
 
 
 async def test_a_manifest_that_does_not_fit_is_refused_with_its_reason() -> None:
-    async with pair() as (learner, server, _):
+    async with arithmetic_pair() as (learner, server, _):
         data = b"\0" * 8
         manifest = WeightManifest((tensor_entry("other", "uint8", (8,), data),))
         version = PolicyVersion(RUN, 1, 1, weights_digest(manifest))
@@ -213,9 +109,9 @@ async def test_a_manifest_that_does_not_fit_is_refused_with_its_reason() -> None
 
 
 async def test_an_older_learner_is_refused_after_a_newer_one_was_seen() -> None:
-    async with pair() as (learner, server, _):
+    async with arithmetic_pair() as (learner, server, _):
         await learner.publisher.publish(snapshot(3, publisher_epoch=2))
-        await server.reaches(snapshot(3).version)
+        await server.serves(snapshot(3))
         await learner.publisher.publish(snapshot(4, publisher_epoch=1))
         await until(learner.refusal)
         assert "epoch 1 are refused" in learner.refusal()
@@ -223,17 +119,15 @@ async def test_an_older_learner_is_refused_after_a_newer_one_was_seen() -> None:
 
 
 async def test_a_restarted_learner_is_followed() -> None:
-    async with pair() as (learner, server, address):
-        await learner.publisher.publish(snapshot(7))
-        await server.reaches(snapshot(7).version)
+    async with arithmetic_pair() as (learner, server, address):
+        await learner.push(server, snapshot(7))
         await learner.stop()
         second = Learner(local=True)
         # It goes back to a checkpoint: the version of the old epoch, then its own.
         await second.publisher.publish(snapshot(5, publisher_epoch=2))
         await second.start(address)
-        await server.reaches(snapshot(5).version)
-        await second.publisher.publish(snapshot(6, epoch=2))
-        await server.reaches(snapshot(6, epoch=2).version)
+        await server.serves(snapshot(5))
+        await second.push(server, snapshot(6, epoch=2))
         await until(lambda: snapshot(6, epoch=2).version in second.acknowledged)
         await second.stop()
 
@@ -243,7 +137,7 @@ async def test_a_fetch_ends_when_its_learner_is_gone(tmp_path: Path) -> None:
     silent = context.socket(zmq.ROUTER)
     silent.bind(f"ipc://{tmp_path / 'silent'}")
     try:
-        async with pair() as (learner, server, address):
+        async with arithmetic_pair() as (learner, server, address):
             server.local.timeout_seconds = 600.0
             assert learner.local is not None
             learner.local.endpoint = f"ipc://{tmp_path / 'silent'}"
@@ -253,7 +147,7 @@ async def test_a_fetch_ends_when_its_learner_is_gone(tmp_path: Path) -> None:
             second = Learner(local=True)
             await second.publisher.publish(snapshot(5, publisher_epoch=2))
             await second.start(address)
-            await server.reaches(snapshot(5).version)
+            await server.serves(snapshot(5))
             await second.stop()
     finally:
         silent.close(linger=0)
@@ -261,9 +155,8 @@ async def test_a_fetch_ends_when_its_learner_is_gone(tmp_path: Path) -> None:
 
 
 async def test_a_version_already_served_is_acknowledged_without_a_transfer() -> None:
-    async with pair() as (learner, server, address):
-        await learner.publisher.publish(snapshot(7))
-        await server.reaches(snapshot(7).version)
+    async with arithmetic_pair() as (learner, server, address):
+        await learner.push(server, snapshot(7))
         await learner.stop()
         second = Learner(local=False)
         await second.publisher.publish(snapshot(7, publisher_epoch=3))
@@ -276,16 +169,14 @@ async def test_a_version_already_served_is_acknowledged_without_a_transfer() -> 
 
 
 async def test_zeromq_that_never_answers_falls_back_to_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with pair() as (learner, server, _):
+    async with arithmetic_pair() as (learner, server, _):
         server.local.timeout_seconds = 0.05
         assert learner.local is not None
         with monkeypatch.context() as broken:
             broken.setattr(learner.local, "_reply", lambda _request: [b"ok"] * 7)  # nonsense: too many frames
-            await learner.publisher.publish(snapshot(0))
-            await server.reaches(snapshot(0).version)
+            await learner.push(server, snapshot(0))
             assert learner.fetched_over_grpc == 1
-        await learner.publisher.publish(snapshot(1))
-        await server.reaches(snapshot(1).version)
+        await learner.push(server, snapshot(1))
         assert learner.fetched_over_grpc == 2  # the endpoint is not tried again, though it would answer now
 
 
@@ -295,12 +186,11 @@ async def test_a_silent_or_missing_endpoint_falls_back_to_grpc(tmp_path: Path) -
     silent.bind(f"ipc://{tmp_path / 'silent'}")
     try:
         for endpoint in (f"ipc://{tmp_path / 'silent'}", f"ipc://{tmp_path / 'missing'}", "tcp://127.0.0.1:1"):
-            async with pair() as (learner, server, _):
+            async with arithmetic_pair() as (learner, server, _):
                 server.local.timeout_seconds = 0.05
                 assert learner.local is not None
                 learner.local.endpoint = endpoint
-                await learner.publisher.publish(snapshot(0))
-                await server.reaches(snapshot(0).version)
+                await learner.push(server, snapshot(0))
                 assert learner.fetched_over_grpc == 1
     finally:
         silent.close(linger=0)
@@ -308,7 +198,7 @@ async def test_a_silent_or_missing_endpoint_falls_back_to_grpc(tmp_path: Path) -
 
 
 async def test_an_overtaken_version_is_left_for_the_next_announcement() -> None:
-    async with pair(local=False) as (learner, server, _):
+    async with arithmetic_pair(local=False) as (learner, server, _):
         fetch = learner.publisher.FetchWeights
         overtaken = {"times": 2}
 
@@ -325,15 +215,15 @@ async def test_an_overtaken_version_is_left_for_the_next_announcement() -> None:
         learner.local = None
         await learner.publisher.publish(snapshot(1))
         await learner.start(server.receiver._address)
-        await server.reaches(snapshot(10).version)
+        await server.serves(snapshot(10))
         assert not learner.refusal()
 
 
 async def test_a_model_that_differs_ends_the_receiver_with_a_line() -> None:
     other = replace(arithmetic.SIGNATURE, model_digest=b"x" * 32)
-    async with pair(signature=other) as (_learner, server, _):
+    async with arithmetic_pair(signature=other) as (_learner, server, _):
         with pytest.RaisesGroup(pytest.RaisesExc(PreconditionError, match="model differs")):
             await asyncio.shield(server.task)
-    async with pair(run="another") as (_learner, server, _):
+    async with arithmetic_pair(run="another") as (_learner, server, _):
         with pytest.RaisesGroup(pytest.RaisesExc(PreconditionError, match="another")):
             await asyncio.shield(server.task)

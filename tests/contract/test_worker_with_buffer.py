@@ -23,6 +23,7 @@ from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.arithmetic_law import behavior_logprob, policy_version
 from tests.harness.buffer_server import connected, serving
 
 TASKS = TaskSet(
@@ -33,7 +34,7 @@ SPEC = run_spec(sampling=replace(SAMPLING, max_tokens=40, topk=3), total_steps=6
 
 def snapshot(epoch: int, step: int) -> WeightSnapshot:
     manifest, buffers = arithmetic.published_weights(0, step)
-    return WeightSnapshot(arithmetic.policy_version(RUN, epoch, step), epoch, manifest, buffers)
+    return WeightSnapshot(policy_version(RUN, epoch, step), epoch, manifest, buffers)
 
 
 def check(groups: list[TrajectoryGroup], head: PolicyVersion) -> None:
@@ -47,7 +48,7 @@ def check(groups: list[TrajectoryGroup], head: PolicyVersion) -> None:
                 assert head.step - span.version.step <= SPEC.max_staleness
                 weights = ArithmeticWeights.of(span.version)
                 for at in range(span.start_token, span.end_token):
-                    law = arithmetic.behavior_logprob(weights, tokens[:at], int(tokens[at]))
+                    law = behavior_logprob(weights, tokens[:at], int(tokens[at]))
                     assert trajectory.behavior_logprobs[at] == np.float32(law)
 
 

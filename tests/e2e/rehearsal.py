@@ -1,9 +1,9 @@
-"""examples/rehearsal.toml in small, under fire: killed processes, delayed messages, and what is left afterwards.
+"""examples/rehearsal.toml in small: processes are killed, messages arrive late, and the evidence is gathered.
 
 supervisor ──> replay buffer, learner, two servers          their [network] names the proxy as the buffer's address
     │ journal lines           ▲
     ▼                         │ SIGKILL
-KillPlan <── events ── recording proxy <── ghosts: messages of the fenced, once more
+KillPlan <── events ── recording proxy <── late messages: those of fenced callers, once more
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import os
 import signal
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,10 @@ from leeway.config import load_configuration
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.oracle import Evidence
-from tests.harness.recording_proxy import Call, Fate, Record, Weather, Write, recording_proxy
+from tests.harness.processes import ROOT, ended, start
+from tests.harness.recording_proxy import Call, Fate, Network, Record, Write, recording_proxy
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
+EXAMPLE = ROOT / "examples" / "rehearsal.toml"
 STEPS = 40
 SMALL = (
     "run.name=rehearsal",
@@ -42,7 +43,7 @@ SMALL = (
     "evaluation.every_steps=20",
     "evaluation.tasks=4",
     "evaluation.members=1",
-    # A server takes on two groups, which last a step: every kill finds both servers at work.
+    # A server takes on two groups, which last a step: every kill finds both servers busy.
     "inference_server.worker.prefetch=0",
     "inference_server.arithmetic.max_concurrency=4",
     "inference_server.arithmetic.token_seconds=0.004",
@@ -51,7 +52,7 @@ SMALL = (
 )
 
 
-_GHOST_SECONDS = 5.0
+_LATE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,8 @@ class KillPlan:
 
 
 @dataclass
-class Ghosts:
-    """What a network may do: messages of a fenced learner or worker arrive again, late."""
+class LateMessages:
+    """Has messages of a fenced learner or worker arrive again, late, as a network may."""
 
     address: str
     record: Record
@@ -114,8 +115,8 @@ class Ghosts:
         if self.tasks:
             await asyncio.wait(self.tasks)
 
-    def _start(self, ghost: Any) -> None:
-        self.tasks.add(asyncio.create_task(ghost))
+    def _start(self, late: Any) -> None:
+        self.tasks.add(asyncio.create_task(late))
 
     async def _learner(self, epoch: int) -> None:
         """The last of each call that earlier epochs made."""
@@ -126,7 +127,7 @@ class Ghosts:
                 if not old:
                     continue
                 with contextlib.suppress(grpc.aio.AioRpcError):
-                    call = getattr(stub, method)(old[-1].request, timeout=_GHOST_SECONDS)
+                    call = getattr(stub, method)(old[-1].request, timeout=_LATE_SECONDS)
                     if method == "DrawBatch":
                         _ = [reply async for reply in call]
                     else:
@@ -134,24 +135,24 @@ class Ghosts:
 
     async def _worker(self, ticket: replay_pb2.Ticket) -> None:
         """Everything that was acknowledged of an earlier attempt at the ticket's trajectories."""
-        lent = {member.trajectory_id for member in ticket.members}
+        reissued = {member.trajectory_id for member in ticket.members}
         items = [
             write.item
             for write in self.record.writes
-            if write.acknowledged and write.item.trajectory_id in lent and write.item.attempt < ticket.attempt
+            if write.acknowledged and write.item.trajectory_id in reissued and write.item.attempt < ticket.attempt
         ]
 
         async def requests() -> AsyncIterator[replay_pb2.WriteTrajectoriesRequest]:
-            yield replay_pb2.WriteTrajectoriesRequest(run="rehearsal", server_id="ghost", items=items)
+            yield replay_pb2.WriteTrajectoriesRequest(run="rehearsal", server_id="late", items=items)
 
         async with grpc.aio.insecure_channel(self.address) as channel:
             stub: Any = replay_pb2_grpc.ReplayServiceStub(channel)
             with contextlib.suppress(grpc.aio.AioRpcError):
-                _ = [reply async for reply in stub.WriteTrajectories(requests(), timeout=_GHOST_SECONDS)]
+                _ = [reply async for reply in stub.WriteTrajectories(requests(), timeout=_LATE_SECONDS)]
 
 
-class SlowSteps(Weather):
-    """Until something has happened every step takes a while, so that the run does not end before."""
+class SlowSteps(Network):
+    """Delays every step until something has happened, so that the run does not end before."""
 
     def __init__(self, happened: Callable[[], bool], step_seconds: float = 1.0) -> None:
         self._happened = happened
@@ -164,11 +165,87 @@ class SlowSteps(Weather):
 
 
 async def happened(event: asyncio.Event) -> None:
-    """Wait, but not for ever: what is asserted afterwards says that it did not happen."""
+    """Wait, but not forever: an assertion afterwards says that it did not happen."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(WAIT_SECONDS):
             await event.wait()
     event.set()
+
+
+class AllAsk(Network):
+    """Training waits until servers have asked for tickets: a batch that is drawn later finds them all at work.
+
+    Args:
+        servers: their names.
+        holds: whether a draw has to wait at all.
+    """
+
+    def __init__(self, servers: Collection[str], holds: Callable[[], bool] = lambda: True) -> None:
+        self._missing = set(servers)
+        self._holds = holds
+        self._all_ask = asyncio.Event()
+
+    async def request(self, method: str, first: bool) -> Fate:
+        if method == "DrawBatch" and self._holds():
+            await happened(self._all_ask)
+        return await super().request(method, first)
+
+    def on_event(self, event: str, subject: Call | Write) -> None:
+        if event == "AcquireTickets.begun" and isinstance(subject, Call):
+            self._missing.discard(subject.request.server_id)
+            if not self._missing:
+                self._all_ask.set()
+
+
+class Visitors(AllAsk):
+    """Processes that join a run once it has reached a step, and that the configuration does not list.
+
+    The run waits until all of them ask for tickets, and once one is drained, until that one has been told.
+
+    Args:
+        directory: for their logs; the run's folder lies in it.
+        commands: by the names of the visiting servers: what each is started with.
+        after_step: the step after which they are started.
+    """
+
+    def __init__(self, directory: Path, commands: Mapping[str, Sequence[str]], after_step: int) -> None:
+        super().__init__(commands, lambda: self._starting is not None)
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
+        self._directory = directory
+        self._commands = commands
+        self._after_step = after_step
+        self._starting: asyncio.Task[None] | None = None
+        self._drained: dict[str, asyncio.Event] = {}
+
+    async def request(self, method: str, first: bool) -> Fate:
+        fate = await super().request(method, first)
+        if method == "DrawBatch":
+            for told in self._drained.values():
+                await happened(told)
+        return fate
+
+    def on_event(self, event: str, subject: Call | Write) -> None:
+        super().on_event(event, subject)
+        if isinstance(subject, Write):
+            return
+        if event == "Advance.ended" and self._starting is None and subject.request.version.step >= self._after_step:
+            self._starting = asyncio.create_task(self._start())
+        elif event == "DrainServer.ended" and subject.request.server_id in self._commands:
+            self._drained.setdefault(subject.request.server_id, asyncio.Event())
+        elif event == "AcquireTickets.ended" and subject.reply.HasField("drained"):
+            self._drained.setdefault(subject.request.server_id, asyncio.Event()).set()
+
+    async def _start(self) -> None:
+        for name, command in self._commands.items():
+            await self.start(name, command)
+
+    async def start(self, name: str, command: Sequence[str]) -> None:
+        """Start one process; its log is NAME.log."""
+        self.processes[name] = await start(command, log=self._directory / f"{name}.log")
+
+    async def ended(self) -> dict[str, int]:
+        """Exit codes; each has to end with the run."""
+        return await ended(self.processes)
 
 
 async def rehearse(
@@ -178,29 +255,30 @@ async def rehearse(
     overrides: Sequence[str] = (),
     listeners: Sequence[Callable[[str, Call | Write], None]] = (),
     backends: Sequence[str] = (),
-    weather: Weather | None = None,
+    network: Network | None = None,
 ) -> tuple[Outcome, KillPlan, list[str], Evidence]:
-    """Run under fire; returns how it ended, the plan, the supervisor's events, and the evidence.
+    """Run; returns how it ended, the plan, the supervisor's events, and the evidence.
 
-    With addresses of `backends` the servers are workers that feed the run from them. `weather` is a fair one otherwise.
+    With addresses of `backends` the servers are workers that feed the run from them. Without a `network` every message
+    arrives once and at once.
     """
     overrides = [*SMALL, f"run.directory={directory}", *overrides]
     configuration = load_configuration(EXAMPLE, overrides).with_free_ports()
-    network = configuration.network
+    addresses = configuration.network
     run_directory = directory / "rehearsal"
     run_directory.mkdir()
     config = run_directory / "config.toml"
     record, plan, events = Record(), KillPlan(victim, deque(points)), list[str]()
-    async with recording_proxy(network.replay_buffer, record, weather) as address:
-        ghosts = Ghosts(address, record)
-        record.listeners += [plan.on_event, ghosts.on_event, *listeners]
-        proxied = network.model_copy(update={"replay_buffer": address})
+    async with recording_proxy(addresses.replay_buffer, record, network) as address:
+        late = LateMessages(address, record)
+        record.listeners += [plan.on_event, late.on_event, *listeners]
+        proxied = addresses.model_copy(update={"replay_buffer": address})
         configuration.model_copy(update={"network": proxied}).write(config)
         arguments = ("--config", str(config), "--supervised")
         plan.supervisor = Supervisor(
             replay_buffer=Service(
                 "replay-buffer",
-                serve_command("replay-buffer", *arguments, f"--set=network.replay_buffer={network.replay_buffer}"),
+                serve_command("replay-buffer", *arguments, f"--set=network.replay_buffer={addresses.replay_buffer}"),
             ),
             learner=Service("learner", serve_command("learner", *arguments)),
             servers=[
@@ -213,10 +291,11 @@ async def rehearse(
             on_event=events.append,
         )
         outcome = await plan.supervisor.run(asyncio.Event())
-        await ghosts.settle()
+        await late.settle()
     async with open_replay(config) as client:
         groups = [group async for group in client.export_groups()]
-        evidence = Evidence(record, groups, await client.run_status(), run_directory)
+        log_directory = run_directory / "replay"
+        evidence = Evidence(record, groups, await client.run_status(), run_directory, log_directory)
     return outcome, plan, events, evidence
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +13,18 @@ from typing import ClassVar
 import pytest
 
 from leeway.cli.main import main
+from leeway.cli.serve import serve_command
 from leeway.service.ports import free_port
 from leeway.types import DropReason, GroupState, Purpose
 from tests.deadlines import WAIT_SECONDS
-from tests.e2e.rehearsal import happened, rehearse
+from tests.e2e.rehearsal import Visitors, happened, rehearse
 from tests.harness.oracle import Oracle
-from tests.harness.recording_proxy import Call, Fate, Weather, Write
+from tests.harness.processes import module
+from tests.harness.recording_proxy import Call, Fate, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 STEPS = 80
-_SERVER = ("leeway.cli.main", "serve", "inference-server")
 JOIN_AT_STEP = 4
 ENOUGH_CLOSES = 6
 """Trajectories of a server after which it may go."""
@@ -43,104 +43,73 @@ class HonestOnly(Oracle):
         return (line for line in super().true() if line.partition(":")[0] not in lies or "was to start from" in line)
 
 
-class Visitors(Weather):
-    """Servers that the configuration does not list, each a process of its own.
+class Guests(Visitors):
+    """Four servers that join.
 
     late     joins and stays
-    leaver   joins, works, and gets SIGTERM
+    leaver   joins, works, and gets SIGTERM; the run waits until it has said that it leaves
     mortal   joins, works, and gets SIGKILL
     odd      joins through a backend that serves stale weights under new labels
-
-    However long that takes, the run waits until all of them ask for work, until the leaver has said that it goes, and
-    until the odd one has been told that it is drained.
     """
 
     def __init__(self, directory: Path) -> None:
-        self.asking: set[str] = set()
-        self.all_ask, self.left, self.told = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self.drained = False
-        self.config = directory / "rehearsal" / "config.toml"
-        self.logs = directory
-        self.processes: dict[str, asyncio.subprocess.Process] = {}
-        self.starting: list[asyncio.Task[None]] = []
-        self.closed: Counter[str] = Counter()
-        self.gone: set[str] = set()
+        config = str(directory / "rehearsal" / "config.toml")
+        self._address = f"127.0.0.1:{free_port('127.0.0.1')}"
+        commands = {
+            name: serve_command("inference-server", "--config", config, "--join", name)
+            for name in ("late", "leaver", "mortal")
+        }
+        worker = serve_command("inference-server", "--config", config, "--join", "odd", "--backend", self._address)
+        super().__init__(directory, commands | {"odd": worker}, JOIN_AT_STEP)
+        self._left = asyncio.Event()
+        self._closed: Counter[str] = Counter()
+        self._gone: set[str] = set()
 
     async def request(self, method: str, first: bool) -> Fate:
-        if method == "DrawBatch" and self.starting:
-            await happened(self.all_ask)
-            if "leaver" in self.gone:
-                await happened(self.left)
-            if self.drained:
-                await happened(self.told)
-        return Fate.ARRIVES
+        fate = await super().request(method, first)
+        if method == "DrawBatch" and "leaver" in self._gone:
+            await happened(self._left)
+        return fate
 
     def on_event(self, event: str, subject: Call | Write) -> None:
+        super().on_event(event, subject)
         if isinstance(subject, Call):
-            self._on_call(event, subject)
+            if event == "LeaveRun.ended" and subject.request.server_id == "leaver":
+                self._left.set()
         elif event == "write.answered":
-            self.closed[subject.server_id] += subject.item.WhichOneof("content") == "close"
+            self._closed[subject.server_id] += subject.item.WhichOneof("content") == "close"
             for name, number in (("leaver", signal.SIGTERM), ("mortal", signal.SIGKILL)):
-                if self.closed[name] >= ENOUGH_CLOSES and name not in self.gone:
-                    self.gone.add(name)
+                if self._closed[name] >= ENOUGH_CLOSES and name not in self._gone:
+                    self._gone.add(name)
                     self.processes[name].send_signal(number)
 
-    def _on_call(self, event: str, call: Call) -> None:
-        if event == "Advance.ended" and not self.starting and call.request.version.step >= JOIN_AT_STEP:
-            self.starting = [asyncio.create_task(self._start())]
-        elif event == "AcquireTickets.begun":
-            self.asking.add(call.request.server_id)
-            if self.asking >= {"late", "leaver", "mortal", "odd"}:
-                self.all_ask.set()
-        elif event == "LeaveRun.ended" and call.request.server_id == "leaver":
-            self.left.set()
-        elif event == "DrainServer.ended":
-            self.drained = call.succeeded
-        elif event == "AcquireTickets.ended" and call.request.server_id == "odd" and call.reply.HasField("drained"):
-            self.told.set()
-
     async def _start(self) -> None:
-        for name in ("late", "leaver", "mortal"):
-            await self._run(name, *_SERVER, "--config", str(self.config), "--join", name)
-        address = f"127.0.0.1:{free_port('127.0.0.1')}"
-        await self._run("backend", "tests.e2e.stale_backend", "--address", address, "--run", "rehearsal")
-        arguments = ("--config", str(self.config), "--join", "odd", "--backend", address)
-        await self._run("odd", *_SERVER, *arguments)
-
-    async def _run(self, name: str, *argv: str) -> None:
-        with (self.logs / f"{name}.log").open("wb") as log_file:
-            self.processes[name] = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", *argv, stdin=asyncio.subprocess.DEVNULL, stdout=log_file, stderr=log_file
-            )
+        stale = ("--address", self._address, "--run", "rehearsal", "--stale", "--set", "max_concurrency=4")
+        slow = ("--set", "token_seconds=0.02", "--set", "chunk_tokens=4")
+        await self.start("backend", module("tests.harness.arithmetic_backend", *stale, *slow))
+        await super()._start()
 
     async def ended(self) -> dict[str, int]:
         """Exit codes; the backend is stopped, the others have to end by themselves."""
-        self.processes["backend"].terminate()
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                return {name: await process.wait() for name, process in self.processes.items()}
-        finally:
-            for process in self.processes.values():
-                if process.returncode is None:
-                    process.kill()
+        if "backend" in self.processes:
+            self.processes["backend"].terminate()
+        return await super().ended()
 
 
 async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    visitors = Visitors(tmp_path)
+    guests = Guests(tmp_path)
     overrides = (
         f"run.steps={STEPS}",
         f"learner.draw_timeout_seconds={4 * WAIT_SECONDS}",
-        "inference_server.worker.drain_seconds=60",  # the leaver's last words may take their time
+        "inference_server.worker.drain_seconds=60",  # the leaver's last call may take long
         "replay_buffer.lease_seconds=3",
         "learner.fleet.min_tokens=200",
         f"learner.fleet.window_steps={STEPS}",  # however little comes of the liar in each step
     )
     try:
-        outcome, _, _, evidence = await rehearse(
-            tmp_path, "nobody", [], overrides, [visitors.on_event], weather=visitors
-        )
+        outcome, _, _, evidence = await rehearse(tmp_path, "nobody", [], overrides, [guests.on_event], network=guests)
     finally:
-        codes = await visitors.ended() if visitors.processes else {}
+        codes = await guests.ended()
     assert outcome.error == ""
     assert codes == {"late": 0, "leaver": 0, "mortal": -signal.SIGKILL, "backend": 0, "odd": 0}
     assert HonestOnly(evidence).violations() == []
@@ -169,7 +138,7 @@ async def test_servers_join_leave_die_and_lie(tmp_path: Path, capsys: pytest.Cap
     assert await asyncio.to_thread(main, ["fleet", "ls", str(evidence.run_directory)]) == 0
     assert "drained (diverging), gone" in capsys.readouterr().out
 
-    # Who leaves says so, after its last write; what it held was lent to others.
+    # A server that leaves says so, after its last write.
     (left,) = [call for call in evidence.record.of("LeaveRun") if call.request.server_id == "leaver"]
     writes = [write for write in evidence.record.writes if write.server_id == "leaver"]
     assert all(write.sent < left.begun for write in writes)

@@ -165,7 +165,7 @@ async def test_a_run_survives_backends_that_are_killed(tmp_path: Path) -> None:
             [],
             (backends_option(*backends),),
             [on_event],
-            weather=SlowSteps(lambda: joined > NOTICED),
+            network=SlowSteps(lambda: joined > NOTICED),
         )
     assert outcome.error == ""
     assert backends[0].starts == 1 + kills

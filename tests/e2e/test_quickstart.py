@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,10 @@ from leeway.types import WeightManifest
 from leeway.weights.digests import tensor_entry, weights_digest
 from tests.deadlines import RUN_SECONDS
 from tests.e2e.prometheus import running_prometheus, wait_until
+from tests.harness.processes import CLI, ROOT, leeway, module, overriding
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
 STEPS = 30
 
 
@@ -38,11 +37,6 @@ class FinishedRun:
     @property
     def summary(self) -> dict[str, Any]:
         return json.loads((self.directory / "summary.json").read_text(encoding="utf-8"))
-
-
-def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "leeway.cli.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +55,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
         f"metrics.learner={ports[1]}",
         f"metrics.inference_servers={ports[2:]}",
     ]
-    command = [sys.executable, "-m", "leeway.cli.main", "run", "examples/sortmix8.toml", "--plain"]
-    for override in overrides:
-        command += ["--set", override]
+    command = module(CLI, "run", "examples/sortmix8.toml", "--plain", *overriding(overrides))
     targets = {"replay_buffer": ports[:1], "learner": ports[1:2], "inference_server": ports[2:]}
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.deadlines import RUN_SECONDS
+from tests.e2e.own_modules import add_own_modules, imported
+from tests.harness.processes import leeway, overriding
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "run.steps=4",
     "run.groups_per_step=3",
@@ -27,37 +25,27 @@ SMALL = (
 )
 
 
-def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "leeway.cli.main", *arguments],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=RUN_SECONDS,
-    )
-
-
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 def test_a_run_with_two_ranks(tmp_path: Path) -> None:
-    overrides = [part for key in (*SMALL, f"run.directory={tmp_path}") for part in ("--set", key)]
-    finished = leeway("run", "examples/sortmix8.toml", *overrides)
+    add_own_modules(tmp_path)  # torchrun starts no rank with them
+    finished = leeway("run", "sortmix8", *overriding(SMALL), directory=tmp_path)
     assert finished.returncode == 0, finished.stderr
-    run = tmp_path / "sortmix8"
+    run = tmp_path / "runs" / "sortmix8"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"]
     assert summary["groups_consumed"] == 12
     assert len(list((run / "checkpoints" / "step-00000004" / "weights").glob("shard-*"))) == 2
-    exported = leeway("export", str(run), "4")  # one process reads what two wrote
+    exported = leeway("export", str(run), "4", directory=tmp_path)  # one process reads what two wrote
     assert exported.returncode == 0, exported.stderr
     assert (run / "export" / "step-4" / "model.safetensors").is_file()
-    replayed = leeway("recompute-step", str(run), "4")
+    replayed = leeway("recompute-step", str(run), "4", directory=tmp_path)
     assert replayed.returncode == 0, replayed.stderr
     assert "starting from the checkpoint of step 2" in replayed.stdout
     assert replayed.stdout.endswith("equal: step 4 gives the same statistics and weights, bit for bit\n")
-    missing = leeway("recompute-step", str(run), "9")
+    missing = leeway("recompute-step", str(run), "9", directory=tmp_path)
     assert missing.returncode == 2
     assert missing.stderr.startswith("leeway: ")
     assert "no receipt of step 9" in missing.stderr
     assert len(missing.stderr.splitlines()) == 1
+    assert imported(tmp_path) == ""

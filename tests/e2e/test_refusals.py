@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from pathlib import Path
 
@@ -10,8 +9,7 @@ import pytest
 
 from leeway.cli.main import main
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
-from tests.e2e.rehearsal import EXAMPLE, happened, rehearse
-from tests.harness.recording_proxy import Call, Fate, Weather, Write
+from tests.e2e.rehearsal import EXAMPLE, AllAsk, rehearse
 
 pytestmark = pytest.mark.e2e
 
@@ -61,30 +59,11 @@ def test_broadcasts_beyond_this_host_need_a_word(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "runs").exists()
 
 
-class BothAtWork(Weather):
-    """Training begins when both servers ask for work: what is published then goes to both."""
-
-    def __init__(self) -> None:
-        self._asking: set[str] = set()
-        self._both = asyncio.Event()
-
-    async def request(self, method: str, first: bool) -> Fate:
-        if method == "DrawBatch":
-            await happened(self._both)
-        return Fate.ARRIVES
-
-    def on_event(self, event: str, subject: Call | Write) -> None:
-        if event == "AcquireTickets.begun" and isinstance(subject, Call):
-            self._asking.add(subject.request.server_id)
-            if len(self._asking) == 2:
-                self._both.set()
-
-
 @pytest.mark.timeout(RUN_SECONDS)
 async def test_a_run_whose_weights_are_broadcast_comes_to_its_end(tmp_path: Path) -> None:
-    weather = BothAtWork()
+    both = AllAsk({"server-0", "server-1"})  # what is published then goes to both
     overrides = ("run.steps=12", "network.weights=collective", f"learner.draw_timeout_seconds={2 * WAIT_SECONDS}")
-    outcome, _, _, _ = await rehearse(tmp_path, "nobody", [], overrides, [weather.on_event], weather=weather)
+    outcome, _, _, _ = await rehearse(tmp_path, "nobody", [], overrides, [both.on_event], network=both)
     assert outcome.error == ""
     logs = {file.stem: file.read_text(encoding="utf-8") for file in (tmp_path / "rehearsal" / "logs").iterdir()}
     assert "a group of 3 for broadcasts: the learner and server-0, server-1" in logs["learner"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -11,9 +12,8 @@ import pytest
 
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import read_journal
-from tests.e2e.rehearsal import SMALL
-from tests.e2e.test_stop_and_resume import EXAMPLE, children, command_line, leeway
-from tests.harness.processes import command
+from tests.e2e.rehearsal import EXAMPLE, SMALL
+from tests.harness.processes import CLI, children_of, command_line, leeway, overriding, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -32,19 +32,18 @@ async def test_a_run_that_is_rolled_back_goes_on_from_the_checkpoint(tmp_path: P
         "evaluation.every_steps=10",
         "inference_server.arithmetic.token_seconds=0.008",
     ]
-    arguments = ["run", str(EXAMPLE), *(part for override in overrides for part in ("--set", override))]
-    async with leeway(arguments) as process:
+    async with running(CLI, "run", str(EXAMPLE), "--plain", *overriding(overrides)) as process:
         assert process.stderr is not None
         while line := (await process.stderr.readline()).decode():
             if line.startswith("step 10: held-out"):
                 break
         store = CheckpointStore(run / "checkpoints", keep=100)
-        (learner,) = [child for child in children(process.pid) if "learner" in command_line(child)]
+        (learner,) = [child for child in children_of(process.pid) if "learner" in command_line(child)]
         os.kill(learner, signal.SIGSTOP)  # or the run may be at its end before the command is
-        code, said = await command("buffer", "rollback", str(run), str(BACK_TO))
+        returned = await asyncio.to_thread(leeway, "buffer", "rollback", str(run), str(BACK_TO))
         os.kill(learner, signal.SIGCONT)
-        assert code == 0, said
-        assert said.startswith(f"rolled back to step {BACK_TO} (rehearsal/1.{BACK_TO}@")
+        assert returned.returncode == 0, returned.stderr
+        assert returned.stdout.startswith(f"rolled back to step {BACK_TO} (rehearsal/1.{BACK_TO}@")
         _, stderr = await process.communicate()
     assert process.returncode == 0, stderr.decode()
     records = [record for record in read_journal(run / "metrics.jsonl") if record["kind"] == "step"]
@@ -57,7 +56,7 @@ async def test_a_run_that_is_rolled_back_goes_on_from_the_checkpoint(tmp_path: P
     assert summary["dropped_groups"]["rolled_back"] >= 4 * (10 - BACK_TO)
     assert summary["groups_issued"] == summary["groups_consumed"] + sum(summary["dropped_groups"].values())
     assert {store.load(step).version.epoch for step in store.steps() if step > BACK_TO} == {3}
-    code, said = await command("buffer", "rollback", str(run), str(BACK_TO + 1))
-    assert (code, said.count("no checkpoint of step 6; there are: 0, 5, 10")) == (1, 1), said
-    code, said = await command("buffer", "dead-letters", str(run))
-    assert (code, said) == (0, "no dead letters\n")
+    missing = await asyncio.to_thread(leeway, "buffer", "rollback", str(run), str(BACK_TO + 1))
+    assert (missing.returncode, missing.stderr.count("0, 5, 10")) == (1, 1), missing.stderr
+    letters = await asyncio.to_thread(leeway, "buffer", "dead-letters", str(run))
+    assert (letters.returncode, letters.stdout) == (0, "no dead letters\n")

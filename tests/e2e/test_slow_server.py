@@ -1,24 +1,23 @@
-"""A server that never comes to an end holds up the run: it is found by its loans, drained and named.
+"""A server that never finishes a rollout holds up the run: it is found by its open rollouts, drained and named.
 
-Nothing here depends on how fast anybody is: the slow server takes a minute for a token, steps that need its groups are
-not drawn, and what it holds grows older until that is far beyond what the others take.
+Nothing here depends on the speed of the machine: the slow server takes a minute for a token, steps that need its groups
+are not drawn, and its open rollouts grow older until their age is far beyond what the other servers take.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from leeway.cli.main import main
+from leeway.cli.serve import serve_command
 from leeway.types import GroupState, Purpose
 from tests.deadlines import RUN_SECONDS, WAIT_SECONDS
-from tests.e2e.rehearsal import happened, rehearse
+from tests.e2e.rehearsal import Visitors, rehearse
 from tests.harness.oracle import violations
-from tests.harness.recording_proxy import Call, Fate, Weather, Write
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(RUN_SECONDS)]
 
@@ -36,64 +35,19 @@ OVERRIDES = (
 )
 
 
-class SlowServer(Weather):
-    """Joins after the first step. The run waits until it asks for work, and once it is drained, until it is told so."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._asks, self._told = asyncio.Event(), asyncio.Event()
-        self._start: asyncio.Task[None] | None = None
-        self._drained = False
-        self.process: asyncio.subprocess.Process | None = None
-
-    async def request(self, method: str, first: bool) -> Fate:
-        if method == "DrawBatch" and self._start is not None:
-            await happened(self._asks)
-            if self._drained:
-                await happened(self._told)
-        return Fate.ARRIVES
-
-    def on_event(self, event: str, subject: Call | Write) -> None:
-        if event == "Advance.ended" and self._start is None:
-            self._start = asyncio.create_task(self._join())
-        if not isinstance(subject, Call) or getattr(subject.request, "server_id", "") != "slow":
-            return
-        if event == "AcquireTickets.begun":
-            self._asks.set()
-        elif event == "DrainServer.ended":
-            self._drained = subject.succeeded
-        elif event == "AcquireTickets.ended" and subject.succeeded and subject.reply.HasField("drained"):
-            self._told.set()
-
-    async def _join(self) -> None:
-        with (self._directory / "slow.log").open("wb") as log_file:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "inference_server", "--join", "slow"),
-                *("--config", str(self._directory / "rehearsal" / "config.toml")),
-                "--set=inference_server.arithmetic.token_seconds=60",
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-            )
-
-    async def ended(self) -> int:
-        """Its exit code; it has to end with the run."""
-        assert self.process is not None
-        try:
-            async with asyncio.timeout(WAIT_SECONDS):
-                return await self.process.wait()
-        finally:
-            if self.process.returncode is None:
-                self.process.kill()
-
-
 async def test_a_slow_server_is_drained_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    slow = SlowServer(tmp_path)
+    config = str(tmp_path / "rehearsal" / "config.toml")
+    slow = "--set=inference_server.arithmetic.token_seconds=60"
+    visitors = Visitors(
+        tmp_path, {"slow": serve_command("inference-server", "--join", "slow", "--config", config, slow)}, after_step=1
+    )
     try:
-        outcome, _, _, evidence = await rehearse(tmp_path, "nobody", [], OVERRIDES, [slow.on_event], weather=slow)
+        outcome, _, _, evidence = await rehearse(
+            tmp_path, "nobody", [], OVERRIDES, [visitors.on_event], network=visitors
+        )
     finally:
-        code = await slow.ended() if slow.process is not None else None
-    assert (outcome.error, code) == ("", 0)
+        codes = await visitors.ended()
+    assert (outcome.error, codes) == ("", {"slow": 0})
     assert violations(evidence) == []
 
     # It held groups, and others took them over.

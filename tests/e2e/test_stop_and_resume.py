@@ -16,7 +16,7 @@ import pytest
 from learner.run_artifacts.journal import read_journal
 from tests.deadlines import WAIT_SECONDS
 from tests.e2e.rehearsal import EXAMPLE, SMALL
-from tests.harness.processes import running
+from tests.harness.processes import CLI, children_of, command_line, overriding, running
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -28,11 +28,11 @@ FAST = ("--set", "inference_server.arithmetic.token_seconds=0.004")
 
 def arguments(directory: Path) -> list[str]:
     overrides = [*SMALL, f"run.steps={STEPS}", f"run.directory={directory}"]
-    return ["run", str(EXAMPLE), *(part for override in overrides for part in ("--set", override))]
+    return ["run", str(EXAMPLE), *overriding(overrides)]
 
 
 def leeway(arguments: Sequence[str]) -> AbstractAsyncContextManager[asyncio.subprocess.Process]:
-    return running("leeway.cli.main", *arguments, "--plain")
+    return running(CLI, *arguments, "--plain")
 
 
 async def training_begins(process: asyncio.subprocess.Process) -> None:
@@ -62,7 +62,7 @@ async def test_a_second_ctrl_c_does_not_wait(tmp_path: Path) -> None:
     patient = "--set", f"learner.stop_seconds={2 * WAIT_SECONDS}", "--set", f"learner.checkpoint_every_steps={STEPS}"
     async with leeway([*arguments(tmp_path), *SLOW, *patient]) as process:
         await training_begins(process)
-        (learner,) = [child for child in children(process.pid) if "learner" in command_line(child)]
+        (learner,) = [child for child in children_of(process.pid) if "learner" in command_line(child)]
         os.kill(learner, signal.SIGSTOP)  # it will never write its checkpoint
         process.send_signal(signal.SIGINT)
         assert process.stderr is not None
@@ -101,7 +101,7 @@ async def test_ctrl_c_stops_with_a_checkpoint_and_says_how_to_resume(tmp_path: P
 async def test_a_killed_supervisor_leaves_nothing_running_and_the_run_resumes(tmp_path: Path) -> None:
     async with leeway([*arguments(tmp_path), *SLOW]) as process:
         await training_begins(process)
-        descriptors = [os.pidfd_open(child) for child in children(process.pid)]
+        descriptors = [os.pidfd_open(child) for child in children_of(process.pid)]
         assert len(descriptors) == 4
         process.kill()
         try:
@@ -111,14 +111,6 @@ async def test_a_killed_supervisor_leaves_nothing_running_and_the_run_resumes(tm
             for descriptor in descriptors:
                 os.close(descriptor)
     await resume([*arguments(tmp_path), "--resume"], tmp_path / "rehearsal")
-
-
-def children(process_id: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
-
-
-def command_line(process_id: int) -> list[str]:
-    return Path(f"/proc/{process_id}/cmdline").read_text().split("\0")
 
 
 async def _ended(descriptor: int) -> None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from learner.run_artifacts.journal import read_journal
-from tests.deadlines import RUN_SECONDS
+from tests.harness.processes import leeway, overriding
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).parents[2]
 OVERRIDES = (
     "run.steps=4",
     "run.groups_per_step=6",
@@ -29,13 +26,8 @@ OVERRIDES = (
 )
 
 
-def leeway(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "leeway.cli.main", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=RUN_SECONDS, check=False)
-
-
 def test_candidates_agree_with_the_learner_where_nothing_is_stale(tmp_path: Path) -> None:
-    overrides = [part for key in (*OVERRIDES, f"run.directory={tmp_path}") for part in ("--set", key)]
+    overrides = overriding((*OVERRIDES, f"run.directory={tmp_path}"))
     finished = leeway("run", "examples/sortmix8.toml", *overrides)
     assert finished.returncode == 0, finished.stderr
     steps = [record for record in read_journal(tmp_path / "sortmix8" / "metrics.jsonl") if record["kind"] == "step"]

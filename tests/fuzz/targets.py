@@ -33,9 +33,9 @@ from leeway.service.metrics import LearnerMetrics
 from leeway.types import Evaluation, SamplingParams, WeightSnapshot, WriteItem
 from leeway.v1 import inference_pb2, policy_pb2, replay_pb2, trajectory_pb2
 from replay_buffer.storage.records import decode
-from replay_buffer.storage.segment_scan import verify_segment
-from replay_buffer.storage.segments import frame
+from replay_buffer.storage.segments import frame, verify_segment
 from tests.harness import replay_builders as builders
+from tests.harness.arithmetic_law import policy_version
 from tests.harness.handler_calls import Context, Harness
 from tests.harness.inputs import Inputs
 
@@ -271,8 +271,8 @@ class PolicyTarget:
         self._loop = asyncio.new_event_loop()
         self._inputs = Inputs(rng)
         self._rng = rng
-        self._publisher = Publisher("r", arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()), None)
-        version, (manifest, buffers) = arithmetic.policy_version("r", 1, 1), arithmetic.published_weights(0, 1)
+        self._publisher = Publisher("r", arithmetic.SIGNATURE, LearnerMetrics(CollectorRegistry()))
+        version, (manifest, buffers) = policy_version("r", 1, 1), arithmetic.published_weights(0, 1)
         self._loop.run_until_complete(self._publisher.publish(WeightSnapshot(version, 1, manifest, buffers)))
         hello = policy_pb2.PolicyWatcher(
             run="r", server_id="s", signature=codec.signature_to_proto(arithmetic.SIGNATURE)
@@ -309,7 +309,7 @@ class InferenceTarget:
     async def _open(self) -> None:
         engine = ArithmeticEngine(ArithmeticEngineOptions(token_seconds=0.0))
         self._service = InferenceServicer(engine, ServedPolicy(engine, "r"))
-        version, (manifest, buffers) = arithmetic.policy_version("r", 1, 1), arithmetic.published_weights(0, 1)
+        version, (manifest, buffers) = policy_version("r", 1, 1), arithmetic.published_weights(0, 1)
         await engine.update_weights(WeightSnapshot(version, 1, manifest, buffers))
         self._inputs.learn(
             inference_pb2.GenerateRequest(

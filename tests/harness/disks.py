@@ -1,7 +1,7 @@
-"""A disk that forgets: when the power goes, what a process has not synced is lost, as far as chance will have it.
+"""Disks of tests: one that forgets what was not synced when the power goes, and one whose syncs are held back.
 
     service ── os.fsync, os.fdatasync ──> ledger: file -> synced bytes, directory -> names     in the service's process
-    conductor: kill -9, then power_loss ──> files cut back or torn, new names gone, removed and replaced files back
+    driver: kill -9, then power_loss ──> files cut back or torn, new names gone, removed and replaced files back
     oracle: DurableView ──> what would be left if the power went now
 
 kill -9 alone keeps the page cache and proves nothing about fsync. The model is POSIX, not one file system: a file's
@@ -15,11 +15,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Final
+
+from replay_buffer.storage.segments import AppendFile, SegmentFile
+from tests.deadlines import WAIT_SECONDS
 
 LEDGER: Final = "ledger.jsonl"
 LINKS: Final = "links"
@@ -139,24 +143,24 @@ class Losses:
         self.undone_removals += other.undone_removals
 
 
-def power_loss(root: Path, home: Path, rng: Random, *, merciless: bool = False) -> Losses:
+def power_loss(root: Path, home: Path, rng: Random, *, lose_all: bool = False) -> Losses:
     """Leave of `root` what a disk may hold after the power went; the processes that wrote there are dead.
 
-    A merciless one takes every byte that was not synced.
+    With `lose_all` every byte that was not synced is lost.
     """
     if not (home / LEDGER).exists():
         return Losses()
-    crash = _Crash(Ledger.read(home), home / LINKS, rng, merciless)
+    crash = _Crash(Ledger.read(home), home / LINKS, rng, lose_all)
     crash.directory(root)
     return crash.losses
 
 
 class _Crash:
-    def __init__(self, ledger: Ledger, links: Path, rng: Random, merciless: bool) -> None:
+    def __init__(self, ledger: Ledger, links: Path, rng: Random, lose_all: bool) -> None:
         self._ledger = ledger
         self._links = links
         self._rng = rng
-        self._merciless = merciless
+        self._lose_all = lose_all
         self.losses = Losses()
 
     def directory(self, path: Path) -> None:
@@ -198,10 +202,10 @@ class _Crash:
         unsynced = size - synced
         if unsynced <= 0 or (path.name.startswith(_OWN_SYNCS) and self._rng.random() < _SYNCED_UNSEEN):
             return
-        kept = 0 if self._merciless else self._rng.choice((0, self._rng.randrange(unsynced + 1)))
+        kept = 0 if self._lose_all else self._rng.choice((0, self._rng.randrange(unsynced + 1)))
         left = unsynced - kept
         junk = self._rng.choice((b"", b"", bytes(self._rng.randrange(left + 1)), self._rng.randbytes(left)))
-        junk = b"" if self._merciless else junk
+        junk = b"" if self._lose_all else junk
         with path.open("r+b") as file:
             file.truncate(synced + kept)
             file.seek(synced + kept)
@@ -234,3 +238,25 @@ class DurableView:
     def names(self, path: Path) -> list[str]:
         """The durable names in a directory."""
         return sorted(self._ledger.names.get(path.stat().st_ino, {}))
+
+
+class HeldDisk:
+    """A disk that syncs only when it may, and an account of what it promised."""
+
+    def __init__(self) -> None:
+        self.may_sync = threading.Event()
+        self.may_sync.set()
+        self.synced = threading.Event()
+        self.durable_bytes: dict[Path, int] = {}
+
+    def open(self, path: Path) -> SegmentFile:
+        disk = self
+
+        class File(AppendFile):
+            def sync(self) -> None:
+                disk.synced.set()
+                assert disk.may_sync.wait(WAIT_SECONDS)
+                super().sync()
+                disk.durable_bytes[path] = path.stat().st_size
+
+        return File(path)

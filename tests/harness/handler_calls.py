@@ -167,6 +167,15 @@ class Harness:
         self.disk.failing = False
         self.do(self._open())
 
+    def restart(self, *, from_log: bool) -> None:
+        """Stop cleanly and start again, on what was stored beside the log or on the log alone."""
+        self.close()
+        if from_log:
+            for path in self.directory.iterdir():
+                if path.name.startswith(("snapshot", "index")):
+                    path.unlink()
+        self.do(self._open())
+
     def close(self) -> None:
         """Stop, as far as the disk allows."""
         self.do(self._close())

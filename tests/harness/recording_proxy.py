@@ -7,7 +7,7 @@
 
 One event loop stamps everything with one counter, so "this reply had been handed out before that call began" can be
 told. The proxy knows methods only as streams of bytes. While the service is down new calls wait for it, as they would
-without a proxy, and calls in flight end with its UNAVAILABLE. `Weather` is what a network may do on the way.
+without a proxy, and calls in flight end with its UNAVAILABLE. `Network` decides what happens to each message.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ _LATE_SECONDS = 5.0
 
 
 class Fate(Enum):
-    """What becomes of a message."""
+    """What happens to a message."""
 
     ARRIVES = auto()
     LOST = auto()  # and with it the connection
     TWICE = auto()
 
 
-class Weather:
-    """What a network does to messages. This one is fair; a method may take its time, which delays the message."""
+class Network:
+    """Decides what happens to messages. This one delivers each once; a method that awaits delays its message."""
 
     async def request(self, method: str, first: bool) -> Fate:
-        """A request is on its way; `first` of its stream."""
+        """The fate of a request, which may be the `first` of its stream."""
         return Fate.ARRIVES
 
     async def reply(self, method: str) -> Fate:
-        """A reply is on its way; it is in the record already."""
+        """The fate of a reply, which is in the record already."""
         return Fate.ARRIVES
 
-    def ghosts(self, method: str) -> Sequence[float]:
+    def repetitions(self, method: str) -> Sequence[float]:
         """Seconds after which the same request arrives once more, on a connection of its own."""
         return ()
 
@@ -73,7 +73,7 @@ class Call:
     begun: int
     replies: list[Any] = field(default_factory=list)
     ended: int | None = None  # stamped before the caller learns the outcome
-    code: grpc.StatusCode | None = None  # None: nobody knows what became of it
+    code: grpc.StatusCode | None = None  # None: its outcome is unknown
     repeated: bool = False  # by the network: its caller knows nothing of it
 
     @property
@@ -92,7 +92,7 @@ class Write:
     item: replay_pb2.WriteItem
     server_id: str
     sent: int
-    result: replay_pb2.WriteResult | None = None  # None: nobody knows what became of it
+    result: replay_pb2.WriteResult | None = None  # None: its outcome is unknown
     answered: int | None = None
     repeated: bool = False  # by the network: its sender knows nothing of it
 
@@ -125,11 +125,11 @@ class Record:
 
 
 @asynccontextmanager
-async def recording_proxy(target: str, record: Record, weather: Weather | None = None) -> AsyncGenerator[str]:
+async def recording_proxy(target: str, record: Record, network: Network | None = None) -> AsyncGenerator[str]:
     """Forward to `target`; yields the proxy's address."""
     server = grpc.aio.server(options=_OPTIONS)
     async with grpc.aio.insecure_channel(target, options=_OPTIONS) as channel:
-        proxy = _Proxy(channel, record, weather or Weather())
+        proxy = _Proxy(channel, record, network or Network())
         server.add_generic_rpc_handlers((proxy,))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
@@ -141,10 +141,10 @@ async def recording_proxy(target: str, record: Record, weather: Weather | None =
 
 
 class _Proxy(grpc.GenericRpcHandler):
-    def __init__(self, channel: grpc.aio.Channel, record: Record, weather: Weather) -> None:
+    def __init__(self, channel: grpc.aio.Channel, record: Record, network: Network) -> None:
         self._channel = channel
         self._record = record
-        self._weather = weather
+        self._network = network
         self._late: set[asyncio.Task[None]] = set()
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
@@ -174,7 +174,7 @@ class _Proxy(grpc.GenericRpcHandler):
         try:
             async for reply in upstream:
                 passed_on = observer.on_reply(reply)
-                fate = await self._weather.reply(method)
+                fate = await self._network.reply(method)
                 if fate is Fate.LOST:
                     reset.set()
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "connection reset")
@@ -204,12 +204,12 @@ class _Proxy(grpc.GenericRpcHandler):
     ) -> AsyncIterator[bytes]:
         method, first = path.rpartition("/")[2], True
         async for request in requests:
-            fate = await self._weather.request(method, first)
+            fate = await self._network.request(method, first)
             first = False
             if fate is Fate.LOST:
                 reset.set()
                 return
-            for seconds in self._weather.ghosts(method):
+            for seconds in self._network.repetitions(method):
                 late = asyncio.create_task(self._arrive_late(path, request, seconds))
                 self._late.add(late)
                 late.add_done_callback(self._late.discard)

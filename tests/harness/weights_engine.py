@@ -7,7 +7,7 @@ be sampled. Between pause and resume nothing is sampled, so nothing is looked at
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from inference_server.engine import GenerationEnd, GenerationRequest
 from leeway import arithmetic
@@ -17,9 +17,14 @@ from leeway.weights.digests import tensor_entry, weights_digest
 
 
 class WeightsEngine:
-    """Implements Engine, except that it samples nothing."""
+    """Implements Engine, except that it samples nothing.
 
-    def __init__(self) -> None:
+    Args:
+        on_update: called when an update is in force.
+    """
+
+    def __init__(self, on_update: Callable[[], None] = lambda: None) -> None:
+        self._on_update = on_update
         self.label: PolicyVersion | None = None
         self.paused = False
         self.updates = 0
@@ -58,6 +63,7 @@ class WeightsEngine:
         self.publisher_epoch = snapshot.publisher_epoch
         self.updates += 1
         self.paused = False
+        self._on_update()
         return 0.0
 
     async def pause(self) -> None:

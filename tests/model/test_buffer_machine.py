@@ -24,6 +24,7 @@ from leeway.types import Evaluation, SamplingParams, TrajectoryClose, Trajectory
 from leeway.v1 import common_pb2, replay_pb2
 from tests.harness import replay_builders as builders
 from tests.harness.handler_calls import Harness
+from tests.harness.replay_directory import described
 from tests.model.law import OPEN, READY, TRAIN, End, Law, Version, name, read_log
 
 RUN = builders.RUN
@@ -98,6 +99,7 @@ class BufferMachine(RuleBasedStateMachine):
         records = list(read_log(self.directory))
         for record in records[self.taken :]:
             self.law.take(record)
+        assert not self.law.violations
         self.taken = len(records)
 
     # The learner
@@ -111,7 +113,7 @@ class BufferMachine(RuleBasedStateMachine):
         if self.taken and law.finished:
             assert self.call("OpenRun", request).finished
             return
-        surviving = {*law._ancestry(law.head)}
+        surviving = {*law.ancestry(law.head)}
         steps = {entry.step: list(entry.group_ids) for entry in ledger}
         legal = (
             version in surviving
@@ -141,7 +143,7 @@ class BufferMachine(RuleBasedStateMachine):
     def reopen(self, number: int, extra: int, damaged: bool) -> None:
         """At any version there ever was, with the ledger of its checkpoint, or one that lacks or adds something."""
         law = self.law
-        legal = [version for version in law._ancestry(law.head) if version[2] >= law.committed]
+        legal = [version for version in law.ancestry(law.head) if version[2] >= law.committed]
         versions = legal if number % 3 else sorted(law.parents)
         version = versions[number % len(versions)]
         first = max(self.law.committed + 1 - extra, 1)
@@ -264,7 +266,7 @@ class BufferMachine(RuleBasedStateMachine):
         versions = sorted(law.parents)
         version = versions[(number // 3) % len(versions)]
         request = replay_pb2.RollbackRunRequest(run=RUN, version=_proto(version))
-        if law.finished or (version not in {*law._ancestry(law.head)} and version != law.must_open_at):
+        if law.finished or (version not in {*law.ancestry(law.head)} and version != law.must_open_at):
             self.refused(PreconditionError, "RollbackRun", request)
             return
         epoch, again = law.epoch, law.must_open_at == version
@@ -594,6 +596,14 @@ class BufferMachine(RuleBasedStateMachine):
         assert len(list(read_log(self.directory))) >= before, "acknowledged records are gone"
         self.judge()
         self._read_back(busy)
+
+    @rule(from_log=st.booleans())
+    def restart(self, from_log: bool) -> None:
+        """A clean stop; the next start finds the same state, in what was stored of it or in the whole log."""
+        state = self.harness.buffer._store.runs[RUN].state
+        before = described(state)
+        self.harness.restart(from_log=from_log)
+        assert described(self.harness.buffer._store.runs[RUN].state) == before
 
     def _read_back(self, group_ids: Sequence[str]) -> None:
         """A write that got no answer may have happened; what happened is what the log has."""

@@ -1,4 +1,4 @@
-"""`python -m tests.push --pushes 1000`: see tests/push/chaos.py. Exit code 1 when anything is violated."""
+"""`python -m tests.push --pushes 1000`: see tests/push/driver.py. Exit code 1 when anything is violated."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import sys
 
-from tests.push.chaos import chaos
+from tests.push.driver import push_under_faults
 
 
 def main() -> int:
@@ -18,7 +18,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seed = secrets.randbelow(1 << 31) if arguments.seed is None else arguments.seed
     print(f"{arguments.pushes} pushes, seed {seed}", flush=True)
-    outcome = asyncio.run(chaos(arguments.pushes, seed, tell=lambda line: print(line, flush=True)))
+    outcome = asyncio.run(push_under_faults(arguments.pushes, seed, tell=lambda line: print(line, flush=True)))
     for what, count in sorted(outcome.kinds.items()):
         print(f"{count:>8}  {what}")
     print(f"{outcome.pushes} pushes, {outcome.looks} looks, {len(outcome.violations)} violations")

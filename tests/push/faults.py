@@ -1,6 +1,6 @@
-"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are spoilt with a given probability.
+"""A learner whose pushes go wrong: bytes, messages, deltas and announcements are corrupted with a given probability.
 
-It can also be told to die where it hurts: `Faults.dies_at`.
+It can also be told to die at a given place of a push: `Faults.dies_at`.
 """
 
 from __future__ import annotations
@@ -10,17 +10,16 @@ import random
 import signal
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry
 
-from learner.weights.collective import CollectiveWeights
-from learner.weights.local import LocalWeights
+from learner.weights.collective import BroadcastOutlet
+from learner.weights.outlets import GrpcOutlet, ZmqOutlet
 from learner.weights.publication import Part, Publication
 from learner.weights.publisher import Publisher
-from learner.weights.streamed import StreamedWeights
 from leeway import arithmetic
 from leeway.errors import UnavailableError
 from leeway.rpc import RunningServer, Security, start_server
@@ -56,7 +55,7 @@ class Faults:
         self.counts[what] += 1
         return True
 
-    def spoilt(self, data: Part) -> bytes:
+    def corrupted(self, data: Part) -> bytes:
         """One bit differs, or the end is missing, or there is more of it."""
         changed = bytearray(data)
         kind = self.random.choice(["flip", "cut", "more"])
@@ -83,7 +82,7 @@ class Faults:
         return changed
 
 
-class FaultyLocalWeights(LocalWeights):
+class FaultyZmq(ZmqOutlet):
     """Answers over ZeroMQ, some of them wrongly."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
@@ -93,15 +92,15 @@ class FaultyLocalWeights(LocalWeights):
     def _reply(self, request: list[bytes]) -> list[Part]:
         reply = super()._reply(request)
         self._faults.may_die("transfer")
-        if reply[0] == b"ok" and self._faults.strikes("zmq frame spoilt"):
+        if reply[0] == b"ok" and self._faults.strikes("zmq frame corrupted"):
             at = self._faults.random.randrange(1, len(reply))
-            reply = [*reply[:at], self._faults.spoilt(reply[at]), *reply[at + 1 :]]
+            reply = [*reply[:at], self._faults.corrupted(reply[at]), *reply[at + 1 :]]
         if reply[0] == b"ok" and self._faults.strikes("zmq frames disordered"):
             reply = [*reply[:2], *self._faults.disordered(reply[2:])]
         return reply
 
 
-class FaultyStream(StreamedWeights):
+class FaultyGrpc(GrpcOutlet):
     """Answers over gRPC, some of them wrongly."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
@@ -117,22 +116,22 @@ class FaultyStream(StreamedWeights):
         for number, piece in enumerate(pieces):
             if number == len(pieces) // 2:
                 self._faults.may_die("transfer")
-            if self._faults.strikes("grpc piece spoilt"):
-                piece = self._faults.spoilt(piece)
+            if self._faults.strikes("grpc piece corrupted"):
+                piece = self._faults.corrupted(piece)
             if self._faults.random.random() < 0.02 and self._faults.strikes("grpc stream broken"):
                 raise UnavailableError("the stream broke")
             yield piece
 
 
-class FaultyBroadcasts(CollectiveWeights):
+class FaultyBroadcasts(BroadcastOutlet):
     """Broadcasts, at times something else, too little, or nothing for longer than the servers' patience."""
 
     def __init__(self, metrics: LearnerMetrics, faults: Faults) -> None:
-        super().__init__("127.0.0.1", metrics, patience_seconds=1.0, gather_seconds=0.1)
+        super().__init__(metrics, "127.0.0.1", 1.0, 0.1)
         self._faults = faults
 
     def _pieces(self, group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
-        if self._faults.strikes("broadcast spoilt"):
+        if self._faults.strikes("broadcast corrupted"):
             at = self._faults.random.choice([index for index, part in enumerate(parts) if len(part)])
             wrong = bytearray(parts[at])
             wrong[self._faults.random.randrange(len(wrong))] ^= 1 << self._faults.random.randrange(8)
@@ -151,13 +150,13 @@ class FaultyPublisher(Publisher):
 
     def __init__(self, faults: Faults, run: str = RUN, signature: ModelSignature = arithmetic.SIGNATURE) -> None:
         self.metrics = LearnerMetrics(CollectorRegistry())
-        self.zmq = FaultyLocalWeights(self.metrics, faults)
-        self.broadcasts = broadcasts = FaultyBroadcasts(self.metrics, faults)
-        super().__init__(run, signature, self.metrics, self.zmq, max_delta_chain=4, broadcasts=broadcasts)
-        self._streamed = FaultyStream(self.metrics, faults)
-        self._outlets = [self._streamed, self.zmq, broadcasts]
+        self.zmq = FaultyZmq(self.metrics, faults)
+        self.broadcasts = FaultyBroadcasts(self.metrics, faults)
+        super().__init__(run, signature, self.metrics, [self.zmq, self.broadcasts], max_delta_chain=4)
+        self._grpc = FaultyGrpc(self.metrics, faults)
         self._faults = faults
         self.acknowledged = 0
+        self.on_acknowledged: Callable[[], None] = lambda: None
 
     async def start(self, address: str) -> RunningServer:
         """Serve."""
@@ -197,3 +196,4 @@ class FaultyPublisher(Publisher):
         self._faults.may_die("acknowledge")
         super()._acknowledged(server_id, server, message)
         self.acknowledged += 1
+        self.on_acknowledged()

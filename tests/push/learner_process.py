@@ -2,9 +2,9 @@
 
     told      publish                    train a step, say its version, announce it
               die, where                 SIGKILL itself the next time it is there
-              calm                       nothing goes wrong any more
+              end faults                 from now on nothing goes wrong
     says      version                    before anyone can know it: what the replay buffer registers at Advance
-              counts                     after each publication, all of this incarnation
+              counts, refusals           after each publication and acknowledgement, all of this incarnation
 
 It starts from the newest checkpoint, which is at times steps behind what was published: those versions are abandoned,
 and the steps that follow are versions of its own epoch.
@@ -14,16 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from leeway.weights.broadcast import BroadcastGroup
+from tests.harness.processes import hear, tell
 from tests.push.faults import Faults, FaultyPublisher
 from tests.push.history import PIECE_BYTES, History
-from tests.push.processes import messages, tell
 
 _CHECKPOINT_STEPS = 4
 
@@ -32,18 +31,23 @@ async def _learn(
     pipe: Any, address: str, directory: Path, seed: int, epoch: int, start: int, probability: float
 ) -> None:
     commands: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue()
-    messages(pipe, commands.put_nowait)
+    hear(pipe, commands.put_nowait)
     faults = Faults(f"{seed} {start}", probability)
     history = History(seed, epoch, start)
     history.restore(directory)
     publisher = FaultyPublisher(faults)
+
+    def say_counts() -> None:
+        tell(pipe, counts=faults.counts + _sent(publisher), refusals=_refusals(publisher))
+
+    publisher.on_acknowledged = say_counts
 
     async def publish() -> None:
         snapshot = history.snapshot()
         version = snapshot.version
         tell(pipe, version=[version.epoch, version.step, version.digest.hex()], epoch=epoch)
         await publisher.publish(snapshot)
-        tell(pipe, counts=faults.counts + _sent(publisher), refusals=_refusals(publisher))
+        say_counts()
 
     server = await publisher.start(address)  # served as long as it is held
     await publish()
@@ -56,10 +60,8 @@ async def _learn(
                     history.save(directory)
             case "die":
                 faults.dies_at = command["where"]
-            case "calm":
+            case "end faults":
                 faults.probability = 0.0
-            case "count":
-                tell(pipe, counts=faults.counts + _sent(publisher), refusals=_refusals(publisher))
             case unknown:
                 raise ValueError(unknown)
     await server.stop(0.0)
@@ -80,8 +82,6 @@ def _refusals(publisher: FaultyPublisher) -> list[str]:
 
 def learn(pipe: Any, address: str, directory: str, seed: int, epoch: int, start: int, probability: float) -> None:
     """Be one incarnation of the learner."""
-    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
-        os.dup2(nowhere.fileno(), 2)
     BroadcastGroup.piece_bytes = PIECE_BYTES
     logging.disable(logging.CRITICAL)
     asyncio.run(_learn(pipe, address, Path(directory), seed, epoch, start, probability))

@@ -15,8 +15,8 @@ from leeway.rpc import Security
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.weights.broadcast import BroadcastGroup  # imported before the fork: torch takes seconds
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.processes import hear
 from tests.push.history import PIECE_BYTES, RUN
-from tests.push.processes import messages
 
 
 async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
@@ -28,18 +28,15 @@ async def _receive(pipe: Any, name: str, backend: str, policy: str, transport: s
         server_id=name,
         address=policy,
         security=Security(),
-        allow_local=transport == "zmq",
-        broadcasts=transport == "collective",
+        transports=tuple(dict.fromkeys((transport, "grpc"))),
         fetch_timeout_seconds=WAIT_SECONDS,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )
-    messages(pipe, lambda _: os._exit(0))  # whoever started it is gone
+    hear(pipe, lambda _: os._exit(0))  # whoever started it is gone
     await receiver.run()
 
 
 def receive(pipe: Any, name: str, backend: str, policy: str, transport: str) -> None:
     """Feed the engine at `backend` from the learner at `policy` until killed."""
-    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (a device)
-        os.dup2(nowhere.fileno(), 2)
     BroadcastGroup.piece_bytes = PIECE_BYTES
     asyncio.run(_receive(pipe, name, backend, policy, transport))

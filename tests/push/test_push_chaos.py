@@ -12,7 +12,7 @@ import pytest
 from inference_server.served_policy import ServedPolicy
 from leeway.types import PolicyVersion, WeightSnapshot
 from tests.harness.weights_engine import WeightsEngine
-from tests.push.chaos import chaos
+from tests.push.driver import push_under_faults
 from tests.push.history import RUN, History
 from tests.push.oracle import Oracle, Outcome
 
@@ -20,12 +20,13 @@ from tests.push.oracle import Oracle, Outcome
 @pytest.mark.e2e
 @pytest.mark.timeout(600)
 async def test_whatever_is_served_is_what_its_label_says() -> None:
-    outcome = await chaos(80, seed=7, fault_probability=0.08)
+    outcome = await push_under_faults(80, seed=7, fault_probability=0.08)
     assert not outcome.violations
     assert outcome.looks > 100
     assert outcome.kinds["receiver killed"] >= 3
     assert sum(count for kind, count in outcome.kinds.items() if "learner killed" in kind) >= 4
-    for what in ("learner killed in", "spoilt", "announcement", "KiB as delta", "KiB as snapshot", "over collective"):
+    sent = ("KiB as delta", "KiB as snapshot", "over collective")
+    for what in ("learner killed in", "corrupted", "announcement", *sent):
         assert sum(count for kind, count in outcome.kinds.items() if what in kind) >= 1, what
 
 

@@ -9,8 +9,9 @@ from leeway.arithmetic import ArithmeticWeights
 from leeway.errors import PreconditionError
 from leeway.types import WeightManifest
 from leeway.weights.digests import verify_weights
+from tests.harness.arithmetic_law import behavior_logprob, next_token, policy_version
 
-WEIGHTS = ArithmeticWeights.of(arithmetic.policy_version("r", epoch=2, step=7, history=3))
+WEIGHTS = ArithmeticWeights.of(policy_version("r", epoch=2, step=7, history=3))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -31,15 +32,15 @@ def test_samples_follow_the_distribution() -> None:
 
 def test_every_version_has_its_own_logprob() -> None:
     prefix = [3, 4, 5]
-    versions = [arithmetic.policy_version("r", 1, step, history) for history in range(3) for step in range(50)]
-    logprobs = [arithmetic.behavior_logprob(ArithmeticWeights.of(version), prefix, 17) for version in versions]
+    versions = [policy_version("r", 1, step, history) for history in range(3) for step in range(50)]
+    logprobs = [behavior_logprob(ArithmeticWeights.of(version), prefix, 17) for version in versions]
     assert len(set(logprobs)) > 140  # most tokens are not favoured, and each version has its own q
 
 
 def test_oracle_recomputes_a_sampled_token() -> None:
-    token, logprob = arithmetic.next_token(WEIGHTS, [3, 4, 5], seed=11)
-    assert arithmetic.behavior_logprob(WEIGHTS, [3, 4, 5], token) == logprob
-    assert arithmetic.next_token(WEIGHTS, [3, 4, 5], seed=11) == (token, logprob)
+    token, logprob = next_token(WEIGHTS, [3, 4, 5], seed=11)
+    assert behavior_logprob(WEIGHTS, [3, 4, 5], token) == logprob
+    assert next_token(WEIGHTS, [3, 4, 5], seed=11) == (token, logprob)
 
 
 def test_top_tokens_are_the_likeliest() -> None:
@@ -62,7 +63,7 @@ def test_routing_names_distinct_experts() -> None:
 
 def test_the_law_follows_the_bytes_and_a_label_tells_them() -> None:
     manifest, buffers = arithmetic.published_weights(history=3, step=7)
-    verify_weights(manifest, buffers, arithmetic.policy_version("r", 2, 7, history=3).digest)
+    verify_weights(manifest, buffers, policy_version("r", 2, 7, history=3).digest)
     assert arithmetic.read_weights(manifest, buffers) == WEIGHTS
     _, others = arithmetic.published_weights(history=4, step=7)
     assert arithmetic.read_weights(manifest, others) != WEIGHTS

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 PROTO = Path(__file__).parents[2] / "proto"
 
 

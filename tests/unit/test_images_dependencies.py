@@ -18,6 +18,8 @@ OF_THE_REPORT = ("matplotlib",)
 PROGRAM = """
 import runpy, sys
 
+pytestmark = pytest.mark.processes
+
 packages, module, *arguments = sys.argv[1:]
 sys.modules.update(dict.fromkeys(packages.split(",")))
 sys.argv = [module, *arguments]

@@ -47,6 +47,17 @@ def test_the_patterns_find_something() -> None:
         assert sum(len(pattern.findall(text)) for text in texts) > 10, pattern.pattern
 
 
+def test_every_test_that_a_page_names_is_there() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    defined = {
+        name
+        for file in CHECKOUT.glob("tests/**/*.py")
+        for name in re.findall(r"def (test_\w+)", file.read_text(encoding="utf-8"))
+    }
+    assert len(named) >= 10
+    assert named - defined == set()
+
+
 def test_the_drawing_is_that_of_its_source() -> None:
     source = (CHECKOUT / "docs" / "architecture.dot").read_bytes()
     drawing = (CHECKOUT / "docs" / "architecture.svg").read_text(encoding="utf-8")

@@ -11,6 +11,8 @@ from tests.deadlines import WAIT_SECONDS
 
 _STARTER = """
 import subprocess, sys, os
+
+pytestmark = pytest.mark.processes
 child = "import os, time; from inference_server.engines.sglang.server import die_with_parent as d; d(os.getppid())"
 child += "; print(os.getpid(), flush=True); time.sleep(600)"
 subprocess.run([sys.executable, "-c", child])

@@ -70,6 +70,7 @@ with staged_weights(snapshot(1), pathlib.Path(sys.argv[1])):
 
 
 @pytest.mark.parametrize("when", ["staged", "before it is locked"])
+@pytest.mark.processes
 def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path, when: str) -> None:
     snapshot = tiny_models.snapshot(tiny_models.make_model(0))
     other = tmp_path / "leeway-other"

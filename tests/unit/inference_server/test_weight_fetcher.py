@@ -8,10 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from inference_server.weights.fetcher import WeightFetcher
-from inference_server.weights.transport import BATCH_BYTES, Announcement, Part
+from inference_server.weights.transports import BATCH_BYTES, Announcement, Part
 from leeway.errors import CorruptDataError, InvalidDataError
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.types import PolicyVersion, WeightManifest, WeightRequest
+from leeway.v1 import policy_pb2
 from leeway.weights.digests import tensor_entry, weights_digest
 
 SIZES = (BATCH_BYTES + 1, 7, BATCH_BYTES, 0, 5)
@@ -27,6 +28,9 @@ class AtOnce:
 
     def __init__(self, parts: list[Part]) -> None:
         self._parts = parts
+
+    def greet(self, hello: policy_pb2.PolicyWatcher) -> None:
+        pass
 
     def reaches(self, announcement: Announcement) -> bool:
         return True

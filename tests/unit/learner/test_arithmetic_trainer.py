@@ -70,6 +70,7 @@ def test_policy_logprobs_are_those_of_the_weights_before_the_step() -> None:
         assert logprobs[-1] == np.float32(law.logprob(ids[trained[-1]]))
 
 
+@pytest.mark.processes
 def test_a_rehearsal_needs_no_torch() -> None:
     blocked = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'tokenizers')))"
     program = "; ".join([blocked, *(f"import {part}" for part in PARTS)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import subprocess
 import sys
@@ -69,8 +70,15 @@ def test_a_child_hears_by_its_stdin_that_its_parent_is_gone() -> None:
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
-    # `communicate` returns when the child, which shares stdout, has ended too.
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=WAIT_SECONDS, check=False)
+    reading, writing = os.pipe()  # an input of the parent that does not end
+    try:
+        # Returns when the child, which shares stdout, has ended too.
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdin=reading, capture_output=True, timeout=WAIT_SECONDS, check=False
+        )
+    finally:
+        os.close(reading)
+        os.close(writing)
     assert done.returncode == -signal.SIGKILL
 
 

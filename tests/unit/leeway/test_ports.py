@@ -44,6 +44,7 @@ def test_a_port_is_given_to_one_caller_and_a_service_may_listen_there(only: int)
         ports.free_port(HOST)
 
 
+@pytest.mark.processes
 def test_other_processes_are_given_others(only: int) -> None:
     assert ports.free_port(HOST) == only
     program = (

@@ -134,7 +134,6 @@ def weight_receiver() -> WeightReceiver:
         server_id="server-0",
         address="127.0.0.1:1",
         security=Security(),
-        allow_local=False,
         fetch_timeout_seconds=1.0,
         metrics=InferenceServerMetrics(CollectorRegistry()),
     )

@@ -35,6 +35,7 @@ def supervised(
     return made, events
 
 
+@pytest.mark.processes
 async def test_what_a_killed_process_had_started_ends_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "OTHERS_STOP_SECONDS", 0.01)
     monkeypatch.setattr(children, "PIPES_SECONDS", 2 * WAIT_SECONDS)

@@ -42,6 +42,7 @@ def test_a_second_learner_is_refused_by_name_until_the_first_has_ended(tmp_path:
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.processes
 def test_the_lock_ends_with_its_process_however_it_ends(tmp_path: Path, how: signal.Signals) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:
@@ -68,6 +69,7 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_a_learner_process_is_refused_before_it_touches_anything(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "rehearsal"
     with held_run(run):

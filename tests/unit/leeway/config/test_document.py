@@ -88,7 +88,7 @@ def test_overrides_are_toml_and_bare_words_are_strings(config: Path) -> None:
         ),
         ('inference_server.engines=["tgi"]', "inference_server.engines.0: there is no engine 'tgi'"),
         ("learner.training.algorithm=ppo", "learner.training.algorithm: there is no algorithm 'ppo'"),
-        ("network.weights=pigeon", "network.weights: there is no weight transport 'pigeon'"),
+        ("network.weights=pigeon", "network.weights: there is no transport 'pigeon'"),
         ("network.policy=learner", "network.policy: string should match pattern"),
         ("steps=1", "--set steps=1: write section.key=value"),
         ("run.steps.more=1", "steps is a value, not a section"),

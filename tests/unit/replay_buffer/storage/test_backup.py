@@ -13,8 +13,8 @@ from replay_buffer import run_store
 from replay_buffer.storage import backup as backup_module
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.backup import write_backup
-from replay_buffer.storage.generation import read_generation
 from replay_buffer.storage.segments import segment_numbers, segment_path
+from replay_buffer.storage.snapshots import read_generation
 from tests.harness.replay_builders import ROOT, RUN, chunk, filled, version
 from tests.harness.replay_directory import OpenBuffer, described, opened
 

@@ -99,7 +99,7 @@ async def test_ended_groups_leave_memory(tmp_path: Path) -> None:
         assert state.consumed == 180
         assert len(state.groups.unended) <= 6
         assert not state.batches
-        assert len(storage.index._groups) < index_module._WAITING
+        assert storage.index.num_recent < index_module._MOST_RECENT
         # Versions and caches that fill once; the 60 groups that ended meanwhile would take more than a kilobyte each.
         assert sizes[2] - sizes[1] < 30 * 1000, sizes
 
@@ -222,60 +222,46 @@ async def test_an_index_that_is_behind_its_snapshot_is_made_anew(tmp_path: Path)
         assert described(run.state) == before
 
 
-class BrokenFile:
-    """An index that cannot be used."""
-
-    def __init__(self, error: sqlite3.Error) -> None:
-        self._error = error
-
-    def __enter__(self) -> BrokenFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def execute(self, *_: object) -> None:
-        raise self._error
-
-    executemany = execute
-
-    def close(self) -> None:
-        pass
+def fill_the_disk(file: sqlite3.Connection) -> None:
+    pages = file.execute("PRAGMA page_count").fetchone()[0]
+    assert file.execute(f"PRAGMA max_page_count = {pages}").fetchone()[0] == pages
 
 
 async def test_an_index_that_fails_does_not_stop_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_WAITING", 2)
+    monkeypatch.setattr(index_module, "_MOST_RECENT", 2)
     async with opened(tmp_path) as run:
         await run.open_run()
         await run.step()
         index = run.buffer._store.storage.index
-        file = index._file
-        index._file = BrokenFile(sqlite3.OperationalError("disk I/O error"))  # type: ignore[assignment]
-        for _ in range(5):
+        fill_the_disk(index._file)
+        for _ in range(15):
             await run.step()
-        assert run.state.consumed == 12
-        assert len(index._groups) >= 10
-        file.close()
+        assert run.state.consumed == 32
+        assert index.num_recent >= 4
+        assert [group.created for group in run.state.ended.groups()] == list(range(1, 33))
     async with opened(tmp_path) as run:
-        assert run.state.consumed == 12
-        assert run.state.groups[f"{RUN}-g12"].state is GroupState.CONSUMED
+        assert run.state.consumed == 32
+        assert run.state.groups[f"{RUN}-g32"].state is GroupState.CONSUMED
 
 
 async def test_an_index_that_a_write_finds_damaged_ends_the_service(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It would not get better by waiting, while everything that ends stays in memory."""
-    monkeypatch.setattr(index_module, "_WAITING", 2)
+    monkeypatch.setattr(index_module, "_MOST_RECENT", 2)
     async with opened(tmp_path) as run:
         await run.open_run()
         await run.step()
-        index = run.buffer._store.storage.index
-        file = index._file
-        index._file = BrokenFile(sqlite3.DatabaseError("malformed"))  # type: ignore[assignment]
-        with pytest.raises(LogFailedError, match=r"index\.sqlite: malformed; .*; start the replay buffer again"):
+        file = run.buffer._store.storage.index._file
+        file.set_authorizer(
+            lambda action, _table, _column, database, _trigger: (
+                sqlite3.SQLITE_DENY if (action, database) == (sqlite3.SQLITE_INSERT, "main") else sqlite3.SQLITE_OK
+            )
+        )
+        with pytest.raises(LogFailedError, match=r"index\.sqlite: .*; start the replay buffer again"):
             await run.step()
         consumed = run.state.consumed
-        file.close()
+        file.set_authorizer(None)
     async with opened(tmp_path) as run:
         assert run.state.consumed >= consumed
         assert len(list(run.state.ended.groups())) == run.state.consumed
@@ -306,8 +292,7 @@ async def test_a_snapshot_of_another_log_with_the_same_name_is_passed_over(tmp_p
     data = bytearray(path.read_bytes())
     last = data.rindex(b"test-run")
     assert last > len(data) - 200
-    from replay_buffer.storage.segment_scan import verify_segment
-    from replay_buffer.storage.segments import HEADER, crc32c
+    from replay_buffer.storage.segments import HEADER, crc32c, verify_segment
 
     offset, payload = list(verify_segment(path, last=False))[-1]
     changed = payload.replace(b"test-run", b"test-run", 1)

@@ -10,10 +10,8 @@ import pytest
 import replay_buffer.storage.segments
 from leeway.errors import CorruptDataError
 from replay_buffer.rules.transitions import ChunkWritten, StepsCommitted
-from replay_buffer.storage import segment_scan
 from replay_buffer.storage.records import Record, encode
-from replay_buffer.storage.segment_scan import verify_segment
-from replay_buffer.storage.segments import frame
+from replay_buffer.storage.segments import frame, verify_segment
 
 NOW = 1_795_331_143_000_000_000
 
@@ -32,8 +30,7 @@ def checksums(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         sizes.append(len(data))
         return real(data)
 
-    for module in (replay_buffer.storage.segments, segment_scan):
-        monkeypatch.setattr(module, "crc32c", counted)
+    monkeypatch.setattr(replay_buffer.storage.segments, "crc32c", counted)
     return sizes
 
 

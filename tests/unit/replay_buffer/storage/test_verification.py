@@ -13,13 +13,18 @@ from leeway.types import GroupState, TrajectoryFailure, WriteItem
 from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import StepsCommitted
 from replay_buffer.storage import directory as storage_module
-from replay_buffer.storage.generation import read_generation
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.offline import open_directory
 from replay_buffer.storage.records import Record, encode
 from replay_buffer.storage.segments import HEADER, frame, segment_numbers, segment_path
-from replay_buffer.storage.snapshots import read_snapshot, snapshot_path, snapshot_positions, write_snapshot
+from replay_buffer.storage.snapshots import (
+    read_generation,
+    read_snapshot,
+    snapshot_path,
+    snapshot_positions,
+    write_snapshot,
+)
 from replay_buffer.storage.verification import verify
 from tests.harness.replay_builders import RUN, chunk
 from tests.harness.replay_directory import described, opened
