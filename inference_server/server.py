@@ -36,7 +36,7 @@ from leeway.config import ENGINES, EngineOptions, RunConfiguration, load_configu
 from leeway.config.references import open_reward, open_tasks
 from leeway.errors import ConfigError, LeewayError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security, cancel_and_wait, start_server
+from leeway.rpc import cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, serve_metrics
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, tell_run_finished, unless_stopped
@@ -85,7 +85,7 @@ class InferenceServerProcess:
         self.task = configuration.task
         self.network = configuration.network
         self.options = configuration.inference_server
-        self.security = Security.of(self.network)
+        self.security = self.network.security()
         if joining is None:
             self._take_place(index, backend)
         else:

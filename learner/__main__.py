@@ -26,7 +26,7 @@ from leeway.config import RunConfiguration, load_configuration
 from leeway.config.references import open_tasks
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security, start_server
+from leeway.rpc import start_server
 from leeway.service.metrics import LearnerMetrics, serve_metrics
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
 from leeway.tasks import TaskSet
@@ -49,7 +49,7 @@ class LearnerProcess:
         self.options = configuration.learner
         self.directory = self.run.run_directory
         self._listen = _tell_supervisor if supervised else _log_record
-        self.security = Security.of(self.network)
+        self.security = self.network.security()
 
     async def main(self, stop: asyncio.Event) -> None:
         """Be the learner, or one of its ranks."""

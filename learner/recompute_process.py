@@ -28,7 +28,6 @@ from learner.trainer import Trainer
 from leeway.config import load_configuration
 from leeway.errors import ConfigError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security
 from leeway.service.process import report_error, serve, service_parser
 from leeway.types import GroupRecord, Purpose, TrajectoryGroup
 
@@ -49,7 +48,7 @@ class ReplayProcess:
         """Replay, or follow rank 0."""
         network = self._network
         receipts = read_receipts(self._directory)
-        buffer = ReplayClient(network.replay_buffer, self._run.name, Security.of(network))
+        buffer = ReplayClient(network.replay_buffer, self._run.name, network.security())
         try:
             if self._options.ranks == 1:
                 trainer = make_trainer(self._options, self._model)

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         configuration = load_configuration(arguments.config, arguments.overrides)
-        security = Security.of(configuration.network)
+        security = configuration.network.security()
     except LeewayError as error:
         return report_error("replay_buffer", error)
     if arguments.check:

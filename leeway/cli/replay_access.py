@@ -32,7 +32,7 @@ async def open_replay(config_path: Path) -> AsyncGenerator[ReplayClient]:
     """
     configuration = load_configuration(config_path)
     run, network = configuration.run, configuration.network
-    security = Security.of(network)
+    security = network.security()
     if await _serves(network.replay_buffer, run.name, security):
         async with _client(network.replay_buffer, run.name, security) as client:
             yield client

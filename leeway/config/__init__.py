@@ -26,7 +26,7 @@ from leeway.config.engines import (
 from leeway.config.inference_server import InferenceServerOptions, RewardOptions, WorkerOptions, WriterOptions
 from leeway.config.learner import FleetOptions, LearnerOptions, LoraOptions, TrainingOptions
 from leeway.config.losses import LossOptions
-from leeway.config.network import MetricsOptions, NetworkOptions, is_loopback
+from leeway.config.network import MetricsOptions, NetworkOptions
 from leeway.config.replay_buffer import ReplayBufferOptions
 from leeway.config.run import EvaluationOptions, ModelOptions, RunOptions, SamplingOptions, TaskOptions
 
@@ -58,7 +58,6 @@ __all__ = [
     "VllmEngineOptions",
     "WorkerOptions",
     "WriterOptions",
-    "is_loopback",
     "load_configuration",
     "load_document",
     "read_configuration",

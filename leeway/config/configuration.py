@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tomli_w
 from pydantic import PrivateAttr, ValidationError, model_validator
@@ -39,15 +39,19 @@ class RunConfiguration(Options):
     @classmethod
     def _every_section(cls, values: dict[str, Any]) -> dict[str, Any]:
         """Sections that are not in the file are empty; the log lies in the run's folder unless the file says where."""
-        sections: dict[str, dict[str, Any]] = {**{name: {} for name in cls.model_fields}, **values}
-        if all(isinstance(sections[name], dict) for name in ("run", "replay_buffer")):
-            run = sections["run"]
-            log = f"{run.get('directory', 'runs')}/{run.get('name')}/replay"
-            sections["replay_buffer"] = {"directory": log, **sections["replay_buffer"]}
+        sections: dict[str, Any] = dict.fromkeys(cls.model_fields, cast("Any", {}))
+        sections |= values
+        run: Any = sections["run"]
+        replay_buffer: Any = sections["replay_buffer"]
+        if isinstance(run, Mapping) and isinstance(replay_buffer, Mapping):
+            named = cast("Mapping[str, Any]", run)
+            log = f"{named.get('directory', 'runs')}/{named.get('name')}/replay"
+            sections["replay_buffer"] = {"directory": log, **cast("Mapping[str, Any]", replay_buffer)}
         return sections
 
     def model_post_init(self, context: Any) -> None:  # noqa: ANN401 (as pydantic declares it)
-        self._file = (context or {}).get("file", self._file)
+        if context:
+            self._file = context["file"]
 
     def refused(self, line: str) -> ConfigError:
         """The error of a configuration that cannot be used, with the file's name."""

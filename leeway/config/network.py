@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, model_validator
 
 from leeway.config.document import Address, ConfigPath, Options, Registered
+from leeway.rpc import Security, is_loopback
 from leeway.weights.transports import TRANSPORTS
-
-
-def is_loopback(address: str) -> bool:
-    """Whether `host:port` can only be reached from this host."""
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class NetworkOptions(Options):
@@ -56,6 +45,14 @@ class NetworkOptions(Options):
         if 0 < len(missing) < len(files):
             raise ValueError(f"mutual TLS needs certificate, key and authority; set `{missing[0]}`, too")
         return self
+
+    def security(self) -> Security:
+        """The certificates, read.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        return Security.from_files(self.certificate, self.key, self.authority, insecure=self.insecure)
 
     @property
     def trusted(self) -> bool:

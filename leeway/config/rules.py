@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from leeway.config.engines import ENGINES
-from leeway.config.network import is_loopback
+from leeway.rpc import is_loopback
 
 if TYPE_CHECKING:
     from leeway.config.configuration import RunConfiguration

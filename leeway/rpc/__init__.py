@@ -12,6 +12,7 @@ from leeway.rpc.channels import (
     BULK_PIECE_BYTES,
     MAX_MESSAGE_BYTES,
     Security,
+    is_loopback,
     open_channel,
 )
 from leeway.rpc.servers import RunningServer, check_health, start_server
@@ -27,6 +28,7 @@ __all__ = [
     "cancellation_kept",
     "check_health",
     "from_rpc_error",
+    "is_loopback",
     "mapped_errors",
     "open_channel",
     "start_server",

@@ -6,6 +6,7 @@ connection and repeat on UNAVAILABLE (every RPC of Leeway may be repeated); a de
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Final
 
 import grpc
 
-from leeway.config import NetworkOptions
 from leeway.errors import ConfigError
 
 MAX_MESSAGE_BYTES: Final = 64 << 20
@@ -66,22 +66,13 @@ class Security:
         return self.certificate is not None
 
     @classmethod
-    def of(cls, network: NetworkOptions) -> Security:
-        """What [network] says.
-
-        Raises:
-            ConfigError: a file cannot be read.
-        """
-        return cls.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
-
-    @classmethod
     def from_files(
         cls, certificate: Path | None, key: Path | None, authority: Path | None, *, insecure: bool
     ) -> Security:
         """Read PEM files; all three or none.
 
         Raises:
-            ConfigError: some are given and some not, or a file cannot be read.
+            ConfigError: some are set and some not, or a file cannot be read.
         """
         paths = {"certificate": certificate, "key": key, "authority": authority}
         if all(path is None for path in paths.values()):
@@ -89,11 +80,11 @@ class Security:
         contents: dict[str, bytes] = {}
         for name, path in paths.items():
             if path is None:
-                raise ConfigError(f"{name}: mutual TLS needs certificate, key and authority; give all three")
+                raise ConfigError(f"network.{name}: mutual TLS needs certificate, key and authority; set all three")
             try:
                 contents[name] = path.read_bytes()
             except OSError as error:
-                raise ConfigError(f"{name}: cannot read {path}: {error.strerror}") from error
+                raise ConfigError(f"network.{name}: cannot read {path}: {error.strerror}") from error
         return cls(**contents, insecure=insecure)
 
 
@@ -110,3 +101,14 @@ def open_channel(address: str, security: Security, *, patient: bool = True) -> g
         return grpc.aio.insecure_channel(address, options=options)
     credentials = grpc.ssl_channel_credentials(security.authority, security.key, security.certificate)
     return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def is_loopback(address: str) -> bool:
+    """True if `host:port` can only be reached from this host."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -11,9 +11,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
-from leeway.config import is_loopback
 from leeway.errors import ConfigError, LeewayError, UnavailableError
-from leeway.rpc.channels import KEEPALIVE, Security, open_channel
+from leeway.rpc.channels import KEEPALIVE, Security, is_loopback, open_channel
 from leeway.rpc.statuses import mapped_errors, status_of
 
 _SERVER_OPTIONS: Final = [
