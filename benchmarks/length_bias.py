@@ -43,17 +43,18 @@ from leeway.types import (
 from replay_buffer.rules.admission import deadline
 from replay_buffer.rules.draw import decide_draw
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Group, Location
+from replay_buffer.rules.groups import Group
 from replay_buffer.rules.lifecycle import decide_advance
 from replay_buffer.rules.opening import decide_open_run
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.tickets import Server, TicketOffice, task_at
+from replay_buffer.rules.tickets import TaskOrder, TicketOffice, TicketRequest
 from replay_buffer.rules.transitions import BatchDrawn, ChunkWritten, TicketIssued, TrajectoryClosed, Transition
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.run_index import RunIndex
+from replay_buffer.storage.segments import Location
 
 RUN = "length-bias"
-NOWHERE = Location(1, 8, 1)
+NOWHERE = Location(1, 8, 1).handle
 EPOCH_START = timestamp_from_proto(Timestamp())
 GROUPS_PER_STEP = 8
 MEMBERS = 8
@@ -151,6 +152,7 @@ class Simulation:
         self.waiting_since = 0.0
         opened = decide_open_run(None, self.spec, self.spec.root, [])
         assert opened is not None
+        self.task_order = TaskOrder(0, self.spec.train_task_count)
         self.apply(opened)
 
     def simulate(self) -> Outcome:
@@ -176,17 +178,20 @@ class Simulation:
                     self.apply(issued)
                     self.begin(issued.ticket, server)
 
+    def office(self, server: int) -> TicketOffice:
+        request = TicketRequest(f"s{server}", self.run.head, SLOTS)
+        return TicketOffice(self.run, request, self.task_order, lambda _: False, 30.0)
+
     def tickets(self, server: int) -> Iterator[TicketIssued]:
-        office = TicketOffice(self.run, Server(f"s{server}", self.run.head, SLOTS), lambda _: False, 30.0)
+        office = self.office(server)
         if self.policy.admits:
             yield from office.issue(self.free[server])
             return
         while self.free[server] >= MEMBERS:
             requeued = next(iter(self.run.requeued), None)
             cursor = self.run.task_cursor
-            task = task_at(0, self.spec.train_task_count, cursor) if requeued is None else requeued
-            office = TicketOffice(self.run, Server(f"s{server}", self.run.head, SLOTS), lambda _: False, 30.0)
-            yield office._new_group(task, cursor + (requeued is None), None)
+            task = self.task_order.at(cursor) if requeued is None else requeued
+            yield self.office(server)._new_group(task, cursor + (requeued is None), None)
 
     def begin(self, ticket: Ticket, server: int) -> None:
         lengths = [

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from learner.batch import step_batch
 from learner.batch.packing import plan_micro_batches
 from learner.policy.model import PolicyModel
+from learner.training import step_batch
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import TrainingOptions
 from leeway.types import FinishReason, ModelSignature, Trajectory, TrajectoryGroup

@@ -1,11 +1,10 @@
-"""The policy that an engine serves: who may replace it, and who waits for the next one.
+"""The policy version that an engine serves: its replacement, and those who wait for the next one.
 
 weight receiver ──┐
                   ├── update: fence, then one at a time ──> engine.update_weights ──> wakes wait_for_change (the worker)
 UpdateWeights ────┘
 
-An update that has begun is finished, even if whoever asked for it is gone: the engine is never left between two
-versions.
+An update that has begun is finished even if its caller is gone: the engine is never left between two versions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from leeway.types import PolicyVersion, WeightSnapshot
 
 
 class ServedPolicy:
-    """Puts verified weights of one run into an engine, whole, and tells who waits for a new version."""
+    """Puts verified weights of one run into an engine, and wakes those who wait for a new version."""
 
     def __init__(self, engine: Engine, run: str) -> None:
         self._engine = engine
@@ -36,7 +35,7 @@ class ServedPolicy:
         return version if version is not None and version.run == self._run else None
 
     def raise_fence(self, publisher_epoch: int) -> None:
-        """From now on weights of older learner incarnations are refused.
+        """Refuse weights of older learner incarnations from now on.
 
         Raises:
             FencedError: this incarnation is itself older than one already seen.
@@ -67,7 +66,7 @@ class ServedPolicy:
     def _swapped(self, swap: asyncio.Task[float]) -> None:
         self._swaps.discard(swap)
         if not swap.cancelled():
-            swap.exception()  # seen, though whoever asked may be gone
+            swap.exception()  # retrieved here, because its caller may be gone
 
     async def _swap(self, snapshot: WeightSnapshot) -> float:
         async with self._updating:

@@ -4,13 +4,14 @@
                               │             ▲
                               └── rollout worker ──> replay buffer
 
-All of it ends together: when the run has finished, when a stop is asked for, or with the first error that no part can
-handle itself.
+All parts end together: when the run has finished, when a stop is requested, or with the first error that no part
+handles itself.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -19,7 +20,6 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -45,12 +45,12 @@ from leeway.tasks import TaskSet
 log = logging.getLogger("inference_server")
 
 StartEngine = Callable[[Path | None, EngineOptions], Awaitable[Engine]]
-"""Loads the model of a directory, which a rehearsal has not, and returns the engine."""
+"""Loads the model of a directory (None in a rehearsal) and returns the engine."""
 
 
 @dataclass(frozen=True, slots=True)
-class Joining:
-    """A server that the configuration does not list: it joins a run on its way.
+class JoinArguments:
+    """Arguments of a server that joins a running run without being listed in its configuration.
 
     Args:
         name: unique in the run.
@@ -64,20 +64,24 @@ class Joining:
 
 
 class InferenceServerProcess:
-    """What the configuration says, for the server with one index, or for one that joins beside those.
+    """One inference server of a run: a configured one by its index, or one that joins beside those.
 
     Args:
         configuration: the run's.
         index: which entry of network.inference_servers and metrics.inference_servers this is.
         backend: address of a foreign InferenceService that samples, in place of the configured one.
-        joining: set for a server that the configuration does not list; the index then means nothing.
+        joining: set for a server that the configuration does not list; `index` is ignored then.
 
     Raises:
         ConfigError: there is no server with that index, or one that joins takes the name of a configured one.
     """
 
     def __init__(
-        self, configuration: RunConfiguration, index: int, backend: str | None = None, joining: Joining | None = None
+        self,
+        configuration: RunConfiguration,
+        index: int,
+        backend: str | None = None,
+        joining: JoinArguments | None = None,
     ) -> None:
         self.configuration = configuration
         self.run = configuration.run
@@ -103,7 +107,7 @@ class InferenceServerProcess:
         self.engine = self.options.engine_of(index)
         self.backend = backend or (backends[index] if backends else None)
 
-    def _join(self, joining: Joining, backend: str | None) -> None:
+    def _join(self, joining: JoinArguments, backend: str | None) -> None:
         if joining.name in (f"server-{index}" for index in range(len(self.network.inference_servers))):
             raise ConfigError(
                 f"--join: {joining.name} is one of the configured servers; give another name, or start that one with "
@@ -115,8 +119,8 @@ class InferenceServerProcess:
         self.engine = self.options.engine
         self.backend = backend
 
-    def open_references(self) -> tuple[TaskSet, Callable[..., Any]]:
-        """The tasks and the reward function, once it is known that the engine can be imported.
+    def open_tasks(self) -> TaskSet:
+        """The run's tasks, once it is known that the engine can be imported.
 
         Raises:
             ConfigError: something that the configuration names is not there.
@@ -128,53 +132,53 @@ class InferenceServerProcess:
                 f"inference_server.{self.engine}.python to the interpreter of its environment (`make engine-env "
                 f"ENGINE={self.engine}` builds one)"
             )
-        return open_tasks(self.configuration), open_reward(self.configuration)
+        return open_tasks(self.configuration)
 
     async def main(self, stop: asyncio.Event) -> None:
         """Serve and feed the run until it has finished or `stop` is set."""
         registry = CollectorRegistry()
         metrics = InferenceServerMetrics(registry)
-        tasks, function = self.open_references()
-        reward = RewardRunner(function, self.task.reward, self.options.reward, metrics)
+        tasks = self.open_tasks()
         tokenizer = self._make_tokenizer()
         serve_metrics(registry, self.configuration.metrics.host, self.metrics_port)
-        engine = await unless_stopped(stop, self._make_engine())
-        if engine is None:
-            return
-        if isinstance(engine, EngineProcess):
-            for collector in engine.collectors():
-                registry.register(collector)
-        policy = ServedPolicy(engine, self.run.name)
-        client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
-        receiver = WeightReceiver(
-            policy=policy,
-            signature=engine.info().signature,
-            run=self.run.name,
-            server_id=self.server_id,
-            address=self.network.policy,
-            security=self.security,
-            transports=self.network.weight_transports,
-            take_deltas=self.options.take_deltas,
-            fetch_timeout_seconds=self.options.fetch_timeout_seconds,
-            metrics=metrics,
-        )
-        worker = RolloutWorker(
-            engine=engine,
-            policy=policy,
-            client=client,
-            server_id=self.server_id,
-            tasks=tasks,
-            tokenizer=tokenizer,
-            reward=reward,
-            options=self.options.worker,
-            writer_options=self.options.writer,
-            metrics=metrics,
-        )
-        try:
+        async with contextlib.AsyncExitStack() as stack:
+            reward = RewardRunner(self.task.reward, self.task.python_path, self.options.reward, metrics)
+            stack.push_async_callback(reward.aclose)
+            engine = await unless_stopped(stop, self._start(reward))
+            if engine is None:
+                return
+            stack.push_async_callback(engine.aclose)
+            if isinstance(engine, EngineProcess):
+                for collector in engine.collectors():
+                    registry.register(collector)
+            client = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
+            stack.push_async_callback(client.aclose)
+            policy = ServedPolicy(engine, self.run.name)
+            receiver = WeightReceiver(
+                policy=policy,
+                signature=engine.info().signature,
+                run=self.run.name,
+                server_id=self.server_id,
+                address=self.network.policy,
+                security=self.security,
+                transports=self.network.weight_transports,
+                take_deltas=self.options.take_deltas,
+                fetch_timeout_seconds=self.options.fetch_timeout_seconds,
+                metrics=metrics,
+            )
+            worker = RolloutWorker(
+                engine=engine,
+                policy=policy,
+                client=client,
+                server_id=self.server_id,
+                tasks=tasks,
+                tokenizer=tokenizer,
+                reward=reward,
+                options=self.options.worker,
+                writer_options=self.options.writer,
+                metrics=metrics,
+            )
             await self._serve(engine, policy, receiver, worker, stop)
-        finally:
-            await engine.aclose()
-            await client.aclose()
         if not stop.is_set():
             tell_run_finished()
         log.info("%s has ended", self.server_id)
@@ -203,6 +207,11 @@ class InferenceServerProcess:
         finally:
             if server is not None:
                 await server.stop(grace_seconds=1.0)
+
+    async def _start(self, reward: RewardRunner) -> Engine:
+        """Start the reward's workers, then the engine: a model takes longer to load."""
+        await reward.start()
+        return await self._make_engine()
 
     async def _make_engine(self) -> Engine:
         if self.backend is not None:
@@ -233,10 +242,10 @@ def _add_place(parser: ArgumentParser) -> None:
     )
 
 
-def _joining(arguments: Namespace) -> Joining | None:
+def _joining(arguments: Namespace) -> JoinArguments | None:
     """Raises ConfigError: an option of --join without it."""
     if arguments.join:
-        return Joining(arguments.join, arguments.address, arguments.metrics_port)
+        return JoinArguments(arguments.join, arguments.address, arguments.metrics_port)
     if arguments.join is not None or arguments.address or arguments.metrics_port:
         raise ConfigError("--address and --metrics-port belong to --join NAME")
     return None
@@ -256,7 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         configuration = load_configuration(arguments.config, arguments.overrides)
         process = InferenceServerProcess(configuration, arguments.index, arguments.backend, _joining(arguments))
         if arguments.check:
-            process.open_references()
+            process.open_tasks()
+            open_reward(configuration)
             return EXIT_OK
     except LeewayError as error:
         return report_error("inference_server", error)

@@ -1,16 +1,16 @@
-"""InferenceService over any Engine: the wire on one side, `leeway.types` on the other."""
+"""InferenceService over any Engine: protobuf messages on one side, `leeway.types` on the other."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from typing import Any, Final
 
 import grpc
 
-from inference_server.engine import Engine, GenerationEnd, GenerationRequest
-from inference_server.requests import Closing, check_request
+from inference_server.engine import Engine, GenerationEnd, GenerationRequest, check_request
 from inference_server.served_policy import ServedPolicy
 from leeway import codec
 from leeway.errors import DeadlineError, FencedError, InvalidDataError, PreconditionError
@@ -47,7 +47,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             sampling=codec.sampling_from_proto(request.sampling),
         )
         check_request(generation, self._engine.info())
-        async with Closing(self._engine.generate(generation)) as events:
+        async with aclosing(self._engine.generate(generation)) as events:
             async for event in events:
                 if isinstance(event, GenerationEnd):
                     finished = inference_pb2.GenerationFinished(
@@ -78,10 +78,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
 
     async def _stage(self, messages: AsyncIterator[inference_pb2.UpdateWeightsRequest]) -> WeightSnapshot:
-        """All bytes of an update, verified; the engine has seen nothing of them yet."""
+        """Receive and verify all bytes of an update. Nothing of it has reached the engine yet."""
         first = await anext(messages, None)
         if first is None or not first.HasField("header"):
-            raise InvalidDataError("an update of weights begins with its header")
+            raise InvalidDataError("the first message of UpdateWeights must be its header")
         header = first.header
         manifest = codec.manifest_from_proto(header.manifest)
         version = codec.version_from_proto(header.version)
@@ -89,10 +89,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         room = manifest.size_bytes
         async for message in messages:
             if message.WhichOneof("message") != "data":
-                raise InvalidDataError("after the header of an update come bytes only")
+                raise InvalidDataError("every message of UpdateWeights after the header must be data")
             room -= len(message.data)
             if room < 0:
-                raise InvalidDataError("more bytes came than the weight manifest lists")
+                raise InvalidDataError("UpdateWeights received more bytes than its manifest lists")
             pieces.append(message.data)
         buffers = await asyncio.to_thread(staged_buffers, manifest, pieces, version.digest)
         return WeightSnapshot(version, header.publisher_epoch, manifest, buffers)
@@ -119,7 +119,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 def staged_buffers(manifest: WeightManifest, pieces: Sequence[bytes], digest: bytes) -> list[bytes]:
-    """One verified buffer per tensor from a stream of pieces. Hashes everything: runs in a thread.
+    """One verified buffer per tensor from a stream of pieces. It hashes everything, so call it in a thread.
 
     Raises:
         InvalidDataError: fewer or more bytes came than the manifest lists.
@@ -131,7 +131,7 @@ def staged_buffers(manifest: WeightManifest, pieces: Sequence[bytes], digest: by
 
 
 def add_inference_service(engine: Engine, policy: ServedPolicy) -> Callable[[grpc.aio.Server], None]:
-    """What `leeway.rpc.start_server` calls to register the service."""
+    """The function by which `leeway.rpc.start_server` registers the service."""
 
     def add(server: grpc.aio.Server) -> None:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(engine, policy), server)

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class LearnerProcess:
-    """Everything that the configuration says, put together."""
+    """One learner process, assembled from its configuration."""
 
     def __init__(self, configuration: RunConfiguration, *, supervised: bool = False) -> None:
         self.configuration = configuration
@@ -110,11 +110,22 @@ class LearnerProcess:
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step, listen=self._listen)
         receipts = ReceiptBook(
             self.directory,
-            deciding_options(self.options, trainer.signature, seed=self.run.seed),
+            deciding_options(self.options, trainer, seed=self.run.seed),
             resume_step=restored.version.step,
         )
         learner = Learner(
-            Context(trainer, buffer, publisher, checkpoints, journal, receipts, metrics, self.directory, stop),
+            Context(
+                trainer,
+                buffer,
+                publisher,
+                checkpoints,
+                journal,
+                receipts,
+                metrics,
+                self.directory,
+                stop,
+                tasks.train_tags,
+            ),
             spec,
             self.options,
             self.configuration.evaluation,
@@ -195,13 +206,13 @@ async def _drop_abandoned(checkpoints: CheckpointStore, buffer: ReplayClient) ->
 
 
 def _tell_supervisor(line: str) -> None:
-    """Each journal line goes to stdout, where `leeway run` listens."""
+    """Write a journal line to stdout, which `leeway run` reads."""
     sys.stdout.write(line)
     sys.stdout.flush()
 
 
 def _log_record(line: str) -> None:
-    """What a person who started the learner by hand wants to see of a journal line."""
+    """Log a journal line for a person who started the learner by hand."""
     record = json.loads(line)
     match record["kind"]:
         case "step":
@@ -216,7 +227,7 @@ def _log_record(line: str) -> None:
                 *(record["step"], record["reward_mean"], record["draws"]),
             )
         case _:
-            pass  # said already, by whom it concerns
+            pass  # logged where it happened
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -32,6 +33,7 @@ class ArithmeticTrainer:
     """Implements `learner.trainer.Trainer`."""
 
     signature: ModelSignature = arithmetic.SIGNATURE
+    numerics: Mapping[str, str] = MappingProxyType({})  # integers and float64 alone
     stop_token_ids: tuple[int, ...] = (arithmetic.END_OF_SEQUENCE,)
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from leeway.types import Float32Array, ModelSignature, TrajectoryGroup, WeightMa
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step came to."""
+    """The result of one optimizer step."""
 
     statistics: Mapping[str, float]  # by name
     policy_logprobs: Mapping[str, Float32Array]  # trajectory id -> [tokens in the loss], before the step
@@ -31,7 +31,12 @@ class Trainer(Protocol):
 
     @property
     def signature(self) -> ModelSignature:
-        """What the model is; servers must match it."""
+        """The model's identity; servers must have the same."""
+        ...
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        """Everything that decides rounding beside options and data: library versions, processor, device."""
         ...
 
     @property
@@ -65,7 +70,7 @@ class Trainer(Protocol):
         ...
 
     def load(self, directory: Path) -> None:
-        """Become what `save` wrote there."""
+        """Restore what `save` wrote."""
         ...
 
 

@@ -340,7 +340,7 @@ class ReplayClient:
 
 
 async def _wait_for_room(error: ExhaustedError) -> None:
-    """Wait as long as a buffer without room has asked for."""
+    """Wait as long as a buffer without room told its caller to."""
     pause_seconds = Backoff(_PAUSE_SECONDS).next_seconds(error.retry_seconds)
     log.warning("the replay buffer has no room (%s); calling again in %g s", error.message, pause_seconds)
     await asyncio.sleep(pause_seconds)

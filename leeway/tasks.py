@@ -1,4 +1,8 @@
-"""The tasks of a run: training and held-out, from a generator function or from JSONL, with one digest."""
+"""The tasks of a run: training and held-out, from a generator function or from JSONL, with one digest.
+
+A task is an object with a `prompt`. Its `tags`, if it has any, are short labels by which the learner reports rewards;
+other keys are the reward function's.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from leeway.config import TaskOptions
 from leeway.errors import ConfigError
 from leeway.service.plugins import load_function
 
 Task = Mapping[str, Any]
+
+_MOST_TAGS: Final = 64
+"""Different tags of a run's tasks: each is a series of a metric."""
+_MOST_TAG_LETTERS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +31,10 @@ class TaskSet:
     train: Sequence[Task]
     heldout: Sequence[Task]
     digest: bytes
+
+    def train_tags(self, task_index: int) -> tuple[str, ...]:
+        """The tags of a training task."""
+        return tuple(self.train[task_index].get("tags", ()))
 
 
 def load_tasks(options: TaskOptions, seed: int) -> TaskSet:
@@ -42,6 +54,9 @@ def load_tasks(options: TaskOptions, seed: int) -> TaskSet:
         heldout = _read_jsonl(options.heldout_file)
     if not train:
         raise ConfigError("task: there are no training tasks")
+    tags = {tag for task in train for tag in task.get("tags", ())}
+    if len(tags) > _MOST_TAGS:
+        raise ConfigError(f"task: the training tasks have {len(tags)} different tags; at most {_MOST_TAGS}")
     return TaskSet(train, heldout, _digest(train, heldout, options.reward))
 
 
@@ -68,6 +83,13 @@ def _read_jsonl(path: Path | None) -> list[Task]:
 def _check(task: object, where: str) -> None:
     if not isinstance(task, Mapping) or not isinstance(cast("Task", task).get("prompt"), str):
         raise ConfigError(f"{where}: a task is an object with a `prompt` string")
+    tags: Any = cast("Task", task).get("tags", ())
+    if not isinstance(tags, (list, tuple)) or not all(_is_tag(tag) for tag in cast("Sequence[object]", tags)):
+        raise ConfigError(f"{where}: `tags` is a list of labels of 1 to {_MOST_TAG_LETTERS} characters")
+
+
+def _is_tag(tag: object) -> bool:
+    return isinstance(tag, str) and 1 <= len(tag) <= _MOST_TAG_LETTERS
 
 
 def _digest(train: Sequence[Task], heldout: Sequence[Task], reward: str) -> bytes:

@@ -17,7 +17,7 @@ from leeway.service.process import report_error, serve, service_parser
 from replay_buffer.buffer import ReplayBuffer
 from replay_buffer.live.backpressure import free_bytes_of
 from replay_buffer.malloc_tuning import keep_freed_memory
-from replay_buffer.metrics import observer
+from replay_buffer.metrics import BufferMetrics
 from replay_buffer.rpc.service import SERVICE_NAME, ReplayService
 from replay_buffer.storage.log import Log, LogOptions
 
@@ -46,7 +46,7 @@ async def run(configuration: RunConfiguration, security: Security, stop: asyncio
         metrics.log_bytes.set_function(lambda: durable_log.size_bytes)
         metrics.free_bytes.set_function(lambda: free_bytes_of(options.directory))
         metrics.stalled.set_function(lambda: durable_log.stalled)
-        buffer = ReplayBuffer(options, durable_log, observer(metrics))
+        buffer = ReplayBuffer(options, durable_log, BufferMetrics(metrics))
         metrics.received_bytes.set_function(lambda: buffer.backpressure.received_bytes)
         metrics.waiting_bytes.set_function(lambda: buffer.backpressure.waiting_bytes)
         buffer.start()

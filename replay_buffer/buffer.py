@@ -50,25 +50,25 @@ from leeway.types import (
     WriteStatus,
 )
 from replay_buffer.live.backpressure import Backpressure, Cause
-from replay_buffer.live.observer import Observer
-from replay_buffer.live.open_trajectories import Drafts
-from replay_buffer.live.views import GroupView, view_group
+from replay_buffer.live.open_trajectories import OpenTrajectories
 from replay_buffer.live.writing import decide_write
+from replay_buffer.metrics import BufferMetrics
 from replay_buffer.rules.dead_letters import decide_requeue, decide_requeue_all, list_dead_letters
 from replay_buffer.rules.drain import decide_drain, decide_readmit
 from replay_buffer.rules.draw import decide_draw, decide_reject, drawn_batch
 from replay_buffer.rules.evaluation import decide_evaluation, result_of
-from replay_buffer.rules.groups import Location
+from replay_buffer.rules.groups import Group
 from replay_buffer.rules.lifecycle import check_fit, decide_advance, decide_commit, decide_finish, decide_give_up
 from replay_buffer.rules.opening import Ledger, decide_after_open, decide_open_run, decide_rollback
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.tickets import Server, TicketOffice
+from replay_buffer.rules.tickets import TicketOffice, TicketRequest
 from replay_buffer.rules.transitions import TicketIssued, Transition
 from replay_buffer.run_store import Run, RunStore, open_groups
 from replay_buffer.storage.backup import Backup
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.log import Log
 from replay_buffer.storage.run_index import check_kept, select
+from replay_buffer.storage.segments import Location
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class ReplayBuffer:
     Args:
         options: the section [replay_buffer].
         durable_log: the log of its directory, not started yet.
-        observer: is told what happens, for metrics.
+        metrics: are told what happens.
         free_bytes: space left on the directory's disk.
     """
 
@@ -87,15 +87,15 @@ class ReplayBuffer:
         self,
         options: ReplayBufferOptions,
         durable_log: Log,
-        observer: Observer | None = None,
+        metrics: BufferMetrics | None = None,
         free_bytes: Callable[[Path], int] | None = None,
     ) -> None:
         self._options = options
         self._log = durable_log
-        self._observer = observer or Observer()
-        self.backpressure = Backpressure(options, durable_log, self._observer.refused, free_bytes)
-        self._store = RunStore(options, durable_log, self._observer)
-        self._drafts = Drafts()
+        self._metrics = metrics or BufferMetrics()
+        self.backpressure = Backpressure(options, durable_log, self._metrics.refused, free_bytes)
+        self._store = RunStore(options, durable_log, self._metrics)
+        self._open_trajectories = OpenTrajectories()
 
     def start(self) -> None:
         """Fold the log and begin to serve. Leases of open tickets begin now.
@@ -160,18 +160,16 @@ class ReplayBuffer:
         began = store.now()
         deadline = began + max(wait_seconds, 0.0)
         issued: list[TicketIssued] = []
-        ask, is_newer = run.asks.take(server_id, version, max_members)
+        entry, is_newer = run.fleet.requested(server_id, began, version, max_members)
         if is_newer:
-            run.work.notify()
-        run.fleet.seen(server_id, began, version)
+            run.tickets_changed.notify()
         was_drained = server_id in run.state.drained
         while not run.state.finished:
             self.backpressure.check_free_space()
-            office = TicketOffice(
-                run.state, Server(server_id, version, ask.capacity), store.expired(run), self._options.lease_seconds
-            )
+            request = TicketRequest(server_id, version, entry.capacity)
+            office = TicketOffice(run.state, request, run.task_order, store.expired(run), self._options.lease_seconds)
             if server_id in run.state.drained:
-                if not was_drained or not await run.work.wait(deadline):
+                if not was_drained or not await run.tickets_changed.wait(deadline):
                     break
                 store.check_running()
                 continue
@@ -179,15 +177,15 @@ class ReplayBuffer:
             issued = office.issue(max_members)
             for ticket in issued:
                 store.record(name, ticket)
-                self._observer.ticket_issued(name, ticket.ticket.purpose, server_id, ticket.ticket.attempt)
-            if issued or not await run.work.wait(deadline):
+                self._metrics.ticket_issued(name, ticket.ticket.purpose, server_id, ticket.ticket.attempt)
+            if issued or not await run.tickets_changed.wait(deadline):
                 break
             store.check_running()
-            if ask.epoch_and_step > (version.epoch, version.step):
+            if entry.newest is not None and entry.newest > (version.epoch, version.step):
                 break
         finished, drained = run.state.finished, run.state.drained.get(server_id)
         if issued:
-            self._observer.tickets_waited(name, store.now() - began)
+            self._metrics.exposed.ticket_wait_seconds.labels(name).observe(store.now() - began)
         await self.backpressure.settled()
         return AcquiredTickets([entry.ticket for entry in issued], finished, drained)
 
@@ -203,12 +201,12 @@ class ReplayBuffer:
         now_ns = time.time_ns()
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(run.state, item, store.read_transition, self._drafts, room=room)
+            decision = decide_write(run.state, item, store.read_transition, self._open_trajectories, room=room)
             for transition in decision.transitions:
                 store.record(name, transition, now_ns)
             result = decision.result
             if result.status is WriteStatus.EXHAUSTED:
-                self._observer.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
+                self._metrics.refused(Cause.DISK if self._log.stalled else Cause.FREE_BYTES)
                 result = result._replace(retry_seconds=self._options.retry_seconds)
             results.append(result)
         now = store.now()
@@ -216,7 +214,7 @@ class ReplayBuffer:
             found = run.state.find(trajectory_id)
             if found is not None and found[0].state is GroupState.OPEN:
                 run.leases.renew(found[0].group_id, now)
-        self._observer.items_written(name, server_id, items, results)
+        self._metrics.items_written(name, server_id, items, results)
         return results
 
     async def renew_leases(
@@ -275,7 +273,7 @@ class ReplayBuffer:
         await self.backpressure.settled()
         return answer
 
-    async def draw(self, name: str, epoch: int, step: int, deadline: float) -> list[GroupView]:
+    async def draw(self, name: str, epoch: int, step: int, deadline: float) -> list[Group]:
         """The groups of a step, once there are enough; `deadline` is on the loop's clock.
 
         Raises:
@@ -287,13 +285,13 @@ class ReplayBuffer:
             drawn = decide_draw(run.state, epoch, step, store.expired(run))
             if drawn is not None:
                 store.record(name, drawn)
-            elif not await run.results.wait(deadline):
+            elif not await run.groups_changed.wait(deadline):
                 raise DeadlineError(_missing_groups(run.state, step))
             store.check_running()
-        self._observer.draw_waited(name, store.now() - began)
-        views = [view_group(run.state.groups[group_id]) for group_id in batch.group_ids]
+        self._metrics.exposed.draw_wait_seconds.labels(name).observe(store.now() - began)
+        groups = [run.state.groups[group_id].frozen() for group_id in batch.group_ids]
         await self.backpressure.settled()
-        return views
+        return groups
 
     async def advance(self, name: str, epoch: int, version: PolicyVersion, parent: PolicyVersion) -> None:
         """Seal a step and register its version."""
@@ -320,7 +318,7 @@ class ReplayBuffer:
     async def await_evaluation(self, name: str, evaluation_id: str, wait_seconds: float) -> EvaluationResult:
         """Results so far, after waiting for them to be complete."""
         run, deadline = self._store.run(name), self._store.now() + max(wait_seconds, 0.0)
-        while not (result := result_of(run.state, evaluation_id)).complete and await run.results.wait(deadline):
+        while not (result := result_of(run.state, evaluation_id)).complete and await run.groups_changed.wait(deadline):
             self._store.check_running()
         await self.backpressure.settled()
         return result
@@ -346,7 +344,7 @@ class ReplayBuffer:
         """Take a server out; returns the drain that stands and how many groups this call dropped."""
         store, run = self._store, self._store.run(name)
         others = run.fleet.present(store.now()) - {server_id} - set(run.state.drained)
-        drained = decide_drain(run.state, server_id, reason, message, epoch=epoch, others_at_work=others, force=force)
+        drained = decide_drain(run.state, server_id, reason, message, epoch=epoch, others_active=others, force=force)
         if drained is not None:
             store.record(name, drained)
             if reason is not DrainReason.OPERATOR:
@@ -423,7 +421,7 @@ class ReplayBuffer:
         await self.backpressure.settled()
         return status
 
-    async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[GroupView]:
+    async def export(self, name: str, wanted: Filter, limit: int) -> AsyncIterator[Group]:
         """Groups that match, in the order of issue, each as it is when its turn comes; a limit keeps the newest.
 
         Raises:
@@ -434,7 +432,7 @@ class ReplayBuffer:
         for group_id in select(state, wanted, limit):
             group = state.groups.get(group_id)
             if group is not None:
-                seen = view_group(group)
+                seen = group.frozen()
                 await self.backpressure.settled()
                 yield seen
 
@@ -476,22 +474,22 @@ def _missing_groups(state: RunState, step: int) -> str:
 def _statuses(run: Run, now: float) -> list[ServerStatus]:
     fleet, drained = run.fleet, run.state.drained
     present = fleet.present(now)
-    held = [group.server_id for group in open_groups(run.state) if group.at_work]
-    ages = fleet.open_loans(run.state.groups.unended, now)
+    held = [group.server_id for group in open_groups(run.state) if group.being_sampled]
+    ages = fleet.open_ticket_seconds(run.state.groups.unended, now)
     result: list[ServerStatus] = []
-    for server_id in sorted({*fleet.members, *drained}):
-        member, still_out = fleet.members.get(server_id), ages.get(server_id, [])
-        timed = [*(member.loan_seconds if member else ()), *still_out]
+    for server_id in sorted({*fleet.servers, *drained}):
+        entry, still_open = fleet.servers.get(server_id), ages.get(server_id, [])
+        timed = [*(entry.ticket_seconds if entry else ()), *still_open]
         result.append(
             ServerStatus(
                 server_id=server_id,
                 present=server_id in present,
                 drained=drained.get(server_id),
-                version=None if member is None else member.version,
-                loans=held.count(server_id),
-                oldest_loan_seconds=max(still_out, default=0.0),
-                timed_loans=len(timed),
-                median_loan_seconds=statistics.median(timed) if timed else 0.0,
+                version=None if entry is None else entry.version,
+                tickets=held.count(server_id),
+                oldest_ticket_seconds=max(still_open, default=0.0),
+                timed_tickets=len(timed),
+                median_ticket_seconds=statistics.median(timed) if timed else 0.0,
             )
         )
     return result

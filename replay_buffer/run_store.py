@@ -1,10 +1,10 @@
-"""The runs of one directory: what has been decided is appended, applied, and told to those whom it concerns.
+"""The runs of one directory: a decision is appended to the log, applied to its run's state, and wakes those who wait.
 
-decided ──> log (storage) ──> state ──> observer, and everyone who waits       one turn of the loop
+decision ──> log (storage) ──> state ──> metrics, and everyone who waits       one turn of the loop
 
-start      a snapshot's runs, then every later record; leases of open groups begin
-timer      the earliest lease: what its server left is dropped or can be lent again
-aclose     a snapshot of the end
+start      folds a snapshot's runs, then every later record; leases of open groups begin
+timer      runs at the earliest lease's end: what its server left is dropped or can be issued again
+aclose     writes a snapshot of the end
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from dataclasses import dataclass, field
 from leeway.config import ReplayBufferOptions
 from leeway.errors import CorruptDataError, NotFoundError, UnavailableError
 from leeway.types import GroupState, Purpose
-from replay_buffer.live.observer import ENDS, Observer, endings
 from replay_buffer.live.servers import Fleet
-from replay_buffer.live.ticket_demand import Asks
-from replay_buffer.live.wakeup import Signal
+from replay_buffer.live.wakeup import Wakeup
+from replay_buffer.metrics import BufferMetrics, endings
 from replay_buffer.rules.completion import decide_after_restart
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Group, Location
+from replay_buffer.rules.groups import Group, RecordHandle
 from replay_buffer.rules.leases import Leases
 from replay_buffer.rules.opening import decide_restored, leap_of
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.tickets import Expired, decide_expired
+from replay_buffer.rules.tickets import Expired, TaskOrder, decide_expired
 from replay_buffer.rules.transitions import (
     ChunkWritten,
     RunOpened,
@@ -43,6 +42,7 @@ from replay_buffer.storage.directory import Storage
 from replay_buffer.storage.log import Log
 from replay_buffer.storage.records import Record, decode, encode
 from replay_buffer.storage.run_index import RunIndex
+from replay_buffer.storage.segments import Location
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class Run:
     state: RunState
     leases: Leases
     fleet: Fleet
-    work: Signal = field(default_factory=Signal)  # tickets may have become available
-    results: Signal = field(default_factory=Signal)  # a group is ready or has ended
-    asks: Asks = field(default_factory=Asks)
+    task_order: TaskOrder
+    tickets_changed: Wakeup = field(default_factory=Wakeup)  # tickets may have become available
+    groups_changed: Wakeup = field(default_factory=Wakeup)  # a group is ready or has ended
 
 
 class RunStore:
@@ -65,16 +65,16 @@ class RunStore:
     Args:
         options: the section [replay_buffer].
         durable_log: the log of its directory.
-        observer: is told what happens, for metrics.
+        metrics: are told what happens.
     """
 
-    def __init__(self, options: ReplayBufferOptions, durable_log: Log, observer: Observer) -> None:
+    def __init__(self, options: ReplayBufferOptions, durable_log: Log, metrics: BufferMetrics) -> None:
         self._options = options
         self._log = durable_log
-        self._observer = observer
+        self._metrics = metrics
         self.runs: dict[str, Run] = {}
         self.storage = Storage(options, durable_log)
-        self.opened = Signal()  # a run has been opened for the first time
+        self.opened = Wakeup()  # a run has been opened for the first time
         self._stopping = False
         self._lease_timer: asyncio.TimerHandle | None = None
 
@@ -90,7 +90,7 @@ class RunStore:
         for run in self.runs.values():
             for group in open_groups(run.state):
                 run.leases.renew(group.group_id, now)
-            self._observer.run_opened(run.state, run.leases, run.fleet)
+            self._metrics.watch_run(run.state, run.leases, run.fleet)
             if self.storage.restored_from is not None:
                 self._record_restored(run.state)
             for drop in decide_after_restart(run.state):
@@ -111,7 +111,8 @@ class RunStore:
 
     def _restore(self, state: RunState) -> None:
         lease_seconds = self._options.lease_seconds
-        self.runs[state.spec.run] = Run(state, Leases(lease_seconds), Fleet(lease_seconds))
+        order = TaskOrder(state.spec.seed, state.spec.train_task_count)
+        self.runs[state.spec.run] = Run(state, Leases(lease_seconds), Fleet(lease_seconds), order)
 
     def _replay(self, payload: bytes, location: Location) -> None:
         try:
@@ -129,8 +130,8 @@ class RunStore:
             self._lease_timer.cancel()
         self.opened.notify()
         for run in self.runs.values():
-            run.work.notify()
-            run.results.notify()
+            run.tickets_changed.notify()
+            run.groups_changed.notify()
 
     async def aclose(self) -> None:
         """Leave the directory so that the next start has nothing to fold; `Log.aclose` comes next."""
@@ -143,39 +144,39 @@ class RunStore:
         record = Record(name, time.time_ns() if recorded_at_ns is None else recorded_at_ns, transition)
         location = self.storage.append(encode(record), self._states)
         is_new = name not in self.runs
-        ended = list(endings(self.runs[name].state, transition)) if isinstance(transition, ENDS) and not is_new else []
+        ended = [] if is_new else endings(self.runs[name].state, transition)
         self._apply(record, location)
         run = self.runs[name]
         if ended:
-            self._observer.groups_ended(name, ended)
+            self._metrics.groups_ended(name, ended)
         match transition:
             case StepsCommitted():
                 return
             case ChunkWritten():
                 if transition.versions:
-                    run.results.notify()  # now that its tokens are known, the group may not be due yet
+                    run.groups_changed.notify()  # now that its tokens are known, the group may not be due yet
             case TicketIssued():
                 run.leases.renew(transition.ticket.group_id, self.now())
                 if transition.ticket.purpose is Purpose.TRAIN:
-                    run.fleet.lent(transition.ticket.group_id, transition.server_id, self.now())
+                    run.fleet.ticket_issued(transition.ticket.group_id, transition.server_id, self.now())
                 self.arm_lease_timer()
-                run.results.notify()
+                run.groups_changed.notify()
             case TrajectoryClosed():
                 found = run.state.find(transition.trajectory_id)
                 if found is not None and found[0].state is not GroupState.OPEN:
                     run.leases.release(found[0].group_id)
                     run.fleet.finished(found[0].group_id, self.now())
-                    run.results.notify()
+                    run.groups_changed.notify()
             case RunOpened() if is_new:
-                self._observer.run_opened(run.state, run.leases, run.fleet)
+                self._metrics.watch_run(run.state, run.leases, run.fleet)
                 self.opened.notify()
             case ServerDrained() | ServerReadmitted():
-                self._observer.drains_changed(run.state)
-                run.work.notify()
-                run.results.notify()
+                self._metrics.drains_changed(run.state)
+                run.tickets_changed.notify()
+                run.groups_changed.notify()
             case _:
-                run.work.notify()
-                run.results.notify()
+                run.tickets_changed.notify()
+                run.groups_changed.notify()
 
     def _apply(self, record: Record, location: Location) -> None:
         run = self.runs.get(record.run)
@@ -184,13 +185,14 @@ class RunStore:
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
             self._restore(RunState(record.transition.spec, RunIndex(self.storage.index, record.run)))
             run = self.runs[record.run]
-        apply(run.state, record.transition, record.recorded_at_ns, location)
+        apply(run.state, record.transition, record.recorded_at_ns, location.handle)
 
     def _states(self) -> list[RunState]:
         return [run.state for run in self.runs.values()]
 
-    def read_transition(self, location: Location) -> Transition:
-        return decode(self._log.read(location)).transition
+    def read_transition(self, record: RecordHandle) -> Transition:
+        """What a record says, whether it is on disk yet or not."""
+        return decode(self._log.read(Location.of(record))).transition
 
     def run(self, name: str) -> Run:
         self.check_running()
@@ -223,8 +225,8 @@ class RunStore:
         for drop in decide_expired(run.state, self.expired(run)):
             self.record(run.state.spec.run, drop)
         run.leases.retain(run.state.groups.unended)
-        run.work.notify()
-        run.results.notify()  # a draw waits for nobody whose lease ran out
+        run.tickets_changed.notify()
+        run.groups_changed.notify()  # a draw waits for nobody whose lease ran out
 
     def end_leases(self, run: Run, server_id: str) -> None:
         """The tickets that a server holds can go to others now."""

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 
 import torch
@@ -28,7 +29,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.engine_throughput.requests import PROMPT_TOKENS, TOPK, VOCABULARY, Round, tokens_per_second
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.remote import RemoteEngine
-from inference_server.requests import Closing
 from leeway.huggingface import save_model
 from leeway.rpc import Security
 from leeway.service.ports import free_port
@@ -126,7 +126,7 @@ async def compare(
     """One concurrency; whether the promise is kept."""
 
     async def through_grpc(request: GenerationRequest) -> int:
-        async with Closing(remote.generate(request)) as events:
+        async with aclosing(remote.generate(request)) as events:
             async for event in events:
                 if isinstance(event, GenerationEnd):
                     return event.num_tokens

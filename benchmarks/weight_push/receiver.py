@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class HostMemory:
     def info(self) -> EngineInfo:
         return EngineInfo(self._signature, "host-memory/1", LogprobMode.SAMPLED, None, 0, False, 1)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TrajectoryChunk | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         raise NotImplementedError
         yield
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
 
-from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.requests import check_request
+from inference_server.engine import GenerationEnd, GenerationRequest, check_request
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticWeights
 from leeway.config import ArithmeticEngineOptions
@@ -90,7 +89,7 @@ class ArithmeticEngine:
             max_concurrency=self._options.max_concurrency,
         )
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TrajectoryChunk | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         check_request(request, self.info())
         if self._closed:
             raise UnavailableError("the engine is stopping")

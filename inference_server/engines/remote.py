@@ -1,4 +1,4 @@
-"""Any InferenceService as an Engine: a foreign backend behind the contract.
+"""An Engine over a foreign backend that implements InferenceService.
 
 The backend owns slots and weights; this side keeps what it last said of itself. Only `connect` waits for a backend: a
 later call fails as soon as the connection is lost, so that nothing is held for a backend that may never come back.
@@ -9,7 +9,7 @@ new one joins like any late server.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -65,7 +65,7 @@ class RemoteEngine:
             raise UnavailableError(f"nothing is known of the backend at {self.address} yet")
         return self._info
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TrajectoryChunk | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         message = inference_pb2.GenerateRequest(
             prompt_token_ids=codec.array_to_proto(request.prompt_token_ids),
             sampling=codec.sampling_to_proto(request.sampling),

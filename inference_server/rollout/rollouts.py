@@ -1,15 +1,15 @@
-"""One trajectory: sampled, its tokens to the writer as they come, then scored; at the end its last item."""
+"""One trajectory from prompt to close: its tokens are sampled and written as they come, then its text is scored."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
 from inference_server.engine import Engine, GenerationEnd, GenerationRequest
-from inference_server.requests import Closing
-from inference_server.rollout.open_tickets import Loan
+from inference_server.rollout.open_tickets import OpenTicket
 from inference_server.rollout.reward import RewardRunner
 from inference_server.rollout.text import Tokenizer
 from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
@@ -31,24 +31,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
-    """How a trajectory ends."""
+class RolloutEnd:
+    """The last item of a trajectory: its close, or why it failed."""
 
     item: WriteItem
     outcome: Literal["closed", "failed"]
-    fatal: LeewayError | None = None  # whatever this process does next would fail too
+    fatal: LeewayError | None = None  # set when this process cannot sample or score anything any more
 
 
 class Rollouts:
-    """Samples and scores the members of loans.
+    """Samples and scores the trajectories of open tickets.
 
     Args:
         engine: samples.
-        policy: which version it serves.
+        policy: the version that the engine serves.
         writer: takes the chunks.
         tokenizer: decodes completions.
         reward: scores them.
-        timeout_seconds: longest generation, queueing included.
+        timeout_seconds: longest generation of one trajectory, its wait for the engine included.
         metrics: counts tokens.
     """
 
@@ -63,7 +63,7 @@ class Rollouts:
         metrics: InferenceServerMetrics,
     ) -> None:
         self._engine = engine
-        self._info = engine.info()
+        self._context_length = engine.info().signature.context_length
         self._policy = policy
         self._writer = writer
         self._tokenizer = tokenizer
@@ -71,47 +71,46 @@ class Rollouts:
         self._timeout_seconds = timeout_seconds
         self._metrics = metrics
 
-    async def run(self, loan: Loan, recorder: TrajectoryRecorder) -> Ending:
-        """Sample, score and close one trajectory, or say why not."""
+    async def run(self, held: OpenTicket, recorder: TrajectoryRecorder) -> RolloutEnd:
+        """Sample and score one trajectory; returns its close, or the failure that ends it."""
         fatal: LeewayError | None = None
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                outcome: GenerationEnd | TrajectoryFailure = await self._sample(loan, recorder)
+                outcome: GenerationEnd | TrajectoryFailure = await self._sample(held, recorder)
         except TimeoutError:
             seconds = self._timeout_seconds
-            outcome = TrajectoryFailure(f"generation took longer than {seconds:g} s on {loan.where}", retryable=True)
+            outcome = TrajectoryFailure(f"generation took longer than {seconds:g} s on {held.where}", retryable=True)
         except InvalidDataError as error:
-            outcome = TrajectoryFailure(f"{loan.where}: {error.message}", retryable=False)
+            outcome = TrajectoryFailure(f"{held.where}: {error.message}", retryable=False)
         except DeadlineError as error:
-            outcome = TrajectoryFailure(f"{loan.where}: {error.message}", retryable=True)
+            outcome = TrajectoryFailure(f"{held.where}: {error.message}", retryable=True)
         except (UnavailableError, PreconditionError) as error:
-            # Stopped, or restarted without its weights: whatever this process samples next would fail too.
+            # It has stopped, or restarted without its weights: every later rollout of this process would fail as well.
             fatal = UnavailableError(f"the engine is gone: {error.message}")
             outcome = TrajectoryFailure(error.message, retryable=True)
         if isinstance(outcome, GenerationEnd):
             text = self._tokenizer.decode(recorder.sampled_token_ids)
             try:
-                reward = await self._reward.score(loan.task, text, loan.where)
-            except ExhaustedError as error:
+                reward = await self._reward.score(held.task, text, held.where)
+            except LeewayError as error:
                 fatal = error
                 reward = TrajectoryFailure(error.message, retryable=True)
             if not isinstance(reward, TrajectoryFailure):
-                return Ending(recorder.close(outcome, reward), "closed")
+                return RolloutEnd(recorder.close(outcome, reward), "closed")
             outcome = reward
-        log.warning("%s fails: %s", recorder.trajectory_id, outcome.message)
-        return Ending(recorder.failure(outcome), "failed", fatal)
+        log.warning("%s failed: %s", recorder.trajectory_id, outcome.message)
+        return RolloutEnd(recorder.failure(outcome), "failed", fatal)
 
-    async def _sample(self, loan: Loan, recorder: TrajectoryRecorder) -> GenerationEnd | TrajectoryFailure:
-        """Stream one completion to the writer."""
-        unusable = self._unusable(loan)
-        if unusable is not None:
-            return unusable
-        pinned = loan.ticket.pinned_version
-        request = GenerationRequest(recorder.trajectory_id, loan.prompt, recorder.sampling)
+    async def _sample(self, held: OpenTicket, recorder: TrajectoryRecorder) -> GenerationEnd | TrajectoryFailure:
+        """Sample one completion and write its chunks as they come."""
+        if (refusal := self._refusal(held)) is not None:
+            return refusal
+        pinned = held.ticket.pinned_version
+        request = GenerationRequest(recorder.trajectory_id, held.prompt, recorder.sampling)
         backoff = Backoff()
         while True:
             try:
-                async with Closing(self._engine.generate(request)) as events:
+                async with aclosing(self._engine.generate(request)) as events:
                     async for event in events:
                         if isinstance(event, GenerationEnd):
                             if (rest := recorder.rest()) is not None:
@@ -123,24 +122,26 @@ class Rollouts:
                             return TrajectoryFailure(message, retryable=True)
                         await self._writer.write([recorder.chunk(event)])
                         recorder.written()
-                raise UnavailableError("the engine ended a generation without saying why")
+                raise UnavailableError("the engine ended a generation without a finish reason")
             except ExhaustedError as error:
-                # A backend may queue less than it decodes at once; it has room again in a moment.
+                # A backend may queue fewer requests than it decodes at once; it soon has room again.
                 await backoff.pause(error.retry_seconds)
 
-    def _unusable(self, loan: Loan) -> TrajectoryFailure | None:
-        """Why a loan cannot be worked on at all."""
-        context_length = self._info.signature.context_length
-        pinned = loan.ticket.pinned_version
-        if not loan.task:
-            return TrajectoryFailure(f"{loan.where} does not exist on this server", retryable=False)
-        if not len(loan.prompt):
-            return TrajectoryFailure(f"{loan.where}: its prompt has no tokens", retryable=False)
-        if len(loan.prompt) + 1 > context_length:
-            message = f"{loan.where}: its prompt has {len(loan.prompt)} tokens; the model's context is {context_length}"
+    def _refusal(self, held: OpenTicket) -> TrajectoryFailure | None:
+        """Why this server cannot sample for a ticket at all; None when it can."""
+        context_length = self._context_length
+        pinned = held.ticket.pinned_version
+        if not held.task:
+            return TrajectoryFailure(f"{held.where} does not exist on this server", retryable=False)
+        if not len(held.prompt):
+            return TrajectoryFailure(f"{held.where}: its prompt has no tokens", retryable=False)
+        if len(held.prompt) + 1 > context_length:
+            message = f"{held.where}: its prompt has {len(held.prompt)} tokens; the model's context is {context_length}"
             return TrajectoryFailure(message, retryable=False)
         if pinned is not None and pinned != self._policy.version:
-            return TrajectoryFailure(f"evaluation of {pinned}: this server has moved on", retryable=True)
+            return TrajectoryFailure(
+                f"evaluation of {pinned}: this server serves {self._policy.version}", retryable=True
+            )
         return None
 
     def _checked(self, end: GenerationEnd, recorder: TrajectoryRecorder) -> GenerationEnd | TrajectoryFailure:

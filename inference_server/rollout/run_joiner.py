@@ -1,4 +1,4 @@
-"""How a server gets into a run: it fits, the run is open, and a first version is in force."""
+"""How a server joins a run: the engine fits, the run is open, and a first version is in force."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _JOIN_WAIT_SECONDS: Final = 30.0
 log = logging.getLogger(__name__)
 
 
-class Joining:
-    """Waits for the run, and for a version of it.
+class RunJoiner:
+    """Waits until the run is open, and until one of its versions is in force.
 
     Args:
         client: the replay buffer.
         server_id: this server's name, unique in the run.
-        info: what the engine is.
-        policy: which version it serves.
-        dataset_digest: of the tasks that this server holds.
+        info: the engine's description of itself.
+        policy: the version that the engine serves.
+        dataset_digest: digest of the tasks that this server holds.
     """
 
     def __init__(
@@ -37,39 +37,42 @@ class Joining:
         self._policy = policy
         self._dataset_digest = dataset_digest
 
-    async def begin(self) -> RunSpec | None:
-        """Join, and wait for a first version; None when the run has finished: its learner may be gone for good."""
-        spec, finished = await self._join()
+    async def join(self) -> RunSpec | None:
+        """Join, and wait for a first version. None: the run has finished, and its learner may never come back.
+
+        Raises:
+            PreconditionError: the engine cannot record what the run needs.
+        """
+        if self._info.logprob_mode is not LogprobMode.SAMPLED:
+            raise PreconditionError(
+                f"{self._info.engine} reports log-probs of the raw distribution; a run needs those of the distribution "
+                "sampled from (temperature included): set the engine's log-prob mode"
+            )
+        log.info("waiting for run %s to open at %s", self._client.run, self._client.address)
+        spec, finished = await self._join_when_open()
+        self._check_recordings(spec)
+        log.info("joined run %s", spec.run)
         while not finished:
             try:
                 async with asyncio.timeout(_JOIN_WAIT_SECONDS):
                     await self._policy.wait_for_change(None)
                 return spec
             except TimeoutError:
-                log.info("no version of run %s has come yet; asking whether it still goes on", spec.run)
-                spec, finished = await self._ask_to_join()
-        log.info("run %s has finished; there is nothing left to do", spec.run)
+                log.info("run %s has no version yet; checking that it has not finished", spec.run)
+                spec, finished = await self._join_when_open()
+        log.info("run %s has finished; nothing left to do", spec.run)
         return None
 
-    async def _join(self) -> tuple[RunSpec, bool]:
+    def _check_recordings(self, spec: RunSpec) -> None:
         info = self._info
-        if info.logprob_mode is not LogprobMode.SAMPLED:
-            raise PreconditionError(
-                f"{info.engine} reports log-probs of the raw distribution; a run needs those of the distribution "
-                "sampled from (temperature included): set the engine's log-prob mode"
-            )
-        log.info("waiting for run %s to open at %s", self._client.run, self._client.address)
-        spec, finished = await self._ask_to_join()
         if spec.sampling.routing and not info.routing:
             raise PreconditionError(f"run {spec.run} records routing, which {info.engine} does not provide")
         if spec.sampling.topk > info.max_topk:
             raise PreconditionError(
                 f"run {spec.run} records top-{spec.sampling.topk}; {info.engine} provides at most {info.max_topk}"
             )
-        log.info("joined run %s", spec.run)
-        return spec, finished
 
-    async def _ask_to_join(self) -> tuple[RunSpec, bool]:
+    async def _join_when_open(self) -> tuple[RunSpec, bool]:
         backoff = Backoff()
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Between text and token ids: prompts in, completions out. Tokens are the protocol; nothing is ever tokenized again."""
+"""From prompts to token ids and from token ids to completions. Sampled tokens are never encoded again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from leeway.types import Int32Array
 
 
 class Tokenizer(Protocol):
-    """What the worker needs of a tokenizer."""
+    """The tokenizer interface that the rollout worker needs."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt."""
@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
 
 
 class HuggingFaceTokenizer:
-    """The tokenizer beside a model; renders prompts as a user's message when `chat` is set.
+    """The tokenizer in a model directory; it renders prompts as a user's message if `chat` is set.
 
     Raises:
         ConfigError: the directory has no tokenizer, or no chat template where one is needed.

@@ -1,7 +1,7 @@
-"""Calls for tickets: one for each version that comes into force, two at once at most.
+"""Requests for tickets: one for each version that comes into force, at most two at a time.
 
-A waiting call is never cancelled while the worker goes on: its reply may be on the way, and the tickets in it would be
-lost until their lease ends. When a newer version comes into force meanwhile, a second call goes out beside it.
+A request that waits is never cancelled while the worker runs: its reply may already be under way, and the tickets in it
+would be lost until their leases end. When a newer version comes into force, a second request goes out beside it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ log = logging.getLogger(__name__)
 
 
 class TicketCalls:
-    """Asks for one server, and hears whether it is drained and whether the run has finished.
+    """Requests tickets for one server; each reply also says whether the server is drained and the run finished.
 
     Args:
         client: the replay buffer.
-        server_id: who asks.
-        wait_seconds: longest wait of one call.
-        metrics: shows how long calls wait.
-        on_answer: is called when a call has ended.
+        server_id: this server.
+        wait_seconds: longest wait of one request.
+        metrics: takes how long requests wait.
+        on_reply: called when a request has ended.
     """
 
     def __init__(
@@ -40,38 +40,38 @@ class TicketCalls:
         server_id: str,
         wait_seconds: float,
         metrics: InferenceServerMetrics,
-        on_answer: Callable[[], None],
+        on_reply: Callable[[], None],
     ) -> None:
         self._client = client
         self._server_id = server_id
         self._wait_seconds = wait_seconds
         self._metrics = metrics
-        self._on_answer = on_answer
+        self._on_reply = on_reply
         self._calls: dict[asyncio.Task[list[Ticket]], PolicyVersion] = {}
         self._backoff = Backoff()
-        self._drain: Drain | None = None  # set while this server gets no work
+        self._drain: Drain | None = None  # set while this server gets no tickets
         self.finished = False  # whether the run is
 
-    def ask(self, version: PolicyVersion, max_members: int) -> None:
-        """Ask for work at a version, unless it is asked for already."""
+    def request(self, version: PolicyVersion, max_members: int) -> None:
+        """Request tickets for the version in force, unless a request for it is open."""
         if len(self._calls) < _MAX_CALLS and version not in self._calls.values():
-            call = asyncio.create_task(self._acquire(version, max_members), name="acquire tickets")
-            call.add_done_callback(lambda _: self._on_answer())
+            call = asyncio.create_task(self._request(version, max_members), name="request tickets")
+            call.add_done_callback(lambda _: self._on_reply())
             self._calls[call] = version
 
     def arrived(self) -> list[Ticket]:
-        """The tickets of calls that have ended."""
+        """The tickets of requests that have ended."""
         return self._take([call for call in self._calls if call.done()])
 
     async def last(self) -> list[Ticket]:
-        """Before a stop: the tickets of calls that wait. Each ends by itself in a moment."""
+        """Before a stop: the tickets of requests that are still open. Each ends by itself within its wait."""
         if not self._calls:
             return []
         done, _ = await asyncio.wait(self._calls, timeout=self._wait_seconds + 1.0)
         return self._take(done)
 
     async def cancel(self) -> None:
-        """Nobody waits for what is still on its way."""
+        """Cancel what is still open."""
         for call in list(self._calls):
             await cancel_and_wait(call)
 
@@ -80,26 +80,25 @@ class TicketCalls:
             del self._calls[call]
         return [ticket for call in calls for ticket in call.result()]
 
-    async def _acquire(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
+    async def _request(self, version: PolicyVersion, max_members: int) -> list[Ticket]:
         started_at = time.perf_counter()
         try:
-            acquired = await self._client.acquire_tickets(self._server_id, version, max_members, self._wait_seconds)
+            reply = await self._client.acquire_tickets(self._server_id, version, max_members, self._wait_seconds)
         except (ExhaustedError, UnavailableError, DeadlineError) as error:
-            log.warning("no tickets: %s; asking again", error.message)
-            told_seconds = error.retry_seconds if isinstance(error, ExhaustedError) else None
-            await self._backoff.pause(told_seconds)
+            log.warning("no tickets: %s; requesting again", error.message)
+            await self._backoff.pause(error.retry_seconds if isinstance(error, ExhaustedError) else None)
             return []
         self._backoff.reset()
-        if acquired.finished and not self.finished:
+        if reply.finished and not self.finished:
             log.info("run %s has finished", self._client.run)
             self.finished = True
-        if acquired.tickets:
+        if reply.tickets:
             self._metrics.ticket_wait_seconds.observe(time.perf_counter() - started_at)
-        self._hear_of_drain(acquired.drained)
-        return acquired.tickets
+        self._note_drain(reply.drained)
+        return reply.tickets
 
-    def _hear_of_drain(self, drain: Drain | None) -> None:
-        """Say once that this server is out of the run, and once that it is in it again."""
+    def _note_drain(self, drain: Drain | None) -> None:
+        """Log when this server is drained and when it is readmitted."""
         if drain == self._drain:
             return
         self._drain = drain
@@ -107,6 +106,6 @@ class TicketCalls:
             log.warning("server %s is readmitted to run %s", self._server_id, self._client.run)
         else:
             log.warning(
-                "server %s is drained (%s) and gets no work until `leeway fleet readmit`: %s",
+                "server %s is drained (%s) and gets no tickets until `leeway fleet readmit`: %s",
                 *(self._server_id, drain.reason.name.lower(), drain.message),
             )

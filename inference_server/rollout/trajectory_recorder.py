@@ -1,6 +1,6 @@
 """One trajectory as it is written: the engine's chunks, numbered and chained, then a close or a failure.
 
-Routing is held back until there is enough of it to be packed well, or the completion ends: it may follow its tokens.
+Routing is held back until there is enough of it to be packed well, or the completion ends. It may follow its tokens.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from leeway.types import (
 
 
 class TrajectoryRecorder:
-    """Turns what an engine says of one member into write items; `written` follows each before the next is made.
+    """Turns the output of an engine for one trajectory into write items; call `written` after each item.
 
     Args:
-        ticket: the loan.
-        member: which of its members.
+        ticket: gives the attempt and the sampling parameters.
+        member: the member of the ticket that this trajectory is.
         prompt: int32 [n], the tokens that the engine was given.
         engine: `name/version`, recorded in the MODEL segment.
         routing_rows: rows of routing that are packed together; 0 writes plain ids as they come.
@@ -65,11 +65,11 @@ class TrajectoryRecorder:
         return self._length - len(self._prompt)
 
     def written(self) -> None:
-        """The newest item is on its way: the next one has the next number."""
+        """Count an item that was written: the next one has the next number."""
         self.next_seq += 1
 
     def chunk(self, chunk: TrajectoryChunk) -> WriteItem:
-        """The next chunk. The first one brings the prompt; each one with tokens brings the MODEL segment, grown.
+        """The next chunk. The first one contains the prompt; each one with tokens repeats the grown MODEL segment.
 
         Raises:
             InvalidDataError: its tokens do not follow those before.
@@ -92,7 +92,7 @@ class TrajectoryRecorder:
         return self._chunk(TrajectoryChunk(columns, segments, chunk.version_spans))
 
     def rest(self) -> WriteItem | None:
-        """What was held back; to be written before the close."""
+        """The routing that is still held back; write it before the close."""
         columns = self._routing.take()
         return self._chunk(TrajectoryChunk(columns)) if columns else None
 
@@ -111,7 +111,7 @@ class TrajectoryRecorder:
         )
 
     def failure(self, failure: TrajectoryFailure) -> WriteItem:
-        """The end of a trajectory that could not be finished."""
+        """The failure that ends a trajectory."""
         return self._item(failure)
 
     def _model_segment(self) -> Segment:
@@ -134,7 +134,7 @@ class TrajectoryRecorder:
 
 
 class _Routing:
-    """Routing that waits to be packed."""
+    """Routing that is held back until it is packed."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -150,7 +150,7 @@ class _Routing:
         return (*others, *self.take()) if held >= self.rows else others
 
     def take(self) -> tuple[Column, ...]:
-        """Everything held back, joined where it follows each other."""
+        """All columns held back, adjacent ones joined."""
         columns, self._columns = self._columns, []
         joined: list[list[Column]] = []
         for column in columns:

@@ -1,4 +1,4 @@
-"""One ordered stream of writes from a server to the replay buffer, which survives the buffer's restarts.
+"""One ordered stream of writes from a server to the replay buffer that survives restarts of the buffer.
 
     write ──> window ──> batches (flush_seconds, or full) ──> stream ──> in flight ──> results, in the same order
       ▲                                                                      │
@@ -6,9 +6,9 @@
                                                              refused: forgotten and reported to the worker
                                                              exhausted, out of range: sent again, in order
 
-When the stream breaks, everything in flight goes back before what is unsent and a new stream starts with it; the buffer
-recognizes what it has already. A buffer without room says when to come back, and is believed: however long its disk
-is full, nothing is given up. Nobody waits for an acknowledgement but `drain`.
+When the stream breaks, everything in flight is put back before the unsent items, and a new stream starts with it. The
+buffer recognizes items that it has already. A buffer without room says when to retry, and the writer complies: however
+long the disk is full, no item is given up. Only `drain` waits for acknowledgements.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _RAISED_CODES: Final = {
 
 
 class TrajectoryWriter:
-    """Writes items in order, each until it is answered; see the module's docstring.
+    """Writes items in order and repeats each until it is answered; see the module's docstring.
 
     Args:
         client: the replay buffer.
-        server_id: who writes.
-        options: window, batches, deadlines.
-        on_refused: takes the answer to each item that will not be accepted, however often it is sent.
+        server_id: this server.
+        options: limits of window and batches, and deadlines.
+        on_refused: called with the answer to each item that the buffer will never accept.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TrajectoryWriter:
         if largest > MAX_ITEM_BYTES:
             raise InvalidDataError(
                 f"a chunk of {largest} bytes exceeds the message limit of {MAX_ITEM_BYTES}; "
-                "lower chunk_tokens, or record less per token"
+                "lower chunk_tokens of the engine (inference_server.ENGINE.chunk_tokens), or record less per token"
             )
         while self._error is None and self._window.is_full:
             self._answered.clear()
@@ -95,7 +95,7 @@ class TrajectoryWriter:
             self._expect_answer()
 
     async def drain(self) -> None:
-        """Wait until every item is answered; bound it with a timeout."""
+        """Wait until every item is answered. It has no deadline of its own."""
         while self.num_unacknowledged and self._error is None:
             self._answered.clear()
             await self._answered.wait()
@@ -140,10 +140,10 @@ class TrajectoryWriter:
     # One stream
 
     async def _stream_until_broken(self) -> str:
-        """Send and receive until the stream ends; say why it did.
+        """Send and receive until the stream ends; returns the reason.
 
         Raises:
-            ExhaustedError: the buffer has no room; it may say when to come back.
+            ExhaustedError: the buffer has no room; it may say when to retry.
             LeewayError: the buffer refuses the stream itself.
         """
         call = self._client.stub.WriteTrajectories()
@@ -191,16 +191,16 @@ class TrajectoryWriter:
             try:
                 await call.write(request)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                return  # the reader meets the same end, and knows why
+                return  # the reader meets the same end and reports the reason
 
     def _told_to_wait(self, retry_seconds: float | None) -> float:
-        """How long to leave a buffer alone that has no room."""
+        """The wait before the next write to a buffer without room."""
         wait_seconds = retry_seconds or self._options.exhausted_wait_seconds
         log.warning("the replay buffer at %s has no room; writing again in %g s", self._client.address, wait_seconds)
         return wait_seconds
 
     def _expect_answer(self) -> None:
-        """Start the clock of the next answer, or stop it when nothing waits for one."""
+        """Restart the deadline for the next answer, or stop it when no item waits for one."""
         now = asyncio.get_running_loop().time()
         self._waiting_since = now
         if self._stall is not None and not self._stall.expired():

@@ -1,21 +1,22 @@
 """The rollout worker: tickets in, scored trajectories out.
 
-    replay buffer ── tickets ──> loans ──> one task per member ── generate ──> engine
-          ▲                        │             │                   │ chunks, as they come
-          │                        │             ▼                   ▼
-          │                        │           reward            recorder ──> items
-          │                        │             │ close, or failure            │
-          └── one ordered stream ──┼─────────────┴──────────── writer <─────────┘
-                                   └── leases renewed; aborted loans cancelled
+    replay buffer ── tickets ──> open tickets ──> one task per rollout ── generate ──> engine
+          ▲                        │                │                        │ chunks, as they come
+          │                        │                ▼                        ▼
+          │                        │              reward                  recorder ──> items
+          │                        │                │ close, or failure                  │
+          └── one ordered stream ──┼────────────────┴───────────────── writer <──────────┘
+                                   └── leases are renewed; rollouts of aborted tickets are cancelled
 
-The main loop wakes when a version comes into force, a slot becomes free, tickets arrive, or it is to stop; it asks for
-tickets as soon as a group fits beside what is open. Members wait for the engine, for their reward, and for the writer
-only while its window is full; never for an acknowledgement. Nothing is asked for before a first version is in force;
-as long as none is, the buffer is asked from time to time whether the run still goes on.
+The main loop wakes when a version comes into force, a rollout ends, tickets arrive, or a stop is requested. It requests
+tickets as soon as a whole group fits beside the open rollouts. Rollouts wait for the engine, for their reward, and for
+the writer only while its window is full; they never wait for an acknowledgement. Until a first version is in force, no
+tickets are requested, and the buffer is asked from time to time whether the run has finished.
 
-The end: the run has finished, or a stop is asked for, or something failed that ends the process. In all cases open
-members are cancelled; unless the run has finished they are handed back as retryable failures, so that others take them
-at once, and the server leaves the run. A server that is drained goes on asking, until it is readmitted or told to stop.
+The worker ends when the run has finished, when a stop is requested, or with the first error that ends the process. In
+all cases open rollouts are cancelled. Unless the run has finished, they are handed back as retryable failures, so that
+other servers get them at once, and the server leaves the run. A drained server keeps requesting tickets, until it is
+readmitted or stopped.
 """
 
 from __future__ import annotations
@@ -24,11 +25,10 @@ import asyncio
 import logging
 
 from inference_server.engine import Engine
-from inference_server.rollout.open_tickets import Loan, Loans, Member, open_loan
-from inference_server.rollout.refusals import Refusals
+from inference_server.rollout.open_tickets import OpenRollout, OpenTicket, OpenTickets, RefusedAttempts, open_ticket
 from inference_server.rollout.reward import RewardRunner
 from inference_server.rollout.rollouts import Rollouts
-from inference_server.rollout.run_joiner import Joining
+from inference_server.rollout.run_joiner import RunJoiner
 from inference_server.rollout.text import Tokenizer
 from inference_server.rollout.ticket_calls import TicketCalls
 from inference_server.rollout.trajectory_recorder import TrajectoryRecorder
@@ -41,13 +41,7 @@ from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.service.process import unless_stopped
 from leeway.tasks import TaskSet
-from leeway.types import (
-    Ticket,
-    TrajectoryFailure,
-    WriteItem,
-    WriteResult,
-    WriteStatus,
-)
+from leeway.types import Ticket, TrajectoryFailure, WriteItem, WriteResult, WriteStatus
 
 log = logging.getLogger(__name__)
 
@@ -57,15 +51,15 @@ class RolloutWorker:
 
     Args:
         engine: samples.
-        policy: which version the engine serves.
+        policy: the version that the engine serves.
         client: the replay buffer.
         server_id: this server's name, unique in the run.
-        tasks: must be those the run was opened with.
+        tasks: must be those that the run was opened with.
         tokenizer: encodes prompts, decodes completions.
         reward: scores completions.
-        options: bounds of the worker itself.
-        writer_options: bounds of the stream to the buffer.
-        metrics: shows what happens.
+        options: limits of the worker itself.
+        writer_options: limits of the stream to the buffer.
+        metrics: counts trajectories and shows what is open.
     """
 
     def __init__(
@@ -83,7 +77,6 @@ class RolloutWorker:
         metrics: InferenceServerMetrics,
     ) -> None:
         self._engine = engine
-        self._info = engine.info()
         self._policy = policy
         self._client = client
         self._server_id = server_id
@@ -95,156 +88,149 @@ class RolloutWorker:
         self._rollouts = Rollouts(
             engine, policy, self._writer, tokenizer, reward, options.trajectory_timeout_seconds, metrics
         )
-        self._joining = Joining(client, server_id, self._info, policy, tasks.digest)
-        self._loans = Loans()
-        self._refusals = Refusals(capacity=2 * writer_options.window_items)
-        self._members: asyncio.TaskGroup | None = None
-        self._turn = asyncio.Event()  # something happened that the main loop looks at
-        self._calls = TicketCalls(client, server_id, options.ticket_wait_seconds, metrics, self._turn.set)
-        self._fatal = False
+        self._joiner = RunJoiner(client, server_id, engine.info(), policy, tasks.digest)
+        self._open = OpenTickets()
+        self._refused = RefusedAttempts(capacity=2 * writer_options.window_items)
+        self._tasks_of_rollouts: asyncio.TaskGroup | None = None
+        self._wakeup = asyncio.Event()  # something happened that the main loop acts on
+        self._calls = TicketCalls(client, server_id, options.ticket_wait_seconds, metrics, self._wakeup.set)
+        self._failed = False
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Work until the run has finished or `stop` is set.
+        """Feed the run until it has finished or `stop` is set.
 
         Raises:
             PreconditionError: this server does not fit the run.
-            UnavailableError: the engine is gone, or the buffer answers no more.
-            ExhaustedError: the reward function hangs too often.
+            UnavailableError: the engine is gone, or the buffer no longer answers.
+            LeewayError: the reward function cannot be called any more.
         """
-        spec = await unless_stopped(stop, self._joining.begin())
+        spec = await unless_stopped(stop, self._joiner.join())
         if spec is None:
             return
         async with asyncio.TaskGroup() as services:
             writer = services.create_task(self._writer.run(), name="trajectory writer")
-            renewer = services.create_task(
-                self._loans.keep(self._client, self._server_id, self._abort), name="lease renewer"
-            )
+            leases = services.create_task(self._open.keep_leases(self._client, self._server_id, self._abort))
             try:
-                async with asyncio.TaskGroup() as self._members:
-                    await self._serve_tickets(stop, self._members, spec.members)
+                async with asyncio.TaskGroup() as self._tasks_of_rollouts:
+                    await self._serve_tickets(stop, spec.members, self._tasks_of_rollouts)
             finally:
-                await cancel_and_wait(renewer)
+                await cancel_and_wait(leases)
                 await self._hand_back()
                 writer.cancel()
 
-    # Tickets
-
-    async def _serve_tickets(self, stop: asyncio.Event, members: asyncio.TaskGroup, members_per_group: int) -> None:
+    async def _serve_tickets(self, stop: asyncio.Event, group_size: int, tasks: asyncio.TaskGroup) -> None:
         watchers = [asyncio.create_task(self._watch_version()), asyncio.create_task(self._watch_stop(stop))]
         try:
             while not (stop.is_set() or self._calls.finished):
-                self._turn.clear()
-                self._ask(members_per_group)
-                await self._turn.wait()
+                self._wakeup.clear()
+                self._request_tickets(group_size)
+                await self._wakeup.wait()
                 for ticket in self._calls.arrived():
-                    self._lend(ticket, members)
+                    self._begin(ticket, tasks)
             if stop.is_set():
                 for ticket in await self._calls.last():
-                    self._lend(ticket, members)
+                    self._begin(ticket, tasks)  # so that it is handed back
         finally:
             for watcher in watchers:
                 await cancel_and_wait(watcher)
             await self._calls.cancel()
-            for loan in self._loans:
-                loan.cancel()
+            for held in self._open:
+                held.cancel()
 
-    def _ask(self, members_per_group: int) -> None:
-        """Ask for what fits beside what is open."""
-        # The engine is asked each time: it may take on less when its memory is short.
-        capacity = max(self._engine.info().max_concurrency + self._options.prefetch, members_per_group)
-        free = capacity - len(self._loans)
-        if self._policy.version is not None and free >= members_per_group:
-            self._calls.ask(self._policy.version, free)
+    def _request_tickets(self, group_size: int) -> None:
+        """Request as many rollouts as fit beside the open ones, if that is at least one group."""
+        # Read each time: an engine lowers its concurrency when its memory is short.
+        capacity = max(self._engine.info().max_concurrency + self._options.prefetch, group_size)
+        free = capacity - len(self._open)
+        if self._policy.version is not None and free >= group_size:
+            self._calls.request(self._policy.version, free)
 
     async def _watch_version(self) -> None:
         version = self._policy.version
         while True:
             version = await self._policy.wait_for_change(version)
             self._metrics.policy_step.set(version.step)
-            self._turn.set()
+            self._wakeup.set()
 
     async def _watch_stop(self, stop: asyncio.Event) -> None:
         await stop.wait()
-        self._turn.set()
+        self._wakeup.set()
 
-    def _lend(self, ticket: Ticket, members: asyncio.TaskGroup) -> None:
-        """Begin to work on a ticket."""
-        loan = open_loan(ticket, self._tasks, self._tokenizer)
+    # From ticket to close
+
+    def _begin(self, ticket: Ticket, tasks: asyncio.TaskGroup) -> None:
+        """Start a rollout for each member of a ticket."""
+        held = open_ticket(ticket, self._tasks, self._tokenizer)
+        engine = self._engine.info().engine
         for member in ticket.members:
-            recorder = TrajectoryRecorder(ticket, member, loan.prompt, self._info.engine, self._options.routing_rows)
-            loan.members[member.trajectory_id] = entry = Member(recorder)
-            entry.task = members.create_task(self._roll_out(loan, recorder))
-        self._loans.add(loan)
-        self._metrics.active.set(len(self._loans))
+            recorder = TrajectoryRecorder(ticket, member, held.prompt, engine, self._options.routing_rows)
+            held.rollouts[member.trajectory_id] = rollout = OpenRollout(recorder)
+            rollout.task = tasks.create_task(self._roll_out(held, recorder))
+        self._open.add(held)
+        self._metrics.active.set(len(self._open))
 
-    # One member
+    async def _roll_out(self, held: OpenTicket, recorder: TrajectoryRecorder) -> None:
+        """Sample, score and close one trajectory, or write why that failed."""
+        end = await self._rollouts.run(held, recorder)
+        await self._writer.write([end.item])
+        self._metrics.trajectories.labels(end.outcome).inc()
+        self._end_rollout(held, recorder.trajectory_id)
+        if end.fatal is not None and not self._failed:
+            self._failed = True  # other rollouts meet the same error now; it is reported once
+            raise end.fatal
 
-    async def _roll_out(self, loan: Loan, recorder: TrajectoryRecorder) -> None:
-        """Sample, score and close one trajectory, or say why not."""
-        ending = await self._rollouts.run(loan, recorder)
-        await self._end(loan, recorder, ending.item, ending.outcome)
-        if ending.fatal is not None and not self._fatal:
-            self._fatal = True  # others meet the same error in the same moment; one line says it
-            raise ending.fatal
-
-    async def _end(self, loan: Loan, recorder: TrajectoryRecorder, item: WriteItem, outcome: str) -> None:
-        await self._writer.write([item])
-        self._metrics.trajectories.labels(outcome).inc()
-        self._forget(loan, recorder.trajectory_id)
-
-    def _forget(self, loan: Loan, trajectory_id: str) -> None:
-        """A member is no longer open; its slot is free."""
-        self._loans.end(loan, trajectory_id)
-        self._metrics.active.set(len(self._loans))
+    def _end_rollout(self, held: OpenTicket, trajectory_id: str) -> None:
+        self._open.end_rollout(held, trajectory_id)
+        self._metrics.active.set(len(self._open))
         self._metrics.unacknowledged_items.set(self._writer.num_unacknowledged)
-        self._turn.set()
+        self._wakeup.set()
 
     # What the buffer takes back
 
     def _on_refused(self, result: WriteResult) -> None:
-        """An item will not be accepted: stop working on what it belongs to, which may have ended here already."""
-        loan = self._loans.of(result.trajectory_id)
-        if loan is not None and loan.ticket.attempt != result.attempt:
-            loan = None
+        """The buffer will not accept an item: stop its ticket or rollout, which may have ended here already."""
+        held = self._open.of(result.trajectory_id)
+        if held is not None and held.ticket.attempt != result.attempt:
+            held = None
         if result.status is WriteStatus.ABORTED:
-            if loan is not None:
-                log.info("group %s is aborted: %s", loan.ticket.group_id, result.message)
-                self._abort(loan)
+            if held is not None:
+                log.info("group %s is aborted: %s", held.ticket.group_id, result.message)
+                self._abort(held)
             return
-        if not self._refusals.add(result):
+        if not self._refused.add(result):
             return
         message = f"{result.trajectory_id} seq {result.seq} is refused as {result.status.name}: {result.message}"
         log.error("%s", message)
-        if loan is not None:
-            entry = loan.members[result.trajectory_id]
-            if entry.task is not None:
-                entry.task.cancel()
+        if held is not None:
+            task = held.rollouts[result.trajectory_id].task
+            if task is not None:
+                task.cancel()
             self._metrics.trajectories.labels("aborted").inc()
-            self._forget(loan, result.trajectory_id)
-        if self._members is not None and result.status in (WriteStatus.INVALID, WriteStatus.OUT_OF_RANGE):
-            # The buffer waits for another item in that place: say that none will come.
+            self._end_rollout(held, result.trajectory_id)
+        if self._tasks_of_rollouts is not None and result.status in (WriteStatus.INVALID, WriteStatus.OUT_OF_RANGE):
+            # The buffer still expects an item with this number: a failure says that none will come.
             missing = result.status is WriteStatus.OUT_OF_RANGE
             seq = result.expected_seq if missing else result.seq
             failure = TrajectoryFailure(message, retryable=missing)
             item = WriteItem(result.trajectory_id, result.attempt, seq, failure)
-            self._members.create_task(self._writer.write([item]))
+            self._tasks_of_rollouts.create_task(self._writer.write([item]))
 
-    def _abort(self, loan: Loan) -> None:
-        loan.cancel()
-        for trajectory_id in list(loan.members):
+    def _abort(self, held: OpenTicket) -> None:
+        held.cancel()
+        for trajectory_id in list(held.rollouts):
             self._metrics.trajectories.labels("aborted").inc()
-            self._forget(loan, trajectory_id)
+            self._end_rollout(held, trajectory_id)
 
     async def _hand_back(self) -> None:
-        """Report what is open as failed, to be lent again, wait for the last answers, and leave.
+        """Write open rollouts as retryable failures, wait for the last acknowledgements, and leave the run.
 
-        Says so when it cannot: what it holds is lent again when its leases end.
+        If the buffer cannot be told, it issues these tickets again when their leases end.
         """
         failure = TrajectoryFailure(f"server {self._server_id} stopped", retryable=True)
         items = [
-            member.recorder.failure(failure)
-            for loan in self._loans
-            for member in loan.members.values()
+            rollout.recorder.failure(failure)
+            for held in self._open
+            for rollout in held.rollouts.values()
             if not self._calls.finished
         ]
         try:
@@ -256,7 +242,7 @@ class RolloutWorker:
                     await self._client.leave_run(self._server_id)
         except (TimeoutError, LeewayError) as error:
             log.warning(
-                "the run is left without a word (%s); %d writes were not acknowledged; "
-                "what it holds is lent again when the leases end",
+                "could not notify the buffer before leaving (%s); %d writes were not acknowledged; open tickets are "
+                "issued again when their leases end",
                 *(str(error) or f"no answer within {self._options.drain_seconds:g} s", self._writer.num_unacknowledged),
             )

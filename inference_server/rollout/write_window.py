@@ -1,4 +1,4 @@
-"""What a writer has sent and not got answered, and what it has still to send: one order, bounded.
+"""The write window: items that are unsent or without an answer, in one order and bounded.
 
 add ──> unsent ──> take_batch ──> in flight ──> take_answer ──> acknowledged: forgotten
            ▲                                        ├── refused: forgotten and reported
@@ -19,7 +19,7 @@ from leeway.rpc import MAX_MESSAGE_BYTES
 from leeway.types import WriteItem, WriteResult, WriteStatus
 
 _OVERHEAD_BYTES: Final = 256
-"""What an item takes beside its chunk; counted for closes and failures too."""
+"""Size of an item beside its chunk; closes and failures count with it, too."""
 MAX_ITEM_BYTES: Final = MAX_MESSAGE_BYTES - (1 << 16)
 
 
@@ -27,8 +27,8 @@ class WriteWindow:
     """See the module's docstring.
 
     Args:
-        options: its bounds, and those of a batch.
-        on_refused: takes the answer to each item that will not be accepted, however often it is sent.
+        options: limits of the window and of a batch.
+        on_refused: called with the answer to each item that the buffer will never accept.
     """
 
     def __init__(self, options: WriterOptions, on_refused: Callable[[WriteResult], None]) -> None:
@@ -70,7 +70,7 @@ class WriteWindow:
         return batch
 
     def take_answer(self, result: WriteResult) -> None:
-        """One answer; they come in the order of the items.
+        """Take one answer. Answers come in the order of the items.
 
         Raises:
             InvalidDataError: the answer is not that of the next item.
@@ -97,10 +97,10 @@ class WriteWindow:
         self._on_refused(result)
 
     def send_again_when_complete(self) -> float | None:
-        """Once nothing is in flight, put back what has to be sent again, in its order and before everything unsent.
+        """Once nothing is in flight, put items that must be repeated back before everything unsent, in their order.
 
         Returns:
-            The longest wait that the buffer asked for, 0 when it named none; None when it had room for everything.
+            The longest wait that the buffer asked for, 0 if it named none; None if it had room for every item.
         """
         if not self._again or self._in_flight:
             return None
@@ -110,7 +110,7 @@ class WriteWindow:
         for item, result in again:
             missing = (item.trajectory_id, item.attempt, result.expected_seq)
             if result.status is WriteStatus.OUT_OF_RANGE and missing not in coming:
-                # What the buffer misses was acknowledged or refused before: it cannot be sent again.
+                # The missing item was acknowledged or refused before, so it cannot be sent again.
                 self._refuse(item, result)
                 continue
             coming.add((item.trajectory_id, item.attempt, item.seq))
@@ -120,7 +120,7 @@ class WriteWindow:
         return max(exhausted, default=None)
 
     def take_back(self) -> None:
-        """The stream broke: whatever has no final answer is unsent again, in its order."""
+        """The stream broke: every item without a final answer is unsent again, in its order."""
         items = [item for item, _ in self._again]
         items.extend(self._in_flight)
         self._again = []
@@ -147,7 +147,7 @@ class WriteWindow:
 
 
 def size_bytes_of(item: WriteItem) -> int:
-    """What an item counts."""
+    """Size of an item against the window and the batch."""
     return _OVERHEAD_BYTES + (len(item.content) if isinstance(item.content, bytes) else 0)
 
 

@@ -60,12 +60,12 @@ class ShapedGroup:
 
 
 def is_overlong(trajectory: Trajectory) -> bool:
-    """Whether a limit of tokens ended it, so that its reward says little about its text."""
+    """True where a limit of tokens ended the trajectory, so that its reward says little about its text."""
     return trajectory.finish_reason in (FinishReason.LENGTH, FinishReason.CONTEXT)
 
 
 def soft_penalty(num_tokens: NDArray[np.int64], limit: int, cache: int) -> NDArray[np.float64]:
-    """What is added to the reward of completions near a limit.
+    """The penalty that is added to the reward of completions near a limit.
 
     0 up to limit - cache, then linear down to -1 at limit, and -1 beyond (DAPO, arXiv 2503.14476, equation 13).
 

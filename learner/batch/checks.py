@@ -95,3 +95,43 @@ def check_candidates(trajectory: Trajectory, signature: ModelSignature, topk: in
         if tokens.any():
             token = int(trained[np.argmax(tokens)])
             raise InvalidDataError(f"{name}: token {token} has {fault}; the engine must record what it sampled from")
+
+
+def check_routing(trajectory: Trajectory, signature: ModelSignature) -> None:
+    """Refuse routing that this model cannot have produced.
+
+    Args:
+        trajectory: routing [n - 1, L, k].
+        signature: of the model, an MoE.
+
+    Raises:
+        InvalidDataError: missing, of another shape, an expert that does not exist, an expert twice for one token.
+    """
+    name = f"trajectory {trajectory.trajectory_id}"
+    routing = trajectory.routing
+    if routing is None:
+        raise InvalidDataError(
+            f"{name} has no routing; set sampling.routing = true or learner.training.routing_replay = false"
+        )
+    expected = (trajectory.num_tokens - 1, signature.moe_layers, signature.experts_per_token)
+    if routing.shape != expected:
+        raise InvalidDataError(
+            f"{name} has routing of shape {list(routing.shape)} where [tokens - 1, layers, k] is {list(expected)}; "
+            "it was recorded with another model, or rows are missing"
+        )
+    if routing.size == 0:
+        return
+    outside = (routing < 0) | (routing >= signature.experts)
+    if outside.any():
+        token, layer, slot = (int(place) for place in np.argwhere(outside)[0])
+        raise InvalidDataError(
+            f"{name}: token {token} was routed to expert {int(routing[token, layer, slot])} of a model with "
+            f"{signature.experts} in MoE layer {layer}; it was recorded with another model"
+        )
+    ordered = np.sort(routing, axis=-1)
+    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
+    if repeated.any():
+        token, layer = (int(place) for place in np.argwhere(repeated)[0])
+        raise InvalidDataError(
+            f"{name}: token {token} names an expert twice in MoE layer {layer}; its routing was not fully recorded"
+        )

@@ -1,1 +1,1 @@
-"""Which servers diverge or are slow, and what is done about it."""
+"""Finding servers that diverge or are slow, and taking them out of the run."""

@@ -1,4 +1,4 @@
-"""How far each server's behavior log-probs are from what the learner makes of the same tokens.
+"""The distance between each server's behavior log-probs and the learner's log-probs of the same tokens.
 
 For a token sampled by server s, with staleness a when it is trained on,
 
@@ -47,7 +47,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a server compares."""
+    """One server, compared with the others."""
 
     excess_nats: float
     standard_error: float
@@ -55,7 +55,7 @@ class Standing:
 
     @property
     def surely_nats(self) -> float:
-        """What the excess is at least."""
+        """A lower bound of the excess."""
         return self.excess_nats - STANDARD_ERRORS * self.standard_error
 
 
@@ -89,11 +89,11 @@ class MismatchWindow:
         self._steps: deque[list[Sample]] = deque(maxlen=window_steps)
 
     def add(self, samples: Iterable[Sample]) -> None:
-        """One step's."""
+        """Append one step's samples."""
         self._steps.append(list(samples))
 
     def forget(self, server_ids: Iterable[str]) -> None:
-        """Begin afresh with these servers."""
+        """Drop the samples of these servers."""
         gone = set(server_ids)
         for number, samples in enumerate(self._steps):
             self._steps[number] = [sample for sample in samples if sample.server_id not in gone]
@@ -139,7 +139,7 @@ class _Cell:
 
 
 _NOTHING: Final = _Cell(0, 0.0, 0.0)
-"""What to expect of tokens that the learner's own weights sampled."""
+"""The reference for tokens that the learner's own weights sampled: no mismatch."""
 
 
 def _cell(samples: Sequence[Sample]) -> _Cell:

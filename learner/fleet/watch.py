@@ -1,14 +1,14 @@
 """Takes servers out of the run that diverge or are slow, and names them.
 
-    a step is trained ──> its tokens' mismatch, by server ─────┐
-                                                               ├──> verdicts ──> DrainServer ──> the buffer acts and
-    check_seconds pass ──> how long loans take, by the buffer ─┘                                 tells the server
+    a step is trained ──> its tokens' mismatch, by server ───────┐
+                                                                 ├──> verdicts ──> DrainServer ──> the buffer acts and
+    check_seconds pass ──> how long tickets take, by the buffer ─┘                                 tells the server
 
-    who measures    `server_mismatch`, and the buffer     who decides    this module, or a person (`leeway fleet`)
+    who measures    `fleet.mismatch`, and the buffer      who decides    this module, or a person (`leeway fleet`)
     waits for       a step, or its own clock              unblocks       nobody; training never waits for it
 
-What it can do is only what the buffer allows: the last server at work stays, and is a suspect in log and metrics. A
-server that was drained is judged afresh once it is readmitted.
+The buffer has the last word: the last server of a run stays, as a suspect in log and metrics. A server that was drained
+is judged on new samples once it is readmitted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A server that is to be taken out."""
+    """A server to drain, and why."""
 
     server_id: str
     reason: DrainReason
@@ -40,7 +40,7 @@ class Verdict:
 
 
 class FleetWatch:
-    """One incarnation of the learner, watching the servers of its run.
+    """Judges the servers of a run, for one incarnation of its learner.
 
     Args:
         buffer: acts.
@@ -83,13 +83,13 @@ class FleetWatch:
         self._trained.set()
 
     async def run(self, epoch: int) -> None:
-        """Look at the servers after each step, and from time to time; for as long as this task lives."""
+        """Judge the servers after each step, at least every check_seconds; runs until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(self._options.check_seconds):
                     await self._trained.wait()
             except TimeoutError:
-                pass  # the time has come
+                pass  # check_seconds have passed
             self._trained.clear()
             try:
                 await self.check(epoch)
@@ -100,7 +100,7 @@ class FleetWatch:
                 return
 
     async def check(self, epoch: int) -> None:
-        """Look once, and take out whoever is to be taken out."""
+        """Judge the servers once, and drain those with a verdict."""
         servers = await self._buffer.servers()
         self._window.forget(server.server_id for server in servers if server.drained is not None)
         standings = self._window.standings(self._options.min_tokens)
@@ -111,7 +111,7 @@ class FleetWatch:
         self._metrics.suspect_servers.set(suspects)
 
     async def _drained(self, verdict: Verdict, epoch: int) -> bool:
-        """Whether the buffer took the server out."""
+        """Ask the buffer to drain the server; false where it stays, as a suspect."""
         if not self._options.drain:
             self._name(verdict, "learner.fleet.drain is off")
             return False
@@ -143,7 +143,7 @@ class FleetWatch:
 def verdicts(
     standings: Mapping[str, Standing], servers: Sequence[ServerStatus], options: FleetOptions
 ) -> list[Verdict]:
-    """Who is to be taken out now; the worst first."""
+    """The servers to drain now, the worst first."""
     at_work = {server.server_id: server for server in servers if server.drained is None}
     diverging = [
         (standing, server_id)
@@ -166,16 +166,16 @@ def verdicts(
 
 
 def _slow(servers: Sequence[ServerStatus], options: FleetOptions) -> list[Verdict]:
-    timed = [server for server in servers if server.present and server.timed_loans >= options.min_groups]
+    timed = [server for server in servers if server.present and server.timed_tickets >= options.min_groups]
     found: list[Verdict] = []
     for server in timed:
-        others = [other.median_loan_seconds for other in timed if other is not server]
+        others = [other.median_ticket_seconds for other in timed if other is not server]
         if not others:
             continue
         usual = statistics.median_low(others)
-        if server.median_loan_seconds > max(options.slow_ratio * usual, options.slow_seconds):
+        if server.median_ticket_seconds > max(options.slow_ratio * usual, options.slow_seconds):
             message = (
-                f"its groups take {server.median_loan_seconds:.3g} s, those of the others {usual:.3g} s "
+                f"its groups take {server.median_ticket_seconds:.3g} s, those of the others {usual:.3g} s "
                 f"(medians; learner.fleet.slow_ratio is {options.slow_ratio:g})"
             )
             found.append(Verdict(server.server_id, DrainReason.SLOW, message))

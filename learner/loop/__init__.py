@@ -1,4 +1,4 @@
-"""The learner's loop: what it does, and what it leaves to others while it trains."""
+"""The learner's loop, with its checkpoints, evaluations and reports."""
 
 from learner.loop.context import LAST_ANSWER_SECONDS, Context
 from learner.loop.learner import Learner

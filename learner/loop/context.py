@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -35,6 +35,7 @@ class Context:
     metrics: LearnerMetrics
     run_directory: Path
     stop: asyncio.Event  # ends the loop cleanly, wherever it is
+    task_tags: Callable[[int], Sequence[str]]  # of a training task, by its index
 
     async def answered(self, call: Coroutine[Any, Any, None]) -> None:
         """Wait for a call to the replay buffer; once `stop` is set, only for LAST_ANSWER_SECONDS longer.

@@ -4,7 +4,7 @@ begin ── hold publication ── CreateEvaluation ──> servers sample at 
              └─────────────── released when the rewards are there, or given up ───────────────┘
 
 waits for    the evaluation before it: one is in flight at a time
-unblocks     publication; training itself goes on meanwhile, as far as the staleness bound lets it
+unblocks     publication; training itself goes on, as far as the staleness bound lets it
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Evaluations:
         self._evaluating: asyncio.Task[None] | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the version of `step` is to be measured."""
+        """True where the version of `step` is to be measured."""
         if not self._options.tasks:
             return False
         every = self._options.every_steps
         return step in (0, self._spec.total_steps) or (every > 0 and step % every == 0)
 
     async def begin_if_due(self, epoch: int, head: PolicyVersion) -> None:
-        """Ask for the head's evaluation, unless it has one; the head is published already."""
+        """Start the head's evaluation if it is due and has none; the head is published already."""
         if not self.due(head.step) or self._reports.has_evaluation(head.step) or not await self.finished():
             return
         evaluation = Evaluation(

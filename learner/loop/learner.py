@@ -8,9 +8,10 @@
     unblocks     admission in the buffer (Advance moves the head), servers (publish)
     order        draw, train, Advance, publish; a checkpoint holds only advanced steps; commit comes after it is durable
 
-Training runs in a thread, so that weights are served and evaluations awaited meanwhile. A checkpoint is copied between
-two steps and written while the next ones are trained; its commit follows when it is durable. An evaluation pins a
-version: it holds back newer ones until its tickets are done, while training goes on as far as the bound lets it.
+Training runs in a thread, so that the event loop goes on to serve weights and to await evaluations. A checkpoint is
+copied between two steps and written while the next ones are trained; its commit follows when it is durable. An
+evaluation pins a version: it holds back newer ones until its tickets are done, while training goes on as far as the
+staleness bound lets it.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Learner:
 
     @property
     def opened(self) -> bool:
-        """Whether the replay buffer knows this incarnation."""
+        """True once the replay buffer has opened the run for this incarnation."""
         return self._epoch > 0
 
     @property
@@ -180,7 +181,7 @@ class Learner:
         return Trained(groups, result, staleness, self._batch_wait_seconds, started_at, step_seconds)
 
     async def _advance(self, trained: Trained) -> None:
-        """Tell the buffer of the version that was just trained, which becomes the head."""
+        """Register the version that was just trained with the buffer, and make it the head."""
         step = self._head.step + 1
         manifest, buffers = await asyncio.to_thread(self._context.trainer.published)
         version = PolicyVersion(self._spec.run, self._epoch, step, weights_digest(manifest))

@@ -1,10 +1,10 @@
-"""What is said of each step, evaluation and drained server: journal, receipts and metrics."""
+"""Reports of each step, evaluation and drained server, in journal, receipts and metrics."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Trained:
 
 
 class Reports:
-    """Writes down what one incarnation of the learner does."""
+    """Writes the reports of one incarnation of the learner."""
 
     def __init__(self, context: Context, *, policy_logprobs: bool) -> None:
         self._context = context
@@ -49,6 +49,7 @@ class Reports:
     ) -> None:
         """A step led from `parent` to `head`, whose weights `manifest` names."""
         receipts, statistics = self._context.receipts, trained.result.statistics
+        rewards = reward_by_tag(trained.groups, self._context.task_tags)
         receipts.append(make_receipt(receipts.options, branches, parent, head, trained.groups, statistics, manifest))
         if self._policy_logprobs:
             write_policy_logprobs(self._context.run_directory, head.step, trained.result.policy_logprobs)
@@ -58,6 +59,7 @@ class Reports:
                 "step": head.step,
                 "version": str(head),
                 **statistics,
+                **({"reward_by_tag": rewards} if rewards else {}),
                 "staleness_histogram": {str(key): count for key, count in sorted(trained.staleness.items())},
                 "batch_wait_seconds": trained.batch_wait_seconds,
                 "step_seconds": trained.step_seconds,
@@ -65,15 +67,17 @@ class Reports:
                 "generation_intervals": _generation_intervals(trained.groups),
             }
         )
-        self._observe(head.step, trained)
+        self._observe(head.step, trained, rewards)
 
-    def _observe(self, step: int, trained: Trained) -> None:
+    def _observe(self, step: int, trained: Trained, rewards: Mapping[str, float]) -> None:
         metrics = self._context.metrics
         metrics.step.set(step)
         metrics.step_seconds.observe(trained.step_seconds)
         metrics.batch_wait_seconds.observe(trained.batch_wait_seconds)
         for name, value in trained.result.statistics.items():
             metrics.statistic.labels(name).set(value)
+        for tag, value in rewards.items():
+            metrics.tag_reward.labels(tag).set(value)
         for steps, num_tokens in trained.staleness.items():
             bucket = max(bound for bound in STALENESS_BUCKETS if bound <= steps)
             metrics.trained_tokens.labels(str(bucket)).inc(num_tokens)
@@ -94,7 +98,7 @@ class Reports:
         )
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the version of `step` was measured, by this incarnation or an earlier one."""
+        """True where this incarnation or an earlier one measured the version of `step`."""
         records = self._context.journal.records
         return any(record["kind"] == "evaluation" and record["step"] == step for record in records)
 
@@ -112,6 +116,15 @@ class Reports:
 
     def _record(self, record: dict[str, Any]) -> None:
         self._context.journal.append({**record, "elapsed_seconds": time.monotonic() - self._clock_started})
+
+
+def reward_by_tag(groups: Sequence[TrajectoryGroup], task_tags: Callable[[int], Sequence[str]]) -> dict[str, float]:
+    """The mean reward of a step's trajectories for each tag of their tasks; a task with two tags counts for both."""
+    rewards: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        for tag in set(task_tags(group.task_index)):
+            rewards[tag] += [trajectory.reward for trajectory in group.trajectories]
+    return {tag: sum(values) / len(values) for tag, values in sorted(rewards.items())}
 
 
 def _generation_intervals(groups: Sequence[TrajectoryGroup]) -> list[tuple[float, float]]:

@@ -5,7 +5,7 @@
     every micro-batch, with gradient: values (with the statistics) ── decide ──> terms
 
 Each quantity is a sum or a maximum of what single tokens add, so the order and the cut into micro-batches and ranks do
-not matter. A quantity per sequence is a tensor [N] over all sequences of the step, whoever holds them.
+not matter. A quantity per sequence is a tensor [N] over all sequences of the step, of every rank.
 
 Shape legend: N sequences of a step.
 """

@@ -1,4 +1,4 @@
-"""What a loss makes of given tokens, number by number, in float64: the trainer's own functions without a model.
+"""`leeway loss`: every number from given log-probs to the loss, in float64, by the trainer's own functions.
 
 Shape legend: T tokens, N sequences, K candidates per token.
 """

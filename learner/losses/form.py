@@ -70,7 +70,7 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True)
 class TokenValues:
-    """What a loss decides from: finite at padding (log mu = log pi = 0, r = 1, A = 0), without gradient."""
+    """The input of a loss's decision: finite at padding (log mu = log pi = 0, r = 1, A = 0), without gradient."""
 
     policy_logprobs: Tensor  # [T]
     behavior_logprobs: Tensor  # [T]

@@ -53,7 +53,7 @@ def add_adapters(model: nn.Module, output_layer: nn.Module | None, options: Lora
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a tensor of the model's state belongs to an adapter."""
+    """True for a tensor of an adapter, by its name in the model's state."""
     return ".lora_" in name
 
 

@@ -33,7 +33,7 @@ from leeway.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores(TokenScores):
-    """What the policy says about the N targets of a micro-batch and their K recorded candidates, in float32.
+    """The policy's scores of a micro-batch's N targets and their K recorded candidates, in float32.
 
     Log-probs have a gradient of their own only from the reference head.
     """
@@ -44,7 +44,7 @@ class Scores(TokenScores):
 
 
 class _Forward(NamedTuple):
-    """What a forward pass computes: a tuple, since FSDP looks through its outputs for those with a gradient."""
+    """The result of a forward pass: a tuple, since FSDP looks through outputs for those with a gradient."""
 
     head: HeadAnswer
     load_balancing: Tensor | None  # [S]
@@ -121,7 +121,7 @@ class PolicyModel:
         return self._sliding_window
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes, and buffers, by module name, tied ones once; the model's own memory.
+        """Parameters that training changes, and buffers, by module name, tied ones once; the model's own memory.
 
         With adapters these alone: the rest stays what model.path holds.
         """

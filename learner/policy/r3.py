@@ -18,7 +18,7 @@ through the backward pass. Tokens without a record (the last token of a trajecto
 
 A router family is one function in `_GATES`, by its Hugging Face class, and one row in leeway.huggingface.moe.
 
-Shape legend: P places of a micro-batch, L MoE layers, k experts per token, E experts, n tokens of a trajectory.
+Shape legend: P places of a micro-batch, L MoE layers, k experts per token, E experts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from leeway.errors import ConfigError, InvalidDataError, PreconditionError
+from leeway.errors import ConfigError, PreconditionError
 from leeway.huggingface import moe
-from leeway.types import ModelSignature, Trajectory
 
 Gates = Callable[[nn.Module, Tensor, Tensor], Tensor]
 RouterOutput = tuple[Tensor, Tensor, Tensor]  # logits [P, E], gates [P, k], experts [P, k]
@@ -129,43 +127,3 @@ def find_routers(model: nn.Module) -> list[tuple[nn.Module, Gates]]:
     """The model's routers in the order of their layers' numbers, each with the law of its gates."""
     named_modules = cast("Iterable[tuple[str, nn.Module]]", model.named_modules())
     return [(router, _GATES[family]) for family, router in moe.find_routers(named_modules)]
-
-
-def check_routing(trajectory: Trajectory, signature: ModelSignature) -> None:
-    """Refuse routing that this model cannot have produced.
-
-    Args:
-        trajectory: routing [n - 1, L, k].
-        signature: of the model, an MoE.
-
-    Raises:
-        InvalidDataError: missing, of another shape, an expert that does not exist, an expert twice for one token.
-    """
-    name = f"trajectory {trajectory.trajectory_id}"
-    routing = trajectory.routing
-    if routing is None:
-        raise InvalidDataError(
-            f"{name} has no routing; set sampling.routing = true or learner.training.routing_replay = false"
-        )
-    expected = (trajectory.num_tokens - 1, signature.moe_layers, signature.experts_per_token)
-    if routing.shape != expected:
-        raise InvalidDataError(
-            f"{name} has routing of shape {list(routing.shape)} where [tokens - 1, layers, k] is {list(expected)}; "
-            "it was recorded with another model, or rows are missing"
-        )
-    if routing.size == 0:
-        return
-    outside = (routing < 0) | (routing >= signature.experts)
-    if outside.any():
-        token, layer, slot = (int(place) for place in np.argwhere(outside)[0])
-        raise InvalidDataError(
-            f"{name}: token {token} was routed to expert {int(routing[token, layer, slot])} of a model with "
-            f"{signature.experts} in MoE layer {layer}; it was recorded with another model"
-        )
-    ordered = np.sort(routing, axis=-1)
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(axis=-1)
-    if repeated.any():
-        token, layer = (int(place) for place in np.argwhere(repeated)[0])
-        raise InvalidDataError(
-            f"{name}: token {token} names an expert twice in MoE layer {layer}; its routing was not fully recorded"
-        )

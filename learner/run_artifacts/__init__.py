@@ -1,1 +1,1 @@
-"""What a run leaves behind: checkpoints, journal, receipts, and how a step is computed again from them."""
+"""Files of a run: checkpoints, journal, receipts; and the recomputation of a step from them."""

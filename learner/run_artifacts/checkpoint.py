@@ -185,7 +185,7 @@ class CheckpointStore:
         return self._directory / f"{_PREFIX}{step:08d}"
 
     def _remove(self, steps: Sequence[int]) -> None:
-        """Each is whole until its name is gone for good."""
+        """Remove checkpoints; each is whole until its name is gone durably."""
         for step in steps:
             removed = self._directory / f"{_REMOVED}{step:08d}"
             shutil.rmtree(removed, ignore_errors=True)

@@ -18,16 +18,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import Any, Final
 
 from learner.lineage import Branch
 from learner.run_artifacts.journal import read_journal
+from learner.trainer import Trainer
 from leeway.config import LearnerOptions
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.service.durable import replace_file
-from leeway.types import ModelSignature, PolicyVersion, SegmentKind, Trajectory, TrajectoryGroup, WeightManifest
+from leeway.types import PolicyVersion, SegmentKind, Trajectory, TrajectoryGroup, WeightManifest
 
 FILE: Final = "receipts.jsonl"
 _FINGERPRINT_BYTES: Final = 4
@@ -129,17 +129,16 @@ def first_different_tensor(manifest: WeightManifest, recorded: str) -> str | Non
     return None if len(before) == len(now) else "(the number of tensors)"
 
 
-def deciding_options(options: LearnerOptions, signature: ModelSignature, *, seed: int) -> Options:
+def deciding_options(options: LearnerOptions, trainer: Trainer, *, seed: int) -> Options:
     """Flatten everything that decides a step's numbers besides data and weights."""
     values: dict[str, Any] = {
         "run.seed": seed,
-        "model": signature.model_digest.hex(),
+        "model": trainer.signature.model_digest.hex(),
         "learner.trainer": options.trainer,
         "learner.num_threads": options.num_threads,
         "learner.ranks": options.ranks,
     }
-    if options.trainer == "torch":
-        values |= {name: library_version(name) for name in ("torch", "transformers")}
+    values |= trainer.numerics
     values |= {f"learner.training.{key}": value for key, value in options.training.model_dump(mode="json").items()}
     return {key: json.dumps(value) for key, value in values.items()}
 

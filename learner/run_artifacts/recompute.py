@@ -3,7 +3,10 @@
     checkpoint of step c ── load ──> trainer ── groups of step c+1 ──> compare ── ... ── groups of step s ──> compare
 
 Everything is compared exactly: options, group ids in order, the bytes of every trajectory, every statistic, every
-published tensor. The first difference ends the replay: what comes after it follows from it.
+published tensor. The first difference ends it: later ones follow from the first.
+
+Equal bits are promised on the same kind of processor, with the same libraries, threads and ranks. These are among the
+options of a receipt (`deciding_options`), so a recomputation elsewhere ends at the option that differs.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Difference:
 
 
 class DiffersError(Exception):
-    """Ends the replay with its answer."""
+    """The answer, raised where the first difference is found."""
 
     def __init__(self, difference: Difference) -> None:
         super().__init__(str(difference))
@@ -78,7 +81,7 @@ def find_start(store: CheckpointStore, receipts: Receipts, step: int) -> Checkpo
     return checkpoint
 
 
-async def replay(
+async def recompute(
     trainer: Trainer,
     checkpoint: Checkpoint,
     receipts: Receipts,

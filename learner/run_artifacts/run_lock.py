@@ -1,4 +1,4 @@
-"""One learner at a time in a run's folder: checkpoints, journal and receipts are written by whoever holds it.
+"""One learner at a time in a run's folder: only the holder of its lock writes checkpoints, journal and receipts.
 
 The epoch fences an older learner at the replay buffer, not on the disk that both write to. The lock belongs to the live
 process and ends with it, however it ends, so a crash leaves nothing to clean up. It holds among processes that see
@@ -37,12 +37,12 @@ def held_run(directory: Path) -> Generator[None]:
             holder = path.read_text(encoding="ascii", errors="replace").strip()
         process = f"process {holder}" if holder else "a process"
         raise UnavailableError(
-            f"{directory}: another learner, {process}, is at work in this folder; stop it, or wait until it ends"
+            f"{directory}: another learner, {process}, is running in this folder; stop it, or wait until it ends"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be used: {error.strerror}") from error
     try:
-        with suppress(OSError):  # a full disk: the number only helps whoever is refused
+        with suppress(OSError):  # a full disk: the number only helps a learner that is refused
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"{os.getpid()}\n".encode())
         yield

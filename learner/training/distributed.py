@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from learner.lineage import Branch
@@ -41,6 +41,10 @@ class DistributedTrainer:
     @property
     def signature(self) -> ModelSignature:
         return self._trainer.signature
+
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        return self._trainer.numerics
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -23,17 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from learner.losses.batch_statistics import BatchStatistics
-from learner.losses.form import TokenBatch, token_values
+from learner.losses.form import TokenBatch, TokenTerms, token_losses, token_values
 from learner.policy import local_part
 from learner.policy.head import TokenScores
-from learner.policy.model import PolicyModel
 from learner.trainer import UnusableGroupError
 from learner.training.optimizer import Optimizer
 from learner.training.policy_loss import PolicyLoss
 from learner.training.statistics import ScoredTokens
 from learner.training.step_batch import Part, Partition, StepBatch
-from learner.training.world import World
-from leeway.config import TrainingOptions
 from leeway.errors import PreconditionError
 
 
@@ -41,29 +38,18 @@ class StepGradient:
     """Leaves the gradient of a step in the policy's parameters.
 
     Args:
-        policy: scores.
-        partition: plans micro-batches and packs them.
+        partition: plans micro-batches and packs them, for its policy and its world of ranks.
         loss: of tokens.
         optimizer: owns the gradients.
-        options: how routers are balanced.
-        world: of the ranks that share the step.
     """
 
-    def __init__(
-        self,
-        policy: PolicyModel,
-        partition: Partition,
-        loss: PolicyLoss,
-        optimizer: Optimizer,
-        options: TrainingOptions,
-        world: World,
-    ) -> None:
-        self._policy = policy
+    def __init__(self, partition: Partition, loss: PolicyLoss, optimizer: Optimizer) -> None:
         self._partition = partition
+        self._policy = partition.policy
+        self._options = partition.options
+        self._world = partition.world
         self._loss = loss
         self._optimizer = optimizer
-        self._options = options
-        self._world = world
 
     def accumulate(self, batch: StepBatch) -> tuple[list[ScoredTokens], Tensor]:
         """Score the batch and add up its gradient.
@@ -128,7 +114,7 @@ class StepGradient:
         def summed_loss(places: slice, scores: TokenScores) -> Tensor:
             if part.is_filler:
                 return (scores.logprobs * 0.0).sum()
-            losses, _ = self._loss.losses(tokens_at(places, scores))
+            losses, _ = self._losses(tokens_at(places, scores))
             return (losses * weights[places]).sum()
 
         with (
@@ -144,7 +130,7 @@ class StepGradient:
         if part.is_filler:
             return None
         tokens = tokens_at(slice(None), scores.detached())
-        losses, terms = self._loss.losses(tokens)
+        losses, terms = self._losses(tokens)
         unusable = ~torch.isfinite(losses)
         loss = (losses * weights).sum()
         return ScoredTokens(
@@ -156,6 +142,10 @@ class StepGradient:
             int(sequences[unusable][0]) if unusable.any() else None,
             load_balancing,
         )
+
+    def _losses(self, tokens: TokenBatch) -> tuple[Tensor, TokenTerms]:
+        """[T] losses before aggregation, and the terms behind them."""
+        return token_losses(tokens, self._loss.decide, self._loss.parameters, self._loss.penalties)
 
     def _require_finite(self, batch: StepBatch, scored: Sequence[ScoredTokens]) -> None:
         """Raises UnusableGroupError, the same on every rank, when a trajectory's loss is not finite."""

@@ -49,7 +49,7 @@ class Optimizer:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The learning rate of the next step."""
         options = self._options
         return scheduled_learning_rate(
             options.schedule,

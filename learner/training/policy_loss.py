@@ -1,7 +1,7 @@
-"""The configured loss of a trainer: what it needs of a micro-batch, what it measures first, what it makes of tokens.
+"""The configured loss of a trainer: its input from a micro-batch, its measurement of the step, its running mismatch.
 
     micro-batches ── score without gradient ──> measured ──> statistics of the step      (batch-aware losses only)
-    micro-batch ── score ──> token_batch ──> losses, terms ──> observed ──> running mismatch, for later steps
+    micro-batch ── score ──> token_batch ──> (the gradient) ──> observed ──> running mismatch, for later steps
 
 The mismatch is the mean divergence of tokens of staleness zero: what engine and learner disagree about although their
 weights are the same.
@@ -11,7 +11,7 @@ Shape legend: T trained tokens of a micro-batch, N sequences of the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,6 @@ from learner.losses.form import (
     TokenValues,
     load_algorithm,
     load_measure,
-    token_losses,
     token_values,
 )
 from learner.policy.head import TokenScores
@@ -42,7 +41,7 @@ from leeway.config.algorithms import LossParameters
 
 @dataclass(frozen=True, slots=True)
 class OlderLogprobs:
-    """What earlier policies say of a micro-batch's targets; None where the loss does not ask, or means the learner."""
+    """Log-probs of targets under earlier policies; None where the loss needs none, or takes the learner's own."""
 
     proximal: Tensor | None = None  # [T]
     reference: Tensor | None = None  # [T]
@@ -58,7 +57,7 @@ class PolicyLoss:
         self.penalties = options.penalties
         self.needs_proximal = algorithm.needs_proximal
         self.mismatch = RunningMismatch()
-        self._decide = load_algorithm(algorithm)
+        self.decide = load_algorithm(algorithm)
         self._measure = load_measure(algorithm)
         self._numbers = options.loss_parameters
         self._memory_steps = options.mismatch_memory_steps
@@ -66,7 +65,7 @@ class PolicyLoss:
 
     @property
     def batch_aware(self) -> bool:
-        """Whether the step has to be measured before its losses are known."""
+        """True where the step has to be measured before its losses are known."""
         return self._measure is not None
 
     def token_batch(
@@ -114,33 +113,34 @@ class PolicyLoss:
         """Statistics of the whole step from all of its micro-batches; None for a token-local loss."""
         if self._measure is None:
             return None
-        measured = [self._measure(token_values(part), self._parameters, num_sequences) for part in parts]
+        measured = [self._measure(token_values(part), self.parameters, num_sequences) for part in parts]
         return reduce_statistics(merge_statistics(measured), self._reduce)
 
-    def losses(self, tokens: TokenBatch) -> tuple[Tensor, TokenTerms]:
-        """[T] losses before aggregation, and the terms behind them."""
-        return token_losses(tokens, self._decide, self._parameters, self.penalties)
-
-    def observed(self, parts: Sequence[tuple[TokenValues, TokenTerms]]) -> Mapping[str, float]:
-        """Learn the mismatch from a step that was taken; returns what there is to report of it.
+    def observed(self, totals: Mapping[str, float]) -> Mapping[str, float]:
+        """Update the mismatch from the `fresh_totals` of all ranks; returns it as a statistic.
 
         A loss around pi_old has no divergence from the engine to learn it from.
         """
         if self.needs_proximal:
             return {}
-        totals = torch.zeros(2, dtype=torch.float64)
-        for values, terms in parts:
-            if terms.divergence is not None and values.staleness is not None:
-                fresh = terms.divergence[values.staleness == 0].double()
-                fresh = fresh[torch.isfinite(fresh)]
-                totals += torch.tensor([float(fresh.sum()), float(fresh.numel())], dtype=torch.float64)
-        total, tokens = (float(number) for number in self._reduce(totals, "sum"))
-        self.mismatch = self.mismatch.after(total, tokens, self._memory_steps)
+        self.mismatch = self.mismatch.after(totals["fresh_divergence"], totals["fresh_tokens"], self._memory_steps)
         return {"mismatch": self.mismatch.mean} if self.mismatch.tokens else {}
 
     @property
-    def _parameters(self) -> LossParameters:
+    def parameters(self) -> LossParameters:
+        """The algorithm's numbers, with the mismatch measured so far."""
         return replace(self._numbers, mismatch=self.mismatch.mean)
+
+
+def fresh_totals(parts: Iterable[tuple[TokenValues, TokenTerms]]) -> dict[str, float]:
+    """The summed divergence of tokens of staleness zero, and how many there are."""
+    total = tokens = 0.0
+    for values, terms in parts:
+        if terms.divergence is not None and values.staleness is not None:
+            fresh = terms.divergence[values.staleness == 0].double()
+            fresh = fresh[torch.isfinite(fresh)]
+            total, tokens = total + float(fresh.sum()), tokens + fresh.numel()
+    return {"fresh_divergence": total, "fresh_tokens": tokens}
 
 
 def _candidates(micro_batch: MicroBatch, scores: TokenScores, places: slice) -> Candidates | None:

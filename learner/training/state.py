@@ -34,7 +34,7 @@ _SCALARS = "trainer.json"
 
 @dataclass(frozen=True, slots=True)
 class TrainerScalars:
-    """What a trainer is besides its tensors."""
+    """A trainer's state besides its tensors."""
 
     format: int
     model_digest: str  # hex

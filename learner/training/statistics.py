@@ -1,101 +1,47 @@
-"""Statistics of one step, from its scored tokens.
+"""Statistics of one step and the policy's log-probs, from the scored tokens of all ranks.
 
-Shape legend: T trained tokens of a micro-batch or, joined, of all micro-batches and ranks.
+    ScoredTokens of this rank's micro-batches ──┬── gather ──> tokens of the step ──> statistics, policy log-probs
+                                                └── sum ──> totals of the step ──> loss, mismatch, candidates, balancing
+
+Shape legend: T trained tokens of the step, in the order of ranks and micro-batches.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from learner.losses.batch_statistics import Reduce
 from learner.losses.form import Candidates, TokenTerms, TokenValues
 from learner.training.step_batch import StepBatch
-from learner.training.world import World, gather_arrays, gather_tensor
+from learner.training.world import World
 from leeway.types import Float32Array
 
-
-@torch.no_grad()
-def token_statistics(values: TokenValues, terms: TokenTerms, entropies: Tensor) -> dict[str, float]:
-    """Statistics over all trained tokens, before the step.
-
-    Masked fractions are shares of the tokens whose advantage is not zero; `..._positive` and `..._negative` add up to
-    the whole. k1 and k3 estimate KL(mu || pi): mean(-log r) and mean(r - 1 - log r).
-
-    Args:
-        values: [T] each.
-        terms: [T] each.
-        entropies: [T] of the policy's distribution.
-
-    Returns:
-        Numbers by name; those of masked tokens only where there is one.
-
-    Example:
-        mu = [.5, .5], pi = [.75, .2]: mean_abs_policy_behavior_difference = .275, its maximum .3, signed .25 and -.3.
-    """
-    if values.ratio.numel() == 0:
-        return {}
-    difference = values.policy_logprobs.exp() - values.behavior_logprobs.exp()
-    log_ratio = values.policy_logprobs - values.behavior_logprobs
-    has_signal = values.advantages != 0
-    masked = ~terms.kept & has_signal
-    num_signal = has_signal.sum().clamp(min=1)
-    named = {
-        "mean_abs_policy_behavior_difference": difference.abs().mean(),
-        "max_abs_policy_behavior_difference": difference.abs().max(),
-        "max_policy_behavior_difference": difference.max(),
-        "min_policy_behavior_difference": difference.min(),
-        "ratio_mean": values.ratio.mean(),
-        "ratio_max": values.ratio.max(),
-        "masked_fraction": masked.sum() / num_signal,
-        "masked_fraction_positive": (masked & (values.advantages > 0)).sum() / num_signal,
-        "masked_fraction_negative": (masked & (values.advantages < 0)).sum() / num_signal,
-        "entropy": entropies.mean(),
-        "k1": -log_ratio.mean(),
-        "k3": (values.ratio - 1 - log_ratio).mean(),
-    }
-    if masked.any():
-        named |= {
-            "masked_behavior_probability_mean": values.behavior_logprobs[masked].exp().mean(),
-            "masked_policy_probability_mean": values.policy_logprobs[masked].exp().mean(),
-            "masked_ratio_mean": values.ratio[masked].mean(),
-            "masked_entropy_mean": entropies[masked].mean(),
-        }
-    numbers = cast("list[float]", torch.stack([value.double() for value in named.values()]).tolist())
-    return dict(zip(named, numbers, strict=True))
-
-
-@torch.no_grad()
-def candidate_statistics(parts: Sequence[Candidates | None], reduce: Reduce) -> dict[str, float]:
-    """How much of both distributions the recorded candidates hold, a mean over all ranks; empty without candidates.
-
-    Example:
-        K = 2, mu = [.5, .25], pi = [.4, .25]: topk_behavior_mass = .75, topk_policy_mass = .65.
-    """
-    totals = torch.zeros(3, dtype=torch.float64)
-    for part in parts:
-        if part is None:
-            return {}
-        masses = [x.double().exp().sum().cpu() for x in (part.behavior_logprobs, part.policy_logprobs)]
-        totals += torch.stack([*masses, torch.tensor(float(part.valid.shape[0]), dtype=torch.float64)])
-    behavior, policy, num_tokens = cast("list[float]", reduce(totals, "sum").tolist())
-    if not num_tokens:
-        return {}
-    return {"topk_behavior_mass": behavior / num_tokens, "topk_policy_mass": policy / num_tokens}
+TOKEN: Final = np.dtype(
+    [
+        ("sequence", np.int64),  # index of the trajectory in the step
+        ("policy_logprob", np.float32),
+        ("behavior_logprob", np.float32),
+        ("ratio", np.float32),
+        ("advantage", np.float32),
+        ("entropy", np.float32),  # of the policy's distribution
+        ("kept", np.bool_),  # by the loss's mask
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredTokens:
-    """Of one micro-batch, without gradient."""
+    """The trained tokens of one micro-batch, without gradient."""
 
     loss: Tensor  # scalar, this micro-batch's share of the step's loss
-    sequences: Tensor  # [T] index of the trajectory
+    sequences: Tensor  # index of each token's trajectory among this rank's
     values: TokenValues
     terms: TokenTerms
     entropies: Tensor
@@ -103,40 +49,114 @@ class ScoredTokens:
     load_balancing: float = 0.0  # this micro-batch's share of the step's mean
 
 
-def scored_statistics(scored: Sequence[ScoredTokens], world: World) -> dict[str, float]:
-    """Statistics over the tokens of all micro-batches and ranks."""
+def gather_tokens(scored: Sequence[ScoredTokens], first: int, world: World) -> NDArray[Any]:
+    """[T] records of TOKEN.
 
-    def joined(of: Callable[[ScoredTokens], Tensor]) -> Tensor:
-        return gather_tensor(world, torch.cat([of(part) for part in scored]))
-
-    values = TokenValues(
-        policy_logprobs=joined(lambda part: part.values.policy_logprobs),
-        behavior_logprobs=joined(lambda part: part.values.behavior_logprobs),
-        ratio=joined(lambda part: part.values.ratio),
-        advantages=joined(lambda part: part.values.advantages),
-    )
-    terms = TokenTerms(kept=joined(lambda part: part.terms.kept), weight=joined(lambda part: part.terms.weight))
-    return {
-        **token_statistics(values, terms, joined(lambda part: part.entropies)),
-        **candidate_statistics([part.values.candidates for part in scored], world.reduce),
+    Args:
+        scored: the micro-batches of this rank.
+        first: this rank's first trajectory among those of all ranks.
+        world: the ranks that share the step.
+    """
+    tokens = np.empty(sum(part.sequences.numel() for part in scored), TOKEN)
+    columns = {
+        "sequence": [part.sequences + first for part in scored],
+        "policy_logprob": [part.values.policy_logprobs for part in scored],
+        "behavior_logprob": [part.values.behavior_logprobs for part in scored],
+        "ratio": [part.values.ratio for part in scored],
+        "advantage": [part.values.advantages for part in scored],
+        "entropy": [part.entropies for part in scored],
+        "kept": [part.terms.kept for part in scored],
     }
+    for name, column in columns.items():
+        tokens[name] = torch.cat(column).detach().cpu().numpy()
+    return np.concatenate(world.gather(tokens))
 
 
-def policy_logprobs(batch: StepBatch, scored: Sequence[ScoredTokens], world: World) -> dict[str, Float32Array]:
+@torch.no_grad()
+def token_statistics(tokens: NDArray[Any]) -> dict[str, float]:
+    """Statistics over all trained tokens, before the step.
+
+    Masked fractions are shares of the tokens whose advantage is not zero; `..._positive` and `..._negative` add up to
+    the whole. k1 and k3 estimate KL(mu || pi): mean(-log r) and mean(r - 1 - log r).
+
+    Args:
+        tokens: [T] records of TOKEN.
+
+    Returns:
+        Numbers by name; those of masked tokens only where there is one.
+
+    Example:
+        mu = [.5, .5], pi = [.75, .2]: mean_abs_policy_behavior_difference = .275, its maximum .3, signed .25 and -.3.
+    """
+    if not tokens.size:
+        return {}
+
+    def column(name: str) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(tokens[name]))
+
+    policy, behavior, ratio = column("policy_logprob"), column("behavior_logprob"), column("ratio")
+    advantages, entropies = column("advantage"), column("entropy")
+    difference = policy.exp() - behavior.exp()
+    log_ratio = policy - behavior
+    has_signal = advantages != 0
+    masked = ~column("kept") & has_signal
+    num_signal = has_signal.sum().clamp(min=1)
+    named = {
+        "mean_abs_policy_behavior_difference": difference.abs().mean(),
+        "max_abs_policy_behavior_difference": difference.abs().max(),
+        "max_policy_behavior_difference": difference.max(),
+        "min_policy_behavior_difference": difference.min(),
+        "ratio_mean": ratio.mean(),
+        "ratio_max": ratio.max(),
+        "masked_fraction": masked.sum() / num_signal,
+        "masked_fraction_positive": (masked & (advantages > 0)).sum() / num_signal,
+        "masked_fraction_negative": (masked & (advantages < 0)).sum() / num_signal,
+        "entropy": entropies.mean(),
+        "k1": -log_ratio.mean(),
+        "k3": (ratio - 1 - log_ratio).mean(),
+    }
+    if masked.any():
+        named |= {
+            "masked_behavior_probability_mean": behavior[masked].exp().mean(),
+            "masked_policy_probability_mean": policy[masked].exp().mean(),
+            "masked_ratio_mean": ratio[masked].mean(),
+            "masked_entropy_mean": entropies[masked].mean(),
+        }
+    numbers = cast("list[float]", torch.stack([value.double() for value in named.values()]).tolist())
+    return dict(zip(named, numbers, strict=True))
+
+
+def policy_logprobs(tokens: NDArray[Any], batch: StepBatch, world: World) -> dict[str, Float32Array]:
     """[tokens in the loss] of every trajectory of all ranks, by its id.
 
     A trajectory's tokens are scored together and in order.
     """
-    sequences = torch.cat([part.sequences for part in scored]).cpu().numpy()
-    logprobs = torch.cat([part.values.policy_logprobs for part in scored]).cpu().numpy()
-    order = np.argsort(sequences, kind="stable")
-    ends = np.searchsorted(sequences[order], np.arange(1, len(batch.trajectories)))
-    parts = np.split(logprobs[order], ends)
-    return _gathered(
-        {trajectory.trajectory_id: part for trajectory, part in zip(batch.trajectories, parts, strict=True)}, world
-    )
+    names = [trajectory.trajectory_id for trajectory in batch.trajectories]
+    names = [name for text in world.gather_text(json.dumps(names)) for name in json.loads(text)]
+    tokens = tokens[np.argsort(tokens["sequence"], kind="stable")]
+    ends = np.searchsorted(tokens["sequence"], np.arange(1, len(names)))
+    parts = np.split(np.ascontiguousarray(tokens["policy_logprob"]), ends)
+    return dict(zip(names, parts, strict=True))
 
 
-def _gathered(logprobs: Mapping[str, Float32Array], world: World) -> dict[str, Float32Array]:
-    names = [name for text in world.gather_text(json.dumps(list(logprobs))) for name in json.loads(text)]
-    return dict(zip(names, gather_arrays(world, list(logprobs.values())), strict=True))
+def candidate_totals(parts: Sequence[Candidates | None]) -> dict[str, float]:
+    """The probability that both distributions give the recorded candidates, summed; empty without candidates."""
+    totals = np.zeros(3)
+    for part in parts:
+        if part is None:
+            return {}
+        masses = [float(x.double().exp().sum()) for x in (part.behavior_logprobs, part.policy_logprobs)]
+        totals += [*masses, part.valid.shape[0]]
+    return dict(zip(("behavior_mass", "policy_mass", "candidate_tokens"), totals.tolist(), strict=True))
+
+
+def candidate_statistics(totals: Mapping[str, float]) -> dict[str, float]:
+    """The mean probability of the recorded candidates in both distributions; empty without candidates.
+
+    Example:
+        K = 2, mu = [.5, .25], pi = [.4, .25]: topk_behavior_mass = .75, topk_policy_mass = .65.
+    """
+    num_tokens = totals.get("candidate_tokens")
+    if not num_tokens:
+        return {}
+    return {f"topk_{name}": totals[name] / num_tokens for name in ("behavior_mass", "policy_mass")}

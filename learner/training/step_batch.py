@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Final, cast
 
 import numpy as np
 import torch
@@ -29,14 +30,27 @@ from learner.losses.aggregation import sequence_weights
 from learner.policy.model import PolicyModel
 from learner.trainer import UnusableGroupError
 from learner.training.policy_loss import OlderLogprobs
-from learner.training.world import World, gather_arrays
+from learner.training.world import World
 from leeway.config import TrainingOptions
 from leeway.types import Trajectory, TrajectoryGroup
+
+_SEQUENCE: Final = np.dtype(
+    [
+        ("starts_group", np.bool_),
+        ("reward", np.float64),
+        ("advantage", np.float64),
+        ("counted", np.bool_),  # in the normalisation of the step's loss
+        ("num_tokens", np.int64),  # prompt included
+        ("trained_tokens", np.int64),
+        ("overlong", np.bool_),
+    ]
+)
+"""One trajectory, as ranks exchange it."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """What a rank trains on in one step."""
+    """One rank's trajectories of a step."""
 
     group_ids: tuple[str, ...]  # [N]
     trajectories: tuple[Trajectory, ...]  # [N]
@@ -95,62 +109,45 @@ def step_batch(
     """
     rewards = [np.array([t.reward for t in group.trajectories]) for group in groups]
     shaped = [_shape(group, r, options) for group, r in zip(groups, rewards, strict=True)]
-    advantages = [group.advantages for group in shaped]
     trajectories = tuple(trajectory for group in groups for trajectory in group.trajectories)
-    trained_lengths = np.array([int(t.loss_mask.sum()) for t in trajectories], dtype=np.int64)
-    num_tokens = np.array([t.num_tokens for t in trajectories], dtype=np.int64)
-    overlong = np.array([is_overlong(t) for t in trajectories], dtype=np.bool_)
-    everyone = world.gather(trained_lengths)
-    first = sum(len(lengths) for lengths in everyone[: world.rank])
-    here = slice(first, first + len(trajectories))
-    all_lengths = np.concatenate(everyone)
-    counted = np.concatenate(world.gather(np.concatenate([group.counted for group in shaped])))
+    mine = np.empty(len(trajectories), _SEQUENCE)
+    mine["starts_group"] = [place == 0 for group in groups for place in range(len(group.trajectories))]
+    mine["reward"] = np.concatenate(rewards)
+    mine["advantage"] = np.concatenate([group.advantages for group in shaped])
+    mine["counted"] = np.concatenate([group.counted for group in shaped])
+    mine["num_tokens"] = [t.num_tokens for t in trajectories]
+    mine["trained_tokens"] = [int(t.loss_mask.sum()) for t in trajectories]
+    mine["overlong"] = [is_overlong(t) for t in trajectories]
+    ranks = world.gather(mine)
+    everyone = np.concatenate(ranks)
+    first = sum(len(sequences) for sequences in ranks[: world.rank])
     return StepBatch(
         group_ids=tuple(group.group_id for group in groups for _ in group.trajectories),
         trajectories=trajectories,
-        advantages=np.concatenate(advantages),
-        weights=_weights(all_lengths, counted, options)[here],
+        advantages=mine["advantage"],
+        weights=_weights(everyone, options)[first : first + len(trajectories)],
         staleness=tuple(trajectory_staleness(t, version_step, branches) for t in trajectories),
-        statistics={
-            **group_statistics(
-                gather_arrays(world, rewards),
-                gather_arrays(world, advantages),
-                np.concatenate(world.gather(num_tokens)),
-                all_lengths,
-            ),
-            "overlong_fraction": float(np.mean(np.concatenate(world.gather(overlong)))),
-        },
+        statistics=_statistics(everyone),
         first=first,
-        num_sequences=len(all_lengths),
+        num_sequences=len(everyone),
     )
 
 
-def group_statistics(
-    rewards: Sequence[NDArray[np.float64]],
-    advantages: Sequence[NDArray[np.float64]],
-    num_tokens: NDArray[np.int64],
-    num_trained_tokens: NDArray[np.int64],
-) -> dict[str, float]:
-    """Statistics of a step's groups.
-
-    Args:
-        rewards: G arrays, one entry per member.
-        advantages: G arrays.
-        num_tokens: [N] tokens per trajectory, prompt included.
-        num_trained_tokens: [N] tokens in the loss per trajectory.
-    """
-    all_rewards = np.concatenate(rewards)
-    all_advantages = np.concatenate(advantages)
+def _statistics(sequences: NDArray[Any]) -> dict[str, float]:
+    """Statistics of a step's groups, from records of _SEQUENCE."""
+    rewards, advantages = sequences["reward"], sequences["advantage"]
+    group_has_signal = np.logical_or.reduceat(advantages != 0, np.flatnonzero(sequences["starts_group"]))
     return {
-        "reward_mean": float(all_rewards.mean()),
-        "reward_std": float(all_rewards.std()),
-        "advantage_mean_abs": float(np.abs(all_advantages).mean()),
-        "advantage_max_abs": float(np.abs(all_advantages).max()),
-        "no_signal_group_fraction": float(np.mean([not group.any() for group in advantages])),
-        "response_length_mean": float(num_trained_tokens.mean()),
-        "num_sequences": float(num_tokens.shape[0]),
-        "num_tokens": float(num_tokens.sum()),
-        "num_trained_tokens": float(num_trained_tokens.sum()),
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "advantage_mean_abs": float(np.abs(advantages).mean()),
+        "advantage_max_abs": float(np.abs(advantages).max()),
+        "no_signal_group_fraction": float(np.mean(~group_has_signal)),
+        "response_length_mean": float(sequences["trained_tokens"].mean()),
+        "num_sequences": float(len(sequences)),
+        "num_tokens": float(sequences["num_tokens"].sum()),
+        "num_trained_tokens": float(sequences["trained_tokens"].sum()),
+        "overlong_fraction": float(np.mean(sequences["overlong"])),
     }
 
 
@@ -167,13 +164,12 @@ def _shape(group: TrajectoryGroup, rewards: NDArray[np.float64], options: Traini
     )
 
 
-def _weights(
-    trained_lengths: NDArray[np.int64], counted: NDArray[np.bool_], options: TrainingOptions
-) -> NDArray[np.float64]:
-    """[N of all ranks] of each trajectory's summed token loss; 0 for those that do not count."""
-    weights = np.zeros(counted.shape, dtype=np.float64)
+def _weights(sequences: NDArray[Any], options: TrainingOptions) -> NDArray[np.float64]:
+    """Weight of each sequence's summed token loss; 0 for those that do not count."""
+    counted = sequences["counted"]
+    weights = np.zeros(len(sequences), dtype=np.float64)
     if counted.any():
-        weights[counted] = sequence_weights(options.aggregation, trained_lengths[counted], options.horizon)
+        weights[counted] = sequence_weights(options.aggregation, sequences["trained_tokens"][counted], options.horizon)
     return weights
 
 
@@ -193,7 +189,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """How steps are cut into parts."""
+    """Cuts steps into parts."""
 
     policy: PolicyModel
     options: TrainingOptions
@@ -208,12 +204,16 @@ class Partition:
     ) -> list[Part]:
         """Parts of the chosen trajectories [N], or of all, those with a gradient first."""
         everywhere = np.ones_like(has_gradient) if chosen is None else chosen
+        by_gradient = {
+            with_gradient: self._micro_batches(batch, everywhere & (has_gradient == with_gradient))
+            for with_gradient in (True, False)
+        }
+        counts = torch.tensor([len(own) for own in by_gradient.values()])
+        most = cast("list[int]", self.world.reduce(counts, "max").tolist())
         packed = [
             (micro_batch, with_gradient, is_filler)
-            for with_gradient in (True, False)
-            for micro_batch, is_filler in self._as_many_as_others(
-                batch, self._micro_batches(batch, everywhere & (has_gradient == with_gradient))
-            )
+            for (with_gradient, own), count in zip(by_gradient.items(), most, strict=True)
+            for micro_batch, is_filler in self._filled(batch, own, count)
         ]
         micro_batches = [micro_batch for micro_batch, _, _ in packed]
         proximal = self._logprobs_of(self.proximal, micro_batches)
@@ -226,14 +226,13 @@ class Partition:
     def _micro_batches(self, batch: StepBatch, chosen: NDArray[np.bool_]) -> list[MicroBatch]:
         return batch.micro_batches(chosen, self.options, with_routing=self.with_routing, topk=self.topk)
 
-    def _as_many_as_others(
-        self, batch: StepBatch, micro_batches: Sequence[MicroBatch]
+    def _filled(
+        self, batch: StepBatch, micro_batches: Sequence[MicroBatch], count: int
     ) -> Iterator[tuple[MicroBatch, bool]]:
-        """The micro-batches, and fillers up to the number that the busiest rank has: sharded layers meet in each."""
+        """The micro-batches, and fillers up to what the busiest rank has: sharded layers of all ranks meet in each."""
         for micro_batch in micro_batches:
             yield micro_batch, False
-        most = int(self.world.reduce(torch.tensor(len(micro_batches)), "max"))
-        for _ in range(most - len(micro_batches)):
+        for _ in range(count - len(micro_batches)):
             yield self._micro_batches(batch, batch.shortest())[0], True
 
     @torch.no_grad()
@@ -250,7 +249,11 @@ class Partition:
 
 
 class OlderPolicy:
-    """A copy of a policy's weights."""
+    """Earlier weights of the policy, which some losses compare with: the initial model, or the learner some steps ago.
+
+    The copy changes places with the live weights while it is used, tensor by tensor, so that it runs through the same
+    modules (hooks, packing, routing replay) and needs no second model.
+    """
 
     def __init__(self, live: Mapping[str, Tensor]) -> None:
         """Copy `live`, whose tensors must stay the ones that the model computes with."""

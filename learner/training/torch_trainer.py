@@ -9,23 +9,29 @@ matrix products too, unless `compute_dtype` says bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version as library_version
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from learner.batch.checks import check_candidates, check_group, check_trajectory
+from learner.batch.checks import check_candidates, check_group, check_routing, check_trajectory
 from learner.lineage import Branch
 from learner.policy.model import PolicyModel
-from learner.policy.r3 import check_routing
 from learner.trainer import FinishSave, StepResult
 from learner.training import state as training_state
 from learner.training.gradient import StepGradient
 from learner.training.optimizer import Optimizer
-from learner.training.policy_loss import PolicyLoss, RunningMismatch
+from learner.training.policy_loss import PolicyLoss, RunningMismatch, fresh_totals
 from learner.training.state import TrainerScalars
-from learner.training.statistics import ScoredTokens, policy_logprobs, scored_statistics
+from learner.training.statistics import (
+    candidate_statistics,
+    candidate_totals,
+    gather_tokens,
+    policy_logprobs,
+    token_statistics,
+)
 from learner.training.step_batch import OlderPolicy, Partition, step_batch
 from learner.training.world import TorchWorld, World
 from leeway.config import TrainingOptions
@@ -79,7 +85,7 @@ class TorchTrainer:
         partition = Partition(
             policy, options, self._world, self._replays_routing, self._loss.topk, self._proximal, reference
         )
-        self._gradient = StepGradient(policy, partition, self._loss, self._optimizer, options, self._world)
+        self._gradient = StepGradient(partition, self._loss, self._optimizer)
 
     @classmethod
     def from_directory(cls, path: Path, options: TrainingOptions, world: World | None = None) -> TorchTrainer:
@@ -105,6 +111,13 @@ class TorchTrainer:
         )
         return cls(policy, signature, options, () if end_of_sequence is None else (end_of_sequence,), world)
 
+    @property
+    def numerics(self) -> Mapping[str, str]:
+        device = self._world.device
+        libraries = {name: library_version(name) for name in ("torch", "transformers")}
+        named = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        return {**libraries, "device": f"{device.type} {named}"}
+
     def published(self) -> tuple[WeightManifest, list[bytes]]:
         published: list[tuple[TensorEntry, bytes]] = []
         for name, tensor in self._policy.merged_weights():  # one at a time: not the whole model beside its shards
@@ -124,17 +137,28 @@ class TorchTrainer:
             self._proximal.refresh()
         scored, gradient_norm = self._gradient.accumulate(batch)
         self._optimizer.step(gradient_norm)
+        tokens = gather_tokens(scored, batch.first, self._world)
+        totals = self._world.totals(
+            {
+                "loss": sum(float(part.loss) for part in scored),
+                "load_balancing_loss": sum(part.load_balancing for part in scored),
+                **fresh_totals((part.values, part.terms) for part in scored),
+                **candidate_totals([part.values.candidates for part in scored]),
+            }
+        )
+        balancing = ("load_balancing_loss",) if self._options.load_balancing else ()
         return StepResult(
             statistics={
-                "loss": self._sum(sum(float(part.loss) for part in scored)),
+                "loss": totals["loss"],
                 "grad_norm": float(gradient_norm),
                 "learning_rate": learning_rate,
                 **batch.statistics,
-                **scored_statistics(scored, self._world),
-                **self._loss.observed([(part.values, part.terms) for part in scored]),
-                **self._router_statistics(scored),
+                **token_statistics(tokens),
+                **candidate_statistics(totals),
+                **self._loss.observed(totals),
+                **{name: totals[name] for name in balancing},
             },
-            policy_logprobs=policy_logprobs(batch, scored, self._world),
+            policy_logprobs=policy_logprobs(tokens, batch, self._world),
         )
 
     def begin_save(self, directory: Path) -> FinishSave:
@@ -208,14 +232,6 @@ class TorchTrainer:
             check_routing(trajectory, self.signature)
         if self._loss.topk:
             check_candidates(trajectory, self.signature, self._loss.topk)
-
-    def _router_statistics(self, scored: Sequence[ScoredTokens]) -> dict[str, float]:
-        if self._options.load_balancing == 0:
-            return {}
-        return {"load_balancing_loss": self._sum(sum(part.load_balancing for part in scored))}
-
-    def _sum(self, value: float) -> float:
-        return float(self._world.reduce(torch.tensor(value, dtype=torch.float64), "sum"))
 
 
 def _replays_routing(signature: ModelSignature, options: TrainingOptions) -> bool:

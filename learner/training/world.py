@@ -2,7 +2,7 @@
 
     rank 0 ── send(command) ──> receive() of every other rank          gloo, on the host; JSON, never pickle
     every rank ── gather, gather_text ──> the same list on every rank
-    every rank ── reduce ──> the same tensor on every rank
+    every rank ── reduce, totals ──> the same numbers on every rank
 
 A learner of one process is a world of size 1, where all of this costs nothing. Collectives of the model's own tensors
 (FSDP) and of checkpoints have process groups of their own, so that they may overlap.
@@ -13,9 +13,9 @@ Shape legend: n elements of an array, which may differ between ranks.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -26,8 +26,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from learner.losses.batch_statistics import Reduction
 from leeway.errors import ConfigError, InvalidDataError
-
-Number = TypeVar("Number", bound=np.generic)
 
 
 def compute_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -59,8 +57,13 @@ class World:
         """Sum or maximum over the ranks; a `learner.losses.batch_statistics.Reduce`."""
         return tensor
 
-    def gather(self, array: NDArray[Number]) -> list[NDArray[Number]]:
-        """Every rank's array [n], in the order of ranks; of one type everywhere."""
+    def totals(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """Sums over the ranks, of the same names everywhere."""
+        sums = self.reduce(torch.tensor(list(numbers.values()), dtype=torch.float64), "sum")
+        return dict(zip(numbers, cast("list[float]", sums.tolist()), strict=True))
+
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
+        """Every rank's array [n], in the order of ranks; of one type everywhere, records included."""
         return [array]
 
     def gather_text(self, text: str) -> list[str]:
@@ -103,7 +106,7 @@ class TorchWorld(World):
         dist.all_reduce(reduced, op=operation, group=self._control)
         return reduced.to(tensor.device)
 
-    def gather(self, array: NDArray[Number]) -> list[NDArray[Number]]:
+    def gather(self, array: NDArray[Any]) -> list[NDArray[Any]]:
         return [np.frombuffer(data, dtype=array.dtype) for data in self._gather_bytes(array.tobytes())]
 
     def gather_text(self, text: str) -> list[str]:
@@ -145,20 +148,6 @@ class TorchWorld(World):
         padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(padded, _bytes_tensor(data.ljust(longest, b"\0")), group=self._control)
         return [piece[: int(size)].numpy().tobytes() for piece, size in zip(padded, sizes, strict=True)]
-
-
-def gather_arrays(world: World, arrays: Sequence[NDArray[Number]]) -> list[NDArray[Number]]:
-    """Every rank's arrays, one list after the other; at least one per rank."""
-    sizes = np.concatenate(world.gather(np.array([len(array) for array in arrays], dtype=np.int64)))
-    flat = np.concatenate(world.gather(np.concatenate(arrays)))
-    return np.split(flat, np.cumsum(sizes)[:-1])
-
-
-def gather_tensor(world: World, tensor: Tensor) -> Tensor:
-    """[sum of n] every rank's tensor [n], one after the other, on the host."""
-    if world.size == 1:
-        return tensor
-    return torch.cat([torch.from_numpy(array.copy()) for array in world.gather(tensor.detach().cpu().numpy())])
 
 
 def _group(idle_seconds: float) -> dist.ProcessGroup:

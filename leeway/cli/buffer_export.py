@@ -14,11 +14,12 @@ from safetensors.numpy import save_file  # pyright: ignore[reportUnknownVariable
 from leeway.errors import PreconditionError
 from leeway.trajectory.assembly import join_chunks
 from leeway.types import Array, ColumnKind, GroupState, Trajectory, TrajectoryRecord
-from replay_buffer.rules.groups import Group, Member, Progress
+from replay_buffer.rules.groups import Group, GroupMember, MemberProgress
 from replay_buffer.rules.transitions import TrajectoryClosed
 from replay_buffer.storage.offline import Directory
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.segment_reader import ColumnReader
+from replay_buffer.storage.segments import locations_of
 
 FORMATS: Final = (".jsonl", ".safetensors")
 EXPORTED_STATES: Final = (GroupState.READY, GroupState.DRAWN, GroupState.CONSUMED)
@@ -69,15 +70,17 @@ def _trajectories(
     for group in groups:
         exported.groups += 1
         for index, member in enumerate(group.members):
-            if member.progress is Progress.CLOSED:
+            if member.progress is MemberProgress.CLOSED:
                 trajectory = _read(directory, reader, member, index, kinds)
                 exported.trajectories += 1
                 exported.tokens += len(trajectory.token_ids)
                 yield group, trajectory
 
 
-def _read(directory: Directory, reader: ColumnReader, member: Member, index: int, kinds: set[ColumnKind]) -> Trajectory:
-    *chunks, ending = member.records
+def _read(
+    directory: Directory, reader: ColumnReader, member: GroupMember, index: int, kinds: set[ColumnKind]
+) -> Trajectory:
+    *chunks, ending = locations_of(member)
     closed = decode(directory.reader.read(ending)).transition
     assert isinstance(closed, TrajectoryClosed)
     record = TrajectoryRecord(member.trajectory_id, index, member.attempt, member.server_id, closed.close, "", ())

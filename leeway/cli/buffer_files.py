@@ -14,13 +14,13 @@ from leeway.cli.run_folder import is_run_folder, open_run_folder
 from leeway.errors import ConfigError
 from leeway.service.process import EXIT_FAILED, EXIT_OK
 from leeway.types import GroupState, Purpose
-from replay_buffer.rules.groups import Group, Member, Progress
+from replay_buffer.rules.groups import Group, GroupMember, MemberProgress
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed, TrajectoryFailed
 from replay_buffer.storage.index_file import Filter
 from replay_buffer.storage.offline import Directory, open_directory
 from replay_buffer.storage.records import decode
-from replay_buffer.storage.segments import list_segments
+from replay_buffer.storage.segments import list_segments, locations_of
 from replay_buffer.storage.verification import verify
 
 _STATES: Final = {state.name.lower(): state for state in GroupState}
@@ -174,11 +174,12 @@ def _show(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _show_member(directory: Directory, member: Member, *, details: bool) -> None:
-    size_bytes = sum(location.size_bytes for location in member.records)
+def _show_member(directory: Directory, member: GroupMember, *, details: bool) -> None:
+    locations = locations_of(member)
+    size_bytes = sum(location.size_bytes for location in locations)
     ending = "open"
-    if member.progress is not Progress.OPEN:
-        match decode(directory.reader.read(member.records[len(member.records) - 1])).transition:
+    if member.progress is not MemberProgress.OPEN:
+        match decode(directory.reader.read(locations[-1])).transition:
             case TrajectoryClosed(close=close):
                 ending = f"{close.token_count} tokens, {close.finish_reason.name.lower()}, reward {close.reward:g}"
             case TrajectoryFailed(failure=failure):
@@ -192,7 +193,7 @@ def _show_member(directory: Directory, member: Member, *, details: bool) -> None
     if not details:
         return
     rows: list[tuple[object, ...]] = []
-    for seq, location in enumerate(member.records):
+    for seq, location in enumerate(locations):
         written = decode(directory.reader.read(location)).transition
         columns = type(written).__name__
         if isinstance(written, ChunkWritten):

@@ -47,8 +47,8 @@ def _list(arguments: argparse.Namespace) -> int:
                 server.server_id,
                 _state(server),
                 "" if server.version is None else server.version.step,
-                server.loans,
-                f"{server.median_loan_seconds:.3g}" if server.timed_loans else "",
+                server.tickets,
+                f"{server.median_ticket_seconds:.3g}" if server.timed_tickets else "",
             )
             for server in servers
         ],

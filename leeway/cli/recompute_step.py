@@ -25,7 +25,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Recompute a past step: start from the newest kept checkpoint before it, read its groups from the replay "
         "buffer's log, and compare options, data, statistics and weights bit for bit with the step's receipt. It uses "
-        "as many ranks as the run did. Bits agree on the same kind of CPU with the same number of threads. Exit code: "
+        "as many ranks as the run did. Bits agree on the same kind of processor with the same libraries and number of "
+        "threads; otherwise it names the option that differs. Exit code: "
         "0 equal, 1 different, 2 cannot be recomputed."
     )
     add_run_argument(parser)

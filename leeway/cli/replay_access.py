@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Final
 
@@ -34,11 +34,11 @@ async def open_replay(config_path: Path) -> AsyncGenerator[ReplayClient]:
     run, network = configuration.run, configuration.network
     security = network.security()
     if await _serves(network.replay_buffer, run.name, security):
-        async with _client(network.replay_buffer, run.name, security) as client:
+        async with aclosing(ReplayClient(network.replay_buffer, run.name, security)) as client:
             yield client
         return
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    async with _started(config_path, address, security), _client(address, run.name, security) as client:
+    async with _started(config_path, address, security), aclosing(ReplayClient(address, run.name, security)) as client:
         yield client
 
 
@@ -46,20 +46,11 @@ async def _serves(address: str, run: str, security: Security) -> bool:
     """True if this run is served there; another run's buffer may have taken the port."""
     try:
         await check_health(address, security, _PROBE_SECONDS, patient=False)
-        async with _client(address, run, security) as client:
+        async with aclosing(ReplayClient(address, run, security)) as client:
             await client.run_status()
     except (UnavailableError, DeadlineError, NotFoundError):
         return False
     return True
-
-
-@asynccontextmanager
-async def _client(address: str, run: str, security: Security) -> AsyncGenerator[ReplayClient]:
-    client = ReplayClient(address, run, security)
-    try:
-        yield client
-    finally:
-        await client.aclose()
 
 
 @asynccontextmanager

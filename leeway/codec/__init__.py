@@ -4,7 +4,7 @@
 allocated: a Tensor's size against its shape, enums against their range. What is malformed raises InvalidDataError.
 """
 
-from leeway.codec.arrays import MAX_TENSOR_ELEMENTS, array_from_proto, array_to_proto
+from leeway.codec.arrays import array_from_proto, array_to_proto
 from leeway.codec.basics import (
     duration_to_proto,
     enum_from_proto,
@@ -26,7 +26,6 @@ from leeway.codec.chunks import (
     span_versions,
 )
 from leeway.codec.policies import (
-    DIGEST_BYTES,
     check_version,
     sampling_from_proto,
     sampling_to_proto,
@@ -78,9 +77,7 @@ from leeway.codec.writes import (
 )
 
 __all__ = [
-    "DIGEST_BYTES",
     "EMPTY_CHAIN",
-    "MAX_TENSOR_ELEMENTS",
     "array_from_proto",
     "array_to_proto",
     "chain_digest",

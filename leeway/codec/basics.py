@@ -30,7 +30,7 @@ def parse(message: type[MessageT], data: bytes) -> MessageT:
 
 
 def field_tag(message: type[Message], field: str) -> bytes:
-    """What precedes the length of a length-delimited field (bytes, string or message) on the wire."""
+    """The bytes before the length of a length-delimited field (bytes, string or message)."""
     return varint(message.DESCRIPTOR.fields_by_name[field].number << 3 | 2)
 
 

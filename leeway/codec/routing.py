@@ -23,9 +23,9 @@ from leeway.errors import InvalidDataError
 from leeway.types import Array
 
 MAX_UNPACKED_BYTES: Final = 64 << 20
-"""Of one column; a plain one has no more room in a message."""
+"""Largest size of one unpacked column: a plain one of this size fills a message."""
 MAX_EXPANSION: Final = 32
-"""Bytes that one packed byte may stand for, so that a short message never costs a long time."""
+"""Largest expansion of a packed column: a limit against decompression bombs."""
 
 _BYTE_BITS: Final = 8
 _MAX_WINDOW_BYTES: Final = 1 << 27

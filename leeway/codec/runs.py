@@ -1,4 +1,4 @@
-"""Runs, tickets, evaluations, and what people ask the replay buffer."""
+"""Runs, tickets, evaluations, and the answers of the replay buffer about them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,13 @@ _MOST: Final = {
     "groups_per_step": 1 << 16,
     "members": 1 << 12,
     "total_steps": 1 << 48,
-    "train_task_count": 1 << 48,
+    "train_task_count": 1 << 22,
     "max_attempts": 1 << 31,
 }
-"""Largest numbers of a run. What a caller makes the buffer hold at once is a product of the first two."""
+"""Largest numbers of a run. What a caller makes the buffer hold at once is a product of the first two, and the order of
+its tasks, four bytes for each."""
 _MOST_TASKS: Final = 1 << 32
-"""Of an evaluation."""
+"""Largest number of tasks of an evaluation."""
 
 
 def spec_to_proto(spec: RunSpec) -> replay_pb2.RunSpec:
@@ -241,10 +242,10 @@ def server_status_to_proto(status: ServerStatus) -> replay_pb2.ServerStatus:
         present=status.present,
         drained=None if status.drained is None else drain_to_proto(status.drained),
         version=None if status.version is None else version_to_proto(status.version),
-        loans=status.loans,
-        oldest_loan=duration_to_proto(status.oldest_loan_seconds),
-        timed_loans=status.timed_loans,
-        median_loan=duration_to_proto(status.median_loan_seconds),
+        tickets=status.tickets,
+        oldest_ticket=duration_to_proto(status.oldest_ticket_seconds),
+        timed_tickets=status.timed_tickets,
+        median_ticket=duration_to_proto(status.median_ticket_seconds),
     )
 
 
@@ -254,10 +255,10 @@ def server_status_from_proto(message: replay_pb2.ServerStatus) -> ServerStatus:
         present=message.present,
         drained=drain_from_proto(message.drained) if message.HasField("drained") else None,
         version=version_from_proto(message.version) if message.HasField("version") else None,
-        loans=message.loans,
-        oldest_loan_seconds=seconds_from_proto(message.oldest_loan),
-        timed_loans=message.timed_loans,
-        median_loan_seconds=seconds_from_proto(message.median_loan),
+        tickets=message.tickets,
+        oldest_ticket_seconds=seconds_from_proto(message.oldest_ticket),
+        timed_tickets=message.timed_tickets,
+        median_ticket_seconds=seconds_from_proto(message.median_ticket),
     )
 
 

@@ -72,9 +72,19 @@ class RewardOptions(Options):
     timeout_seconds: float = Field(
         default=30.0, gt=0, description="Longest call of the reward function; a longer one fails the trajectory."
     )
-    concurrency: int = Field(default=8, ge=1, le=4096, description="Calls of the reward function at the same time.")
-    max_hung: int = Field(
-        default=16, ge=0, description="Calls that may continue after their timeout; one more ends the server."
+    processes: int = Field(
+        default=2,
+        ge=1,
+        le=256,
+        description="Worker processes that call the reward function. Each runs one call of a plain function at a time.",
+    )
+    concurrency: int = Field(
+        default=8, ge=1, le=4096, description="Calls of an async reward function at the same time, in all processes."
+    )
+    memory_bytes: int = Field(
+        default=4 << 30,
+        ge=64 << 20,
+        description="Memory that one worker process may allocate; a call that needs more fails the trajectory.",
     )
 
 

@@ -1,7 +1,7 @@
 """Child processes: how they are started, awaited, stopped and killed. Every process that Leeway starts is one of these.
 
     start ──> Child ── stdout, stderr, line by line ──> on_stdout, on_stderr
-                │ stdin: a pipe that nobody writes; its end tells the child that its parent is gone
+                │ stdin: a pipe for `write`; its end tells the child that its parent is gone
                 ├── unless_ended(work)    waits until the child answers, or has ended
                 ├── stop(grace_seconds)   SIGTERM, and SIGKILL when it takes too long
                 └── wait()                its exit code, when its pipes are closed as well
@@ -66,6 +66,12 @@ class Child(asyncio.SubprocessProtocol):
     async def unless_ended(self, work: Coroutine[Any, Any, T]) -> T | None:
         """The result of `work`; None when the child ends first, and `work` is cancelled then."""
         return await unless_stopped(self.ended, work)
+
+    def write(self, data: bytes) -> None:
+        """Write to its stdin, unless it has ended."""
+        pipe = self._transport.get_pipe_transport(0)
+        if isinstance(pipe, asyncio.WriteTransport) and not pipe.is_closing():
+            pipe.write(data)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process alone, if it still runs."""

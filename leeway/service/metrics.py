@@ -176,6 +176,13 @@ class InferenceServerMetrics:
         for given_up in ("delta", "zmq", "collective"):
             self.weight_fallbacks.labels(given_up)
         self.reward_seconds = new.histogram("leeway_inference_reward_seconds", "Seconds of one reward call")
+        self.reward_failures = new.counter(
+            "leeway_inference_reward_failures_total",
+            "Reward calls without a reward, by cause: raised, invalid (no finite number), memory, timeout, crashed",
+            "cause",
+        )
+        for cause in ("raised", "invalid", "memory", "timeout", "crashed"):
+            self.reward_failures.labels(cause)
         self.unacknowledged_items = new.gauge(
             "leeway_inference_unacknowledged_items", "Items sent to the replay buffer and not yet acknowledged"
         )
@@ -192,6 +199,9 @@ class LearnerMetrics:
         self.step = new.gauge("leeway_learner_step", "Newest finished optimizer step")
         self.statistic = new.gauge(
             "leeway_learner_statistic", "Statistics of the newest optimizer step, by name", "name"
+        )
+        self.tag_reward = new.gauge(
+            "leeway_learner_tag_reward", "Mean reward of the newest optimizer step that trained on a task tag", "tag"
         )
         self.heldout_reward = new.gauge(
             "leeway_learner_heldout_reward", "Mean held-out reward of the newest evaluation"

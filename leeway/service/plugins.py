@@ -12,6 +12,18 @@ from typing import Any
 from leeway.errors import ConfigError
 
 
+def split_reference(reference: str) -> tuple[str, str]:
+    """The names of module and function in `module:function`.
+
+    Raises:
+        ConfigError: the reference does not have that form.
+    """
+    module_name, _, function_name = reference.partition(":")
+    if not module_name or not function_name:
+        raise ConfigError(f"{reference!r} does not name a function; write module:function")
+    return module_name, function_name
+
+
 def load_function(reference: str, python_path: Path) -> Callable[..., Any]:
     """Import `module:function` from `python_path` or from what is installed.
 
@@ -22,9 +34,7 @@ def load_function(reference: str, python_path: Path) -> Callable[..., Any]:
         ConfigError: the reference is malformed, the module cannot be imported or is hidden by another one of its name,
             or it has no such function.
     """
-    module_name, colon, function_name = reference.partition(":")
-    if not colon or not module_name or not function_name:
-        raise ConfigError(f"{reference!r} does not name a function; write module:function")
+    module_name, function_name = split_reference(reference)
     if str(python_path) not in sys.path:
         sys.path.append(str(python_path))
     try:

@@ -50,14 +50,14 @@ Range = tuple[int, int]
 
 
 class Whole(NamedTuple):
-    """What is known of a trajectory whose parts fit together."""
+    """A trajectory whose parts fit together: its segments, and the tokens that were sampled."""
 
     segments: tuple[Segment, ...]
     sampled: list[Range]
 
 
 class TrajectoryCheck:
-    """What has been written of one trajectory, as far as the judgement depends on it."""
+    """State of the judgement of one trajectory; chunks are not kept."""
 
     __slots__ = ("_columns", "_problem", "_segments", "_spans", "_versions", "digest", "num_chunks")
 

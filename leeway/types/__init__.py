@@ -13,7 +13,12 @@ from leeway.types.policy import (
     LogprobMode,
     ModelSignature,
     PolicyVersion,
+    TensorEntry,
     VersionSpan,
+    WeightDelta,
+    WeightManifest,
+    WeightRequest,
+    WeightSnapshot,
 )
 from leeway.types.run import (
     DeadLetter,
@@ -53,13 +58,6 @@ from leeway.types.trajectory import (
     TrajectoryClose,
     TrajectoryFailure,
     TrajectoryGroup,
-)
-from leeway.types.weights import (
-    TensorEntry,
-    WeightDelta,
-    WeightManifest,
-    WeightRequest,
-    WeightSnapshot,
 )
 
 __all__ = [

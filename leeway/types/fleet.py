@@ -33,8 +33,8 @@ class ServerStatus:
     server_id: str
     present: bool  # has said something within a lease, and has not left
     drained: Drain | None
-    version: PolicyVersion | None  # that it last asked for work at
-    loans: int  # groups that it holds
-    oldest_loan_seconds: float  # 0 without one
-    timed_loans: int  # training groups that it finished lately or still holds
-    median_loan_seconds: float  # of these, from ticket to last close; what it holds counts with its age
+    version: PolicyVersion | None  # at which it last requested tickets
+    tickets: int  # groups that it holds
+    oldest_ticket_seconds: float  # age of the oldest that it holds; 0 without one
+    timed_tickets: int  # training groups that it finished lately or still holds
+    median_ticket_seconds: float  # of these, from ticket to last close; one that it holds counts with its age

@@ -60,7 +60,7 @@ class LogRecord(_message.Message):
 
     @_builtins.property
     def ticket_issued(self) -> Global___TicketIssued:
-        """A group was created or lent again."""
+        """A group was created, or issued again."""
 
     @_builtins.property
     def chunk_written(self) -> Global___ChunkWritten:
@@ -72,7 +72,7 @@ class LogRecord(_message.Message):
 
     @_builtins.property
     def trajectory_failed(self) -> Global___TrajectoryFailed:
-        """A trajectory failed; its group may be lent again."""
+        """A trajectory failed; its group may be issued again."""
 
     @_builtins.property
     def group_dropped(self) -> Global___GroupDropped:
@@ -116,7 +116,7 @@ class LogRecord(_message.Message):
 
     @_builtins.property
     def server_readmitted(self) -> Global___ServerReadmitted:
-        """A drained server may work again."""
+        """A drained server gets tickets again."""
 
     def __init__(
         self,
@@ -579,7 +579,7 @@ Global___DeadLettersRequeued: _TypeAlias = DeadLettersRequeued  # noqa: Y015
 @_typing.final
 class RunRestored(_message.Message):
     """The log was restored from a backup: what the original recorded after it never happened here. Fences and numbers go on above
-    everything that the original can have handed out meanwhile; groups that were OPEN, and may have been lent again there, are
+    everything that the original can have handed out since; groups that were OPEN, and may have been issued again there, are
     dropped as rolled_back.
     """
 

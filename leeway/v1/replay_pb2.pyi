@@ -168,7 +168,7 @@ class _DropReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DropReason
     DROP_REASON_FAILED: _DropReason.ValueType  # 2
     """A member failed in a way that another attempt would repeat."""
     DROP_REASON_LEASE_LOST: _DropReason.ValueType  # 3
-    """Its lease ran out and it could not be lent again. The task is issued again as a new group."""
+    """Its lease ran out and it could not be issued again. The task is issued again as a new group."""
     DROP_REASON_DEAD_LETTER: _DropReason.ValueType  # 4
     """It used up its attempts."""
     DROP_REASON_NO_SIGNAL: _DropReason.ValueType  # 5
@@ -196,7 +196,7 @@ DROP_REASON_STALE: DropReason.ValueType  # 1
 DROP_REASON_FAILED: DropReason.ValueType  # 2
 """A member failed in a way that another attempt would repeat."""
 DROP_REASON_LEASE_LOST: DropReason.ValueType  # 3
-"""Its lease ran out and it could not be lent again. The task is issued again as a new group."""
+"""Its lease ran out and it could not be issued again. The task is issued again as a new group."""
 DROP_REASON_DEAD_LETTER: DropReason.ValueType  # 4
 """It used up its attempts."""
 DROP_REASON_NO_SIGNAL: DropReason.ValueType  # 5
@@ -444,7 +444,7 @@ class JoinRunResponse(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     finished: _builtins.bool
-    """The run has finished: there is no work, and perhaps no learner whose weights could be waited for."""
+    """The run has finished: there are no tickets, and perhaps no learner whose weights could be waited for."""
     @_builtins.property
     def spec(self) -> Global___RunSpec:
         """The run's specification."""
@@ -465,7 +465,7 @@ Global___JoinRunResponse: _TypeAlias = JoinRunResponse  # noqa: Y015
 
 @_typing.final
 class AcquireTicketsRequest(_message.Message):
-    """Asks for work."""
+    """Requests tickets."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -477,7 +477,7 @@ class AcquireTicketsRequest(_message.Message):
     run: _builtins.str
     """The run."""
     server_id: _builtins.str
-    """The asking server."""
+    """The server that requests them."""
     max_members: _builtins.int
     """Most members it can take on."""
     @_builtins.property
@@ -637,7 +637,7 @@ class DrainServerRequest(_message.Message):
     epoch: _builtins.int
     """The learner's epoch; 0 when a person asks."""
     force: _builtins.bool
-    """Also when no other server is at work."""
+    """Also when no other server is active."""
     def __init__(
         self,
         *,
@@ -686,7 +686,7 @@ Global___DrainServerResponse: _TypeAlias = DrainServerResponse  # noqa: Y015
 
 @_typing.final
 class ReadmitServerRequest(_message.Message):
-    """Asks to let a server work again."""
+    """Asks to give a drained server tickets again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -788,33 +788,35 @@ class ServerStatus(_message.Message):
     PRESENT_FIELD_NUMBER: _builtins.int
     DRAINED_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
-    LOANS_FIELD_NUMBER: _builtins.int
-    OLDEST_LOAN_FIELD_NUMBER: _builtins.int
-    TIMED_LOANS_FIELD_NUMBER: _builtins.int
-    MEDIAN_LOAN_FIELD_NUMBER: _builtins.int
+    TICKETS_FIELD_NUMBER: _builtins.int
+    OLDEST_TICKET_FIELD_NUMBER: _builtins.int
+    TIMED_TICKETS_FIELD_NUMBER: _builtins.int
+    MEDIAN_TICKET_FIELD_NUMBER: _builtins.int
     server_id: _builtins.str
     """Its name."""
     present: _builtins.bool
     """Whether it has said something within a lease, and has not left."""
-    loans: _builtins.int
-    """Groups that it holds on loan."""
-    timed_loans: _builtins.int
-    """Training groups that it finished lately, a few dozen at most, or still holds."""
+    tickets: _builtins.int
+    """Tickets that it holds."""
+    timed_tickets: _builtins.int
+    """Tickets for training groups that it finished lately, a few dozen at most, or still holds."""
     @_builtins.property
     def drained(self) -> Global___Drain:
         """Set while it is drained."""
 
     @_builtins.property
     def version(self) -> _common_pb2.PolicyVersion:
-        """The version that it last asked for work at; unset when it has not."""
+        """The version at which it last requested tickets; unset when it has not."""
 
     @_builtins.property
-    def oldest_loan(self) -> _duration_pb2.Duration:
-        """How long the oldest of them has been out; zero without one."""
+    def oldest_ticket(self) -> _duration_pb2.Duration:
+        """Age of the oldest of them; zero without one."""
 
     @_builtins.property
-    def median_loan(self) -> _duration_pb2.Duration:
-        """The median of how long these took from ticket to last close; what it holds counts with its age, so it is at least this."""
+    def median_ticket(self) -> _duration_pb2.Duration:
+        """The median time of these from ticket to last close. One that it holds counts with its age, so the median is at least
+        this.
+        """
 
     def __init__(
         self,
@@ -823,14 +825,14 @@ class ServerStatus(_message.Message):
         present: _builtins.bool = ...,
         drained: Global___Drain | None = ...,
         version: _common_pb2.PolicyVersion | None = ...,
-        loans: _builtins.int = ...,
-        oldest_loan: _duration_pb2.Duration | None = ...,
-        timed_loans: _builtins.int = ...,
-        median_loan: _duration_pb2.Duration | None = ...,
+        tickets: _builtins.int = ...,
+        oldest_ticket: _duration_pb2.Duration | None = ...,
+        timed_tickets: _builtins.int = ...,
+        median_ticket: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "median_ticket", b"median_ticket", "oldest_ticket", b"oldest_ticket", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "loans", b"loans", "median_loan", b"median_loan", "oldest_loan", b"oldest_loan", "present", b"present", "server_id", b"server_id", "timed_loans", b"timed_loans", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drained", b"drained", "median_ticket", b"median_ticket", "oldest_ticket", b"oldest_ticket", "present", b"present", "server_id", b"server_id", "tickets", b"tickets", "timed_tickets", b"timed_tickets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -838,7 +840,7 @@ Global___ServerStatus: _TypeAlias = ServerStatus  # noqa: Y015
 
 @_typing.final
 class Ticket(_message.Message):
-    """A loan of a group's missing members to one server."""
+    """A group's missing members, granted to one server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -854,7 +856,7 @@ class Ticket(_message.Message):
     group_id: _builtins.str
     """The group."""
     attempt: _builtins.int
-    """The group's fence at this loan; every write of these members carries it."""
+    """The group's fence at this ticket; every write of these members carries it."""
     purpose: Global___Purpose.ValueType
     """Training or evaluation."""
     task_index: _builtins.int
@@ -871,7 +873,7 @@ class Ticket(_message.Message):
 
     @_builtins.property
     def lease(self) -> _duration_pb2.Duration:
-        """Time after the last accepted write or renewal when the group may be lent to another server."""
+        """Time after the last accepted write or renewal when the group may be issued to another server."""
 
     @_builtins.property
     def pinned_version(self) -> _common_pb2.PolicyVersion:
@@ -1674,7 +1676,7 @@ class FinishRunRequest(_message.Message):
     epoch: _builtins.int
     """The learner's epoch; ignored when the run is given up."""
     give_up: _builtins.bool
-    """A person ends the run, whoever is at work on it. Steps that are trained but not committed are dropped like any live group."""
+    """An operator ends the run, with or without its learner. Steps that are trained but not committed are dropped like any live group."""
     def __init__(
         self,
         *,

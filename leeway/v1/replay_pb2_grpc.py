@@ -28,10 +28,11 @@ if _version_not_supported:
 class ReplayServiceStub(object):
     """The durable buffer between inference servers and the learner.
 
-    Words. A *group* holds the members sampled for one task; a *ticket* lends a group's missing members to one server.
+    Terms. A *group* holds the members sampled for one task; a *ticket* grants a group's missing members to one server, for
+    as long as its *lease*.
     *Epoch* counts the learner's incarnations and *attempt* a group's tickets; both are fences: the buffer allocates them, and a
-    caller with a lower one than the highest gets ABORTED. Leases only say what may be lent again; no clock decides what is
-    true. Every reply is durable: what it shows survives a crash of the buffer.
+    caller with a lower one than the highest gets ABORTED. Leases only say which groups may be issued again; no clock decides
+    what is true. Every reply is durable: what it shows survives a crash of the buffer.
 
     A worker: JoinRun, then AcquireTickets and WriteTrajectories until the run has finished.
     A learner: OpenRun, then for each step DrawBatch, Advance and, after each checkpoint, Commit; FinishRun at the end.
@@ -158,10 +159,11 @@ class ReplayServiceStub(object):
 class ReplayServiceServicer(object):
     """The durable buffer between inference servers and the learner.
 
-    Words. A *group* holds the members sampled for one task; a *ticket* lends a group's missing members to one server.
+    Terms. A *group* holds the members sampled for one task; a *ticket* grants a group's missing members to one server, for
+    as long as its *lease*.
     *Epoch* counts the learner's incarnations and *attempt* a group's tickets; both are fences: the buffer allocates them, and a
-    caller with a lower one than the highest gets ABORTED. Leases only say what may be lent again; no clock decides what is
-    true. Every reply is durable: what it shows survives a crash of the buffer.
+    caller with a lower one than the highest gets ABORTED. Leases only say which groups may be issued again; no clock decides
+    what is true. Every reply is durable: what it shows survives a crash of the buffer.
 
     A worker: JoinRun, then AcquireTickets and WriteTrajectories until the run has finished.
     A learner: OpenRun, then for each step DrawBatch, Advance and, after each checkpoint, Commit; FinishRun at the end.
@@ -187,9 +189,9 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AcquireTickets(self, request, context):
-        """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
-        newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
-        inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
+        """Issues tickets, those for evaluation first; waits up to `wait` for some, and may return none. A waiting call ends with
+        none when the same server requests tickets at a newer version. Tickets obey the admission inequality, so a server
+        never samples what could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
         nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -207,7 +209,7 @@ class ReplayServiceServicer(object):
 
     def RenewLeases(self, request, context):
         """Extends the leases of tickets whose trajectories write nothing for a while (a slow verifier). Accepted writes extend
-        them too. ABORTED tickets are listed in the reply: stop working on them.
+        them too. ABORTED tickets are listed in the reply: stop sampling them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -232,7 +234,7 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Commit(self, request, context):
-        """A checkpoint of `step` is durable: the groups of all steps up to it are consumed for good. Idempotent.
+        """A checkpoint of `step` is durable: the groups of all steps up to it are consumed. Idempotent.
         Errors: ABORTED for an older epoch; FAILED_PRECONDITION for a step that has not advanced.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -262,25 +264,26 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def LeaveRun(self, request, context):
-        """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
-        without a word loses its loans when their leases end.
+        """A server leaves: the tickets that it still holds go to others at once, and it counts as gone. Idempotent. A server that
+        is gone without a word loses its tickets when their leases end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DrainServer(self, request, context):
-        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
-        a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
-        wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
-        epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. A server that an
+        operator drains finishes the tickets that it holds. Those of a slow or diverging one go to others at once, and what a
+        diverging one wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained:
+        the first reason stands. Errors: ABORTED for a learner of an older epoch; FAILED_PRECONDITION, unless forced, when no
+        other server is active: a run is never silently left without servers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReadmitServer(self, request, context):
-        """Lets a drained server work again, from its next AcquireTickets on. Idempotent.
+        """Gives a drained server tickets again, from its next AcquireTickets on. Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -294,8 +297,9 @@ class ReplayServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FinishRun(self, request, context):
-        """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
-        whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+        """Ends the run permanently: live groups are dropped with reason run_end and workers are told. An operator may give a run
+        up, too: every call by which its learner would go on, and OpenRun of any other, is then refused with
+        FAILED_PRECONDITION. Idempotent.
         Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -476,10 +480,11 @@ def add_ReplayServiceServicer_to_server(servicer, server):
 class ReplayService(object):
     """The durable buffer between inference servers and the learner.
 
-    Words. A *group* holds the members sampled for one task; a *ticket* lends a group's missing members to one server.
+    Terms. A *group* holds the members sampled for one task; a *ticket* grants a group's missing members to one server, for
+    as long as its *lease*.
     *Epoch* counts the learner's incarnations and *attempt* a group's tickets; both are fences: the buffer allocates them, and a
-    caller with a lower one than the highest gets ABORTED. Leases only say what may be lent again; no clock decides what is
-    true. Every reply is durable: what it shows survives a crash of the buffer.
+    caller with a lower one than the highest gets ABORTED. Leases only say which groups may be issued again; no clock decides
+    what is true. Every reply is durable: what it shows survives a crash of the buffer.
 
     A worker: JoinRun, then AcquireTickets and WriteTrajectories until the run has finished.
     A learner: OpenRun, then for each step DrawBatch, Advance and, after each checkpoint, Commit; FinishRun at the end.

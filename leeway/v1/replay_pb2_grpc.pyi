@@ -29,10 +29,11 @@ GRPC_VERSION: str
 class ReplayServiceStub:
     """The durable buffer between inference servers and the learner.
 
-    Words. A *group* holds the members sampled for one task; a *ticket* lends a group's missing members to one server.
+    Terms. A *group* holds the members sampled for one task; a *ticket* grants a group's missing members to one server, for
+    as long as its *lease*.
     *Epoch* counts the learner's incarnations and *attempt* a group's tickets; both are fences: the buffer allocates them, and a
-    caller with a lower one than the highest gets ABORTED. Leases only say what may be lent again; no clock decides what is
-    true. Every reply is durable: what it shows survives a crash of the buffer.
+    caller with a lower one than the highest gets ABORTED. Leases only say which groups may be issued again; no clock decides
+    what is true. Every reply is durable: what it shows survives a crash of the buffer.
 
     A worker: JoinRun, then AcquireTickets and WriteTrajectories until the run has finished.
     A learner: OpenRun, then for each step DrawBatch, Advance and, after each checkpoint, Commit; FinishRun at the end.
@@ -54,9 +55,9 @@ class ReplayServiceStub:
     what differs (model, tokenizer, data set, log-prob mode); DEADLINE_EXCEEDED: no learner has opened the run yet, call again.
     """
     AcquireTickets: _grpc.UnaryUnaryMultiCallable[_replay_pb2.AcquireTicketsRequest, _replay_pb2.AcquireTicketsResponse]
-    """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
-    newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
-    inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
+    """Issues tickets, those for evaluation first; waits up to `wait` for some, and may return none. A waiting call ends with
+    none when the same server requests tickets at a newer version. Tickets obey the admission inequality, so a server
+    never samples what could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
     nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
     """
     WriteTrajectories: _grpc.StreamStreamMultiCallable[_replay_pb2.WriteTrajectoriesRequest, _replay_pb2.WriteTrajectoriesResponse]
@@ -66,7 +67,7 @@ class ReplayServiceStub:
     """
     RenewLeases: _grpc.UnaryUnaryMultiCallable[_replay_pb2.RenewLeasesRequest, _replay_pb2.RenewLeasesResponse]
     """Extends the leases of tickets whose trajectories write nothing for a while (a slow verifier). Accepted writes extend
-    them too. ABORTED tickets are listed in the reply: stop working on them.
+    them too. ABORTED tickets are listed in the reply: stop sampling them.
     """
     DrawBatch: _grpc.UnaryStreamMultiCallable[_replay_pb2.DrawBatchRequest, _replay_pb2.DrawBatchResponse]
     """The groups of one step, whole, as a stream; waits until there are enough. Durable and idempotent: the same epoch and
@@ -79,7 +80,7 @@ class ReplayServiceStub:
     the parent is not the head or the step was not drawn.
     """
     Commit: _grpc.UnaryUnaryMultiCallable[_replay_pb2.CommitRequest, _replay_pb2.CommitResponse]
-    """A checkpoint of `step` is durable: the groups of all steps up to it are consumed for good. Idempotent.
+    """A checkpoint of `step` is durable: the groups of all steps up to it are consumed. Idempotent.
     Errors: ABORTED for an older epoch; FAILED_PRECONDITION for a step that has not advanced.
     """
     RejectGroup: _grpc.UnaryUnaryMultiCallable[_replay_pb2.RejectGroupRequest, _replay_pb2.RejectGroupResponse]
@@ -91,22 +92,24 @@ class ReplayServiceStub:
     AwaitEvaluation: _grpc.UnaryUnaryMultiCallable[_replay_pb2.AwaitEvaluationRequest, _replay_pb2.AwaitEvaluationResponse]
     """Waits up to `wait` for an evaluation's results. Idempotent."""
     LeaveRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.LeaveRunRequest, _replay_pb2.LeaveRunResponse]
-    """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
-    without a word loses its loans when their leases end.
+    """A server leaves: the tickets that it still holds go to others at once, and it counts as gone. Idempotent. A server that
+    is gone without a word loses its tickets when their leases end.
     """
     DrainServer: _grpc.UnaryUnaryMultiCallable[_replay_pb2.DrainServerRequest, _replay_pb2.DrainServerResponse]
-    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
-    a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
-    wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
-    epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. A server that an
+    operator drains finishes the tickets that it holds. Those of a slow or diverging one go to others at once, and what a
+    diverging one wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained:
+    the first reason stands. Errors: ABORTED for a learner of an older epoch; FAILED_PRECONDITION, unless forced, when no
+    other server is active: a run is never silently left without servers.
     """
     ReadmitServer: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ReadmitServerRequest, _replay_pb2.ReadmitServerResponse]
-    """Lets a drained server work again, from its next AcquireTickets on. Idempotent."""
+    """Gives a drained server tickets again, from its next AcquireTickets on. Idempotent."""
     ListServers: _grpc.UnaryUnaryMultiCallable[_replay_pb2.ListServersRequest, _replay_pb2.ListServersResponse]
     """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
     FinishRun: _grpc.UnaryUnaryMultiCallable[_replay_pb2.FinishRunRequest, _replay_pb2.FinishRunResponse]
-    """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
-    whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+    """Ends the run permanently: live groups are dropped with reason run_end and workers are told. An operator may give a run
+    up, too: every call by which its learner would go on, and OpenRun of any other, is then refused with
+    FAILED_PRECONDITION. Idempotent.
     Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
     """
     GetRunStatus: _grpc.UnaryUnaryMultiCallable[_replay_pb2.GetRunStatusRequest, _replay_pb2.GetRunStatusResponse]
@@ -138,10 +141,11 @@ class ReplayServiceStub:
 class ReplayServiceAsyncStub(ReplayServiceStub):
     """The durable buffer between inference servers and the learner.
 
-    Words. A *group* holds the members sampled for one task; a *ticket* lends a group's missing members to one server.
+    Terms. A *group* holds the members sampled for one task; a *ticket* grants a group's missing members to one server, for
+    as long as its *lease*.
     *Epoch* counts the learner's incarnations and *attempt* a group's tickets; both are fences: the buffer allocates them, and a
-    caller with a lower one than the highest gets ABORTED. Leases only say what may be lent again; no clock decides what is
-    true. Every reply is durable: what it shows survives a crash of the buffer.
+    caller with a lower one than the highest gets ABORTED. Leases only say which groups may be issued again; no clock decides
+    what is true. Every reply is durable: what it shows survives a crash of the buffer.
 
     A worker: JoinRun, then AcquireTickets and WriteTrajectories until the run has finished.
     A learner: OpenRun, then for each step DrawBatch, Advance and, after each checkpoint, Commit; FinishRun at the end.
@@ -160,9 +164,9 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     what differs (model, tokenizer, data set, log-prob mode); DEADLINE_EXCEEDED: no learner has opened the run yet, call again.
     """
     AcquireTickets: _aio.UnaryUnaryMultiCallable[_replay_pb2.AcquireTicketsRequest, _replay_pb2.AcquireTicketsResponse]  # type: ignore[assignment]
-    """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
-    newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
-    inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
+    """Issues tickets, those for evaluation first; waits up to `wait` for some, and may return none. A waiting call ends with
+    none when the same server requests tickets at a newer version. Tickets obey the admission inequality, so a server
+    never samples what could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
     nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
     """
     WriteTrajectories: _aio.StreamStreamMultiCallable[_replay_pb2.WriteTrajectoriesRequest, _replay_pb2.WriteTrajectoriesResponse]  # type: ignore[assignment]
@@ -172,7 +176,7 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     """
     RenewLeases: _aio.UnaryUnaryMultiCallable[_replay_pb2.RenewLeasesRequest, _replay_pb2.RenewLeasesResponse]  # type: ignore[assignment]
     """Extends the leases of tickets whose trajectories write nothing for a while (a slow verifier). Accepted writes extend
-    them too. ABORTED tickets are listed in the reply: stop working on them.
+    them too. ABORTED tickets are listed in the reply: stop sampling them.
     """
     DrawBatch: _aio.UnaryStreamMultiCallable[_replay_pb2.DrawBatchRequest, _replay_pb2.DrawBatchResponse]  # type: ignore[assignment]
     """The groups of one step, whole, as a stream; waits until there are enough. Durable and idempotent: the same epoch and
@@ -185,7 +189,7 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     the parent is not the head or the step was not drawn.
     """
     Commit: _aio.UnaryUnaryMultiCallable[_replay_pb2.CommitRequest, _replay_pb2.CommitResponse]  # type: ignore[assignment]
-    """A checkpoint of `step` is durable: the groups of all steps up to it are consumed for good. Idempotent.
+    """A checkpoint of `step` is durable: the groups of all steps up to it are consumed. Idempotent.
     Errors: ABORTED for an older epoch; FAILED_PRECONDITION for a step that has not advanced.
     """
     RejectGroup: _aio.UnaryUnaryMultiCallable[_replay_pb2.RejectGroupRequest, _replay_pb2.RejectGroupResponse]  # type: ignore[assignment]
@@ -197,22 +201,24 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
     AwaitEvaluation: _aio.UnaryUnaryMultiCallable[_replay_pb2.AwaitEvaluationRequest, _replay_pb2.AwaitEvaluationResponse]  # type: ignore[assignment]
     """Waits up to `wait` for an evaluation's results. Idempotent."""
     LeaveRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.LeaveRunRequest, _replay_pb2.LeaveRunResponse]  # type: ignore[assignment]
-    """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
-    without a word loses its loans when their leases end.
+    """A server leaves: the tickets that it still holds go to others at once, and it counts as gone. Idempotent. A server that
+    is gone without a word loses its tickets when their leases end.
     """
     DrainServer: _aio.UnaryUnaryMultiCallable[_replay_pb2.DrainServerRequest, _replay_pb2.DrainServerResponse]  # type: ignore[assignment]
-    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
-    a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
-    wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
-    epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+    """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. A server that an
+    operator drains finishes the tickets that it holds. Those of a slow or diverging one go to others at once, and what a
+    diverging one wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained:
+    the first reason stands. Errors: ABORTED for a learner of an older epoch; FAILED_PRECONDITION, unless forced, when no
+    other server is active: a run is never silently left without servers.
     """
     ReadmitServer: _aio.UnaryUnaryMultiCallable[_replay_pb2.ReadmitServerRequest, _replay_pb2.ReadmitServerResponse]  # type: ignore[assignment]
-    """Lets a drained server work again, from its next AcquireTickets on. Idempotent."""
+    """Gives a drained server tickets again, from its next AcquireTickets on. Idempotent."""
     ListServers: _aio.UnaryUnaryMultiCallable[_replay_pb2.ListServersRequest, _replay_pb2.ListServersResponse]  # type: ignore[assignment]
     """The run's servers: those heard of since the buffer started, and those that are drained. Idempotent."""
     FinishRun: _aio.UnaryUnaryMultiCallable[_replay_pb2.FinishRunRequest, _replay_pb2.FinishRunResponse]  # type: ignore[assignment]
-    """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
-    whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+    """Ends the run permanently: live groups are dropped with reason run_end and workers are told. An operator may give a run
+    up, too: every call by which its learner would go on, and OpenRun of any other, is then refused with
+    FAILED_PRECONDITION. Idempotent.
     Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
     """
     GetRunStatus: _aio.UnaryUnaryMultiCallable[_replay_pb2.GetRunStatusRequest, _replay_pb2.GetRunStatusResponse]  # type: ignore[assignment]
@@ -243,10 +249,11 @@ class ReplayServiceAsyncStub(ReplayServiceStub):
 class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
     """The durable buffer between inference servers and the learner.
 
-    Words. A *group* holds the members sampled for one task; a *ticket* lends a group's missing members to one server.
+    Terms. A *group* holds the members sampled for one task; a *ticket* grants a group's missing members to one server, for
+    as long as its *lease*.
     *Epoch* counts the learner's incarnations and *attempt* a group's tickets; both are fences: the buffer allocates them, and a
-    caller with a lower one than the highest gets ABORTED. Leases only say what may be lent again; no clock decides what is
-    true. Every reply is durable: what it shows survives a crash of the buffer.
+    caller with a lower one than the highest gets ABORTED. Leases only say which groups may be issued again; no clock decides
+    what is true. Every reply is durable: what it shows survives a crash of the buffer.
 
     A worker: JoinRun, then AcquireTickets and WriteTrajectories until the run has finished.
     A learner: OpenRun, then for each step DrawBatch, Advance and, after each checkpoint, Commit; FinishRun at the end.
@@ -281,9 +288,9 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.AcquireTicketsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.AcquireTicketsResponse, _abc.Awaitable[_replay_pb2.AcquireTicketsResponse]]:
-        """Lends work, evaluation first; waits up to `wait` for some, and may return none. When the same server asks at a
-        newer version meanwhile, a waiting call ends with none. What is issued obeys the admission
-        inequality, so a server is never given work that could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
+        """Issues tickets, those for evaluation first; waits up to `wait` for some, and may return none. A waiting call ends with
+        none when the same server requests tickets at a newer version. Tickets obey the admission inequality, so a server
+        never samples what could only turn stale. Errors: RESOURCE_EXHAUSTED when the disk is
         nearly full (retry later); FAILED_PRECONDITION for an unregistered version. A reply that got lost costs a lease, not a group.
         """
 
@@ -305,7 +312,7 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.RenewLeasesResponse, _abc.Awaitable[_replay_pb2.RenewLeasesResponse]]:
         """Extends the leases of tickets whose trajectories write nothing for a while (a slow verifier). Accepted writes extend
-        them too. ABORTED tickets are listed in the reply: stop working on them.
+        them too. ABORTED tickets are listed in the reply: stop sampling them.
         """
 
     @_abc_1.abstractmethod
@@ -336,7 +343,7 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.CommitRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.CommitResponse, _abc.Awaitable[_replay_pb2.CommitResponse]]:
-        """A checkpoint of `step` is durable: the groups of all steps up to it are consumed for good. Idempotent.
+        """A checkpoint of `step` is durable: the groups of all steps up to it are consumed. Idempotent.
         Errors: ABORTED for an older epoch; FAILED_PRECONDITION for a step that has not advanced.
         """
 
@@ -372,8 +379,8 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.LeaveRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.LeaveRunResponse, _abc.Awaitable[_replay_pb2.LeaveRunResponse]]:
-        """A server leaves: what it still holds on loan goes to others at once, and it counts as gone. Idempotent; a server that is gone
-        without a word loses its loans when their leases end.
+        """A server leaves: the tickets that it still holds go to others at once, and it counts as gone. Idempotent. A server that
+        is gone without a word loses its tickets when their leases end.
         """
 
     @_abc_1.abstractmethod
@@ -382,10 +389,11 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.DrainServerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.DrainServerResponse, _abc.Awaitable[_replay_pb2.DrainServerResponse]]:
-        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. One that
-        a person drains finishes what it holds; what one holds that is slow or diverges goes to others at once, and what the latter
-        wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained: the first reason stands. Errors: ABORTED for a learner of an older
-        epoch; FAILED_PRECONDITION, unless forced, when no other server is at work: a run is never silently left without servers.
+        """Takes a server out of the run: it gets no more tickets and is told why, until ReadmitServer; durable. A server that an
+        operator drains finishes the tickets that it holds. Those of a slow or diverging one go to others at once, and what a
+        diverging one wrote of groups that no step has drawn is dropped with reason diverged. Idempotent while it is drained:
+        the first reason stands. Errors: ABORTED for a learner of an older epoch; FAILED_PRECONDITION, unless forced, when no
+        other server is active: a run is never silently left without servers.
         """
 
     @_abc_1.abstractmethod
@@ -394,7 +402,7 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.ReadmitServerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.ReadmitServerResponse, _abc.Awaitable[_replay_pb2.ReadmitServerResponse]]:
-        """Lets a drained server work again, from its next AcquireTickets on. Idempotent."""
+        """Gives a drained server tickets again, from its next AcquireTickets on. Idempotent."""
 
     @_abc_1.abstractmethod
     def ListServers(
@@ -410,8 +418,9 @@ class ReplayServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _replay_pb2.FinishRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_replay_pb2.FinishRunResponse, _abc.Awaitable[_replay_pb2.FinishRunResponse]]:
-        """Ends the run for good: live groups are dropped with reason run_end and workers are told. A person may give a run up, too:
-        whatever its learner asks then that would go on, and OpenRun of any other, is refused with FAILED_PRECONDITION. Idempotent.
+        """Ends the run permanently: live groups are dropped with reason run_end and workers are told. An operator may give a run
+        up, too: every call by which its learner would go on, and OpenRun of any other, is then refused with
+        FAILED_PRECONDITION. Idempotent.
         Errors, unless the run is given up: ABORTED for an older epoch; FAILED_PRECONDITION when steps are trained but not committed.
         """
 

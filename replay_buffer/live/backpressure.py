@@ -1,4 +1,4 @@
-"""How much may be in memory that was received and is not durable yet.
+"""Back-pressure: the bound on bytes that were received and are not durable yet.
 
     message ──> admit ──> decide, append (pending) ──> fsync (durable)
                   │
@@ -29,7 +29,7 @@ _ROOM_SECONDS: Final = 0.05
 
 
 class Cause(StrEnum):
-    """Why somebody was refused."""
+    """Why a caller was refused."""
 
     PENDING_BYTES = "pending_bytes"  # too much waits for the disk
     DISK = "disk"  # it takes nothing

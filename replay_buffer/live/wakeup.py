@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 
-class Signal:
+class Wakeup:
     """Wakes everyone who waits; each looks again for itself."""
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of one written item.
+"""The judgement of one written item.
 
 same (trajectory, attempt, seq, bytes) again    acknowledged
 lower seq, other bytes                          conflict; the group is dropped
@@ -23,14 +23,14 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.live.open_trajectories import Drafts
+from replay_buffer.live.open_trajectories import OpenTrajectories
 from replay_buffer.rules.completion import decide_complete
-from replay_buffer.rules.groups import Group, Location, Member, Progress
+from replay_buffer.rules.groups import Group, GroupMember, MemberProgress, RecordHandle
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import dead_letter
 from replay_buffer.rules.transitions import ChunkWritten, GroupsDropped, TrajectoryClosed, TrajectoryFailed, Transition
 
-Read = Callable[[Location], Transition]
+Read = Callable[[RecordHandle], Transition]
 """Reads a record back from the log, whether it is on disk yet or not."""
 
 _DROPPABLE = (GroupState.OPEN, GroupState.READY)
@@ -43,7 +43,7 @@ class WriteDecision(NamedTuple):
     transitions: tuple[Transition, ...] = ()
 
 
-def decide_write(run: RunState, item: WriteItem, read: Read, drafts: Drafts, *, room: bool) -> WriteDecision:
+def decide_write(run: RunState, item: WriteItem, read: Read, drafts: OpenTrajectories, *, room: bool) -> WriteDecision:
     """Judge one item; `room` is false while the disk is too full for chunks.
 
     The transitions have to be applied: `drafts` counts on it.
@@ -68,7 +68,7 @@ def decide_write(run: RunState, item: WriteItem, read: Read, drafts: Drafts, *, 
     if item.seq > next_seq:
         message = f"{item.trajectory_id}: item {item.seq} came, but {next_seq} is next"
         return _refuse(item, WriteStatus.OUT_OF_RANGE, message, next_seq)
-    if member.progress is not Progress.OPEN:
+    if member.progress is not MemberProgress.OPEN:
         return _refuse(item, WriteStatus.INVALID, f"{item.trajectory_id} has ended with item {next_seq - 1}")
     match item.content:
         case TrajectoryClose() as close:
@@ -104,7 +104,9 @@ def _repeated(group: Group, item: WriteItem, written: Transition) -> WriteDecisi
     return WriteDecision(decision.result, (GroupsDropped((group.group_id,), DropReason.CONFLICT, message),))
 
 
-def _chunk(run: RunState, group: Group, item: WriteItem, chunk: bytes, member: Member, drafts: Drafts) -> WriteDecision:
+def _chunk(
+    run: RunState, group: Group, item: WriteItem, chunk: bytes, member: GroupMember, drafts: OpenTrajectories
+) -> WriteDecision:
     try:
         versions = drafts.add(member, chunk)
     except InvalidDataError as error:
@@ -126,14 +128,22 @@ def _failed(
     run: RunState, group: Group, index: int, item: WriteItem, failure: TrajectoryFailure
 ) -> tuple[Transition, ...]:
     failed = TrajectoryFailed(item.trajectory_id, item.attempt, failure)
-    others_at_work = any(other.progress is Progress.OPEN for place, other in enumerate(group.members) if place != index)
-    if failure.retryable and not others_at_work and run.attempts(group) >= run.spec.max_attempts:
+    others_open = any(
+        other.progress is MemberProgress.OPEN for place, other in enumerate(group.members) if place != index
+    )
+    if failure.retryable and not others_open and run.attempts(group) >= run.spec.max_attempts:
         return (failed, dead_letter(run, group))
     return (failed,)
 
 
 def _closed(
-    run: RunState, group: Group, index: int, item: WriteItem, close: TrajectoryClose, drafts: Drafts, read: Read
+    run: RunState,
+    group: Group,
+    index: int,
+    item: WriteItem,
+    close: TrajectoryClose,
+    drafts: OpenTrajectories,
+    read: Read,
 ) -> WriteDecision:
     member = group.members[index]
     try:
@@ -162,7 +172,9 @@ def _rewards(group: Group, index: int, close: TrajectoryClose) -> list[float]:
     return [close.reward if place == index else member.reward for place, member in enumerate(group.members)]
 
 
-def _validate(run: RunState, group: Group, index: int, close: TrajectoryClose, drafts: Drafts, read: Read) -> None:
+def _validate(
+    run: RunState, group: Group, index: int, close: TrajectoryClose, drafts: OpenTrajectories, read: Read
+) -> None:
     """Raises InvalidDataError or CorruptDataError, naming the trajectory and what is wrong with it."""
     member = group.members[index]
     sampling = (

@@ -11,9 +11,9 @@ from typing import Final
 from leeway import codec
 from leeway.rpc import BULK_PIECE_BYTES
 from leeway.v1 import log_pb2, replay_pb2
-from replay_buffer.live.views import GroupView, MemberView
-from replay_buffer.rules.groups import Location
+from replay_buffer.rules.groups import Group, GroupMember
 from replay_buffer.storage.records import stored_chunk
+from replay_buffer.storage.segments import Location
 
 ReadMany = Callable[[Sequence[Location]], list[bytes]]
 """Records' payloads, in the order asked for."""
@@ -25,7 +25,7 @@ _CHUNK: Final = codec.field_tag(replay_pb2.GroupPiece, "chunk")
 assert codec.field_tag(replay_pb2.ExportGroupsResponse, "pieces") == _PIECES, "one framing serves both"
 
 
-def messages(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[bytes]:
+def messages(groups: Sequence[Group], read_many: ReadMany) -> Iterator[bytes]:
     """Serialized DrawBatchResponses, which are ExportGroupsResponses too.
 
     Raises:
@@ -33,7 +33,7 @@ def messages(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[bytes]
     """
     gathered: list[bytes] = []
     size_bytes = 0
-    for piece_bytes, parts in _pieces(views, read_many):
+    for piece_bytes, parts in _pieces(groups, read_many):
         if gathered and size_bytes + piece_bytes > BULK_PIECE_BYTES:
             yield b"".join(gathered)
             gathered, size_bytes = [], 0
@@ -43,15 +43,15 @@ def messages(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[bytes]
         yield b"".join(gathered)
 
 
-def _pieces(views: Sequence[GroupView], read_many: ReadMany) -> Iterator[tuple[int, Sequence[bytes]]]:
+def _pieces(groups: Sequence[Group], read_many: ReadMany) -> Iterator[tuple[int, Sequence[bytes]]]:
     """Each group announces itself, then each of its trajectories, then that one's chunks; sizes, and bytes in parts."""
-    records = _read(_locations(views), read_many)
-    for view in views:
-        yield _serialized(replay_pb2.GroupPiece(group=_group_header(view)))
-        for member in view.members:
-            ending = None if member.ending is None else next(records)
-            yield _serialized(_trajectory(member, ending))
-            for _ in member.chunks:
+    records = _read(_locations(groups), read_many)
+    for group in groups:
+        yield _serialized(replay_pb2.GroupPiece(group=_group_header(group)))
+        for index, member in enumerate(group.members):
+            ending = None if member.end_record is None else next(records)
+            yield _serialized(_trajectory(member, index, ending))
+            for _ in range(member.chunk_count):
                 chunk = stored_chunk(next(records))
                 inner = _CHUNK + codec.varint(len(chunk))
                 size_bytes = len(inner) + len(chunk)
@@ -63,12 +63,13 @@ def _serialized(piece: replay_pb2.GroupPiece) -> tuple[int, Sequence[bytes]]:
     return len(data), (_PIECES, codec.varint(len(data)), data)
 
 
-def _locations(views: Sequence[GroupView]) -> Iterator[Location]:
-    for view in views:
-        for member in view.members:
-            if member.ending is not None:
-                yield member.ending
-            yield from member.chunks
+def _locations(groups: Sequence[Group]) -> Iterator[Location]:
+    for group in groups:
+        for member in group.members:
+            if member.end_record is not None:
+                yield Location.of(member.end_record)
+            for seq in range(member.chunk_count):
+                yield Location.of(member.records[seq])
 
 
 def _read(locations: Iterable[Location], read_many: ReadMany) -> Iterator[bytes]:
@@ -85,30 +86,30 @@ def _read(locations: Iterable[Location], read_many: ReadMany) -> Iterator[bytes]
         yield from read_many(ahead)
 
 
-def _group_header(view: GroupView) -> replay_pb2.GroupHeader:
+def _group_header(group: Group) -> replay_pb2.GroupHeader:
     header = replay_pb2.GroupHeader(
-        group_id=view.group_id,
-        purpose=int(view.purpose),  # type: ignore[arg-type]
-        task_index=view.task_index,
-        state=int(view.state),  # type: ignore[arg-type]
-        drop_reason=int(view.drop_reason or 0),  # type: ignore[arg-type]
-        drop_message=view.drop_message,
-        step=view.step,
-        evaluation_id=view.evaluation_id,
-        trajectory_count=len(view.members),
+        group_id=group.group_id,
+        purpose=int(group.purpose),  # type: ignore[arg-type]
+        task_index=group.task_index,
+        state=int(group.state),  # type: ignore[arg-type]
+        drop_reason=int(group.drop_reason or 0),  # type: ignore[arg-type]
+        drop_message=group.drop_message,
+        step=group.step,
+        evaluation_id=group.evaluation_id,
+        trajectory_count=len(group.members),
     )
-    header.issued_at.FromNanoseconds(view.issued_at_ns)
+    header.issued_at.FromNanoseconds(group.issued_at_ns)
     return header
 
 
-def _trajectory(view: MemberView, ending: bytes | None) -> replay_pb2.GroupPiece:
+def _trajectory(member: GroupMember, index: int, ending: bytes | None) -> replay_pb2.GroupPiece:
     """A trajectory's header; a close goes out as it is stored."""
     header = replay_pb2.TrajectoryHeader(
-        trajectory_id=view.trajectory_id,
-        member=view.member,
-        attempt=view.attempt,
-        server_id=view.server_id,
-        chunk_count=len(view.chunks),
+        trajectory_id=member.trajectory_id,
+        member=index,
+        attempt=member.attempt,
+        server_id=member.server_id,
+        chunk_count=member.chunk_count,
     )
     if ending is not None:
         record = log_pb2.LogRecord.FromString(ending)

@@ -15,9 +15,9 @@ from leeway.errors import InvalidDataError
 from leeway.types import DrainReason
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.live.views import GroupView
 from replay_buffer.rpc.response_stream import messages
 from replay_buffer.rpc.write_stream import WriteStream
+from replay_buffer.rules.groups import Group
 from replay_buffer.storage.index_file import Filter
 
 SERVICE_NAME: Final = replay_pb2.DESCRIPTOR.services_by_name["ReplayService"].full_name
@@ -239,14 +239,14 @@ class ReplayService(replay_pb2_grpc.ReplayServiceServicer):
 
     async def ExportGroups(self, request: replay_pb2.ExportGroupsRequest, context: _Context) -> AsyncIterator[Any]:
         wanted = Filter(codec.optional_purpose(request.purpose), codec.optional_state(request.state), request.step)
-        async for view in self._buffer.export(request.run, wanted, request.limit):
-            async with aclosing(self._streamed([view])) as replies:
+        async for group in self._buffer.export(request.run, wanted, request.limit):
+            async with aclosing(self._streamed([group])) as replies:
                 async for reply in replies:
                     yield reply
 
-    async def _streamed(self, views: Sequence[GroupView]) -> AsyncGenerator[bytes]:
+    async def _streamed(self, groups: Sequence[Group]) -> AsyncGenerator[bytes]:
         """Serialized messages, read from disk beside the event loop, one ahead of the network."""
-        source = messages(views, self._buffer.read_many)
+        source = messages(groups, self._buffer.read_many)
         ahead = asyncio.create_task(asyncio.to_thread(next, source, None))
         try:
             while (message := await asyncio.shield(ahead)) is not None:

@@ -1,10 +1,10 @@
-"""What is decided, without clocks, disks or messages: state in, transitions out.
+"""The buffer's decisions, without clocks, disks or messages: state in, transitions out.
 
-transitions                                    what can happen to a run
-groups, lineage, state; fold                   what that makes of it; how
-opening, lifecycle                             decisions about a run: where it goes on from, and its way
-tickets, draw, evaluation                      decisions about a server's work, a step, an evaluation
-completion, dead_letters                       decisions about a group that has closed, or never will
-admission                                      the bounds, as arithmetic
-leases                                         a hint, never a reason to refuse
+transitions                              everything that can happen to a run
+groups, lineage, state; fold             a run's state; how transitions change it
+opening, lifecycle, drain                decisions about a run: where it resumes, advancing, its servers
+tickets, draw, evaluation                decisions about a server's tickets, a step's groups, an evaluation
+completion, dead_letters                 decisions about a group that has closed, or never will
+admission                                the staleness bound, as arithmetic
+leases                                   a hint, never a reason to refuse
 """

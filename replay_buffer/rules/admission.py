@@ -1,4 +1,4 @@
-"""How stale a group may get, and how many groups may be under way.
+"""Admission: how stale a group may get, and how many groups may be live at once.
 
 Symbols: h head step, B groups per step, S bound, T last step, L the live groups (OPEN, READY, or DRAWN in an unsealed
 batch).
@@ -57,21 +57,21 @@ def is_stale(run: RunState, group: Group) -> bool:
 
 
 def may_serve(run: RunState, version: PolicyVersion) -> bool:
-    """Whether a server at this registered version may get training work: lag <= S; with S = 0 the head itself."""
+    """Whether a server at this registered version may get training tickets: lag <= S; with S = 0 the head itself."""
     return deadline_of(run, (version,)) >= run.head.step
 
 
 class Admission:
     """The inequality, for several new groups in a row."""
 
-    def __init__(self, run: RunState, lent_again: Mapping[str, int] | None = None) -> None:
-        """Count what is live; `lent_again` has new deadlines of groups that the same call lends again."""
-        lent_again = lent_again or {}
+    def __init__(self, run: RunState, reissued: Mapping[str, int] | None = None) -> None:
+        """Count what is live; `reissued` has new deadlines of groups that the same call reissues."""
+        reissued = reissued or {}
         spec, self._head_step = run.spec, run.head.step
         self._groups_per_step, self._max_staleness = spec.groups_per_step, spec.max_staleness
         self._remaining = (spec.total_steps - self._head_step) * spec.groups_per_step
         self._by_deadline = Counter(
-            lent_again[group.group_id] if group.group_id in lent_again else deadline(run, group)
+            reissued[group.group_id] if group.group_id in reissued else deadline(run, group)
             for group in run.occupying()
         )
 

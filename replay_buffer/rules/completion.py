@@ -1,4 +1,4 @@
-"""What becomes of a group whose last member closes, besides READY.
+"""Completion: a group whose last member closes becomes READY, or is dropped.
 
 The close and the drop are two records. A crash may keep the first alone, so a restart decides again, before anything is
 served: the group is dropped then for the reason it would have been dropped for.

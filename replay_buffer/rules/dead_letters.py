@@ -1,6 +1,6 @@
 """Dead letters: groups that were set aside, until a person queues their tasks again.
 
-lost lease, failure ──> lent again ──> ... max_attempts tickets of one task ──> DROPPED (dead_letter)
+lost lease, failure ──> issued again ──> ... max_attempts tickets of one task ──> DROPPED (dead_letter)
 failed, invalid, conflict, unknown_version ──> DROPPED at once: another attempt would end the same way
                                                     │
 RequeueDeadLetters ── the task as a new group, with all its tries <──┘   the old group stays as it is

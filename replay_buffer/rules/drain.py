@@ -1,11 +1,11 @@
-"""Draining: a server that gets no more tickets, until a person readmits it.
+"""Draining: a server that gets no more tickets, until an operator readmits it.
 
     DrainServer ──> may it be? ──> ServerDrained, durable ──> no new tickets
                         │              ├── diverging: what it wrote of groups that no step has drawn is dropped, and
-                        │              │   their tasks come again; its loans can be lent again
-                        │              ├── slow: its loans can be lent again
-                        │              └── by a person: it finishes what it holds
-                        └── the only server at work: refused unless forced
+                        │              │   their tasks come again; its tickets go to others
+                        │              ├── slow: its tickets go to others
+                        │              └── by an operator: it finishes the tickets that it holds
+                        └── the only active server: refused unless forced
 
 A group that a step has drawn stays: its batch is stable, and the loss bounds what one batch can do.
 """
@@ -33,23 +33,23 @@ def decide_drain(
     message: str,
     *,
     epoch: int,
-    others_at_work: Collection[str],
+    others_active: Collection[str],
     force: bool = False,
 ) -> ServerDrained | None:
     """Take a server out; None when it is out already.
 
     Args:
         run: as it is now.
-        server_id: who.
-        reason: why.
-        message: more on that.
-        epoch: of the learner that asks; 0 for a person.
-        others_at_work: servers that are present and not drained, besides this one.
-        force: also without others.
+        server_id: the server.
+        reason: why it is drained.
+        message: the reason in words.
+        epoch: of the learner that drains it; 0 for an operator.
+        others_active: servers that are present and not drained, besides this one.
+        force: drain it although no other is active.
 
     Raises:
         FencedError: a newer learner has taken over.
-        PreconditionError: the run has finished, nobody else is at work, or very many are drained.
+        PreconditionError: the run has finished, no other server is active, or very many are drained.
         InvalidDataError: no server is named.
     """
     if epoch:
@@ -61,9 +61,9 @@ def decide_drain(
         return None
     if len(run.drained) >= _MOST_DRAINED:
         raise PreconditionError(f"run {run.spec.run!r}: {len(run.drained)} servers are drained; readmit some first")
-    if not others_at_work and not force:
+    if not others_active and not force:
         raise PreconditionError(
-            f"run {run.spec.run!r}: server {server_id!r} is the only one at work and stays in the run ({message}); "
+            f"run {run.spec.run!r}: server {server_id!r} is the only active one and stays in the run ({message}); "
             "start another one first, or force it"
         )
     written = [group.group_id for group in run.live.values() if _may_go(group) and _has_part(group, server_id)]
@@ -72,7 +72,7 @@ def decide_drain(
 
 
 def decide_readmit(run: RunState, server_id: str) -> ServerReadmitted | None:
-    """Let a server work again; None when it may already.
+    """Give a drained server tickets again; None when it is not drained.
 
     Raises:
         PreconditionError: the run has finished.

@@ -1,12 +1,13 @@
-"""Which groups a step trains on.
+"""The draw: which groups a step trains on.
 
     READY groups inside the window ── earliest deadline first ──> batch of step h + 1, checked against the head h
 
-A long rollout is waited for within bounds instead of being overtaken for ever, as long as a server is at work on it:
+A long rollout is waited for, within bounds, as long as a server samples it; otherwise shorter ones would always
+overtake it:
 
-    due       for every k >= h, a batch that takes a group with D > k leaves at most (k - h) * B groups with D <= k at
-              work: those are all that the steps until k can still take (k = h: nobody at his deadline is overtaken)
-    window    groups that were issued (S + 1) * B or more after the oldest one at work wait for it
+    due       for every k >= h, a batch that takes a group with D > k leaves at most (k - h) * B groups with D <= k
+              being sampled: the steps until k can take no more (k = h: no group at its deadline is overtaken)
+    window    groups that were issued (S + 1) * B or more after the oldest one being sampled wait for it
 
 Admission let no more in than the steps can take, and a draw keeps it so: while servers live and the learner does not
 start over, nothing that is sampled gets too old. Both bounds end with the rollout's lease, so a dead server holds
@@ -20,14 +21,14 @@ from typing import NamedTuple
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.types import DropReason, GroupState, Purpose
 from replay_buffer.rules.admission import deadline
-from replay_buffer.rules.groups import Batch, Group
+from replay_buffer.rules.groups import DrawnBatch, Group
 from replay_buffer.rules.lifecycle import check_epoch, check_live
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.tickets import Expired
 from replay_buffer.rules.transitions import BatchDrawn, GroupsDropped
 
 
-def drawn_batch(run: RunState, epoch: int, step: int) -> Batch | None:
+def drawn_batch(run: RunState, epoch: int, step: int) -> DrawnBatch | None:
     """The step's batch, when it has one that is whole.
 
     Raises:
@@ -53,11 +54,11 @@ def decide_draw(run: RunState, epoch: int, step: int, expired: Expired) -> Batch
     kept = batch.group_ids if batch is not None else ()
     places = [group_id if group_id in run.live else None for group_id in kept] or ([None] * run.spec.groups_per_step)
     wanted = places.count(None)
-    at_work = [group for group in run.live.values() if _is_at_work(group, expired)]
-    chosen = _ready(run, at_work)[:wanted]
+    being_sampled = [group for group in run.live.values() if _is_being_sampled(group, expired)]
+    chosen = _ready(run, being_sampled)[:wanted]
     if len(chosen) < wanted:
         return None
-    if _overtakes(run, chosen[-1].deadline, at_work):
+    if _overtakes(run, chosen[-1].deadline, being_sampled):
         return None
     refill = iter(chosen)
     return BatchDrawn(
@@ -71,10 +72,10 @@ class _Due(NamedTuple):
     group: Group
 
 
-def _ready(run: RunState, at_work: list[Group]) -> list[_Due]:
+def _ready(run: RunState, being_sampled: list[Group]) -> list[_Due]:
     """The groups that may be drawn at the head, in the order in which they should be."""
     window = (run.spec.max_staleness + 1) * run.spec.groups_per_step
-    end = at_work[0].number + window if at_work else None
+    end = being_sampled[0].number + window if being_sampled else None
     due = [
         _Due(deadline(run, group), group.number, group)
         for group in run.live.values()
@@ -84,15 +85,15 @@ def _ready(run: RunState, at_work: list[Group]) -> list[_Due]:
     return [entry for entry in due if entry.deadline >= run.head.step]
 
 
-def _overtakes(run: RunState, latest_deadline: int, at_work: list[Group]) -> bool:
-    """Whether a batch up to this deadline would leave more at work than the steps after it can take in time."""
+def _overtakes(run: RunState, latest_deadline: int, being_sampled: list[Group]) -> bool:
+    """Whether a batch up to this deadline would leave more being sampled than the steps after it can take in time."""
     head_step, per_step = run.head.step, run.spec.groups_per_step
-    due = sorted(at for group in at_work if head_step <= (at := deadline(run, group)) < latest_deadline)
+    due = sorted(at for group in being_sampled if head_step <= (at := deadline(run, group)) < latest_deadline)
     return any(count > (at - head_step) * per_step for count, at in enumerate(due, start=1))
 
 
-def _is_at_work(group: Group, expired: Expired) -> bool:
-    return group.state is GroupState.OPEN and group.at_work and not expired(group.group_id)
+def _is_being_sampled(group: Group, expired: Expired) -> bool:
+    return group.state is GroupState.OPEN and group.being_sampled and not expired(group.group_id)
 
 
 def decide_reject(run: RunState, epoch: int, group_id: str, message: str) -> GroupsDropped | None:

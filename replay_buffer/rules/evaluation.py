@@ -28,16 +28,16 @@ def decide_evaluation(run: RunState, epoch: int, evaluation: Evaluation) -> Eval
     if known is not None and not run.lineage.is_abandoned(known.evaluation.version):
         raise PreconditionError(
             f"run {name!r}: evaluation {evaluation.evaluation_id!r} already measures {known.evaluation.version} "
-            "or asks for other tasks, members or sampling; choose another id"
+            "or has other tasks, members or sampling; choose another id"
         )
     return EvaluationCreated(evaluation, epoch)
 
 
 def result_of(run: RunState, evaluation_id: str) -> EvaluationResult:
-    """What an evaluation has measured so far.
+    """The results of an evaluation so far.
 
     Raises:
-        NotFoundError: it was never asked for.
+        NotFoundError: no such evaluation.
     """
     if run.evaluation(evaluation_id) is None:
         raise NotFoundError(f"run {run.spec.run!r} has no evaluation {evaluation_id!r}")

@@ -1,12 +1,15 @@
-"""What a run's state is made of: groups with their members, batches, evaluations. Bytes stay in the log."""
+"""The parts of a run's state: groups with their members, batches, evaluations. Bytes stay in the log.
+
+Where a record lies is storage's own business: the rules carry its handle about and never look into it.
+"""
 
 from __future__ import annotations
 
-from array import array
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Final, NamedTuple, Protocol
+from typing import Final, NewType, Protocol
 
 from leeway.types import DeadLetter, DropReason, Evaluation, GroupState, PolicyVersion, Purpose
 
@@ -22,71 +25,73 @@ SET_ASIDE: Final = frozenset(
 """A group dropped for one of these is a dead letter until a person queues its task again."""
 
 
-class Location(NamedTuple):
-    """Where a record lies in the log."""
-
-    segment: int
-    offset: int  # of the payload
-    size_bytes: int  # of the payload
+RecordHandle = NewType("RecordHandle", bytes)
+"""Names a record of the log: `HANDLE_BYTES` that only storage can read."""
+HANDLE_BYTES: Final = 16
 
 
-class Locations:
-    """Locations at 16 bytes each: the index of a long run has to fit into memory."""
+class RecordHandles:
+    """Handles end to end: a long run's have to fit into memory."""
 
-    __slots__ = ("_words",)
+    __slots__ = ("_packed",)
 
     def __init__(self, packed: bytes = b"") -> None:
-        self._words = array("Q", packed)
+        self._packed = bytearray(packed)
 
     def __len__(self) -> int:
-        return len(self._words) // 2
+        return len(self._packed) // HANDLE_BYTES
 
-    def __getitem__(self, index: int) -> Location:
-        place, size_bytes = self._words[2 * index], self._words[2 * index + 1]
-        return Location(place >> 32, place & 0xFFFFFFFF, size_bytes)
+    def __getitem__(self, index: int) -> RecordHandle:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        return RecordHandle(bytes(self._packed[index * HANDLE_BYTES : (index + 1) * HANDLE_BYTES]))
 
-    def __iter__(self) -> Iterator[Location]:
+    def __iter__(self) -> Iterator[RecordHandle]:
         return (self[index] for index in range(len(self)))
 
-    def append(self, location: Location) -> None:
+    def append(self, record: RecordHandle) -> None:
         """Add one."""
-        self._words.append(location.segment << 32 | location.offset)
-        self._words.append(location.size_bytes)
+        self._packed += record
 
     def packed(self) -> bytes:
-        """All of them, for a `Locations` on the same kind of machine."""
-        return self._words.tobytes()
+        """All of them, for another `RecordHandles`."""
+        return bytes(self._packed)
 
 
-class Progress(IntEnum):
-    """How far one trajectory is."""
+class MemberProgress(IntEnum):
+    """The progress of one trajectory."""
 
     OPEN = 1
     CLOSED = 2
     FAILED = 3
 
 
-class Member:
+class GroupMember:
     """One trajectory of a group, in its newest attempt."""
 
     __slots__ = ("attempt", "progress", "records", "reward", "server_id", "trajectory_id", "versions")
 
     def __init__(self, trajectory_id: str) -> None:
         self.trajectory_id = trajectory_id
-        self.lend(0, "")
+        self.begin_attempt(0, "")
 
-    def lend(self, attempt: int, server_id: str) -> None:
+    def begin_attempt(self, attempt: int, server_id: str) -> None:
         """Begin an attempt; what an earlier one wrote is dead."""
         self.attempt = attempt
         self.server_id = server_id
-        self.progress = Progress.OPEN
-        self.records = Locations()  # index = seq: the chunks, then the close or failure
+        self.progress = MemberProgress.OPEN
+        self.records = RecordHandles()  # index = seq: the chunks, then the close or failure
         self.versions: tuple[PolicyVersion, ...] = ()  # of the tokens sampled so far
         self.reward = 0.0
 
     @property
     def chunk_count(self) -> int:
-        return len(self.records) - (self.progress is not Progress.OPEN)
+        return len(self.records) - (self.progress is not MemberProgress.OPEN)
+
+    @property
+    def end_record(self) -> RecordHandle | None:
+        """The close or failure that ended it."""
+        return None if self.progress is MemberProgress.OPEN else self.records[len(self.records) - 1]
 
 
 class Group:
@@ -122,7 +127,7 @@ class Group:
         self.task_index = task_index
         self.evaluation_id = ""
         self.issued_at_ns = 0
-        self.members = tuple(Member(f"{group_id}.{index}") for index in range(member_count))
+        self.members = tuple(GroupMember(f"{group_id}.{index}") for index in range(member_count))
         self.state = GroupState.OPEN
         self.drop_reason: DropReason | None = None
         self.drop_message = ""
@@ -133,17 +138,17 @@ class Group:
         self.attempt = 0
         self.server_id = ""
         self.version: PolicyVersion | None = None  # what the server of the newest ticket had acknowledged
-        self.ended_at: Location | None = None  # the record that ended it
+        self.ended_at: RecordHandle | None = None  # the record that ended it
 
     @property
     def missing(self) -> list[int]:
         """Members that are not closed."""
-        return [index for index, member in enumerate(self.members) if member.progress is not Progress.CLOSED]
+        return [index for index, member in enumerate(self.members) if member.progress is not MemberProgress.CLOSED]
 
     @property
-    def at_work(self) -> bool:
-        """Whether a member of the newest ticket may still be written."""
-        return any(member.progress is Progress.OPEN for member in self.members)
+    def being_sampled(self) -> bool:
+        """Whether the server of the newest ticket may still write a member."""
+        return any(member.progress is MemberProgress.OPEN for member in self.members)
 
     @property
     def sampled_versions(self) -> set[PolicyVersion]:
@@ -168,14 +173,17 @@ class Group:
         attempts = self.lost_attempts + self.attempt
         return DeadLetter(self.group_id, self.task_index, self.drop_reason, self.drop_message, attempts, self.server_id)
 
-    @property
-    def oldest_segment(self) -> int | None:
-        """The oldest segment that holds something of it; None before the first write."""
-        return min((member.records[0].segment for member in self.members if len(member.records)), default=None)
+    def frozen(self) -> Group:
+        """A copy that stays as the group is now."""
+        group = copy.copy(self)
+        group.members = tuple(copy.copy(member) for member in self.members)
+        for member in group.members:
+            member.records = RecordHandles(member.records.packed())
+        return group
 
 
 @dataclass(slots=True)
-class Batch:
+class DrawnBatch:
     """The ordered groups of one step."""
 
     step: int
@@ -185,7 +193,7 @@ class Batch:
 
 @dataclass(slots=True)
 class EvaluationState:
-    """One evaluation: at most one group per task, made when a server asks for it."""
+    """One evaluation: at most one group per task, made when a server requests a ticket for it."""
 
     evaluation: Evaluation
     group_ids: dict[int, str] = field(default_factory=dict[int, str])  # by task
@@ -218,8 +226,8 @@ class Ended(Protocol):
         """An ended evaluation."""
         ...
 
-    def put_evaluation(self, evaluation: EvaluationState, location: Location) -> None:
-        """Take an evaluation over that the record at a location ended; replaces one of the same id."""
+    def put_evaluation(self, evaluation: EvaluationState, record: RecordHandle) -> None:
+        """Take an evaluation over that this record ended; replaces one of the same id."""
         ...
 
     def groups(self) -> Iterator[Group]:

@@ -1,4 +1,7 @@
-"""When a loan may be taken back. Only a hint: what refuses a late writer is the attempt, never this clock."""
+"""Leases: until when a ticket stays with its server.
+
+A lease is only a hint: a late writer is refused by its attempt, never by this clock.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ EXPIRED: Final = float("-inf")
 
 
 class Leases:
-    """Deadlines by group, on a monotonic clock. Kept in memory: after a restart every lease begins afresh."""
+    """Deadlines by group, on a monotonic clock. They are in memory only: a restart renews every lease."""
 
     def __init__(self, lease_seconds: float) -> None:
         self.lease_seconds = lease_seconds
@@ -19,11 +22,11 @@ class Leases:
         return len(self._deadlines)
 
     def renew(self, group_id: str, now: float) -> None:
-        """The server showed that it is at work."""
+        """The group's server showed that it is active."""
         self._deadlines[group_id] = now + self.lease_seconds
 
     def expire(self, group_ids: Iterable[str]) -> None:
-        """The server is known to be gone."""
+        """The server of these groups is known to be gone."""
         for group_id in group_ids:
             self._deadlines[group_id] = EXPIRED
 
@@ -37,7 +40,7 @@ class Leases:
             del self._deadlines[group_id]
 
     def expired(self, group_id: str, now: float) -> bool:
-        """Whether the group may be lent again."""
+        """Whether the group may be issued again."""
         return self._deadlines.get(group_id, EXPIRED) <= now
 
     def next_deadline(self, now: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Decisions about a run on its way: advancing, committing, finishing, and who may ask for it."""
+"""Decisions about an open run: advancing, committing, finishing, and which callers may do so."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_live(run: RunState) -> None:
     """
     if run.given_up:
         raise PreconditionError(
-            f"run {run.spec.run!r} was ended for good (`leeway buffer finish`) at step {run.head.step} of "
+            f"run {run.spec.run!r} was ended permanently (`leeway buffer finish`) at step {run.head.step} of "
             f"{run.spec.total_steps}; it cannot go on: start a run with another name"
         )
     if run.finished:
@@ -71,7 +71,7 @@ def decide_advance(
 ) -> PolicyAdvanced | None:
     """Seal the batch of `version.step`; None when that has already happened.
 
-    What becomes too old is dropped with it as stale, except what its server has left: `decide_expired` comes next.
+    What becomes too old is dropped with it as stale, except a group whose lease ran out: `decide_expired` comes next.
 
     Raises:
         FencedError, PreconditionError: see ReplayService.Advance.
@@ -97,7 +97,7 @@ def decide_advance(
         # With bound 0 only the new head itself will do, and nothing has been sampled from it.
         if group.group_id not in in_batch
         and (bound == 0 or deadline_of(run, group.sampled_versions) < version.step)
-        and not (group.state is GroupState.OPEN and group.at_work and expired(group.group_id))
+        and not (group.state is GroupState.OPEN and group.being_sampled and expired(group.group_id))
     )
     return PolicyAdvanced(version, parent, stale)
 

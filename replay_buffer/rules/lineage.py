@@ -1,6 +1,6 @@
-"""Policy versions as a tree, and distance along the history that survives.
+"""The lineage: policy versions as a tree, and the distance between two along the history that survives.
 
-    lag(v) = step(head) - step(common ancestor of v and head)
+    lag(v) = step(head) - lineage step(v)       lineage step(v) = step(common ancestor of v and head)
 
 A learner that restarts from a checkpoint branches off there. What it abandoned keeps its place in the tree: the
 *lineage step* of a version is the step of its newest ancestor (itself included) on the path from the root to the head.
@@ -113,10 +113,6 @@ class Lineage:
     def lineage_step(self, version: PolicyVersion) -> int:
         """Step of the common ancestor of a registered version and the head."""
         return self._lineage_steps[version]
-
-    def lag(self, version: PolicyVersion) -> int:
-        """Optimizer steps along the surviving history from a registered version to the head."""
-        return self.head.step - self._lineage_steps[version]
 
     def is_abandoned(self, version: PolicyVersion) -> bool:
         """Whether the head descends from another branch; not so for what has been forgotten."""

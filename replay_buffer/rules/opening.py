@@ -65,9 +65,9 @@ def decide_after_open(run: RunState) -> list[GroupsDropped]:
     return drops
 
 
-def _check_spec(known: RunSpec, asked: RunSpec) -> None:
+def _check_spec(known: RunSpec, wanted: RunSpec) -> None:
     for field in fields(RunSpec):
-        before, now = getattr(known, field.name), getattr(asked, field.name)
+        before, now = getattr(known, field.name), getattr(wanted, field.name)
         if before != now:
             raise PreconditionError(
                 f"run {known.run!r} was first opened with {field.name} = {_show(before)}, but now {_show(now)}; "

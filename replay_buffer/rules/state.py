@@ -1,13 +1,13 @@
-"""A run's state: what its transitions have made of it (`fold`), and what can be read off it.
+"""A run's state: the result of its transitions (`fold`), and what can be read off it.
 
 Occupancy is read off the groups' states, so it cannot leak.
 
     live groups, batches that are not committed, the newest evaluations    in memory
-    ended groups, older evaluations                                        handed to `Ended`, and asked for by id
+    ended groups, older evaluations                                        handed to `Ended`, and read by id
 
     versions                                                               from the oldest that the run can go back to
     tries of tasks                                                         while a group of the task is due or live
-    dead letters                                                           the newest; the others are asked for
+    dead letters                                                           the newest; the others are read from `Ended`
 
 So memory is bounded by what is live and by how far back the learner's checkpoints reach, however long the run is.
 """
@@ -30,14 +30,14 @@ from leeway.types import (
     RunSpec,
     RunStatus,
 )
-from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Groups
+from replay_buffer.rules.groups import DrawnBatch, Ended, EvaluationState, Group, Groups
 from replay_buffer.rules.lineage import Lineage
 
 REQUEUED: Final = frozenset({DropReason.STALE, DropReason.LEASE_LOST, DropReason.ROLLED_BACK, DropReason.DIVERGED})
 """A group dropped for one of these gives its task back."""
 
 KEPT_EVALUATIONS: Final = 4
-"""Ended evaluations that stay in memory: whoever asked for them may ask again, whatever is retired meanwhile."""
+"""Ended evaluations that stay in memory: a learner may read their results again, whatever is retired."""
 
 KEPT_DEAD_LETTERS: Final = 256
 """Dead letters that stay in memory, the newest: a person can look at them even when their records are retired."""
@@ -62,7 +62,7 @@ class RunState:
         self.groups = Groups(ended)
         self.live: dict[str, Group] = {}  # training groups that have not ended, in the order of issue
         self.live_evaluation: dict[str, Group] = {}
-        self.batches: dict[int, Batch] = {}  # of steps that are not committed
+        self.batches: dict[int, DrawnBatch] = {}  # of steps that are not committed
         self.evaluations: dict[str, EvaluationState] = {}  # under way, and the newest ended ones
         self.task_cursor = 0
         self.requeued: deque[int] = deque()

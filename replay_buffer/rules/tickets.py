@@ -1,4 +1,4 @@
-"""Which work a server gets: evaluation first, then groups that another ticket did not finish, then new groups.
+"""Which tickets a server gets: for evaluation first, then groups that another ticket did not finish, then new groups.
 
 A group goes whole to one server, since its attempt is one fence: a server without room for all of its missing members
 waits until it has, and one that never had so much room is passed over.
@@ -6,7 +6,8 @@ waits until it has, and one that never had so much room is passed over.
 
 from __future__ import annotations
 
-import hashlib
+import random
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -24,58 +25,83 @@ from leeway.types import (
     TicketMember,
 )
 from replay_buffer.rules.admission import Admission, deadline_of, is_stale, may_serve
-from replay_buffer.rules.groups import EvaluationState, Group, Progress
+from replay_buffer.rules.groups import EvaluationState, Group, MemberProgress
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import GroupsDropped, TicketIssued
 
 _MOST_MEMBERS: Final = 1 << 14
-"""Of one call, whatever its server asks for: the answer has to fit into a message."""
-_FEISTEL_TURNS: Final = 6
+"""Of one call, whatever its server requests: the answer has to fit into a message."""
 
 Expired = Callable[[str], bool]
 """Whether a group's lease has run out."""
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
-    """Who asks for work."""
+class TicketRequest:
+    """A server's request for tickets."""
 
     server_id: str
     version: PolicyVersion  # what it has acknowledged and samples from
-    capacity: int  # most members it has ever asked for at once
+    capacity: int  # the most members that it has ever requested at once
+
+
+class TaskOrder:
+    """The order in which a run's tasks are issued: tour after tour, each task once per tour.
+
+    A tour is a shuffle that the run's seed and the tour's number decide, so that a restart in the middle of one goes on
+    with it. Two tours are kept, since a request may look ahead over the end of one: four bytes for each task and tour.
+    """
+
+    def __init__(self, seed: int, task_count: int) -> None:
+        self._seed = seed
+        self._task_count = task_count
+        self._tours: dict[int, array[int]] = {}
+
+    def at(self, cursor: int) -> int:
+        """The task at a position of the cursor, which counts the tasks of all tours."""
+        tour, place = divmod(cursor, self._task_count)
+        if tour not in self._tours:
+            while len(self._tours) > 1:
+                del self._tours[min(self._tours)]
+            order = self._tours[tour] = array("I", range(self._task_count))
+            random.Random(f"{self._seed}/{tour}").shuffle(order)
+        return self._tours[tour][place]
 
 
 class TicketOffice:
     """Issues tickets to one server, as long as members and admission allow."""
 
-    def __init__(self, run: RunState, server: Server, expired: Expired, lease_seconds: float) -> None:
+    def __init__(
+        self, run: RunState, request: TicketRequest, order: TaskOrder, expired: Expired, lease_seconds: float
+    ) -> None:
         """Look at the run as it is now.
 
         Raises:
             PreconditionError: the server's version was never registered.
         """
-        if run.lineage.is_unknown(server.version):
+        if run.lineage.is_unknown(request.version):
             raise PreconditionError(
-                f"server {server.server_id!r} asks for work at {server.version}, which run {run.spec.run!r} "
+                f"server {request.server_id!r} requests tickets at {request.version}, which run {run.spec.run!r} "
                 "never registered; let it fetch the weights that the learner publishes"
             )
         self._run = run
-        self._server = server
-        self._version = server.version
+        self._request = request
+        self._version = request.version
+        self._order = order
         self._expired = expired
         self._lease_seconds = lease_seconds
         self._next_number = run.created + 1
-        self._lent_again: dict[str, int] = {}  # deadlines of the groups that this office has lent again
+        self._reissued: dict[str, int] = {}  # new deadlines of the groups that this office has reissued
 
     def issue(self, max_members: int) -> list[TicketIssued]:
         """The tickets to hand out now, possibly none.
 
         Raises:
-            InvalidDataError: no members were asked for.
+            InvalidDataError: the request is for no members.
         """
         if max_members < 1:
             raise InvalidDataError(
-                f"server {self._server.server_id!r} asks for work for {max_members} members; ask for at least 1"
+                f"server {self._request.server_id!r} requests tickets for {max_members} members; request at least 1"
             )
         max_members = min(max_members, _MOST_MEMBERS)
         issued: list[TicketIssued] = []
@@ -98,7 +124,7 @@ class TicketOffice:
         evaluation_id = state.evaluation.evaluation_id
         groups = [group for group in self._run.live_evaluation.values() if group.evaluation_id == evaluation_id]
         yield from self._reissues(groups, state.evaluation)
-        if state.evaluation.members > self._server.capacity:
+        if state.evaluation.members > self._request.capacity:
             return
         for task_index in range(state.evaluation.task_count):
             if task_index not in state.group_ids:
@@ -107,24 +133,24 @@ class TicketOffice:
     def _reissues(self, groups: Iterable[Group], evaluation: Evaluation | None = None) -> Iterator[TicketIssued]:
         run = self._run
         for group in groups:
-            if not may_be_lent_again(run, group, self._expired) or len(group.missing) > self._server.capacity:
+            if not may_be_reissued(run, group, self._expired) or len(group.missing) > self._request.capacity:
                 continue
             if evaluation is None:
                 closed = {version for index in _closed(group) for version in group.members[index].versions}
                 due = deadline_of(run, closed | {self._version})
                 if due < run.head.step:
                     continue
-                self._lent_again[group.group_id] = due  # with an older server it is due earlier than it was
+                self._reissued[group.group_id] = due  # with an older server it is due earlier than it was
             yield self._ticket(group.group_id, group.attempt + 1, group.task_index, group.missing, evaluation)
 
     def _new_groups(self) -> Iterator[TicketIssued]:
-        run, admission = self._run, Admission(self._run, self._lent_again)
+        run, admission = self._run, Admission(self._run, self._reissued)
         due = deadline_of(run, (self._version,))
         requeued, cursor = iter(list(run.requeued)), run.task_cursor
         while admission.admits(due):
             task_index = next(requeued, None)
             if task_index is None:
-                task_index = task_at(run.spec.seed, run.spec.train_task_count, cursor)
+                task_index = self._order.at(cursor)
                 cursor += 1
             yield self._new_group(task_index, cursor, None)
 
@@ -162,29 +188,29 @@ class TicketOffice:
             evaluation_id="" if evaluation is None else evaluation.evaluation_id,
         )
         return TicketIssued(
-            ticket, self._server.server_id, self._version, self._run.task_cursor if cursor is None else cursor
+            ticket, self._request.server_id, self._version, self._run.task_cursor if cursor is None else cursor
         )
 
 
-def may_be_lent_again(run: RunState, group: Group, expired: Expired) -> bool:
-    """Whether a group's missing members may go to a server again: none is at work on them, or the lease ran out."""
+def may_be_reissued(run: RunState, group: Group, expired: Expired) -> bool:
+    """Whether a group's missing members may get a new ticket: no server still samples them, or the lease ran out."""
     return (
         group.state is GroupState.OPEN
         and run.attempts(group) < run.spec.max_attempts
-        and (not group.at_work or expired(group.group_id))
+        and (not group.being_sampled or expired(group.group_id))
     )
 
 
 def decide_expired(run: RunState, expired: Expired) -> list[GroupsDropped]:
-    """Drop what was not finished and cannot be lent again: its attempts are used up, or it is too old."""
+    """Drop what was not finished and cannot be reissued: its attempts are used up, or it is too old."""
     drops: list[GroupsDropped] = []
     for group in [*run.live.values(), *run.live_evaluation.values()]:
-        if group.state is not GroupState.OPEN or (group.at_work and not expired(group.group_id)):
+        if group.state is not GroupState.OPEN or (group.being_sampled and not expired(group.group_id)):
             continue
         if run.attempts(group) >= run.spec.max_attempts:
             drops.append(dead_letter(run, group))
         elif group.purpose is Purpose.TRAIN and is_stale(run, group):
-            message = f"the lease of server {group.server_id!r} ran out and the group is too old to be lent again"
+            message = f"the lease of server {group.server_id!r} ran out and the group is too old to be issued again"
             drops.append(GroupsDropped((group.group_id,), DropReason.LEASE_LOST, message))
     return drops
 
@@ -196,32 +222,9 @@ def dead_letter(run: RunState, group: Group) -> GroupsDropped:
 
 
 def _closed(group: Group) -> list[int]:
-    return [index for index, member in enumerate(group.members) if member.progress is Progress.CLOSED]
+    return [index for index, member in enumerate(group.members) if member.progress is MemberProgress.CLOSED]
 
 
 def member_seed(run_seed: int, origin: str, member: int, attempt: int) -> int:
     """A sampling seed below 2^63 that no other member or attempt shares."""
     return seed_of(f"{run_seed}/{origin}/{member}/{attempt}".encode())
-
-
-def task_at(seed: int, task_count: int, cursor: int) -> int:
-    """The task at a position of the cursor, which walks one permutation of all tasks after another.
-
-    Each permutation is a Feistel network over the next even number of bits, walked until it meets a task (Black and
-    Rogaway 2002, "Ciphers with arbitrary finite domains"): it needs no memory, whatever the number of tasks.
-    """
-    tour, at = divmod(cursor, task_count)
-    half_bits = ((task_count - 1).bit_length() + 1) // 2
-    while True:
-        at = _permuted(f"{seed}/{tour}".encode(), half_bits, at)
-        if at < task_count:
-            return at
-
-
-def _permuted(key: bytes, half_bits: int, number: int) -> int:
-    mask = (1 << half_bits) - 1
-    left, right = number >> half_bits, number & mask
-    for turn in range(_FEISTEL_TURNS):
-        digest = hashlib.blake2b(b"%d/%d" % (turn, right), key=key[:64], digest_size=8).digest()
-        left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-    return left << half_bits | right

@@ -1,6 +1,6 @@
-"""What can happen to a run: the records of the log. Each is atomic by itself.
+"""Transitions: everything that can happen to a run, each an atomic record of the log.
 
-The two that a writer makes for every item are tuples, which are cheaper to make than frozen dataclasses.
+The two that are made for every written item are tuples, which are cheaper to make than frozen dataclasses.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class RunOpened:
 
 @dataclass(frozen=True, slots=True)
 class TicketIssued:
-    """A group's missing members were lent to a server. The first ticket of a group creates it."""
+    """A server got the ticket of a group's missing members. The first ticket of a group creates it."""
 
     ticket: Ticket
     server_id: str
@@ -99,7 +99,7 @@ class PolicyAdvanced:
 
 @dataclass(frozen=True, slots=True)
 class StepsCommitted:
-    """Every step up to this one is consumed for good."""
+    """Every step up to this one is consumed."""
 
     step: int
     oldest_kept_step: int = 0  # of the learner's checkpoints; 0 while it has not said
@@ -107,7 +107,7 @@ class StepsCommitted:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationCreated:
-    """An evaluation was asked for; replaces an ended one of the same id."""
+    """A learner created an evaluation; it replaces an ended one of the same id."""
 
     evaluation: Evaluation
     epoch: int

@@ -5,7 +5,7 @@
     DIR           the same, once everything is synced
 
 Nothing that is linked is ever written again, so the copy does not change with the original. The index is not copied: a
-buffer that opens the copy makes it anew. It also makes the copy a generation of its own, and raises every fence above
+buffer that opens the copy rebuilds it. It also makes the copy a generation of its own, and raises every fence above
 what the original can have handed out since (`decide_restored`).
 """
 

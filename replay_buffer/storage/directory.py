@@ -1,4 +1,4 @@
-"""One directory: the log, which is the truth, with what makes it quick to reopen and keeps it from growing for ever.
+"""The directory of a replay buffer: the log, and what makes it quick to reopen and keeps it from growing without end.
 
 append ──> log ──(a new segment begins)──> state before it ──> index settled, snapshot written ──> retention
                           │                  (this turn)               (a task; disk work in threads)
@@ -23,7 +23,6 @@ from typing import Final
 from leeway.config import ReplayBufferOptions
 from leeway.errors import PreconditionError
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.backup import Backup, write_backup
 from replay_buffer.storage.index import Index
@@ -34,6 +33,7 @@ from replay_buffer.storage.retention import choose_beginning, first_live, first_
 from replay_buffer.storage.segments import (
     HEADER,
     LastRecord,
+    Location,
     Position,
     list_segments,
     remove_segments,
@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class Storage:
-    """What `ReplayBuffer` keeps on disk. Used from one event loop."""
+    """The log of a replay buffer with its index, snapshots and retention. Used from one event loop."""
 
     def __init__(self, options: ReplayBufferOptions, durable_log: Log) -> None:
         self.log = durable_log
@@ -94,15 +94,15 @@ class Storage:
             write_generation(self._directory, self.generation)
 
     def _index_damaged(self, how: str) -> LogFailedError:
-        """A record may be appended whose consequences cannot be told: nothing is acknowledged any more.
+        """End the service: records may have been appended whose effect on ended groups is unknown.
 
-        The file goes, so that the next start makes it anew instead of meeting the same damage.
+        The file is removed, so that the next start rebuilds it instead of meeting the same damage.
         """
         path = self._directory / FILE
         with suppress(OSError):
             Index.remove(path)
         failure = LogFailedError(
-            f"{path}: {how}; it is removed, and made anew from the log at the next start; start the replay buffer again"
+            f"{path}: {how}; it was removed, and the next start rebuilds it from the log; start the replay buffer again"
         )
         self.log.fail(failure)
         return failure
@@ -122,7 +122,7 @@ class Storage:
                 raise PreconditionError(f"{target}: no backup was written: {error.strerror or error}") from error
 
     def begin_generation(self) -> None:
-        """Once what was appended so far is durable, a restored backup is a log of its own; before, it is one still."""
+        """Make a restored backup a log of its own, once what was appended so far is durable."""
         self._beginning = asyncio.create_task(self._begin_generation())
 
     async def _begin_generation(self) -> None:
@@ -140,7 +140,7 @@ class Storage:
         return location
 
     def _remove(self, numbers: list[int]) -> None:
-        """Disk work, beside the event loop. Snapshots go last: until then each segment's beginning has its own."""
+        """Delete segments, then the snapshots of their beginnings. Runs in a thread."""
         remove_segments(self._directory, numbers)
         older = [position for position in snapshot_positions(self._directory) if position.segment <= max(numbers)]
         remove_snapshots(self._directory, older)
@@ -159,7 +159,7 @@ class Storage:
             self._saving.add_done_callback(self._saved)
 
     def _uncache(self, live: int) -> None:
-        """A page that is used again costs a write a fraction of a new one; the host has other uses for the rest."""
+        """Let segments before `live` leave the page cache: reusing a page costs a write less than taking a new one."""
         if live <= self._uncached_before:
             return
         ended = range(self._uncached_before, live)
@@ -229,7 +229,7 @@ class Storage:
         )
 
     def _write(self, snapshot: storage_pb2.Snapshot) -> int:
-        """Disk work, beside the event loop."""
+        """Sync the index, then write the snapshot. Runs in a thread."""
         self.index.sync()
         size_bytes = write_snapshot(self._directory, snapshot)
         newest = Position(snapshot.position.segment, snapshot.position.offset)
@@ -245,7 +245,7 @@ class Storage:
             log.warning("%s: no snapshot was written: %s", self._directory, error)
 
     async def aclose(self, states: Iterable[RunState]) -> None:
-        """Leave a snapshot of the log's end, so that the next start reads nothing but it. `Log.aclose` comes next."""
+        """Write a snapshot of the log's end, so that the next start reads nothing else. `Log.aclose` comes next."""
         try:
             async with asyncio.timeout(_CLOSING_SECONDS):
                 await self._leave_snapshot(states)

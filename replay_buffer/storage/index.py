@@ -6,7 +6,7 @@
 It is a file of SQLite in write-ahead mode: killed processes and power cuts leave it whole, though perhaps behind. So
 `settle` writes down up to which place of the log it is complete, and a snapshot of that place exists only once that is
 synced. What the index says beyond the place from which a restart folds is forgotten first; an index that is missing,
-behind, damaged or of another log is made again from the log. Once damage is met the file is not written any more; while
+behind, damaged or of another log is rebuilt from the log. Once damage is met the file is not written any more; while
 the disk is full what ends stays in memory.
 """
 
@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from leeway.errors import CorruptDataError, InvalidDataError, LeewayError
 from leeway.types import GroupState, Purpose
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
 from replay_buffer.storage.index_file import (
     DAMAGE,
     LARGEST,
@@ -34,6 +34,7 @@ from replay_buffer.storage.index_file import (
     connect,
     damaged,
     evaluation_row_of,
+    oldest_segment,
     row_of,
 )
 from replay_buffer.storage.segments import Position, crc32c
@@ -66,13 +67,13 @@ class Index:
         self.num_recent = 0  # of both kinds
         self.is_damaged = False
         self.on_damage: Callable[[str], LeewayError] = lambda how: CorruptDataError(damaged(path, how))
-        """What to raise when damage is met; told what it is."""
+        """Makes the error to raise when damage is met, from a description of it."""
         self.first_segment = 1
         """The oldest segment that there is; what has a record in an older one is retired."""
 
     @staticmethod
     def remove(path: Path) -> None:
-        """Remove an index, in order to make it again."""
+        """Remove an index, in order to rebuild it."""
         for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
             path.with_name(name).unlink(missing_ok=True)
 
@@ -134,7 +135,7 @@ class Index:
 
     def put(self, run: str, group: Group) -> None:
         """Take an ended group over."""
-        oldest = group.oldest_segment
+        oldest = oldest_segment(group)
         if oldest is not None and oldest < self.first_segment:
             return
         with self._file:
@@ -143,9 +144,9 @@ class Index:
             )
         self._one_more()
 
-    def put_evaluation(self, run: str, state: EvaluationState, location: Location) -> None:
+    def put_evaluation(self, run: str, state: EvaluationState, record: RecordHandle) -> None:
         """Take an ended evaluation over."""
-        row = evaluation_row_of(run, state, location)
+        row = evaluation_row_of(run, state, record)
         with self._file:
             self._file.execute("INSERT OR REPLACE INTO recent.evaluations VALUES (?, ?, ?, ?, ?, ?)", row)
         self._one_more()

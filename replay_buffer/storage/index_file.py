@@ -11,8 +11,8 @@ from typing import Final, NamedTuple
 
 from leeway.errors import CorruptDataError
 from leeway.types import GroupState, Purpose
-from replay_buffer.rules.groups import EvaluationState, Group, Location
-from replay_buffer.storage.segments import crc32c
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
+from replay_buffer.storage.segments import Location, crc32c
 from replay_buffer.storage.stored_state import evaluation_to_proto, group_to_proto
 
 FILE: Final = "index.sqlite"
@@ -21,7 +21,7 @@ LARGEST: Final = (1 << 63) - 1
 """SQLite's largest integer; no group has such a number or step."""
 
 DAMAGE: Final = (sqlite3.DatabaseError, UnicodeDecodeError)
-"""What a damaged file raises; the second, where a message quotes a name that is no text any more."""
+"""Errors that a damaged file raises; the second when a message quotes a name that is no longer text."""
 
 _TABLES: Final = """
 CREATE TABLE {0}groups (
@@ -67,7 +67,7 @@ class Filter(NamedTuple):
     step: int = 0
 
     def matches(self, group: Group) -> bool:
-        """Whether a group is one of them."""
+        """True for a group that is one of them."""
         return (
             (self.purpose is None or group.purpose is self.purpose)
             and (self.state is None or group.state is self.state)
@@ -98,7 +98,7 @@ def connect(path: Path | None, *, read_only: bool = False) -> sqlite3.Connection
     """
     try:
         if path is not None and read_only:
-            # Without a write-ahead log beside it nobody writes it, and reading it must not make one.
+            # Without a write-ahead log beside it no process writes it, and reading it must not make one.
             how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "immutable=1"
             file = sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True, check_same_thread=False)
         else:
@@ -127,17 +127,32 @@ def add_recent(file: sqlite3.Connection) -> None:
     file.executescript(f"ATTACH ':memory:' AS recent; {_TABLES.format('recent.')} {_VIEWS}")
 
 
+def oldest_segment(group: Group) -> int | None:
+    """The oldest segment that holds something of a group; None before the first write."""
+    first = (Location.of(member.records[0]).segment for member in group.members if len(member.records))
+    return min(first, default=None)
+
+
 def row_of(run: str, group: Group) -> tuple[object, ...]:
     """A row of `groups`."""
     body = group_to_proto(group).SerializeToString()
     assert group.ended_at is not None
-    oldest = group.ended_at.segment if group.oldest_segment is None else group.oldest_segment
+    ended_at, oldest = Location.of(group.ended_at), oldest_segment(group)
     numbers = (group.created, int(group.purpose), int(group.state), group.step, group.place, int(group.is_dead_letter))
-    return (run, *numbers, oldest, group.ended_at.segment, group.ended_at.offset, crc32c(body), body)
+    return (
+        run,
+        *numbers,
+        ended_at.segment if oldest is None else oldest,
+        ended_at.segment,
+        ended_at.offset,
+        crc32c(body),
+        body,
+    )
 
 
-def evaluation_row_of(run: str, state: EvaluationState, location: Location) -> tuple[object, ...]:
-    """A row of `evaluations`, for one that the record at a location ended."""
+def evaluation_row_of(run: str, state: EvaluationState, record: RecordHandle) -> tuple[object, ...]:
+    """A row of `evaluations`, for one that this record ended."""
+    location = Location.of(record)
     body = evaluation_to_proto(state).SerializeToString()
     return (run, state.evaluation.evaluation_id, location.segment, location.offset, crc32c(body), body)
 
@@ -158,5 +173,5 @@ def clauses_of(run: str, wanted: Filter) -> tuple[str, list[object]]:
 
 
 def damaged(path: Path | None, how: str) -> str:
-    """What to say of a damaged file that nobody holds."""
-    return f"{path}: {how}; stop the replay buffer and remove the file: it is made anew from the log"
+    """The message about a damaged file that no running buffer holds."""
+    return f"{path}: {how}; stop the replay buffer and remove the file; the next start rebuilds it from the log"

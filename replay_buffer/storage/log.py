@@ -6,7 +6,7 @@
     waits      durable(), until everything appended before it is on disk; the writer, for work, and under load until
                commit_seconds after the fsync before: many small ones cost more than they bring
     unblocks   an fdatasync
-    full disk  the writer cuts the file back to its durable end, waits, and writes the same bytes again; meanwhile
+    full disk  the writer cuts the file back to its durable end, waits, and writes the same bytes again; until then
                nothing is acknowledged and `stalled` is true
     any other error   the log is dead: what the disk holds is unknown until it is opened and verified again
 
@@ -23,12 +23,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from replay_buffer.rules.groups import Location
 from replay_buffer.storage.log_writer import LogFailedError, LogOptions, LogWriter, Queued
 from replay_buffer.storage.segment_reader import SegmentReader
 from replay_buffer.storage.segments import (
     HEADER,
     LastRecord,
+    Location,
     Position,
     crc32c,
     frame_header,
@@ -44,7 +44,7 @@ BEGINNING: Final = Position(1, 0)
 log = logging.getLogger(__name__)
 
 Durable = Callable[[int, int, float], None]
-"""Told of each fsync: records and bytes made durable, seconds that the fsync took."""
+"""Called after each fsync with the records and bytes made durable and the seconds that it took."""
 
 
 Take = Callable[[bytes, Location], None]
@@ -130,7 +130,7 @@ class Log:
 
     @property
     def stalled(self) -> bool:
-        """Whether the disk is full and records wait for room."""
+        """True while the disk is full and records wait for room."""
         return self._writer is not None and self._writer.stalled
 
     def append(self, *parts: bytes) -> Location:
@@ -263,7 +263,7 @@ class Log:
         self._on_durable(len(batch), size_bytes, seconds)
 
     def fail(self, failure: LogFailedError) -> None:
-        """Take and acknowledge nothing more: what follows from the log can no longer be told."""
+        """Stop: take no more records and acknowledge nothing more."""
         self.failure = failure
         for _, _, done in self._waiting:
             if not done.done():

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from leeway.errors import UnavailableError
-from replay_buffer.rules.groups import Location
 from replay_buffer.storage.segments import (
     AppendFile,
+    Location,
     OpenFile,
     SegmentFile,
     segment_path,
@@ -60,7 +60,7 @@ class Queued(NamedTuple):
 
 
 class LogWriter:
-    """See the module's docstring.
+    """Writes queued records in a thread of its own.
 
     Args:
         options: where and how.
@@ -183,7 +183,7 @@ class LogWriter:
             self._segment, self._durable_size = segment, 0
 
     def _write_all(self, blocks: list[bytes]) -> None:
-        """Few system calls: each lets go of the interpreter, and whoever comes back has to wait for it."""
+        """Write with few system calls: each releases the interpreter lock, and taking it back may have to wait."""
         assert self._file is not None
         rest: deque[bytes | memoryview] = deque(blocks)
         while rest:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from leeway.errors import CorruptDataError, NotFoundError
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Group, Location
+from replay_buffer.rules.groups import Group
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import RunOpened
 from replay_buffer.storage.index import Index
@@ -21,7 +21,7 @@ from replay_buffer.storage.records import Record, decode
 from replay_buffer.storage.recovery import Start, choose_start
 from replay_buffer.storage.run_index import RunIndex, check_kept, select
 from replay_buffer.storage.segment_reader import SegmentReader
-from replay_buffer.storage.segments import read_segment, segment_numbers, segment_path
+from replay_buffer.storage.segments import Location, read_segment, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import Generation, read_generation
 
 
@@ -44,7 +44,7 @@ class Fold:
             if not isinstance(record.transition, RunOpened):
                 raise CorruptDataError(f"run {record.run!r} goes on before it was opened")
             run = self.runs[record.run] = RunState(record.transition.spec, RunIndex(self.index, record.run))
-        apply(run, record.transition, record.recorded_at_ns, location)
+        apply(run, record.transition, record.recorded_at_ns, location.handle)
         return run
 
 
@@ -130,4 +130,4 @@ def open_directory(path: Path) -> Directory:
 
 
 def _ignore(*_: object) -> None:
-    """What is passed over is named by `leeway buffer verify`."""
+    """Say nothing about files that are passed over: `leeway buffer verify` names them."""

@@ -1,7 +1,7 @@
-"""From which place of the log a restart folds, and with which index.
+"""Recovery: the place of the log from which a restart folds, and the index that it uses.
 
     a snapshot that fits, and an index complete up to it     from its place on: the tail
-    neither, and the log begins with segment 1               from the beginning, with an index made again
+    neither, and the log begins with segment 1               from the beginning, with a rebuilt index
     neither, and the first segments are retired              from the snapshot of the new beginning, likewise
 
 Whatever does not fit is passed over with a line in the service's log, never repaired by guessing.
@@ -58,13 +58,13 @@ class Start:
 def choose_start(
     directory: Path, generation: Generation, warn: Callable[..., None], *, read_only: bool = False
 ) -> Start:
-    """The shortest way to the state of a directory; makes the index again where it has to.
+    """The shortest way to the state of a directory; rebuilds the index where it has to.
 
     Args:
         directory: holds the log.
         generation: which log it is.
         warn: hears, like a logger, of what is passed over.
-        read_only: nothing is changed; an index that cannot be used is made in memory.
+        read_only: nothing is changed; an index that cannot be used is rebuilt in memory.
 
     Raises:
         CorruptDataError: the log's beginning is retired, and no snapshot stands in for it.
@@ -90,7 +90,7 @@ def choose_start(
         Index.remove(path)
     position, snapshot = base_of(directory, generation, warn)
     if numbers:
-        log.info("%s: the index is made again from segment %d on", directory, position.segment)
+        log.info("%s: the index is rebuilt from segment %d on", directory, position.segment)
     return Start(position, snapshot, Index(None if read_only else path), numbers[0] if numbers else position.segment)
 
 

@@ -1,4 +1,4 @@
-"""Which segments of the log may go.
+"""Retention: the segments of the log that may be deleted.
 
     needed    by what is live (OPEN, READY, DRAWN), and by what a step trained on that comes after the learner's oldest
               kept checkpoint: it may be computed again, or rolled back to; a finished run needs that only as long as
@@ -7,7 +7,7 @@
 
 Whole segments go, oldest first, up to the first that is needed: nothing is rewritten forward. What pins a segment is
 bounded (live groups by the staleness bound and their leases, replayable ones by the checkpoints that are kept), so the
-log is as large as that plus what is wanted, and a record never moves: its location stays true for ever. A finished run
+log is as large as that plus what is wanted, and a record never moves: its location stays valid. A finished run
 pins nothing that grows: while it is alone nothing is written, and once another run goes on it lets go.
 """
 
@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
+from replay_buffer.storage.index_file import oldest_segment
 from replay_buffer.storage.segments import Segment
 
 
 def first_live(states: Iterable[RunState], newest: int) -> int:
     """The oldest segment that something live lies in; `newest` is the one that is written to."""
-    live = (group.oldest_segment for state in states for group in state.groups.unended.values())
+    live = (oldest_segment(group) for state in states for group in state.groups.unended.values())
     return min((segment for segment in live if segment is not None), default=newest)
 
 

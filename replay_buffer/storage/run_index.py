@@ -1,4 +1,4 @@
-"""What has ended in one run: its part of the index; and which groups of a run match a filter, ended or not."""
+"""One run's part of the index, and the groups of a run, ended or not, that match a filter."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from heapq import merge
 
 from leeway.errors import NotFoundError
 from leeway.types import Purpose
-from replay_buffer.rules.groups import EvaluationState, Group, Location
+from replay_buffer.rules.groups import EvaluationState, Group, RecordHandle
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import Filter
 
 
 class RunIndex:
-    """What has ended in one run: `Ended` of its state."""
+    """Ended groups and evaluations of one run: the `Ended` of its state."""
 
     def __init__(self, index: Index, run: str) -> None:
         self._index = index
@@ -37,8 +37,8 @@ class RunIndex:
     def evaluation(self, evaluation_id: str) -> EvaluationState | None:
         return self._index.get_evaluation(self._run, evaluation_id)
 
-    def put_evaluation(self, evaluation: EvaluationState, location: Location) -> None:
-        self._index.put_evaluation(self._run, evaluation, location)
+    def put_evaluation(self, evaluation: EvaluationState, record: RecordHandle) -> None:
+        self._index.put_evaluation(self._run, evaluation, record)
 
     def group_id(self, created: int) -> str:
         """The id of a group by its number."""

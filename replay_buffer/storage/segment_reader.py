@@ -22,8 +22,7 @@ from leeway.codec.fields import fields, find_field
 from leeway.errors import CorruptDataError, InvalidDataError, NotFoundError
 from leeway.types import ColumnKind, TrajectoryChunk
 from leeway.v1 import common_pb2, log_pb2, trajectory_pb2
-from replay_buffer.rules.groups import Location
-from replay_buffer.storage.segments import HEADER, frame_at, frame_header, segment_path
+from replay_buffer.storage.segments import HEADER, Location, frame_at, frame_header, segment_path
 
 _CHUNK: Final = (log_pb2.LogRecord.CHUNK_WRITTEN_FIELD_NUMBER, log_pb2.ChunkWritten.CHUNK_FIELD_NUMBER)
 _COLUMNS: Final = trajectory_pb2.TrajectoryChunk.COLUMNS_FIELD_NUMBER

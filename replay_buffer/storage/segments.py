@@ -22,6 +22,7 @@ import google_crc32c
 
 from leeway.errors import ConfigError, CorruptDataError
 from leeway.service.durable import hold_file, make_directory, sync_directory
+from replay_buffer.rules.groups import HANDLE_BYTES, GroupMember, RecordHandle
 
 _ZEROS: Final = bytes(1 << 16)
 _SEARCHED_BYTE_BY_BYTE: Final = 1 << 14
@@ -31,8 +32,33 @@ _RECORD_BEGINS: Final = re.compile(rb"\x0a[\x02-\x10]\x08", re.DOTALL)
 """LogRecord.recorded_at, its first field: tag, length, tag of the seconds."""
 
 HEADER: Final = struct.Struct("<II")
+_HANDLE: Final = struct.Struct("<IIQ")
+assert _HANDLE.size == HANDLE_BYTES, "the rules keep handles end to end"
 crc32c: Callable[[bytes], int] = google_crc32c.value  # type: ignore[assignment]
 _extended: Callable[[int, bytes], int] = google_crc32c.extend  # type: ignore[assignment]
+
+
+class Location(NamedTuple):
+    """Where a record lies. The rules are given its handle, which takes 16 bytes in memory and in snapshots."""
+
+    segment: int
+    offset: int  # of the payload
+    size_bytes: int  # of the payload
+
+    @classmethod
+    def of(cls, record: RecordHandle) -> Location:
+        """Where the record with this handle lies."""
+        offset, segment, size_bytes = _HANDLE.unpack(record)
+        return cls(segment, offset, size_bytes)
+
+    @property
+    def handle(self) -> RecordHandle:
+        return RecordHandle(_HANDLE.pack(self.offset, self.segment, self.size_bytes))
+
+
+def locations_of(member: GroupMember) -> list[Location]:
+    """Where a trajectory's chunks lie, and after them its close or failure."""
+    return [Location.of(record) for record in member.records]
 
 
 class Position(NamedTuple):
@@ -55,7 +81,7 @@ def frame(*parts: bytes) -> bytes:
 
 
 def frame_header(parts: Sequence[bytes]) -> bytes:
-    """What precedes a payload."""
+    """The header of a payload, which may come in parts."""
     checksum = 0
     for part in parts:
         checksum = _extended(checksum, part)
@@ -221,7 +247,7 @@ def read_segment(path: Path, *, last: bool, start: int = 0) -> Generator[tuple[i
                 if not last or _a_frame_follows(path, at):
                     raise CorruptDataError(
                         f"{path}: the record at byte {at} is damaged and data follows it; "
-                        "restore the file from a copy, or start the run anew with an empty directory"
+                        "restore the file from a copy, or start a new run with an empty directory"
                     )
                 return at
             yield at + HEADER.size, payload
@@ -252,7 +278,7 @@ def _next_frame(file: BinaryIO, left: int) -> bytes | None:
 
 
 def _a_frame_follows(path: Path, damaged_at: int) -> bool:
-    """Whether a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
+    """True when a whole frame begins anywhere behind a damaged one, whose own length cannot be trusted."""
     with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
         end = len(data)
         while end - len(_ZEROS) > damaged_at and data[end - len(_ZEROS) : end] == _ZEROS:

@@ -49,11 +49,11 @@ class Generation:
         return (*self.parents, self.id) if self.id else self.parents
 
     def backup(self, taken_at: datetime) -> Generation:
-        """What a backup taken now says."""
+        """The generation of a backup taken now."""
         return Generation(b"", self.lineage, taken_at)
 
     def opened(self) -> Generation:
-        """What a directory says once a buffer has opened it: a backup becomes a log of its own."""
+        """The generation once a buffer has opened the directory: a backup becomes a log of its own."""
         return self if self.id else Generation(secrets.token_bytes(_ID_BYTES), self.parents)
 
 
@@ -145,7 +145,7 @@ def remove_snapshots(directory: Path, positions: list[Position]) -> None:
 def misfit(
     directory: Path, snapshot: storage_pb2.Snapshot, generation: Generation, numbers: Sequence[int]
 ) -> str | None:
-    """Why a snapshot is not one of this log; None when it is."""
+    """The reason why a snapshot does not belong to this log; None when it does."""
     position = Position(snapshot.position.segment, snapshot.position.offset)
     if snapshot.generation not in generation.lineage:
         return "it was written for another log"

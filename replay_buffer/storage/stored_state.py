@@ -10,9 +10,18 @@ from leeway import codec
 from leeway.errors import CorruptDataError
 from leeway.types import DropReason, GroupState, PolicyVersion, Purpose
 from leeway.v1 import replay_pb2, storage_pb2
-from replay_buffer.rules.groups import Batch, Ended, EvaluationState, Group, Location, Locations, Member, Progress
+from replay_buffer.rules.groups import (
+    DrawnBatch,
+    Ended,
+    EvaluationState,
+    Group,
+    GroupMember,
+    MemberProgress,
+    RecordHandles,
+)
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState
+from replay_buffer.storage.segments import Location
 
 _NANOS: Final = 1_000_000_000
 
@@ -28,7 +37,7 @@ _RUN_FIELDS: Final = (
     *("epoch", "committed_step", "oldest_kept_step", "finished", "given_up", "task_cursor", "created", "issued"),
     *("consumed", "dead_letter_count"),
 )
-"""What a message keeps under the same name."""
+"""Attributes that a message has under the same name."""
 
 
 def _kept(state: object, names: Iterable[str]) -> dict[str, Any]:
@@ -43,7 +52,7 @@ def group_to_proto(group: Group) -> storage_pb2.GroupSnapshot:
         state=int(group.state),  # type: ignore[arg-type]
         drop_reason=int(group.drop_reason or 0),  # type: ignore[arg-type]
         members=[_member_to_proto(member) for member in group.members],
-        ended_at=group.ended_at or (),
+        ended_at=() if group.ended_at is None else Location.of(group.ended_at),
         version=None if group.version is None else codec.version_to_proto(group.version),
         **_kept(group, _GROUP_FIELDS),
     )
@@ -51,7 +60,7 @@ def group_to_proto(group: Group) -> storage_pb2.GroupSnapshot:
     return message
 
 
-def _member_to_proto(member: Member) -> storage_pb2.MemberSnapshot:
+def _member_to_proto(member: GroupMember) -> storage_pb2.MemberSnapshot:
     return storage_pb2.MemberSnapshot(
         attempt=member.attempt,
         server_id=member.server_id,
@@ -72,11 +81,11 @@ def group_from_proto(message: storage_pb2.GroupSnapshot) -> Group:
     group.state = codec.enum_from_proto(GroupState, message.state)
     group.drop_reason = codec.enum_from_proto(DropReason, message.drop_reason) if message.drop_reason else None
     group.version = codec.version_from_proto(message.version) if message.HasField("version") else None
-    group.ended_at = Location(*message.ended_at) if message.ended_at else None
+    group.ended_at = Location(*message.ended_at).handle if message.ended_at else None
     for member, stored in zip(group.members, message.members, strict=True):
         member.attempt, member.server_id = stored.attempt, stored.server_id
-        member.progress = codec.enum_from_proto(Progress, stored.progress)
-        member.records = Locations(stored.records)
+        member.progress = codec.enum_from_proto(MemberProgress, stored.progress)
+        member.records = RecordHandles(stored.records)
         member.versions = tuple(PolicyVersion(v.run, v.epoch, v.step, v.digest) for v in stored.versions)
         member.reward = stored.reward
     return group
@@ -163,7 +172,7 @@ def run_from_proto(message: storage_pb2.RunSnapshot, ended: Ended) -> RunState:
         raise CorruptDataError(f"the snapshot of run {message.spec.run!r} contradicts itself: {error!r}") from error
     for name in _RUN_FIELDS:
         setattr(state, name, getattr(message, name))
-    state.batches = {batch.step: Batch(batch.step, tuple(batch.group_ids), batch.sealed) for batch in message.batches}
+    state.batches = {kept.step: DrawnBatch(kept.step, tuple(kept.group_ids), kept.sealed) for kept in message.batches}
     for evaluation in map(evaluation_from_proto, message.evaluations):
         state.evaluations[evaluation.evaluation.evaluation_id] = evaluation
     state.requeued.extend(message.requeued)

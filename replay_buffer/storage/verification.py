@@ -17,7 +17,6 @@ from pathlib import Path
 from leeway import codec
 from leeway.errors import CorruptDataError, NotFoundError
 from leeway.v1 import storage_pb2
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import RunState
 from replay_buffer.rules.transitions import (
     ChunkWritten,
@@ -32,7 +31,7 @@ from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.offline import Fold
 from replay_buffer.storage.records import decode
 from replay_buffer.storage.recovery import Start, base_of
-from replay_buffer.storage.segments import HEADER, Position, read_segment, segment_numbers, segment_path
+from replay_buffer.storage.segments import HEADER, Location, Position, read_segment, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import (
     Generation,
     misfit,
@@ -46,7 +45,7 @@ from replay_buffer.storage.stored_state import run_to_proto
 
 @dataclass(slots=True)
 class Report:
-    """What was checked, and what is wrong."""
+    """Counts of what was checked, and the problems found."""
 
     segments: int = 0
     records: int = 0
@@ -207,13 +206,13 @@ class _Verification:
     def _compare_index(self, folded: Index) -> None:
         path = self._directory / FILE
         if not path.exists():
-            self._report.notes.append(f"{path}: is missing; the next start makes it anew")
+            self._report.notes.append(f"{path}: is missing; the next start rebuilds it")
             return
         index = Index(path, read_only=True)
         try:
             complete_to = index.complete_to(self._generation.id)
             if complete_to is None:
-                self._report.notes.append(f"{path}: is of another log; the next start makes it anew")
+                self._report.notes.append(f"{path}: is of another log; the next start rebuilds it")
                 return
             for stored, right in zip_longest(index.entries(complete_to), folded.entries(complete_to)):
                 self._report.index_entries += 1

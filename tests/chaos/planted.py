@@ -21,6 +21,7 @@ from learner.trainer import FinishSave
 from leeway.types import PolicyVersion, WriteItem
 from replay_buffer.rules.admission import Admission
 from replay_buffer.rules.state import RunState
+from replay_buffer.storage.index_file import oldest_segment
 from replay_buffer.storage.segments import AppendFile
 from tests.chaos.network_faults import USUAL_FAULTS
 from tests.chaos.plan import BUFFER, LEARNER, RETENTIONS, SERVERS, Plan
@@ -102,7 +103,7 @@ def retire_what_is_kept() -> None:
     def newest_live(states: Iterable[RunState], index: Any, newest: int) -> int:
         del index
         groups = [group for state in states for group in state.groups.unended.values()]
-        return min([newest, *(group.oldest_segment or newest for group in groups)])
+        return min([newest, *(oldest_segment(group) or newest for group in groups)])
 
     replay_buffer.storage.directory.first_needed = newest_live
 

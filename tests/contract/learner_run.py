@@ -18,7 +18,7 @@ from learner.loop import Context, Learner
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import Journal
 from learner.run_artifacts.receipts import Options, ReceiptBook, deciding_options, read_receipts
-from learner.run_artifacts.recompute import Difference, find_start, replay
+from learner.run_artifacts.recompute import Difference, find_start, recompute
 from learner.trainer import Trainer
 from learner.weights.publisher import Publisher
 from leeway import codec
@@ -103,6 +103,11 @@ def trajectory_items(member: TicketMember, attempt: int, version: PolicyVersion,
     return [WriteItem(member.trajectory_id, attempt, 0, chunk), WriteItem(member.trajectory_id, attempt, 1, close)]
 
 
+def tags_of(task_index: int) -> tuple[str, ...]:
+    """Each task is odd or even; the first is also named."""
+    return (("even", "odd")[task_index % 2], *(["first"] if task_index == 0 else []))
+
+
 class LearnerRun:
     """A run in a directory, served at an address; `train` is one incarnation of its learner."""
 
@@ -121,7 +126,7 @@ class LearnerRun:
         return make_trainer(self.model(), self.options.training)
 
     def deciding(self, options: LearnerOptions | None = None) -> Options:
-        return deciding_options(options or self.options, self.trainer().signature, seed=7)
+        return deciding_options(options or self.options, self.trainer(), seed=7)
 
     async def fill(self) -> None:
         """Write every group that the run will ever train on; returns when they are on disk."""
@@ -152,7 +157,8 @@ class LearnerRun:
         spec = run_spec(trainer, self.steps)
         restored = self.store.newest() or self.store.save(spec.root, [], [], trainer.save)
         trainer.load(restored.directory)
-        metrics = LearnerMetrics(CollectorRegistry())
+        self.registry = CollectorRegistry()
+        metrics = LearnerMetrics(self.registry)
         stop = asyncio.Event()
         journal = Journal(self.directory / "metrics.jsonl", resume_step=restored.version.step)
         receipts = ReceiptBook(self.directory, self.deciding(), resume_step=restored.version.step)
@@ -168,6 +174,7 @@ class LearnerRun:
                     metrics,
                     self.directory,
                     stop,
+                    tags_of,
                 ),
                 spec,
                 self.options,
@@ -184,7 +191,7 @@ class LearnerRun:
                 journal.close()
                 receipts.close()
 
-    async def replay(
+    async def recompute(
         self,
         step: int,
         *,
@@ -200,7 +207,7 @@ class LearnerRun:
                 async for record in client.export_groups(purpose=Purpose.TRAIN, step=at):
                     yield change(record)
 
-            return await replay(
+            return await recompute(
                 trainer or make_trainer(self.model(), (options or self.options).training),
                 find_start(self.store, receipts, step),
                 receipts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -75,3 +76,18 @@ def largest_difference(policy: Mapping[str, Float32Array], groups: Sequence[Traj
         for group in groups
         for trajectory in group.trajectories
     )
+
+
+def with_other_experts(groups: Sequence[TrajectoryGroup], experts: int) -> list[TrajectoryGroup]:
+    """The same tokens, each routed to the experts after the ones that the engine chose."""
+    return [
+        replace(
+            group,
+            trajectories=tuple(
+                replace(trajectory, routing=(trajectory.routing + 1) % experts)
+                for trajectory in group.trajectories
+                if trajectory.routing is not None
+            ),
+        )
+        for group in groups
+    ]

@@ -6,7 +6,6 @@ The real engine and the real trainer on the shipped models; between them the wir
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from inference_server.rollout.text import HuggingFaceTokenizer, prompt_token_ids
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import TrainingOptions, TransformersEngineOptions
 from leeway.types import SamplingParams, TrajectoryGroup
-from tests.contract.sampled_groups import largest_difference, sample_group, snapshot
+from tests.contract.sampled_groups import largest_difference, sample_group, snapshot, with_other_experts
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sortmix8"
 MEMBERS = 4
@@ -75,18 +74,7 @@ async def test_replayed_routing_is_the_engines_and_it_matters() -> None:
         await engine.aclose()
     native = make_trainer("model-moe", routing_replay=False).train_step(1, groups)
     assert largest_difference(dict(native.policy_logprobs), groups) < 1e-4
-    shifted = [
-        replace(
-            group,
-            trajectories=tuple(
-                replace(trajectory, routing=(trajectory.routing + 1) % 8)
-                for trajectory in group.trajectories
-                if trajectory.routing is not None
-            ),
-        )
-        for group in groups
-    ]
-    elsewhere = trainer.train_step(1, shifted)
+    elsewhere = trainer.train_step(1, with_other_experts(groups, 8))
     assert largest_difference(dict(elsewhere.policy_logprobs), groups) > 0.1
 
 

@@ -98,7 +98,7 @@ def test_a_learner_at_work_is_left_alone_unless_forced(run_folder: Path, leeway:
     with held_run(run_folder):
         code, said = leeway("buffer", "finish", str(run_folder))
         assert (code, said.count("\n")) == (2, 1)
-        assert f"process {os.getpid()}, is at work in this folder" in said
+        assert f"process {os.getpid()}, is running in this folder" in said
         assert "give --force" in said
         code, said = leeway("buffer", "finish", str(run_folder), "--force")
         assert code == 0, said
@@ -127,7 +127,7 @@ async def test_a_run_whose_buffer_serves_ends_for_everyone_who_waits(tmp_path: P
         (open_group,) = [record async for record in client.export_groups() if record.state.name == "OPEN"]
         assert await asyncio.to_thread(main, ["buffer", "finish", str(config)]) == 0
         assert not (tmp_path / RUN).exists()
-        with pytest.raises(PreconditionError, match=r"ended for good .* at step 2 of 100; .* another name"):
+        with pytest.raises(PreconditionError, match=r"ended permanently .* at step 2 of 100; .* another name"):
             await drawing
         assert await client.acquire_tickets("late", version(2), 4, WAIT_SECONDS) == ([], True, None)
         trajectory = open_group.trajectories[0]
@@ -171,12 +171,12 @@ async def test_a_learner_at_work_ends_with_one_line(tmp_path: Path, caplog: pyte
     """Its next call is refused, and so is the commit of the checkpoint that is on its way; that one is kept."""
     async with serving_buffer(tmp_path / "log") as (address, buffer):
         run = _GivenUpRun(tmp_path / "run", address)
-        with pytest.raises(PreconditionError, match="ended for good"):
+        with pytest.raises(PreconditionError, match="ended permanently"):
             await run.train(slow_save=True)
         (state,) = buffer._store._states()
         assert (state.given_up, state.committed_step, state.head.step) == (True, 0, 2)
         assert run.store.steps() == [0, 2]
-        with pytest.raises(PreconditionError, match="ended for good"):
+        with pytest.raises(PreconditionError, match="ended permanently"):
             await run.train()
     gc.collect()  # a task whose outcome nobody took says so when it goes
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -29,7 +29,7 @@ async def server(client: ReplayClient, server_id: str) -> ServerStatus:
     return next(status for status in await client.servers() if status.server_id == server_id)
 
 
-async def test_a_server_that_leaves_gives_its_loans_back_at_once(client: ReplayClient) -> None:
+async def test_a_server_that_leaves_gives_its_tickets_back_at_once(client: ReplayClient) -> None:
     held, *_ = await client.acquire_tickets("s0", ROOT, 100, WAIT_SECONDS)
     waiting = asyncio.create_task(client.acquire_tickets("s1", ROOT, 100, WAIT_SECONDS))
     await client.leave_run("s0")
@@ -95,19 +95,19 @@ async def test_a_slow_server_loses_what_it_holds_and_keeps_what_it_wrote(client:
 async def test_a_person_lets_a_server_finish_what_it_holds(client: ReplayClient) -> None:
     (held, *_), *_ = await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS)
     await client.drain_server("s0", DrainReason.OPERATOR, "maintenance")
-    assert (await server(client, "s0")).loans == 1
+    assert (await server(client, "s0")).tickets == 1
     assert {result.status for result in await write(client, filled(held))} == {WriteStatus.ACKNOWLEDGED}
     assert (await client.run_status()).ready == 1
-    assert (await server(client, "s0")).loans == 0
+    assert (await server(client, "s0")).tickets == 0
 
 
 async def test_the_last_server_is_never_drained_in_silence(client: ReplayClient) -> None:
     await client.leave_run("s1")
-    with pytest.raises(PreconditionError, match="'s0' is the only one at work and stays in the run \\(too slow\\)"):
+    with pytest.raises(PreconditionError, match="'s0' is the only active one and stays in the run \\(too slow\\)"):
         await client.drain_server("s0", DrainReason.SLOW, "too slow")
     await client.drain_server("s0", DrainReason.OPERATOR, "I know", force=True)
     await client.join_run("s1", SIGNATURE, DATASET, WAIT_SECONDS)
-    with pytest.raises(PreconditionError, match="'s1' is the only one at work"):
+    with pytest.raises(PreconditionError, match="'s1' is the only active one"):
         await client.drain_server("s1", DrainReason.DIVERGING, "odd")  # a drained one does not count
 
 
@@ -141,11 +141,11 @@ async def test_what_cannot_be_asked(client: ReplayClient) -> None:
         await client.drain_server("s0", 0, "")  # type: ignore[arg-type]
 
 
-async def test_loans_are_timed(client: ReplayClient) -> None:
+async def test_tickets_are_timed(client: ReplayClient) -> None:
     (one, two, *_), *_ = await client.acquire_tickets("s0", ROOT, 4, WAIT_SECONDS)
     await write(client, filled(one))
     status = await server(client, "s0")
-    assert (status.present, status.loans, status.timed_loans, status.version) == (True, 1, 2, ROOT)
-    assert 0 < status.median_loan_seconds <= status.oldest_loan_seconds
+    assert (status.present, status.tickets, status.timed_tickets, status.version) == (True, 1, 2, ROOT)
+    assert 0 < status.median_ticket_seconds <= status.oldest_ticket_seconds
     await write(client, filled(two))
-    assert (await server(client, "s0")).oldest_loan_seconds == 0
+    assert (await server(client, "s0")).oldest_ticket_seconds == 0

@@ -41,7 +41,7 @@ def test_servers_are_listed_drained_and_readmitted(run_folder: Path, capsys: pyt
     assert "UTC: 2.1 nats from the others" in listed
     code, refused = leeway("drain", "s1", "--message", "new driver")
     assert code == 2
-    assert "'s1' is the only one at work and stays in the run (new driver)" in refused
+    assert "'s1' is the only active one and stays in the run (new driver)" in refused
     assert leeway("drain", "s1", "--force") == (0, "s1 is drained (operator): drained by hand\n")
     assert leeway("readmit", "s0") == (0, "s0 is readmitted\n")
     assert leeway("readmit", "s0") == (0, "s0 was not drained\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ import pytest
 from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
-from inference_server.requests import Closing
 from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
 from leeway import arithmetic
@@ -71,7 +70,7 @@ class Completion:
 
     async def events(self, engine: RemoteEngine | ArithmeticEngine) -> AsyncIterator[int]:
         """Collects; yields the number of chunks so far."""
-        async with Closing(engine.generate(self.request)) as events:
+        async with aclosing(engine.generate(self.request)) as events:
             async for event in events:
                 if isinstance(event, GenerationEnd):
                     self.end = event

@@ -1,4 +1,4 @@
-"""Over a fixed log of groups, a learner stopped or killed comes to the same bits as one that went through."""
+"""Over a fixed log of groups on one machine, a learner stopped or killed ends with the bits of one never stopped."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_a_restart_changes_no_bit(tmp_path: Path, interruption: dict[str, 
             with pytest.raises(CrashError):
                 await restarted.train(crash_at=interruption["crash_at"])
         assert await restarted.train()
-        assert await restarted.replay(STEPS) is None
+        assert await restarted.recompute(STEPS) is None
     assert story(straight) == story(restarted)
     expected, found = tensors(straight), tensors(restarted)
     assert expected.keys() == found.keys()
@@ -64,7 +64,7 @@ async def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) ->
         ledger = {step: tuple(group.group_id for group in groups[step]) for step in groups}
         assert dict(run.store.load(2).ledger) == {1: ledger[1], 2: ledger[2]}
         assert dict(run.store.load(4).ledger) == {3: ledger[3], 4: ledger[4]}
-        assert await run.replay(3) is None  # from the checkpoint of step 2
+        assert await run.recompute(3) is None  # from the checkpoint of step 2
 
 
 async def test_the_buffer_is_told_which_checkpoint_is_the_oldest(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from leeway.types import (
     TrajectoryRecord,
     VersionSpan,
 )
-from tests.contract.sampled_groups import largest_difference, sample_group, snapshot
+from tests.contract.sampled_groups import largest_difference, sample_group, snapshot, with_other_experts
 from tests.harness.tiny_models import MOE_FAMILIES, VOCAB_SIZE, make_model, save
 
 SAMPLING = SamplingParams(0.9, 10, (1,), routing=True)
@@ -105,16 +105,7 @@ async def test_replay_decides_the_experts(family: str, tmp_path: Path) -> None:
         await engine.aclose()
     native = make_trainer(path, routing_replay=False).train_step(1, groups)
     assert largest_difference(native.policy_logprobs, groups) < 1e-4
-    shifted = [
-        replace(
-            group,
-            trajectories=tuple(
-                replace(t, routing=(t.routing + 1) % 6) for t in group.trajectories if t.routing is not None
-            ),
-        )
-        for group in groups
-    ]
-    elsewhere = make_trainer(path).train_step(1, shifted)
+    elsewhere = make_trainer(path).train_step(1, with_other_experts(groups, 6))
     assert largest_difference(elsewhere.policy_logprobs, groups) > 0.1
 
 

@@ -202,10 +202,9 @@ async def test_an_index_that_is_found_damaged_ends_it_and_the_next_start_is_well
         renewing = asyncio.create_task(client.renew_leases("s0", [(ticket.group_id, 1)]))  # again and again
         code, lines = await ended(process)
         assert code == 1  # a restart mends it
-        assert lines == [
-            f"replay_buffer: {tmp_path}/log/index.sqlite: an entry fails its checksum; it is removed, "
-            "and made anew from the log at the next start; start the replay buffer again"
-        ]
+        (line,) = lines
+        assert line.startswith(f"replay_buffer: {tmp_path}/log/index.sqlite: an entry fails its checksum;")
+        assert line.endswith("start the replay buffer again")
 
         process = await start(tmp_path, *arguments)
         await check_health(f"127.0.0.1:{port}", PLAIN, WAIT_SECONDS)

@@ -80,7 +80,7 @@ async def fill(client: ReplayClient, at: PolicyVersion, groups: int) -> list[Tic
 
 @contextmanager
 def leases_of(buffer: ReplayBuffer, seconds: float) -> Generator[None]:
-    """Whatever is lent within the block has such a lease; nothing else can lapse while the test looks on."""
+    """A ticket that is issued within the block has such a lease; nothing else can lapse while the test looks on."""
     leases = buffer._store.runs[RUN].leases
     usual, leases.lease_seconds = leases.lease_seconds, seconds
     yield
@@ -258,7 +258,7 @@ async def test_an_older_learner_is_refused_even_while_it_waits(client: ReplayCli
             await call
 
 
-async def test_a_lapsed_lease_lends_the_group_again_and_fences_the_first_server(tmp_path: Path) -> None:
+async def test_a_lapsed_lease_issues_the_group_again_and_fences_the_first_server(tmp_path: Path) -> None:
     async with serving_buffer(tmp_path) as (address, buffer), connected(address) as client:
         await client.open_run(spec(max_staleness=0, groups_per_step=1), ROOT, [])
         with leases_of(buffer, 0.05):
@@ -272,7 +272,7 @@ async def test_a_lapsed_lease_lends_the_group_again_and_fences_the_first_server(
         ]
 
 
-async def test_a_server_that_joins_again_lost_what_it_had_on_loan(client: ReplayClient) -> None:
+async def test_a_server_that_joins_again_lost_its_tickets(client: ReplayClient) -> None:
     await client.open_run(spec(max_staleness=0, groups_per_step=2), ROOT, [])
     mine = (await client.acquire_tickets("s0", ROOT, 2, WAIT_SECONDS))[0][0]
     await client.acquire_tickets("s1", ROOT, 2, WAIT_SECONDS)
@@ -599,7 +599,7 @@ async def test_malformed_calls_say_what_is_wrong(client: ReplayClient) -> None:
     with pytest.raises(NotFoundError):
         await write(client, [WriteItem("x", 1, 0, b"")])
     await client.open_run(spec(), ROOT, [])
-    with pytest.raises(InvalidDataError, match="ask for at least 1"):
+    with pytest.raises(InvalidDataError, match="request at least 1"):
         await client.acquire_tickets("s0", ROOT, 0, WAIT_SECONDS)
     with pytest.raises(PreconditionError, match="its tokenizer"):
         await client.join_run("s0", replace(SIGNATURE, tokenizer_digest=b"x" * 32), DATASET, WAIT_SECONDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -23,7 +22,7 @@ from inference_server.served_policy import ServedPolicy
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
 from leeway.config import ArithmeticEngineOptions, RewardOptions, WorkerOptions, WriterOptions
-from leeway.errors import ExhaustedError, PreconditionError, UnavailableError
+from leeway.errors import ConfigError, PreconditionError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
@@ -43,6 +42,7 @@ from leeway.types import (
     WriteStatus,
 )
 from tests.contract.fake_replay import RUN, SAMPLING, FakeReplay, result, run_spec, serving, ticket
+from tests.contract.rewards import InProcessReward, faulty_reward
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 
@@ -97,11 +97,10 @@ class Rig:
 async def working(
     replay: FakeReplay,
     *,
-    reward: Callable[..., Any] = lambda _task, completion: len(completion),
+    rewards: RewardRunner | None = None,
     step: int | None = 0,
     options: WorkerOptions | None = None,
     drain_seconds: float = WAIT_SECONDS,
-    reward_options: RewardOptions | None = None,
     engine: Engine | None = None,
     **engine_options: Any,
 ) -> AsyncGenerator[Rig, None]:
@@ -110,6 +109,8 @@ async def working(
     if step is not None:
         await policy.update(snapshot(step))
     metrics = InferenceServerMetrics(CollectorRegistry())
+    rewards = rewards or InProcessReward()
+    await rewards.start()
     async with serving(replay) as server:
         client = ReplayClient(f"127.0.0.1:{server.port}", RUN, Security())
         worker = RolloutWorker(
@@ -119,7 +120,7 @@ async def working(
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=RewardRunner(reward, "mine:score", reward_options or RewardOptions(), metrics),
+            reward=rewards,
             options=(options or WorkerOptions(ticket_wait_seconds=0.5)).model_copy(
                 update={"drain_seconds": drain_seconds}
             ),
@@ -133,6 +134,7 @@ async def working(
             await cancel_and_wait(rig.task)
             await engine.aclose()
             await client.aclose()
+            await rewards.aclose()
 
 
 async def until(condition: Callable[[], bool], turn: Callable[[], Awaitable[Any]] | None = None) -> None:
@@ -239,7 +241,7 @@ async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_
     replay.finished = True
     async with working(replay, step=None) as rig:
         await rig.finish()
-    assert "run rehearsal has finished; there is nothing left to do" in caplog.text
+    assert "run rehearsal has finished" in caplog.text
     assert not replay.asked
 
 
@@ -277,7 +279,7 @@ async def test_an_evaluation_of_another_version_is_handed_back() -> None:
     async with working(replay, step=2) as rig:
         await rig.ended(4)
         assert all(rig.failure(f"g1.{member}").retryable for member in range(4))
-        assert "moved on" in rig.failure("g1.0").message
+        assert "this server serves" in rig.failure("g1.0").message
 
 
 async def test_a_swap_during_an_evaluation_is_noticed() -> None:
@@ -314,7 +316,7 @@ async def test_an_aborted_group_is_given_up_and_others_go_on() -> None:
         await replay.add(ticket(2))
         await rig.ended(4)
         assert not any(isinstance(item.content, TrajectoryFailure) for item in replay.arrived)
-        assert not rig.worker._loans
+        assert not rig.worker._open
 
 
 async def test_a_refused_item_ends_its_trajectory_with_a_failure() -> None:
@@ -361,51 +363,38 @@ async def test_a_chunk_beyond_the_message_limit_is_a_failure_in_its_place(monkey
         assert all(not written.failure or written.items[-1].seq == 124 for written in replay.written.values())
 
 
-async def test_rewards_that_fail_are_never_data() -> None:
+@pytest.mark.processes
+async def test_rewards_that_fail_are_never_data_and_cost_their_own_trajectory_only() -> None:
     replay = FakeReplay()
-
-    def reward(task: dict[str, Any], _completion: str) -> Any:
-        match task["index"]:
-            case 0:
-                raise ValueError("no verifier")
-            case 1:
-                return float("nan")
-            case 2:
-                return "1.0"
-            case _:
-                return 1.0
-
-    await replay.add(*(ticket(number, members=1) for number in range(4)))
-    async with working(replay, reward=reward) as rig:
-        await rig.ended(4)
-        assert "raised ValueError: no verifier on training task 0" in rig.failure("g0.0").message
-        assert "returned nan on training task 1" in rig.failure("g1.0").message
-        assert "returned a str" in rig.failure("g2.0").message
-        assert not any(rig.failure(f"g{n}.0").retryable for n in range(3))
-        assert rig.trajectory("g3.0").reward == 1.0
+    await replay.add(*(ticket(number, members=1) for number in range(6)))
+    async with working(replay, rewards=faulty_reward(RewardOptions(timeout_seconds=1, processes=1))) as rig:
+        await rig.ended(6)
+        reasons = [
+            "raised ValueError: no verifier",
+            "returned nan",
+            "returned a str",
+            "took longer than 1 s",
+            "crashed with SIGSEGV",
+        ]
+        for number, reason in enumerate(reasons):
+            failure = rig.failure(f"g{number}.0")
+            assert f"tests.contract.rewards:faulty {reason}" in failure.message
+            assert failure.message.endswith(f" on training task {number}")
+            assert failure.retryable == (number >= 3)
+        assert rig.trajectory("g5.0").reward == 1.0
+        await rig.finish()
 
 
-async def test_a_reward_that_hangs_is_no_data_and_may_be_tried_again() -> None:
+async def test_a_reward_that_can_no_longer_be_called_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def score(*_: object) -> float:
+        raise ConfigError("the module is gone")
+
+    monkeypatch.setattr(InProcessReward, "score", score)
     replay = FakeReplay()
-    release = threading.Event()
-    await replay.add(ticket(3, members=1))
-    options = RewardOptions(timeout_seconds=0.05)
-    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_options=options) as rig:
-        await rig.ended(1)
-        assert rig.failure("g3.0").retryable
-        assert "0.05 s" in rig.failure("g3.0").message
-        release.set()
-
-
-async def test_rewards_that_hang_too_often_end_the_server() -> None:
-    replay = FakeReplay()
-    release = threading.Event()
     await replay.add(ticket(1), ticket(2))
-    options = RewardOptions(timeout_seconds=0.02, max_hung=2)
-    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS), reward_options=options) as rig:
-        with pytest.RaisesGroup(ExhaustedError, flatten_subgroups=True):
+    async with working(replay) as rig:
+        with pytest.RaisesGroup(ConfigError, flatten_subgroups=True):
             await asyncio.shield(rig.task)
-        release.set()
         # What was open is handed back, so that another server takes it at once.
         assert replay.num_endings == 8
         assert all(written.failure is not None and written.failure.retryable for written in replay.written.values())
@@ -467,9 +456,9 @@ async def test_a_stop_that_nobody_answers_says_what_becomes_of_the_rest(caplog: 
         await until(lambda: replay.streams > 2)
         rig.stop.set()
         await rig.task
-    (said,) = [record.getMessage() for record in caplog.records if "without a word" in record.getMessage()]
-    assert said.startswith("the run is left without a word (no answer within 0.1 s); ")
-    assert said.endswith("what it holds is lent again when the leases end")
+    (said,) = [record.getMessage() for record in caplog.records if "could not notify" in record.getMessage()]
+    assert "no answer within 0.1 s" in said
+    assert said.endswith("issued again when their leases end")
     assert replay.left == []
 
 
@@ -485,7 +474,8 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
         await rig.finish()
     told = [record.message for record in caplog.records if record.name == "inference_server.rollout.ticket_calls"]
     assert told == [
-        "server server-0 is drained (diverging) and gets no work until `leeway fleet readmit`: 2 nats from the others",
+        "server server-0 is drained (diverging) and gets no tickets until `leeway fleet readmit`: 2 nats from "
+        "the others",
         f"server server-0 is readmitted to run {RUN}",
     ]
 
@@ -513,14 +503,22 @@ async def test_a_finished_run_ends_the_worker_without_failures() -> None:
         assert not any(isinstance(item.content, TrajectoryFailure) for item in replay.arrived)
 
 
-async def test_leases_are_renewed_while_a_reward_takes_long_and_aborted_ones_given_up() -> None:
+async def test_leases_are_renewed_while_a_reward_takes_long_and_aborted_ones_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release = asyncio.Event()
+
+    async def score(*_: object) -> float:
+        await release.wait()
+        return 1.0
+
+    monkeypatch.setattr(InProcessReward, "score", score)
     replay = FakeReplay()
-    release = threading.Event()
     await replay.add(ticket(1, lease_seconds=0.15), ticket(2, lease_seconds=0.15))
-    async with working(replay, reward=lambda _t, _c: release.wait(WAIT_SECONDS)) as rig:
+    async with working(replay) as rig:
         await until(lambda: {("g1", 1), ("g2", 1)} <= set(replay.renewed))
         replay.abort_on_renewal = {("g1", 1)}
-        await until(lambda: [loan.ticket.group_id for loan in rig.worker._loans] == ["g2"])
+        await until(lambda: [held.ticket.group_id for held in rig.worker._open] == ["g2"])
         release.set()
         await rig.ended(4)
         assert replay.written["g1.0", 1].close is None

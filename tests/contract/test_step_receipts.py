@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from learner.run_artifacts.receipts import FILE, ReceiptBook, read_receipts
 from learner.trainer import StepResult, Trainer
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
+from leeway.types import GroupState
 from replay_buffer.storage.segments import segment_path
-from tests.contract.learner_run import STEPS, LearnerRun, learner_options, with_flipped_byte
-from tests.harness.buffer_server import serving
+from tests.contract.learner_run import RUN, STEPS, LearnerRun, learner_options, tags_of, with_flipped_byte
+from tests.harness.buffer_server import connected, serving
 
 
 @pytest.fixture(params=[False, True], ids=["dense", "moe"])
@@ -36,7 +38,7 @@ async def dense(tmp_path: Path) -> AsyncIterator[LearnerRun]:
 
 async def test_every_step_is_computed_again_to_the_bit(run: LearnerRun) -> None:
     for step in range(1, STEPS + 1):
-        assert await run.replay(step) is None
+        assert await run.recompute(step) is None
 
 
 async def test_a_receipt_says_what_a_step_was_made_of(dense: LearnerRun) -> None:
@@ -56,7 +58,7 @@ async def test_a_receipt_says_what_a_step_was_made_of(dense: LearnerRun) -> None
 
 async def test_a_changed_byte_is_named(dense: LearnerRun) -> None:
     victim = read_receipts(dense.directory).steps[3].groups[1].trajectories[2].trajectory_id
-    difference = await dense.replay(4, change=lambda record: with_flipped_byte(record, victim))
+    difference = await dense.recompute(4, change=lambda record: with_flipped_byte(record, victim))
     assert difference is not None
     assert (difference.step, difference.kind, difference.name) == (3, "trajectory", victim)
 
@@ -71,18 +73,31 @@ async def test_a_byte_changed_on_disk_is_named(tmp_path: Path) -> None:
         data[data.index(victim.encode(), data.index(b"fake/1")) + len(victim) + 60] ^= 1
         path.write_bytes(data)
         with pytest.raises(CorruptDataError, match="segment"):
-            await run.replay(4)
+            await run.recompute(4)
 
 
 async def test_another_option_is_named(dense: LearnerRun) -> None:
-    difference = await dense.replay(1, options=learner_options(learning_rate=2e-3))
+    difference = await dense.recompute(1, options=learner_options(learning_rate=2e-3))
     assert str(difference) == "step 1: option learner.training.learning_rate was 0.001, but is 0.002"
+
+
+async def test_another_processor_is_named(dense: LearnerRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal bits are promised on the same kind of machine: products round differently on another."""
+    recorded = json.loads(
+        read_receipts(dense.directory).options[read_receipts(dense.directory).steps[1].options]["device"]
+    )
+    assert recorded == f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "ANOTHER")
+    difference = await dense.recompute(1)
+    assert str(difference) == f'step 1: option device was "{recorded}", but is "cpu ANOTHER"'
 
 
 async def test_missing_and_exchanged_groups_are_named(dense: LearnerRun) -> None:
     groups = read_receipts(dense.directory).steps[1].groups
     second = groups[1].group_id
-    difference = await dense.replay(1, change=lambda r: replace(r, group_id="elsewhere") if r.group_id == second else r)
+    difference = await dense.recompute(
+        1, change=lambda r: replace(r, group_id="elsewhere") if r.group_id == second else r
+    )
     assert difference is not None
     assert (difference.kind, difference.name) == ("group", second)
 
@@ -112,25 +127,25 @@ def _disturbed(trainer: Trainer, *, statistic: bool) -> Trainer:
 
 
 async def test_another_statistic_is_named(dense: LearnerRun) -> None:
-    difference = await dense.replay(1, trainer=_disturbed(dense.trainer(), statistic=True))
+    difference = await dense.recompute(1, trainer=_disturbed(dense.trainer(), statistic=True))
     assert difference is not None
     assert (difference.kind, difference.name) == ("statistic", "loss")
 
 
 async def test_another_tensor_is_named(dense: LearnerRun) -> None:
-    difference = await dense.replay(1, trainer=_disturbed(dense.trainer(), statistic=False))
+    difference = await dense.recompute(1, trainer=_disturbed(dense.trainer(), statistic=False))
     assert difference is not None
     assert (difference.kind, difference.name) == ("tensor", "model.norm.weight")
 
 
 async def test_without_a_checkpoint_it_says_what_to_raise(dense: LearnerRun) -> None:
     with pytest.raises(NotFoundError, match="no receipt of step 9; there are: steps 1 to 4"):
-        await dense.replay(9)
+        await dense.recompute(9)
     for step in dense.store.steps()[:-1]:
         for path in sorted((dense.directory / "checkpoints" / f"step-{step:08d}").rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
     with pytest.raises(NotFoundError, match=r"keep_checkpoints"):
-        await dense.replay(2)
+        await dense.recompute(2)
 
 
 async def test_a_checkpoint_of_another_history_is_refused(dense: LearnerRun) -> None:
@@ -138,7 +153,7 @@ async def test_a_checkpoint_of_another_history_is_refused(dense: LearnerRun) -> 
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps({**content, "epoch": 9}))
     with pytest.raises(PreconditionError, match="belong to another history"):
-        await dense.replay(3)
+        await dense.recompute(3)
 
 
 async def test_receipts_of_an_abandoned_branch_are_dropped(dense: LearnerRun) -> None:
@@ -151,3 +166,20 @@ async def test_a_damaged_file_of_receipts_is_refused(dense: LearnerRun) -> None:
     path.write_text(path.read_text().replace('"parent"', '"parents"', 1))
     with pytest.raises(CorruptDataError, match="not a receipt"):
         read_receipts(dense.directory)
+
+
+async def test_each_step_says_the_mean_reward_of_every_task_tag(dense: LearnerRun) -> None:
+    async with connected(dense.address, RUN) as client:
+        exported = [group async for group in client.export_groups(state=GroupState.CONSUMED)]
+    expected: dict[int, dict[str, list[float]]] = {}
+    for group in exported:
+        for tag in tags_of(group.task_index):
+            rewards = expected.setdefault(group.step, {}).setdefault(tag, [])
+            rewards += [member.close.reward for member in group.trajectories if member.close is not None]
+    means = {step: {tag: sum(r) / len(r) for tag, r in by_tag.items()} for step, by_tag in expected.items()}
+    records = [json.loads(line) for line in (dense.directory / "metrics.jsonl").read_text("utf-8").splitlines()]
+    assert {record["step"]: record["reward_by_tag"] for record in records if record["kind"] == "step"} == means
+    assert {"even", "odd", "first"} == {tag for by_tag in means.values() for tag in by_tag}
+    for tag in ("even", "odd", "first"):
+        newest = max(step for step, by_tag in means.items() if tag in by_tag)
+        assert dense.registry.get_sample_value("leeway_learner_tag_reward", {"tag": tag}) == means[newest][tag]

@@ -10,18 +10,18 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
-from inference_server.rollout.reward import RewardRunner
 from inference_server.rollout.worker import RolloutWorker
 from inference_server.served_policy import ServedPolicy
 from leeway import arithmetic
 from leeway.arithmetic import ArithmeticTokenizer, ArithmeticWeights
-from leeway.config import ArithmeticEngineOptions, RewardOptions, WorkerOptions, WriterOptions
+from leeway.config import ArithmeticEngineOptions, WorkerOptions, WriterOptions
 from leeway.replay_client import ReplayClient
 from leeway.rpc import cancel_and_wait
 from leeway.service.metrics import InferenceServerMetrics
 from leeway.tasks import TaskSet
 from leeway.types import Evaluation, PolicyVersion, TrajectoryGroup, WeightSnapshot
 from tests.contract.fake_replay import RUN, SAMPLING, run_spec
+from tests.contract.rewards import InProcessReward
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 from tests.harness.buffer_server import connected, serving
@@ -64,7 +64,7 @@ async def test_a_short_run(tmp_path: Path) -> None:
             server_id="server-0",
             tasks=TASKS,
             tokenizer=ArithmeticTokenizer(),
-            reward=RewardRunner(lambda _t, text: len(text) % 5, "mine:score", RewardOptions(), metrics),
+            reward=InProcessReward(lambda completion: len(completion) % 5),
             options=WorkerOptions(ticket_wait_seconds=0.5),
             writer_options=WriterOptions(flush_seconds=0.001),
             metrics=metrics,

@@ -102,6 +102,7 @@ def test_prometheus_sees_every_metric_of_every_service(run: FinishedRun) -> None
 
     labelled_by_events = {  # series that only appear with their first event
         "leeway_learner_heldout_reward",
+        "leeway_learner_tag_reward",
         "leeway_replay_dropped_groups",
         "leeway_replay_drained_servers",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from inference_server.engine import Engine, GenerationEnd, GenerationRequest
-from inference_server.requests import Closing
 from leeway.types import Array, Column, ColumnKind, Int32Array, SamplingParams, VersionSpan
 
 TIE = 2e-5  # between router logits: some ten times what engines differ by
@@ -65,7 +65,7 @@ async def sample(
     completion = Completion(prompt, sampling)
     async with (
         asyncio.timeout(PATIENCE_SECONDS),
-        Closing(engine.generate(GenerationRequest("test", prompt, sampling))) as events,
+        aclosing(engine.generate(GenerationRequest("test", prompt, sampling))) as events,
     ):
         async for event in events:
             assert completion.end is None

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from learner.policy.model import PolicyModel
+from learner.trainer import UnusableGroupError
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import TrainingOptions
+from leeway.errors import LeewayError
 from leeway.huggingface import torch_dtype
 from leeway.types import (
     Array,
@@ -193,3 +198,61 @@ def trainer(model: PreTrainedModel, options: TrainingOptions) -> TorchTrainer:
 def weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A copy of the model's weights."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A copy of the model's gradients."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_weights(model: PreTrainedModel, expected: Mapping[str, torch.Tensor]) -> None:
+    """The model's weights are these, bit for bit."""
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def assert_refused(
+    make: Callable[[], PreTrainedModel],
+    options: TrainingOptions,
+    bad: Sequence[TrajectoryGroup],
+    good: Sequence[TrajectoryGroup],
+    message: str,
+) -> None:
+    """A step that member 2 of group 1 spoils is refused by name and leaves no trace in what follows."""
+    model, fresh = make(), make()
+    taught, before = trainer(model, options), weights(model)
+    with pytest.raises(UnusableGroupError, match=message) as refusal:
+        taught.train_step(1, bad)
+    assert isinstance(refusal.value, LeewayError)
+    assert refusal.value.group_id == "group-1"
+    assert "trajectory group-1-2" in refusal.value.message
+    assert "\n" not in refusal.value.message
+    assert_weights(model, before)
+    assert taught.train_step(1, good).statistics == trainer(fresh, options).train_step(1, good).statistics
+    assert_weights(model, fresh.state_dict())
+
+
+def assert_resumes(
+    make: Callable[[], PreTrainedModel],
+    options: TrainingOptions,
+    steps: Sequence[Sequence[TrajectoryGroup]],
+    directory: Path,
+) -> None:
+    """A checkpoint in the middle, loaded over other weights, continues to the bits of training straight through."""
+    model, half = make(), len(steps) // 2
+    straight, first = trainer(model, options), trainer(make(), options)
+    expected = [straight.train_step(number, step).statistics for number, step in enumerate(steps, 1)]
+    for number, step in enumerate(steps[:half], 1):
+        first.train_step(number, step)
+    first.save(directory)
+    other = make()
+    resumed = trainer(other, options)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:  # a checkpoint with adapters does not hold their base
+                parameter.add_(1.0)
+    resumed.load(directory)
+    found = [resumed.train_step(number, step).statistics for number, step in enumerate(steps[half:], half + 1)]
+    assert found == expected[half:]
+    assert_weights(other, model.state_dict())
+    assert resumed.published() == straight.published()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 
@@ -31,20 +33,21 @@ from leeway.types import (
     WriteResult,
     WriteStatus,
 )
-from replay_buffer.live.open_trajectories import Drafts
-from replay_buffer.live.views import view_group
+from replay_buffer.live.open_trajectories import OpenTrajectories
 from replay_buffer.live.writing import decide_write
 from replay_buffer.rules.draw import decide_draw, drawn_batch
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Location
+from replay_buffer.rules.groups import Group, GroupMember, RecordHandle, RecordHandles
 from replay_buffer.rules.lifecycle import decide_advance, decide_commit
+from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.opening import Ledger, decide_after_open, decide_open_run
 from replay_buffer.rules.state import RunState
-from replay_buffer.rules.tickets import Expired, Server, TicketOffice
+from replay_buffer.rules.tickets import Expired, TaskOrder, TicketOffice, TicketRequest
 from replay_buffer.rules.transitions import Transition
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.records import Record, decode, encode
 from replay_buffer.storage.run_index import RunIndex
+from replay_buffer.storage.segments import Location
 
 RUN = "test-run"
 MOMENT = datetime(2026, 11, 22, tzinfo=UTC)
@@ -150,7 +153,8 @@ class Machine:
     def __init__(self, run_spec: RunSpec | None = None, checkpoint: PolicyVersion | None = None) -> None:
         self.spec = run_spec or spec()
         self.records: list[bytes] = []
-        self.drafts = Drafts()
+        self.open_trajectories = OpenTrajectories()
+        self.task_order = TaskOrder(self.spec.seed, self.spec.train_task_count)
         self.state = RunState(self.spec, RunIndex(Index(), self.spec.run))
         opened = decide_open_run(None, self.spec, checkpoint or self.spec.root, [])
         assert opened is not None
@@ -163,8 +167,8 @@ class Machine:
                 self.records.append(payload)
                 _apply(self.state, payload, len(self.records) - 1)
 
-    def read(self, location: Location) -> Transition:
-        return decode(self.records[location.offset]).transition
+    def read(self, record: RecordHandle) -> Transition:
+        return decode(self.records[Location.of(record).offset]).transition
 
     def refolded(self) -> RunState:
         """The state as a restart would find it."""
@@ -187,8 +191,8 @@ class Machine:
         capacity: int = 10_000,
         expired: Expired = lambda _: False,
     ) -> list[Ticket]:
-        server = Server(server_id, version or self.state.head, capacity)
-        office = TicketOffice(self.state, server, expired, 30.0)
+        request = TicketRequest(server_id, version or self.state.head, capacity)
+        office = TicketOffice(self.state, request, self.task_order, expired, 30.0)
         issued = office.issue(max_members)
         self.record(*issued)
         return [entry.ticket for entry in issued]
@@ -196,7 +200,7 @@ class Machine:
     def write(self, *items: WriteItem, room: bool = True) -> list[WriteResult]:
         results: list[WriteResult] = []
         for item in items:
-            decision = decide_write(self.state, item, self.read, self.drafts, room=room)
+            decision = decide_write(self.state, item, self.read, self.open_trajectories, room=room)
             self.record(*decision.transitions)
             results.append(decision.result)
         return results
@@ -240,16 +244,19 @@ class Machine:
 
 def _apply(state: RunState, payload: bytes, index: int) -> None:
     record = decode(payload)
-    apply(state, record.transition, record.recorded_at_ns, Location(1, index, len(payload)))
+    apply(state, record.transition, record.recorded_at_ns, Location(1, index, len(payload)).handle)
+
+
+def lag(lineage: Lineage, version: PolicyVersion) -> int:
+    """Optimizer steps along the surviving history from a registered version to the head."""
+    return lineage.head.step - lineage.lineage_step(version)
 
 
 def snapshot(state: RunState) -> dict[str, object]:
     """Everything a state consists of, comparable."""
     return {
         "status": state.status(),
-        "groups": [view_group(group) for group in state.groups.values()],
-        "attempts": [(group.attempt, group.server_id, group.version) for group in state.groups.values()],
-        "versions": [[member.versions for member in group.members] for group in state.groups.values()],
+        "groups": [described(group) for group in state.groups.values()],
         "batches": {step: (batch.group_ids, batch.sealed) for step, batch in state.batches.items()},
         "tasks": (state.task_cursor, list(state.requeued)),
         "live": [list(state.live), list(state.live_evaluation)],
@@ -257,5 +264,25 @@ def snapshot(state: RunState) -> dict[str, object]:
             key: (evaluation.evaluation, evaluation.group_ids, evaluation.closed)
             for key, evaluation in state.evaluations.items()
         },
-        "lags": {str(known): state.lineage.lag(known) for known in state.lineage},
+        "lags": {str(known): lag(state.lineage, known) for known in state.lineage},
     }
+
+
+def described(thing: Any) -> Any:
+    """Everything that a state consists of, as far down as it goes, so that no new field is forgotten."""
+    if isinstance(thing, RunState):
+        others = {name: value for name, value in vars(thing).items() if name not in ("ended", "groups")}
+        return {**described(others), "groups": described(thing.groups.values())}
+    if isinstance(thing, Lineage):
+        return described(vars(thing))
+    if isinstance(thing, (Group, GroupMember)):
+        return {name: described(getattr(thing, name)) for name in type(thing).__slots__}
+    if isinstance(thing, RecordHandles):
+        return list(thing)
+    if isinstance(thing, dict):
+        return {key: described(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
+        return [described(entry) for entry in thing]
+    if is_dataclass(thing) and thing.__hash__ is None:
+        return {field.name: described(getattr(thing, field.name)) for field in fields(thing)}
+    return thing

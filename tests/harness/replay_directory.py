@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from leeway.config import ReplayBufferOptions
 from leeway.types import PolicyVersion, RunSpec, WriteStatus
 from replay_buffer.buffer import ReplayBuffer
-from replay_buffer.rules.groups import Group, Locations, Member
-from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import Position
@@ -95,23 +92,3 @@ async def opened(
                 buffer._store.storage.index._file.close()
     finally:
         await log.aclose()
-
-
-def described(thing: Any) -> Any:
-    """Everything that a state consists of, as far down as it goes, so that no new field is forgotten."""
-    if isinstance(thing, RunState):
-        others = {name: value for name, value in vars(thing).items() if name not in ("ended", "groups")}
-        return {**described(others), "groups": described(thing.groups.values())}
-    if isinstance(thing, Lineage):
-        return described(vars(thing))
-    if isinstance(thing, (Group, Member)):
-        return {name: described(getattr(thing, name)) for name in type(thing).__slots__}
-    if isinstance(thing, Locations):
-        return list(thing)
-    if isinstance(thing, dict):
-        return {key: described(value) for key, value in thing.items()}
-    if isinstance(thing, (list, tuple)) and not hasattr(thing, "_fields"):
-        return [described(entry) for entry in thing]
-    if is_dataclass(thing) and thing.__hash__ is None:
-        return {field.name: described(getattr(thing, field.name)) for field in fields(thing)}
-    return thing

@@ -7,7 +7,7 @@ be sampled. Between pause and resume nothing is sampled, so nothing is looked at
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from inference_server.engine import GenerationEnd, GenerationRequest
 from leeway import arithmetic
@@ -44,7 +44,7 @@ class WeightsEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(arithmetic.SIGNATURE, "weights/1", LogprobMode.SAMPLED, self.label, 0, False, 1)
 
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[TrajectoryChunk | GenerationEnd]:
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         raise NotImplementedError
         yield
 

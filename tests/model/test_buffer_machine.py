@@ -24,7 +24,7 @@ from leeway.types import Evaluation, SamplingParams, TrajectoryClose, Trajectory
 from leeway.v1 import common_pb2, replay_pb2
 from tests.harness import replay_builders as builders
 from tests.harness.handler_calls import Harness
-from tests.harness.replay_directory import described
+from tests.harness.replay_builders import described
 from tests.model.law import OPEN, READY, TRAIN, End, Law, Version, name, read_log
 
 RUN = builders.RUN
@@ -392,10 +392,10 @@ class BufferMachine(RuleBasedStateMachine):
             assert not tickets
             return
         assert sum(len(ticket.members) for ticket in tickets) <= room
-        lent = {key: group.attempt for key, group in law.groups.items() if group.attempt != before.get(key)}
-        assert lent == {ticket.group_id: ticket.attempt for ticket in tickets}
+        granted = {key: group.attempt for key, group in law.groups.items() if group.attempt != before.get(key)}
+        assert granted == {ticket.group_id: ticket.attempt for ticket in tickets}
         if not tickets and not stranger and not law.finished and room >= max(2, self.spec.members):
-            # Nothing to lend again either: then a new group must break the inequality.
+            # Nothing to issue again either: then a new group must break the inequality.
             assert not self._admits(name(version)), "a place is free, but no group is issued"
 
     def _admits(self, version: Version) -> bool:

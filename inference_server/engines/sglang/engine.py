@@ -4,7 +4,7 @@
     load ──> /update_weights_from_disk with a label
     retractions that a completion reports ──> concurrency limit;  end of the child ──> ended
 
-Admission, pause and swap are in `process_engine`. Log-probs include the temperature, and requests have no other
+Admission, pause and swap are in `engines.process`. Log-probs include the temperature, and requests have no other
 transform, so they are those of the distribution sampled from. An id outside the vocabulary would end SGLang, and it
 ignores what it does not know: requests are checked before they come here.
 
@@ -39,13 +39,17 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from inference_server.engine import GenerationRequest
-from inference_server.engines.concurrency import ConcurrencyLimit, EngineLoad
-from inference_server.engines.engine_driver import Labelled, SampledEnd, finish_reason
-from inference_server.engines.model_files import check_context_length, manifest_check
-from inference_server.engines.process_engine import ProcessEngine
+from inference_server.engine import GenerationRequest, check_context_length
+from inference_server.engines.process.concurrency import ConcurrencyLimit, EngineLoad
+from inference_server.engines.process.driver import (
+    Labelled,
+    SampledEnd,
+    finish_reason,
+    manifest_check,
+)
+from inference_server.engines.process.engine import ProcessEngine
+from inference_server.engines.process.staged_weights import remove_abandoned
 from inference_server.engines.sglang.process import SglangProcess, start_process
-from inference_server.engines.staged_weights import remove_abandoned
 from leeway.config import SglangEngineOptions
 from leeway.errors import InvalidDataError, PreconditionError, UnavailableError
 from leeway.huggingface import model_signature
@@ -95,7 +99,7 @@ async def start(model_path: Path, options: SglangEngineOptions) -> ProcessEngine
 
 
 class SglangDriver:
-    """SGLang's server as `engine_driver.EngineDriver` describes it."""
+    """SGLang's server as `EngineDriver` describes it."""
 
     name = "SGLang"
     failures: tuple[type[Exception], ...] = (aiohttp.ClientError, ConnectionError, ValueError)

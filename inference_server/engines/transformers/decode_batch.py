@@ -10,15 +10,14 @@ MoE layers, k experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Rows
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
+from inference_server.engines.transformers.decode_sequence import DecodeSequence
 from inference_server.engines.transformers.routing_capture import RoutingCapture
 from inference_server.engines.transformers.sampling import Sampled, sample, uniforms
-from inference_server.engines.transformers.sequence import Sequence
 from inference_server.engines.transformers.slot_cache import SlotCache
 from leeway.types import Array, FinishReason, PolicyVersion
 
@@ -49,7 +48,7 @@ class DecodeBatch:
         self._cache = SlotCache(num_layers, max_rows, context_length)
         self._prefill_tokens = prefill_tokens
         self._max_rows = max_rows
-        self._rows: list[Sequence] = []
+        self._rows: list[DecodeSequence] = []
 
     @property
     def num_rows(self) -> int:
@@ -59,11 +58,11 @@ class DecodeBatch:
     def num_free(self) -> int:
         return self._max_rows - len(self._rows)
 
-    def running(self) -> tuple[Sequence, ...]:
+    def running(self) -> tuple[DecodeSequence, ...]:
         """The running sequences, in row order."""
         return tuple(self._rows)
 
-    def admit(self, sequences: Rows[Sequence], version: PolicyVersion) -> None:
+    def admit(self, sequences: Sequence[DecodeSequence], version: PolicyVersion) -> None:
         """Give each sequence a row, feed its prompt, sample its first token."""
         for part in self._prefill_parts(sequences):
             self._prefill(part, version)
@@ -88,24 +87,24 @@ class DecodeBatch:
                 sequence.route(routing[row : row + 1])
         self._sample(self._rows, output.logits[:, -1], version)
 
-    def remove_if(self, ends: Callable[[Sequence], bool]) -> list[Sequence]:
+    def remove_if(self, ends: Callable[[DecodeSequence], bool]) -> list[DecodeSequence]:
         """Free the rows of the sequences that `ends` names; return them."""
-        removed: list[Sequence] = []
+        removed: list[DecodeSequence] = []
         for row in reversed(range(len(self._rows))):
             if ends(self._rows[row]):
                 removed.append(self._rows[row])
                 self._free(row)
         return removed
 
-    def finished(self) -> list[tuple[Sequence, FinishReason]]:
+    def finished(self) -> list[tuple[DecodeSequence, FinishReason]]:
         """Free the rows of the sequences that end with their last token; return them with the reason."""
         reasons = {sequence: reason for sequence in self._rows if (reason := sequence.finish_reason()) is not None}
         self.remove_if(lambda sequence: sequence in reasons)
         return list(reasons.items())
 
-    def _prefill_parts(self, sequences: Rows[Sequence]) -> Iterator[list[Sequence]]:
+    def _prefill_parts(self, sequences: Sequence[DecodeSequence]) -> Iterator[list[DecodeSequence]]:
         """Split new sequences, shortest prompt first, so that each part's different prompts fit one forward."""
-        part: list[Sequence] = []
+        part: list[DecodeSequence] = []
         prompts: set[bytes] = set()
         for sequence in sorted(sequences, key=lambda sequence: sequence.prompt_length):
             key = sequence.prompt.tobytes()
@@ -117,7 +116,7 @@ class DecodeBatch:
         if part:
             yield part
 
-    def _prefill(self, sequences: Rows[Sequence], version: PolicyVersion) -> None:
+    def _prefill(self, sequences: Sequence[DecodeSequence], version: PolicyVersion) -> None:
         prompt_index = {key: index for index, key in enumerate(dict.fromkeys(s.prompt.tobytes() for s in sequences))}
         sources = [prompt_index[sequence.prompt.tobytes()] for sequence in sequences]  # [m]
         longest = max(sequence.prompt_length for sequence in sequences)
@@ -145,14 +144,14 @@ class DecodeBatch:
         self._rows.extend(sequences)
         self._sample(sequences, output.logits[sources, kept_index], version)
 
-    def _take_routing(self, sequences: Rows[Sequence]) -> Array | None:
+    def _take_routing(self, sequences: Sequence[DecodeSequence]) -> Array | None:
         """Routing of the forward that has just run, [tokens, L, k]; None when nobody records it."""
         if any(sequence.records_routing for sequence in sequences):
             return self._capture.take()
         self._capture.discard()
         return None
 
-    def _sample(self, sequences: Rows[Sequence], logits: torch.Tensor, version: PolicyVersion) -> None:
+    def _sample(self, sequences: Sequence[DecodeSequence], logits: torch.Tensor, version: PolicyVersion) -> None:
         """Sample and append one token per sequence from [rows, V]."""
         draws = uniforms(
             np.array([sequence.seed for sequence in sequences], np.uint64),
@@ -167,7 +166,7 @@ class DecodeBatch:
         if topk:
             self._append_candidates(sequences, sampled)
 
-    def _append_candidates(self, sequences: Rows[Sequence], sampled: Sampled) -> None:
+    def _append_candidates(self, sequences: Sequence[DecodeSequence], sampled: Sampled) -> None:
         if sampled.topk_token_ids is None or sampled.topk_logprobs is None:
             return
         for sequence, token_ids, logprobs in zip(sequences, sampled.topk_token_ids, sampled.topk_logprobs, strict=True):

@@ -29,11 +29,11 @@ import torch
 
 from inference_server.engine import GenerationEnd
 from inference_server.engines.transformers.decode_batch import DecodeBatch
-from inference_server.engines.transformers.sequence import Sequence
+from inference_server.engines.transformers.decode_sequence import DecodeSequence
 from leeway.errors import ExhaustedError, FencedError, LeewayError, UnavailableError
 from leeway.types import PolicyVersion, TrajectoryChunk
 
-_Event = tuple[Sequence, TrajectoryChunk | GenerationEnd | Exception]
+_Event = tuple[DecodeSequence, TrajectoryChunk | GenerationEnd | Exception]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ class DecodeThread:
         self._event_loop: asyncio.AbstractEventLoop | None = None
         self._condition = threading.Condition()
         # Guarded by the condition:
-        self._queued: deque[Sequence] = deque()
-        self._cancelled: set[Sequence] = set()
+        self._queued: deque[DecodeSequence] = deque()
+        self._cancelled: set[DecodeSequence] = set()
         self._updates: deque[StagedUpdate] = deque()
         self._pausing: list[Future[None]] = []
         self._paused = False
@@ -82,7 +82,7 @@ class DecodeThread:
         with self._condition:
             return self._version
 
-    def submit(self, sequence: Sequence, event_loop: asyncio.AbstractEventLoop) -> None:
+    def submit(self, sequence: DecodeSequence, event_loop: asyncio.AbstractEventLoop) -> None:
         """Queue a sequence.
 
         Raises:
@@ -99,7 +99,7 @@ class DecodeThread:
             self._queued.append(sequence)
             self._condition.notify()
 
-    def cancel(self, sequence: Sequence) -> None:
+    def cancel(self, sequence: DecodeSequence) -> None:
         """Free what a sequence holds; nothing more is emitted for it after the current step."""
         with self._condition:
             if not sequence.ended:

@@ -17,12 +17,11 @@ from typing import Any, Final, TypeVar, cast
 
 import torch
 
-from inference_server.engine import GenerationEnd, GenerationRequest
+from inference_server.engine import GenerationEnd, GenerationRequest, check_context_length, check_request
 from inference_server.engines.transformers.decode_batch import DecodeBatch
+from inference_server.engines.transformers.decode_sequence import DecodeSequence, RoutingShape
 from inference_server.engines.transformers.decode_thread import DecodeThread, StagedUpdate
 from inference_server.engines.transformers.routing_capture import RoutingCapture
-from inference_server.engines.transformers.sequence import RoutingShape, Sequence
-from inference_server.requests import check_request
 from leeway.config import TransformersEngineOptions
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.huggingface import (
@@ -65,7 +64,8 @@ class TransformersEngine:
         self._model = load_model(model_path, torch_dtype(options.dtype))
         self._model.requires_grad_(requires_grad=False)
         _require_full_attention(self._model.config, model_path)
-        self._context_length = _context_length(options.context_length, self._signature.context_length)
+        check_context_length(options, self._signature)
+        self._context_length = options.context_length or self._signature.context_length
         self._capture = RoutingCapture(self._model)
         if self._signature.moe_layers:
             cast("Any", self._model).set_experts_implementation(options.experts_implementation)
@@ -99,7 +99,7 @@ class TransformersEngine:
             UnavailableError: from the iterator: the engine stops or has failed, or has no version yet.
             ExhaustedError: from the iterator: too many requests wait.
         """
-        self._check(request)
+        check_request(request, self.info(), self._context_length)
         return self._stream(request)
 
     async def update_weights(self, snapshot: WeightSnapshot) -> float:
@@ -133,7 +133,7 @@ class TransformersEngine:
     async def _stream(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
         items: asyncio.Queue[TrajectoryChunk | GenerationEnd | Exception] = asyncio.Queue()
         routing = self._routing_shape() if request.sampling.routing else None
-        sequence = Sequence(request, self._context_length, routing, items.put_nowait)
+        sequence = DecodeSequence(request, self._context_length, routing, items.put_nowait)
         self._thread.submit(sequence, asyncio.get_running_loop())
         try:
             while True:
@@ -147,14 +147,6 @@ class TransformersEngine:
                     return
         finally:
             self._thread.cancel(sequence)
-
-    def _check(self, request: GenerationRequest) -> None:
-        check_request(request, self.info())
-        num_prompt = request.prompt_token_ids.shape[0]
-        if num_prompt + 1 > self._context_length:
-            raise InvalidDataError(
-                f"a prompt of {num_prompt} tokens leaves no room to sample in a context of {self._context_length}"
-            )
 
     def _stage(self, snapshot: WeightSnapshot) -> Mapping[str, torch.Tensor]:
         entries = snapshot.manifest.tensors
@@ -178,14 +170,6 @@ class TransformersEngine:
 
     def _routing_shape(self) -> RoutingShape:
         return RoutingShape(self._capture.num_layers, self._capture.experts_per_token, self._capture.dtype)
-
-
-def _context_length(configured: int | None, of_model: int) -> int:
-    if configured is not None and configured > of_model:
-        raise ConfigError(
-            f"context_length {configured} is more than the model's {of_model}; lower it or leave it unset"
-        )
-    return configured or of_model
 
 
 def _require_full_attention(config: object, path: Path) -> None:

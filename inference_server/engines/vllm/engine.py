@@ -4,7 +4,7 @@
     chunks; routing and labels with the last one  ◄──┘    ▲ `leeway_load_weights`, then the label
     statistics of each step ──> concurrency limit;  death of the core ──> ended
 
-Admission, pause and swap are in `process_engine`. Log-probs are those of the distribution sampled from
+Admission, pause and swap are in `engines.process`. Log-probs are those of the distribution sampled from
 (`processed_logprobs`): temperature is in them. Each step's output carries the label of the weights that made it.
 
 Keys and values across a swap, `kv_on_update`:
@@ -45,12 +45,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import StatLoggerBase
 
-from inference_server.engine import GenerationRequest
-from inference_server.engines.concurrency import ConcurrencyLimit, EngineLoad
-from inference_server.engines.engine_driver import Labelled, SampledEnd, finish_reason, one_line
-from inference_server.engines.model_files import check_context_length, manifest_check
-from inference_server.engines.process_engine import ProcessEngine
-from inference_server.engines.staged_weights import FILE_NAME, remove_abandoned
+from inference_server.engine import GenerationRequest, check_context_length
+from inference_server.engines.process.concurrency import ConcurrencyLimit, EngineLoad
+from inference_server.engines.process.driver import (
+    Labelled,
+    SampledEnd,
+    finish_reason,
+    manifest_check,
+    one_line,
+)
+from inference_server.engines.process.engine import ProcessEngine
+from inference_server.engines.process.staged_weights import FILE_NAME, remove_abandoned
 from inference_server.engines.vllm.outputs import sampled_tokens, signed_seed
 from leeway.config import VllmEngineOptions
 from leeway.errors import ConfigError, DeadlineError, InvalidDataError, PreconditionError
@@ -100,7 +105,7 @@ async def start(model_path: Path, options: VllmEngineOptions) -> ProcessEngine:
 
 
 class VllmDriver:
-    """AsyncLLM as `engine_driver.EngineDriver` describes it."""
+    """AsyncLLM as `EngineDriver` describes it."""
 
     name = "vLLM"
     failures = (EngineDeadError, EngineGenerateError)

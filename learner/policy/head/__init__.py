@@ -1,6 +1,6 @@
-"""The words of the output head: what it is, what it is asked about, what it answers.
+"""Data types of the output head: its weights, its targets and its scores.
 
-Two implementations speak them: `reference`, plain autograd, and `fused`, one pass in chunks.
+There are two implementations: the reference in `output`, by plain autograd, and `fused`, one pass in chunks.
 
 Shape legend: T tokens, H hidden size, V vocabulary, K extra ids per token.
 """
@@ -28,7 +28,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the head is asked about each token."""
+    """The tokens that the head scores."""
 
     token_ids: Tensor  # [T] int64, the sampled tokens
     temperatures: Tensor  # [T] float32, positive; logits are divided by them
@@ -46,7 +46,7 @@ class Targets:
 
 @dataclass(frozen=True, slots=True)
 class TokenScores:
-    """What the policy says about tokens, at the sampling temperature; at least float32."""
+    """The policy's scores of tokens, at the sampling temperature; at least float32."""
 
     logprobs: Tensor  # [T] log pi of the sampled tokens
     entropies: Tensor  # [T] of the same distributions

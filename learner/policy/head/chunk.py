@@ -41,7 +41,7 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class ChunkSums:
-    """What is known of each token after the last tile."""
+    """Sums of each token after the last tile."""
 
     log_total: Tensor  # [C] log S
     total: Tensor  # [C] S
@@ -82,7 +82,7 @@ class Workspace:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the tiles of a chunk are all there after the last one."""
+        """True where the workspace holds all tiles of a chunk at once."""
         return self._kept.shape[0] * self.width >= self.head.vocabulary_size
 
     def tiles(self) -> Iterator[tuple[int, int, int]]:

@@ -10,10 +10,10 @@ import numpy as np
 from prometheus_client.registry import Collector
 
 from inference_server.engine import GenerationRequest
-from inference_server.engines.concurrency import ConcurrencyLimit
-from inference_server.engines.engine_driver import Labelled, SampledEnd
-from inference_server.engines.process_engine import ProcessEngine
-from inference_server.engines.staged_weights import FILE_NAME
+from inference_server.engines.process.concurrency import ConcurrencyLimit
+from inference_server.engines.process.driver import Labelled, SampledEnd
+from inference_server.engines.process.engine import ProcessEngine
+from inference_server.engines.process.staged_weights import FILE_NAME
 from leeway.config import ProcessEngineOptions
 from leeway.errors import PreconditionError
 from leeway.types import (

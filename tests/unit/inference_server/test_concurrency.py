@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from inference_server.engines.concurrency import ConcurrencyLimit, EngineLoad
+from inference_server.engines.process.concurrency import ConcurrencyLimit, EngineLoad
 from leeway.errors import ExhaustedError
 
 QUIET = EngineLoad(num_running=4, num_waiting=0, kv_usage=0.5)

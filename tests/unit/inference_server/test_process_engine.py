@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.process_engine import ProcessEngine
+from inference_server.engines.process.engine import ProcessEngine
 from leeway.errors import DeadlineError, FencedError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.types import SamplingParams, TrajectoryChunk, VersionSpan
 from tests.deadlines import WAIT_SECONDS

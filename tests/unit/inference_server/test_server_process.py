@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from inference_server.server import InferenceServerProcess, Joining, main
+from inference_server.server import InferenceServerProcess, JoinArguments, main
 from leeway.config import RunConfiguration, load_configuration
 from leeway.errors import ConfigError
 
@@ -31,14 +31,14 @@ def test_a_backend_samples_where_one_is_named() -> None:
 
 
 def test_a_server_may_join_beside_the_configured_ones() -> None:
-    joined = InferenceServerProcess(configuration(), 0, "127.0.0.1:9", Joining("spare"))
+    joined = InferenceServerProcess(configuration(), 0, "127.0.0.1:9", JoinArguments("spare"))
     assert (joined.server_id, joined.backend) == ("spare", "127.0.0.1:9")
     assert joined.address.startswith("127.0.0.1:")
     assert joined.metrics_port
-    placed = InferenceServerProcess(configuration(), 0, None, Joining("spare", "127.0.0.1:7", 8))
+    placed = InferenceServerProcess(configuration(), 0, None, JoinArguments("spare", "127.0.0.1:7", 8))
     assert (placed.address, placed.metrics_port) == ("127.0.0.1:7", 8)
     with pytest.raises(ConfigError, match="server-1 is one of the configured servers"):
-        InferenceServerProcess(configuration(), 0, None, Joining("server-1"))
+        InferenceServerProcess(configuration(), 0, None, JoinArguments("server-1"))
 
 
 @pytest.mark.parametrize(

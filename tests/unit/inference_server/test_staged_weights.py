@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from inference_server.engines.staged_weights import remove_abandoned, staged_weights
+from inference_server.engines.process.staged_weights import remove_abandoned, staged_weights
 from leeway.errors import PreconditionError
 from leeway.huggingface import tensor_bytes
 from leeway.types import PolicyVersion, WeightManifest, WeightSnapshot
@@ -56,7 +56,7 @@ def test_what_is_no_weight_is_refused(tmp_path: Path) -> None:
 
 _KILLED_WITH_WEIGHTS = """
 import fcntl, os, pathlib, signal, sys
-from inference_server.engines.staged_weights import staged_weights
+from inference_server.engines.process.staged_weights import staged_weights
 from tests.unit.inference_server.fake_driver import snapshot
 
 def die(*_):

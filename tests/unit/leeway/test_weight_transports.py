@@ -109,9 +109,9 @@ def test_who_never_comes_is_waited_for_within_the_patience() -> None:
         BroadcastGroup(Rendezvous("127.0.0.1").address, 7, 0, 2, 0.2)
 
 
-def test_a_closed_group_is_of_no_more_use() -> None:
-    sender, peer = formed(Rendezvous("127.0.0.1"), 7, 2, WAIT_SECONDS)
-    for group in (sender, peer):
-        group.close()
-    with pytest.raises(UnavailableError):
-        list(sender.send([b"one piece"]))
+def test_a_peer_that_closes_ends_the_group_for_all_before_their_patience_does() -> None:
+    sender, peer = formed(Rendezvous("127.0.0.1"), 7, 2, 100 * WAIT_SECONDS)
+    peer.close()
+    for group in (peer, sender):
+        with pytest.raises(UnavailableError):
+            list(group.send([b"one piece"]))

@@ -9,8 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from leeway.service.metrics import ReplayBufferMetrics
 from leeway.types import Purpose, WriteItem, WriteResult, WriteStatus
-from replay_buffer.live.observer import Ending, endings
-from replay_buffer.metrics import observer
+from replay_buffer.metrics import BufferMetrics, GroupEnding, endings
 from replay_buffer.rules.lifecycle import decide_advance, decide_commit
 from tests.harness.replay_builders import RUN, Machine, spec, version
 
@@ -35,7 +34,7 @@ def written(status: WriteStatus = WriteStatus.ACKNOWLEDGED) -> tuple[Sequence[Wr
 
 def test_series_of_servers_that_left_are_dropped(registry: CollectorRegistry) -> None:
     now = [0.0]
-    watching = observer(ReplayBufferMetrics(registry), lambda: now[0])
+    watching = BufferMetrics(ReplayBufferMetrics(registry), lambda: now[0])
     for name in ("leaves", "stays"):
         watching.items_written(RUN, name, *written())
         watching.ticket_issued(RUN, Purpose.TRAIN, name, 1)
@@ -48,7 +47,7 @@ def test_series_of_servers_that_left_are_dropped(registry: CollectorRegistry) ->
 
 
 def test_however_many_names_come_the_series_are_bounded(registry: CollectorRegistry) -> None:
-    watching = observer(ReplayBufferMetrics(registry), lambda: 0.0)
+    watching = BufferMetrics(ReplayBufferMetrics(registry), lambda: 0.0)
     for number in range(3000):
         watching.items_written(RUN, f"server-{number}", *written())
     assert len(servers(registry)) == 1000
@@ -56,7 +55,7 @@ def test_however_many_names_come_the_series_are_bounded(registry: CollectorRegis
 
 
 def test_only_what_was_accepted_counts_for_a_server(registry: CollectorRegistry) -> None:
-    watching = observer(ReplayBufferMetrics(registry))
+    watching = BufferMetrics(ReplayBufferMetrics(registry))
     watching.items_written(RUN, "s0", *written())
     watching.items_written(RUN, "s0", *written(WriteStatus.ABORTED))
     labels = {"run": RUN, "server": "s0"}
@@ -82,4 +81,4 @@ def test_what_ends_is_weighed_by_its_fate() -> None:
     advanced = decide_advance(machine.state, 1, version(2), version(1))
     assert advanced is not None
     assert advanced.stale_group_ids == (old.group_id,)
-    assert list(endings(machine.state, advanced)) == [Ending("stale", 0)]
+    assert endings(machine.state, advanced) == [GroupEnding("stale", 0)]

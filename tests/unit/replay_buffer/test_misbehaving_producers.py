@@ -170,7 +170,7 @@ LEASE_SECONDS = 10.0
 
 
 async def test_clock_jumps_decide_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wall clock runs back and forth by decades; loans end by the monotonic clock, and the log keeps its order."""
+    """The wall clock runs back and forth by decades; leases end by the monotonic clock, and the log keeps its order."""
     wall = [1.8e9]
     monotonic = [1000.0]
     monkeypatch.setattr(time, "time", lambda: wall[0])

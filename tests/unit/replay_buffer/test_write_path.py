@@ -11,15 +11,13 @@ from leeway.errors import CorruptDataError
 from leeway.trajectory.assembly import assemble_records
 from leeway.types import DropReason, GroupState, TrajectoryFailure, WriteItem, WriteStatus
 from leeway.v1 import log_pb2, replay_pb2
-from replay_buffer.live.open_trajectories import Drafts
-from replay_buffer.live.views import view_group
+from replay_buffer.live.open_trajectories import OpenTrajectories
 from replay_buffer.rpc.response_stream import messages
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import ChunkWritten, TrajectoryClosed
 from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.records import Record, decode, encode, stored_chunk
 from replay_buffer.storage.segment_reader import SegmentReader
-from replay_buffer.storage.segments import frame, segment_path
+from replay_buffer.storage.segments import Location, frame, segment_path
 from tests.harness.replay_builders import ROOT, Machine, chunk, close, spec, whole
 
 ACKNOWLEDGED = WriteStatus.ACKNOWLEDGED
@@ -49,7 +47,7 @@ def test_a_record_encoded_in_another_order_is_read_all_the_same() -> None:
     assert stored_chunk(payload.replace(run, b"", 1) + run) == chunk()
 
 
-# Drafts
+# OpenTrajectories
 
 
 def test_a_close_is_judged_by_the_log_when_its_chunks_were_written_before_a_restart() -> None:
@@ -57,7 +55,7 @@ def test_a_close_is_judged_by_the_log_when_its_chunks_were_written_before_a_rest
     (ticket,) = machine.acquire(max_members=2)
     good, bad = whole(ticket.members[0], 1), whole(ticket.members[1], 1, chunk(token_id=64))
     machine.write(good[0], bad[0])
-    machine.drafts = Drafts()
+    machine.open_trajectories = OpenTrajectories()
     assert [result.status for result in machine.write(good[1], bad[1])] == [ACKNOWLEDGED] * 2
     group = machine.state.groups[ticket.group_id]
     assert group.drop_reason is DropReason.INVALID
@@ -79,7 +77,7 @@ def test_a_close_is_judged_without_reading_what_was_just_written() -> None:
 
 def test_forgotten_drafts_change_no_judgement() -> None:
     machine = Machine(spec(members=2))
-    machine.drafts = Drafts(most=1)
+    machine.open_trajectories = OpenTrajectories(most=1)
     (ticket,) = machine.acquire(max_members=2)
     items = [whole(member, 1) for member in ticket.members]
     machine.write(items[0][0], items[1][0], items[0][1], items[1][1])
@@ -114,12 +112,12 @@ def test_a_draw_is_what_protobuf_makes_of_it() -> None:
     closed, failed = ticket.members
     machine.write(*whole(closed, 1), WriteItem(failed.trajectory_id, 1, 0, chunk()))
     machine.write(WriteItem(failed.trajectory_id, 1, 1, TrajectoryFailure("the engine died", retryable=False)))
-    view = view_group(machine.state.groups[ticket.group_id])
+    group = machine.state.groups[ticket.group_id].frozen()
 
     def read_many(locations: Sequence[Location]) -> list[bytes]:
         return [machine.records[location.offset] for location in locations]
 
-    (message,) = messages([view], read_many)
+    (message,) = messages([group], read_many)
     reply = replay_pb2.DrawBatchResponse.FromString(message)
     assert reply.SerializeToString() == message
     assert replay_pb2.ExportGroupsResponse.FromString(message).pieces == reply.pieces

@@ -313,7 +313,7 @@ def test_a_failure_that_would_repeat_drops_the_group(machine: Machine, ticket: T
     )
 
 
-def test_a_retryable_failure_is_lent_again_once_nobody_is_at_work(machine: Machine, ticket: Ticket) -> None:
+def test_a_retryable_failure_is_issued_again_once_no_member_is_sampled(machine: Machine, ticket: Ticket) -> None:
     failure = TrajectoryFailure("the verifier timed out", retryable=True)
     item = WriteItem(ticket.members[0].trajectory_id, 1, 0, failure)
     assert machine.write(item, item)[1].status is ACKNOWLEDGED

@@ -93,10 +93,10 @@ def flagged(samples: Sequence[Sample], servers: Sequence[str]) -> set[str]:
 
 
 def status(
-    server_id: str, *, drained: bool = False, loans: int = 0, seconds: float = 0.0, present: bool = True
+    server_id: str, *, drained: bool = False, tickets: int = 0, seconds: float = 0.0, present: bool = True
 ) -> ServerStatus:
     drain = Drain(DrainReason.OPERATOR, "", MOMENT) if drained else None
-    return ServerStatus(server_id, present, drain, None, 0, 0.0, loans, seconds)
+    return ServerStatus(server_id, present, drain, None, 0, 0.0, tickets, seconds)
 
 
 @settings(max_examples=40, deadline=None)
@@ -182,16 +182,16 @@ def test_who_is_drained_already_or_unknown_is_not_judged_and_the_worst_comes_fir
 
 
 def test_a_slow_server_is_one_that_takes_much_longer_than_the_others() -> None:
-    usual = [status("a", loans=32, seconds=9.0), status("b", loans=16, seconds=12.0)]
+    usual = [status("a", tickets=32, seconds=9.0), status("b", tickets=16, seconds=12.0)]
     options = FleetOptions(slow_ratio=10.0, slow_seconds=60.0)
 
     def slow(server: ServerStatus, options: FleetOptions = options) -> list[tuple[str, DrainReason]]:
         return [(verdict.server_id, verdict.reason) for verdict in verdicts({}, [*usual, server], options)]
 
-    assert slow(status("slow", loans=16, seconds=91.0)) == [("slow", DrainReason.SLOW)]
-    assert slow(status("slow", loans=16, seconds=89.0)) == []
-    assert slow(status("slow", loans=15, seconds=91.0)) == []
-    assert slow(status("gone", loans=16, seconds=91.0, present=False)) == []
-    assert slow(status("slow", loans=16, seconds=91.0), FleetOptions(slow_ratio=math.inf)) == []
-    assert slow(status("slow", loans=16, seconds=91.0), FleetOptions(slow_ratio=10.0, slow_seconds=92.0)) == []
-    assert verdicts({}, [status("only", loans=32, seconds=1e6)], options) == []
+    assert slow(status("slow", tickets=16, seconds=91.0)) == [("slow", DrainReason.SLOW)]
+    assert slow(status("slow", tickets=16, seconds=89.0)) == []
+    assert slow(status("slow", tickets=15, seconds=91.0)) == []
+    assert slow(status("gone", tickets=16, seconds=91.0, present=False)) == []
+    assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=math.inf)) == []
+    assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=10.0, slow_seconds=92.0)) == []
+    assert verdicts({}, [status("only", tickets=32, seconds=1e6)], options) == []

@@ -31,7 +31,7 @@ def test_a_second_learner_is_refused_by_name_until_the_first_has_ended(tmp_path:
     with held_run(run):
         with (
             pytest.raises(
-                UnavailableError, match=f"one: another learner, process {os.getpid()}, is at work"
+                UnavailableError, match=f"one: another learner, process {os.getpid()}, is running"
             ) as refused,
             held_run(run),
         ):
@@ -83,5 +83,5 @@ def test_a_learner_process_is_refused_before_it_touches_anything(tmp_path: Path)
         assert sorted(run.iterdir()) == before
     assert ended.returncode == 1  # another start may succeed
     assert ended.stderr.splitlines()[-1].startswith(
-        f"learner: {run}: another learner, process {os.getpid()}, is at work"
+        f"learner: {run}: another learner, process {os.getpid()}, is running"
     )

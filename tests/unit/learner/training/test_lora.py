@@ -16,7 +16,7 @@ from leeway.errors import ConfigError
 from leeway.huggingface import load_published, tensor_from_bytes
 from leeway.types import TrajectoryGroup
 from tests.harness import tiny_models
-from tests.harness.learner_builders import dense_model, groups, moe_model, trainer, weights
+from tests.harness.learner_builders import assert_resumes, dense_model, groups, moe_model, trainer, weights
 
 
 def options(**changes: Any) -> TrainingOptions:
@@ -72,20 +72,10 @@ def test_the_published_model_computes_what_the_adapted_one_does(moe: bool) -> No
 
 
 def test_a_checkpoint_holds_adapters_alone_and_continues_to_the_bit(tmp_path: Path) -> None:
-    step = groups()
-    straight, first, second = (trainer(dense_model(), options()) for _ in range(3))
-    for number in range(1, 5):
-        straight.train_step(number, step)
-    for number in (1, 2):
-        first.train_step(number, step)
-    first.save(tmp_path)
+    assert_resumes(dense_model, options(), [groups()] * 4, tmp_path)
     names = [name for file in (tmp_path / "weights").glob("*.safetensors") for name in load_file(file)]
     assert len(names) == 12  # two layers, three targets, A and B
     assert all(".lora_" in name for name in names)
-    second.load(tmp_path)
-    for number in (3, 4):
-        second.train_step(number, step)
-    assert second.published() == straight.published()
 
 
 def test_the_first_adapters_are_the_same_in_every_process_and_differ_by_seed() -> None:

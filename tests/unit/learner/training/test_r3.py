@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from learner.batch.checks import check_routing
 from learner.batch.packing import MicroBatch, pack
 from learner.policy.model import PolicyModel, Scores
-from learner.policy.r3 import RoutingReplay, check_routing, find_routers
+from learner.policy.r3 import RoutingReplay, find_routers
 from leeway.errors import ConfigError, InvalidDataError, PreconditionError
 from leeway.huggingface.moe import ROUTERS
 from leeway.types import Array, Trajectory

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from learner.losses.form import Candidates, TokenTerms, TokenValues
-from learner.training.statistics import candidate_statistics, token_statistics
+from learner.losses.form import Candidates
+from learner.training.statistics import TOKEN, candidate_statistics, candidate_totals, token_statistics
 
 
-def values(mu: list[float], pi: list[float], advantages: list[float]) -> TokenValues:
-    behavior, policy = torch.tensor(mu).double().log(), torch.tensor(pi).double().log()
-    return TokenValues(policy, behavior, (policy - behavior).exp(), torch.tensor(advantages).double())
+def tokens(mu: list[float], pi: list[float], advantages: list[float], kept: list[bool], entropies: list[float]) -> Any:
+    made = np.zeros(len(mu), TOKEN)
+    made["behavior_logprob"], made["policy_logprob"] = np.log(mu), np.log(pi)
+    made["ratio"] = np.array(pi) / mu
+    made["advantage"], made["kept"], made["entropy"] = advantages, kept, entropies
+    return made
 
 
 def test_masked_tokens_are_described_apart_from_those_without_advantage() -> None:
     """The paper watches the mean mu, pi, r and entropy of what the mask removed."""
-    tokens = values([0.1, 0.5, 0.8, 0.4], [0.6, 0.5, 0.2, 0.4], [1.0, 1.0, -1.0, 0.0])
-    terms = TokenTerms(kept=torch.tensor([False, True, False, False]), weight=torch.zeros(4))
-    found = token_statistics(tokens, terms, torch.tensor([1.0, 2.0, 3.0, 4.0]).double())
+    mu, pi, advantages = [0.1, 0.5, 0.8, 0.4], [0.6, 0.5, 0.2, 0.4], [1.0, 1.0, -1.0, 0.0]
+    found = token_statistics(tokens(mu, pi, advantages, [False, True, False, False], [1.0, 2.0, 3.0, 4.0]))
     assert found["masked_fraction"] == pytest.approx(2 / 3)
     assert found["masked_fraction_positive"] == pytest.approx(1 / 3)
     assert found["masked_behavior_probability_mean"] == pytest.approx(0.45)
@@ -30,8 +34,7 @@ def test_masked_tokens_are_described_apart_from_those_without_advantage() -> Non
 
 
 def test_nothing_is_said_of_masked_tokens_where_there_are_none() -> None:
-    tokens = values([0.5, 0.5], [0.75, 0.2], [1.0, 1.0])
-    found = token_statistics(tokens, TokenTerms(torch.tensor([True, True]), torch.ones(2)), torch.zeros(2))
+    found = token_statistics(tokens([0.5, 0.5], [0.75, 0.2], [1.0, 1.0], [True, True], [0.0, 0.0]))
     assert found["masked_fraction"] == 0
     assert not [name for name in found if name.startswith("masked_") and "fraction" not in name]
     assert all(math.isfinite(number) for number in found.values())
@@ -46,9 +49,9 @@ def test_the_mass_of_recorded_candidates_counts_the_sampled_one_too() -> None:
         torch.tensor([[0.8, 0.1], [0.5, 0.2]]).log(),
         torch.ones(2, 2) > 0,
     )
-    found = candidate_statistics([first, second], lambda tensor, _: tensor)
+    totals = candidate_totals([first, second])
+    found = candidate_statistics(totals)
     assert found["topk_behavior_mass"] == pytest.approx((0.75 + 0.95 + 0.8) / 3)
     assert found["topk_policy_mass"] == pytest.approx((0.65 + 0.9 + 0.7) / 3)
-    doubled = candidate_statistics([first, second], lambda tensor, _: tensor * 2)
-    assert doubled == found  # two ranks that hold the same
-    assert candidate_statistics([None], lambda tensor, _: tensor) == {}
+    assert candidate_statistics({name: 2 * total for name, total in totals.items()}) == found  # two equal ranks
+    assert candidate_statistics(candidate_totals([None])) == {}

@@ -1,4 +1,4 @@
-"""One optimizer step: exact over micro-batches, resumable bit for bit, and nothing moves on bad data."""
+"""One optimizer step: equal over micro-batches, resumed bit for bit in the same shapes, and unmoved by bad data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from learner.training import state as training_state
 from learner.training.torch_trainer import TorchTrainer
 from leeway.config import TrainingOptions
 from leeway.config.algorithms import ALGORITHMS
-from leeway.errors import CorruptDataError, LeewayError, PreconditionError
+from leeway.errors import CorruptDataError, PreconditionError
 from leeway.types import Trajectory, TrajectoryGroup
 from leeway.weights.digests import verify_weights, weights_digest
 from tests.deadlines import WAIT_SECONDS
@@ -35,7 +35,11 @@ from tests.harness.learner_builders import (
     DENSE,
     MOE,
     VOCABULARY,
+    assert_refused,
+    assert_resumes,
+    assert_weights,
     dense_model,
+    gradients,
     groups,
     moe_model,
     random_routing,
@@ -50,11 +54,6 @@ MODELS = [(dense_model, False), (moe_model, True)]
 def options(**changes: Any) -> TrainingOptions:
     values: dict[str, Any] = {"learning_rate": 1e-3, "warmup_steps": 3, "publish_dtype": "float32", **changes}
     return TrainingOptions.model_validate(values)
-
-
-def assert_same_weights(a: PreTrainedModel, b: PreTrainedModel) -> None:
-    for name, tensor in a.state_dict().items():
-        assert torch.equal(tensor, b.state_dict()[name]), name
 
 
 def reference_gradient(
@@ -82,7 +81,7 @@ def reference_gradient(
                 outside = abs(mu - pi) > delta and advantage * (pi - mu) > 0
                 total = total - (0.0 if outside else advantage * pi / mu / count) * log_pi
     total.backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return gradients(model)
 
 
 @pytest.mark.parametrize("aggregation", ["seq-mean-token-sum", "token-mean", "seq-mean-token-mean", "fixed-horizon"])
@@ -114,7 +113,7 @@ def test_micro_batches_add_up_to_the_batch(
     make: Callable[[], PreTrainedModel], routing: bool, aggregation: str
 ) -> None:
     step = groups(routing=routing)
-    gradients: list[dict[str, torch.Tensor]] = []
+    found: list[dict[str, torch.Tensor]] = []
     losses: list[float] = []
     for micro_batch_tokens, row_tokens in ((100_000, 64), (40, 1), (1, 1)):
         model = make()
@@ -126,10 +125,10 @@ def test_micro_batches_add_up_to_the_batch(
             max_gradient_norm=math.inf,
         )
         losses.append(learned(trainer(model, cut), step)["loss"])
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    for other, loss in zip(gradients[1:], losses[1:], strict=True):
+        found.append(gradients(model))
+    for other, loss in zip(found[1:], losses[1:], strict=True):
         assert loss == pytest.approx(losses[0], rel=1e-5)
-        for name, gradient in gradients[0].items():
+        for name, gradient in found[0].items():
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6)
 
 
@@ -154,19 +153,18 @@ def test_both_heads_train_alike(
         head: trainer(make(), options(head=head, topk=3, micro_batch_tokens=40, **chosen))
         for head in ("reference", "fused")
     }
-    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    found: dict[str, dict[str, torch.Tensor]] = {}
     for seed in (0, 1):  # the second step has older policies to differ from
         step = with_candidates(groups(routing="routing_replay" in chosen, seed=seed))
         statistics: dict[str, Mapping[str, float]] = {}
         for head, one in taught.items():
             statistics[head] = learned(one, step)
-            model = one._policy.model
-            gradients[head] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            found[head] = gradients(one._policy.model)
         assert statistics["fused"] == pytest.approx(statistics["reference"], rel=1e-4, abs=1e-6)
-    assert gradients["fused"].keys() == gradients["reference"].keys()
-    for name, gradient in gradients["reference"].items():
+    assert found["fused"].keys() == found["reference"].keys()
+    for name, gradient in found["reference"].items():
         close = 1e-4 * float(gradient.abs().max())
-        torch.testing.assert_close(gradients["fused"][name], gradient, rtol=1e-4, atol=close, msg=name)
+        torch.testing.assert_close(found["fused"][name], gradient, rtol=1e-4, atol=close, msg=name)
 
 
 def with_candidates(step: list[TrajectoryGroup]) -> list[TrajectoryGroup]:
@@ -186,25 +184,7 @@ def with_candidates(step: list[TrajectoryGroup]) -> list[TrajectoryGroup]:
 def test_resuming_gives_the_same_bits(make: Callable[[], PreTrainedModel], routing: bool, tmp_path: Path) -> None:
     chosen = options(routing_replay=routing, weight_decay=0.1)
     steps = [groups(routing=routing, seed=seed) for seed in range(6)]
-    straight_model = make()
-    straight = trainer(straight_model, chosen)
-    straight_statistics = [straight.train_step(number, step).statistics for number, step in enumerate(steps, 1)]
-
-    first = trainer(make(), chosen)
-    for number, step in enumerate(steps[:3], 1):
-        first.train_step(number, step)
-    first.save(tmp_path)
-    resumed_model = make()
-    with torch.no_grad():
-        for parameter in resumed_model.parameters():
-            parameter.add_(1.0)
-    resumed = trainer(resumed_model, chosen)
-    resumed.load(tmp_path)
-    resumed_statistics = [resumed.train_step(number, step).statistics for number, step in enumerate(steps[3:], 4)]
-
-    assert_same_weights(straight_model, resumed_model)
-    assert resumed_statistics == straight_statistics[3:]
-    assert resumed.published()[0] == straight.published()[0]
+    assert_resumes(make, chosen, steps, tmp_path)
 
 
 def test_a_checkpoint_is_safetensors_and_json(tmp_path: Path) -> None:
@@ -257,22 +237,8 @@ def spoiled_logprobs(value: float) -> np.ndarray:
     ],
 )
 def test_an_unusable_group_is_named_and_nothing_moves(changes: dict[str, Any], message: str) -> None:
-    model = moe_model()
-    taught = trainer(model, options(routing_replay=True))
-    before = weights(model)
-    with pytest.raises(UnusableGroupError, match=message) as refusal:
-        taught.train_step(1, with_member(groups(routing=True), **changes))
-    assert isinstance(refusal.value, LeewayError)
-    assert refusal.value.group_id == "group-1"
-    assert "group-1-2" in refusal.value.message
-    assert "\n" not in refusal.value.message
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    # The refusal leaves no trace: what follows is what would have followed.
-    fresh_model = moe_model()
-    fresh = trainer(fresh_model, options(routing_replay=True))
-    assert learned(taught, groups(routing=True)) == learned(fresh, groups(routing=True))
-    assert_same_weights(model, fresh_model)
+    step = groups(routing=True)
+    assert_refused(moe_model, options(routing_replay=True), with_member(step, **changes), step, message)
 
 
 @pytest.mark.parametrize(
@@ -302,30 +268,14 @@ def test_an_empty_group_or_step_is_refused() -> None:
 
 def test_a_loss_that_is_not_finite_names_its_trajectory() -> None:
     """exp(100) overflows float32: with C infinite there is no finite weight."""
-    model = dense_model()
-    taught = trainer(model, options(algorithm="pg-is"))
-    before = weights(model)
-    with pytest.raises(UnusableGroupError, match="group-1-2 has a loss that is not finite") as refusal:
-        taught.train_step(1, with_member(groups(), behavior_logprobs=spoiled_logprobs(-120.0)))
-    assert refusal.value.group_id == "group-1"
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    bad = with_member(groups(), behavior_logprobs=spoiled_logprobs(-120.0))
+    assert_refused(dense_model, options(algorithm="pg-is"), bad, groups(), "group-1-2 has a loss that is not finite")
 
 
 def test_a_gradient_that_is_not_finite_names_its_trajectory() -> None:
     """A weight near float32's end: the loss is finite, its gradient times the model's is not."""
-    model = dense_model()
-    taught = trainer(model, options(algorithm="pg-is"))
-    step = groups()
-    unlikely = with_member(step, reward=-50.0, behavior_logprobs=spoiled_logprobs(-80.0))
-    before = weights(model)
-    with pytest.raises(UnusableGroupError, match=r"group-1-2 makes the gradient not finite") as refusal:
-        taught.train_step(1, unlikely)
-    assert refusal.value.group_id == "group-1"
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
-    fresh = trainer(dense_model(), options(algorithm="pg-is"))
-    assert learned(taught, step) == learned(fresh, step)
+    bad = with_member(groups(), reward=-50.0, behavior_logprobs=spoiled_logprobs(-80.0))
+    assert_refused(dense_model, options(algorithm="pg-is"), bad, groups(), "group-1-2 makes the gradient not finite")
 
 
 def test_weights_that_are_not_finite_blame_no_group() -> None:
@@ -346,8 +296,7 @@ def test_a_step_without_signal_counts_and_moves_only_by_momentum() -> None:
     assert statistics["no_signal_group_fraction"] == 1
     assert statistics["num_trained_tokens"] > 0
     assert statistics["entropy"] > 0
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name])
+    assert_weights(model, before)
     assert learned(taught, groups())["learning_rate"] == pytest.approx(1e-3 * 2 / 3)
 
 
@@ -454,6 +403,15 @@ def test_starts_from_a_model_directory(tmp_path: Path) -> None:
         {"horizon": 5},
         {"publish_dtype": "int8"},
         {"clip": 1.0},
+        {"topk": 0},
+        {"topk": 21},
+        {"divergence": "tv"},
+        {"algorithm": "drpo", "delta_low": 0.0},
+        {"algorithm": "icepop", "ratio_low": 6.0},
+        {"delta_growth_limit": 0.5},
+        {"baseline": "none"},
+        {"quadratic_coefficient": math.inf},
+        {"proximal_every_steps": 0},
     ],
 )
 def test_options_refuse(wrong: dict[str, Any]) -> None:

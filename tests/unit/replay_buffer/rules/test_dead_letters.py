@@ -9,11 +9,11 @@ from leeway.types import DropReason, GroupState, Ticket, TrajectoryFailure, Writ
 from replay_buffer.rules import dead_letters
 from replay_buffer.rules.dead_letters import MOST_LISTED, decide_requeue, decide_requeue_all, list_dead_letters
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.state import KEPT_DEAD_LETTERS, RunState
 from replay_buffer.rules.tickets import decide_expired
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.run_index import RunIndex
+from replay_buffer.storage.segments import Location
 from tests.harness.replay_builders import Machine, snapshot, spec, version
 
 ATTEMPTS = 3
@@ -173,7 +173,7 @@ def test_what_can_no_longer_be_queued_is_not_counted_for_ever(machine: Machine) 
     requeued = decide_requeue_all(retired)
     assert requeued is not None
     assert len(requeued.group_ids) == KEPT_DEAD_LETTERS
-    apply(retired, requeued, 0, Location(1, 0, 0))
+    apply(retired, requeued, 0, Location(1, 0, 0).handle)
     assert (retired.dead_letter_count, list_dead_letters(retired)) == (0, [])
 
 

@@ -15,12 +15,12 @@ def drain(
     machine: Machine, server_id: str, reason: DrainReason = DrainReason.OPERATOR, *, others: set[str] | None = None
 ) -> None:
     others = {"other"} if others is None else others
-    machine.record(decide_drain(machine.state, server_id, reason, "why", epoch=0, others_at_work=others))
+    machine.record(decide_drain(machine.state, server_id, reason, "why", epoch=0, others_active=others))
 
 
 def test_a_diverging_server_takes_along_what_no_step_has_drawn() -> None:
     machine = Machine(spec(groups_per_step=2, members=2, max_staleness=3, train_task_count=100))
-    drawn, mixed, passed_on, lent, ready = machine.acquire(max_members=10, server_id="odd")
+    drawn, mixed, passed_on, open_ticket, ready = machine.acquire(max_members=10, server_id="odd")
     machine.fill([drawn])
     machine.write(*whole(mixed.members[0], mixed.attempt))  # the other member is closed by another server
     lapsed = (mixed.group_id, passed_on.group_id)
@@ -36,7 +36,7 @@ def test_a_diverging_server_takes_along_what_no_step_has_drawn() -> None:
     )
     assert groups[passed_on.group_id].state is GroupState.READY, "nothing of it was written by the odd server"
     gone = [group for group in groups.values() if group.drop_reason is DropReason.DIVERGED]
-    assert [group.group_id for group in gone] == [lent.group_id, ready.group_id]
+    assert [group.group_id for group in gone] == [open_ticket.group_id, ready.group_id]
     assert list(machine.state.requeued) == [group.task_index for group in gone]
     assert not machine.state.lost_attempts, "their tasks are not to blame"
     assert snapshot(machine.refolded()) == snapshot(machine.state)
@@ -66,7 +66,7 @@ def test_what_any_other_server_wrote_stays(reason: DrainReason) -> None:
 def test_the_first_reason_stands_until_the_server_is_readmitted() -> None:
     machine = Machine()
     drain(machine, "s0", DrainReason.SLOW)
-    assert decide_drain(machine.state, "s0", DrainReason.DIVERGING, "x", epoch=0, others_at_work={"o"}) is None
+    assert decide_drain(machine.state, "s0", DrainReason.DIVERGING, "x", epoch=0, others_active={"o"}) is None
     assert machine.state.drained["s0"].reason is DrainReason.SLOW
     machine.record(decide_readmit(machine.state, "s0"))
     assert not machine.state.drained
@@ -77,10 +77,10 @@ def test_the_first_reason_stands_until_the_server_is_readmitted() -> None:
 
 def test_the_last_server_at_work_is_only_drained_by_force() -> None:
     machine = Machine()
-    with pytest.raises(PreconditionError, match="server 's0' is the only one at work and stays in the run"):
+    with pytest.raises(PreconditionError, match="server 's0' is the only active one and stays in the run"):
         drain(machine, "s0", DrainReason.DIVERGING, others=set())
     assert not machine.state.drained
-    machine.record(decide_drain(machine.state, "s0", DrainReason.OPERATOR, "x", epoch=0, others_at_work=(), force=True))
+    machine.record(decide_drain(machine.state, "s0", DrainReason.OPERATOR, "x", epoch=0, others_active=(), force=True))
     assert set(machine.state.drained) == {"s0"}
 
 
@@ -88,7 +88,7 @@ def test_a_fenced_learner_drains_nobody_and_neither_does_anyone_after_the_end() 
     machine = Machine()
     machine.reopen(machine.state.head)
     with pytest.raises(FencedError):
-        decide_drain(machine.state, "s0", DrainReason.DIVERGING, "x", epoch=1, others_at_work={"o"})
+        decide_drain(machine.state, "s0", DrainReason.DIVERGING, "x", epoch=1, others_active={"o"})
     with pytest.raises(InvalidDataError, match="name the server"):
         drain(machine, "")
     machine.record(decide_finish(machine.state, machine.state.epoch))
@@ -100,7 +100,7 @@ def test_a_fenced_learner_drains_nobody_and_neither_does_anyone_after_the_end() 
 
 def test_a_message_is_cut_and_the_list_is_bounded() -> None:
     machine = Machine()
-    machine.record(decide_drain(machine.state, "s0", DrainReason.OPERATOR, "x" * 5000, epoch=0, others_at_work={"o"}))
+    machine.record(decide_drain(machine.state, "s0", DrainReason.OPERATOR, "x" * 5000, epoch=0, others_active={"o"}))
     assert len(machine.state.drained["s0"].message) == 1000
     for number in range(999):
         drain(machine, f"gone-{number}")

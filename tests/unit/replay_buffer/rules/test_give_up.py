@@ -71,7 +71,7 @@ def test_it_ends_once() -> None:
 def test_nothing_goes_on_and_whoever_tries_is_told_why(call: Callable[..., object]) -> None:
     machine, _ = given_up()
     before = snapshot(machine.state)
-    with pytest.raises(PreconditionError, match=r"ended for good \(`leeway buffer finish`\) at step 3 of 100; .* name"):
+    with pytest.raises(PreconditionError, match=r"\(`leeway buffer finish`\) at step 3 of 100; .* name"):
         call(machine.state)
     assert snapshot(machine.state) == before
 

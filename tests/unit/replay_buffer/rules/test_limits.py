@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 
 from leeway import codec
 from leeway.errors import InvalidDataError
 from leeway.types import Evaluation, GroupState, Purpose, SamplingParams
 from leeway.v1 import replay_pb2
-from replay_buffer.rules.tickets import task_at
+from replay_buffer.rules.tickets import TaskOrder
 from replay_buffer.rules.transitions import EvaluationCreated
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import Filter
@@ -40,14 +42,21 @@ def test_an_evaluation_has_as_well() -> None:
 
 @pytest.mark.parametrize("task_count", [1, 2, 3, 10, 64, 65])
 def test_the_cursor_visits_every_task_once_a_tour(task_count: int) -> None:
-    tours = [[task_at(7, task_count, tour * task_count + at) for at in range(task_count)] for tour in range(3)]
+    order = TaskOrder(7, task_count)
+    tours = [[order.at(tour * task_count + at) for at in range(task_count)] for tour in range(3)]
     assert all(sorted(tour) == list(range(task_count)) for tour in tours)
     if task_count > 9:
         assert tours[0] != tours[1] != tours[2]
 
 
-def test_tasks_without_number_need_no_memory() -> None:
-    assert len({task_at(7, 1 << 48, cursor) for cursor in range(100)}) == 100
+def test_the_order_of_many_tasks_takes_four_bytes_each() -> None:
+    count = 1 << 17
+    tracemalloc.start()
+    order = TaskOrder(7, count)
+    assert len({order.at(cursor) for cursor in range(3 * count - 100, 3 * count + 100)}) > 100
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 2 * count * 4 * 1.1  # the tour of the cursor and the one before
 
 
 def test_a_bound_without_measure_takes_no_time() -> None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from leeway.types import PolicyVersion
 from replay_buffer.rules.lineage import Lineage
-from tests.harness.replay_builders import ROOT, version
+from tests.harness.replay_builders import ROOT, lag, version
 
 
 def grown(lineage: Lineage, epoch: int, steps: range) -> list[PolicyVersion]:
@@ -15,18 +15,18 @@ def grown(lineage: Lineage, epoch: int, steps: range) -> list[PolicyVersion]:
 def test_along_one_branch_lag_is_the_difference_of_steps() -> None:
     lineage = Lineage(ROOT)
     versions = [ROOT, *grown(lineage, 1, range(1, 5))]
-    assert [lineage.lag(known) for known in versions] == [4, 3, 2, 1, 0]
+    assert [lag(lineage, known) for known in versions] == [4, 3, 2, 1, 0]
 
 
 def test_an_abandoned_branch_is_as_far_away_as_its_fork() -> None:
     lineage = Lineage(ROOT)
     one, two, three, four = grown(lineage, 1, range(1, 5))
     lineage.rollback(two)
-    assert [lineage.lag(known) for known in (one, two, three, four)] == [1, 0, 0, 0]
+    assert [lag(lineage, known) for known in (one, two, three, four)] == [1, 0, 0, 0]
     new = grown(lineage, 2, range(3, 6))
     # The head is step 5; 4 of epoch 1 left the surviving history at 2.
-    assert [lineage.lag(known) for known in (one, two, three, four)] == [4, 3, 3, 3]
-    assert [lineage.lag(known) for known in new] == [2, 1, 0]
+    assert [lag(lineage, known) for known in (one, two, three, four)] == [4, 3, 3, 3]
+    assert [lag(lineage, known) for known in new] == [2, 1, 0]
     assert [lineage.survives(known) for known in (ROOT, two, three, four, *new)] == [1, 1, 0, 0, 1, 1, 1]
 
 
@@ -55,10 +55,10 @@ def test_what_is_older_than_a_surviving_version_is_let_go_and_known_to_be_past()
     second = grown(lineage, 2, range(3, 8))
     lineage.rollback(second[2])
     third = grown(lineage, 3, range(6, 9))
-    lags = {known: lineage.lag(known) for known in lineage}
+    lags = {known: lag(lineage, known) for known in lineage}
     lineage.forget_before(4)
     assert list(lineage) == [*second[1:], *third]
-    assert {known: lineage.lag(known) for known in lineage} == {known: lags[known] for known in lineage}
+    assert {known: lag(lineage, known) for known in lineage} == {known: lags[known] for known in lineage}
     assert (lineage.root, lineage.parent(second[1])) == (second[1], None)
     assert not any(lineage.is_unknown(known) for known in [ROOT, *first, *second, *third])
     assert lineage.is_unknown(version(9, epoch=3))
@@ -67,7 +67,7 @@ def test_what_is_older_than_a_surviving_version_is_let_go_and_known_to_be_past()
     lineage.forget_before(2)  # it has been
     assert lineage.root == second[1]
     lineage.rollback(second[1])
-    assert [lineage.lag(known) for known in (*second[1:], *third)] == [0] * 7
+    assert [lag(lineage, known) for known in (*second[1:], *third)] == [0] * 7
 
 
 def test_an_explicit_rollback_is_forgotten_with_what_it_left() -> None:

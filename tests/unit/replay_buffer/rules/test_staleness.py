@@ -17,7 +17,7 @@ from replay_buffer.rules.admission import deadline_of, may_serve
 from replay_buffer.rules.draw import decide_draw, decide_reject
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.transitions import ChunkWritten, TicketIssued, TrajectoryClosed
-from tests.harness.replay_builders import Machine, chunk, close, spec, version
+from tests.harness.replay_builders import Machine, chunk, close, lag, spec, version
 
 MEMBERS = 2
 CHECKED = settings(max_examples=300, deadline=None, derandomize=True)
@@ -90,7 +90,7 @@ def test_lag_deadline_and_service_are_what_they_are_defined_as(
     machine.state.lineage = lineage
     versions = set(data.draw(st.lists(st.sampled_from(list(oracle.parents)), min_size=1, max_size=3)))
     for known in versions:
-        assert lineage.lag(known) == oracle.head.step - oracle.common_step(known)
+        assert lag(lineage, known) == oracle.head.step - oracle.common_step(known)
         assert may_serve(machine.state, known) == oracle.may_train({known}, bound)
     due = deadline_of(machine.state, versions)
     assert (due >= oracle.head.step) == oracle.may_train(versions, bound)
@@ -247,7 +247,7 @@ def test_at_bound_zero_a_common_ancestor_is_not_enough() -> None:
     abandoned = machine.state.head
     machine.reopen(machine.spec.root)
     head = machine.state.head
-    assert machine.state.lineage.lag(abandoned) == 0
+    assert lag(machine.state.lineage, abandoned) == 0
     assert deadline_of(machine.state, {head}) == head.step
     for versions in ({abandoned}, {abandoned, head}):
         assert deadline_of(machine.state, versions) < head.step

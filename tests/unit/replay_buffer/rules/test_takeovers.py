@@ -49,16 +49,16 @@ def test_nobody_returns_to_a_checkpoint_that_its_learner_has_removed() -> None:
         decide_rollback(machine.state, versions[3])
 
 
-def test_what_is_lent_again_to_an_older_server_counts_by_its_earlier_deadline() -> None:
+def test_what_is_issued_again_to_an_older_server_counts_by_its_earlier_deadline() -> None:
     machine = Machine(spec(max_staleness=1, groups_per_step=1, members=1))
     root = machine.spec.root
     machine.fill(machine.acquire(max_members=1))
     assert machine.draw() is not None
     machine.advance()
-    (lent,) = machine.acquire(max_members=1)  # D = 2, at the head
-    # Lost, and lent again to a server at the root: D = 1, as a new group would have. Only one is drawn until then.
+    (lost,) = machine.acquire(max_members=1)  # D = 2, at the head
+    # Lost, and issued again to a server at the root: D = 1, as a new group would have. Only one is drawn until then.
     again = machine.acquire(root, server_id="older", expired=lambda _: True)
-    assert [(ticket.group_id, ticket.attempt) for ticket in again] == [(lent.group_id, 2)]
+    assert [(ticket.group_id, ticket.attempt) for ticket in again] == [(lost.group_id, 2)]
 
 
 def test_names_survive_a_restart() -> None:

@@ -6,8 +6,8 @@ from leeway.errors import InvalidDataError, PreconditionError
 from leeway.types import DropReason, Evaluation, GroupState, Purpose, TrajectoryFailure, WriteItem
 from replay_buffer.rules.admission import Admission, deadline
 from replay_buffer.rules.evaluation import decide_evaluation
-from replay_buffer.rules.tickets import decide_expired, member_seed, task_at
-from tests.harness.replay_builders import ROOT, Machine, chunk, spec, version, whole
+from replay_buffer.rules.tickets import TaskOrder, decide_expired, member_seed
+from tests.harness.replay_builders import ROOT, Machine, chunk, lag, spec, version, whole
 
 
 def test_no_more_groups_are_issued_than_the_steps_within_the_bound_take() -> None:
@@ -45,18 +45,18 @@ def test_a_bound_of_zero_refuses_a_common_ancestor() -> None:
     groups = machine.acquire(version(1))
     machine.reopen(ROOT)
     # Version 1 is abandoned: its lag is 0, and yet it is not the head.
-    assert machine.state.lineage.lag(version(1)) == 0
+    assert lag(machine.state.lineage, version(1)) == 0
     assert machine.acquire(version(1)) == []
     assert all(machine.state.groups[ticket.group_id].drop_reason is DropReason.STALE for ticket in groups)
 
 
 def test_an_unregistered_version_gets_an_explanation() -> None:
-    with pytest.raises(PreconditionError, match=r"server 's0' asks for work at .* never registered"):
+    with pytest.raises(PreconditionError, match=r"server 's0' requests tickets at .* never registered"):
         Machine().acquire(version(4))
 
 
 def test_at_least_one_member_must_be_asked_for() -> None:
-    with pytest.raises(InvalidDataError, match="ask for at least 1"):
+    with pytest.raises(InvalidDataError, match="request at least 1"):
         Machine().acquire(max_members=0)
 
 
@@ -66,11 +66,14 @@ def test_groups_are_not_split() -> None:
     assert [len(ticket.members) for ticket in machine.acquire(max_members=11)] == [4, 4]
 
 
-def test_the_cursor_walks_every_task_once_per_tour() -> None:
-    tours = [[task_at(7, 10, tour * 10 + place) for place in range(10)] for tour in range(3)]
-    assert all(sorted(tour) == list(range(10)) for tour in tours)
-    assert tours[0] != tours[1] != tours[2]
-    assert tours[0] != [task_at(8, 10, place) for place in range(10)]
+def test_a_restart_in_the_middle_of_a_tour_goes_on_with_its_order() -> None:
+    order = TaskOrder(7, 10)
+    before = [order.at(cursor) for cursor in range(25)]
+    restarted = TaskOrder(7, 10)
+    assert [restarted.at(cursor) for cursor in range(15, 25)] == before[15:]
+    assert [order.at(cursor) for cursor in range(25)] == before  # also where a request looks back
+    assert before[:10] == [8, 2, 6, 3, 4, 7, 9, 1, 0, 5]  # recorded: a log goes on with it under a later Python
+    assert before[:10] != [TaskOrder(8, 10).at(cursor) for cursor in range(10)]
 
 
 def test_seeds_differ_between_members_and_attempts() -> None:

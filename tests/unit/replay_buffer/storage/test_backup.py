@@ -13,10 +13,10 @@ from replay_buffer import run_store
 from replay_buffer.storage import backup as backup_module
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.backup import write_backup
-from replay_buffer.storage.segments import segment_numbers, segment_path
+from replay_buffer.storage.segments import locations_of, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import read_generation
-from tests.harness.replay_builders import ROOT, RUN, chunk, filled, version
-from tests.harness.replay_directory import OpenBuffer, described, opened
+from tests.harness.replay_builders import ROOT, RUN, chunk, described, filled, version
+from tests.harness.replay_directory import OpenBuffer, opened
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ async def test_a_backup_holds_what_was_acknowledged(
         assert after["consumed"] == before["consumed"]
         ready = run.state.groups[tickets[0].group_id]
         assert ready.state is GroupState.READY
-        assert all(run.buffer.read_many([place]) for member in ready.members for place in member.records)
+        assert all(run.buffer.read_many([place]) for member in ready.members for place in locations_of(member))
 
 
 async def test_a_restored_copy_fences_what_the_original_did_afterwards(original: Path, copy: Path) -> None:
@@ -87,7 +87,7 @@ async def test_a_restored_copy_fences_what_the_original_did_afterwards(original:
         for epoch in (1, late_epoch, late_epoch + 100):
             with pytest.raises(FencedError):
                 await run.buffer.commit(RUN, epoch, 1)
-        # What was lent may have been lent again there: nobody may write it here.
+        # What was issued may have been issued again there: nobody may write it here.
         lost = [state.groups[ticket.group_id] for ticket in tickets]
         assert {(group.state, group.drop_reason) for group in lost} == {(GroupState.DROPPED, DropReason.ROLLED_BACK)}
         zombie = [

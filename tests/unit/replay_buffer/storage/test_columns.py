@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from leeway import codec
 from leeway.errors import CorruptDataError, InvalidDataError, NotFoundError
 from leeway.types import Column, ColumnKind, Segment, SegmentKind, TrajectoryChunk, VersionSpan
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import ChunkWritten
 from replay_buffer.storage.records import Record, encode
 from replay_buffer.storage.segment_reader import ColumnReader
-from replay_buffer.storage.segments import HEADER, frame, segment_path
+from replay_buffer.storage.segments import HEADER, Location, frame, segment_path
 from tests.harness.replay_builders import ROOT, RUN
 
 TOKENS = 2000

@@ -17,10 +17,10 @@ from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage import index as index_module
 from replay_buffer.storage.index_file import FILE
 from replay_buffer.storage.log import LogFailedError
-from replay_buffer.storage.segments import segment_numbers, segment_path
+from replay_buffer.storage.segments import locations_of, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
-from tests.harness.replay_builders import RUN, chunk, version, whole
-from tests.harness.replay_directory import described, opened
+from tests.harness.replay_builders import RUN, chunk, described, version, whole
+from tests.harness.replay_directory import opened
 
 INDEX = FILE
 
@@ -326,7 +326,7 @@ async def test_damage_before_the_snapshot_is_found_when_it_is_read(tmp_path: Pat
     path = segment_path(tmp_path, 1)
     data = bytearray(path.read_bytes())
     async with opened(tmp_path) as run:
-        location = run.state.groups[f"{RUN}-g1"].members[0].records[0]
+        location = locations_of(run.state.groups[f"{RUN}-g1"].members[0])[0]
         data[location.offset + 20] ^= 1
         path.write_bytes(data)
         with pytest.raises(CorruptDataError, match="damaged on disk"):

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from leeway.errors import ConfigError, CorruptDataError
-from replay_buffer.rules.groups import Location
 from replay_buffer.storage.log import Log, LogFailedError, LogOptions
-from replay_buffer.storage.segments import AppendFile, SegmentFile, frame, segment_path
+from replay_buffer.storage.segments import AppendFile, Location, SegmentFile, frame, segment_path
 from tests.deadlines import WAIT_SECONDS
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from leeway.types import Evaluation, SamplingParams, WriteItem
 from replay_buffer.storage import directory as storage_module
+from replay_buffer.storage.index_file import oldest_segment
 from replay_buffer.storage.segments import segment_path, uncache_segments
 from tests.harness.replay_builders import RUN, chunk, filled
 from tests.harness.replay_directory import opened
@@ -59,7 +60,7 @@ async def test_only_what_nothing_live_needs_goes_and_each_once(tmp_path: Path, m
         await run.buffer.create_evaluation(run.state.epoch, evaluation)
         (slow,), *_ = await run.buffer.acquire_tickets(RUN, "s0", run.state.head, 2, 0)
         run.buffer.write(RUN, [WriteItem(slow.members[0].trajectory_id, 1, 0, chunk([run.state.head]))])
-        held = run.state.groups[slow.group_id].oldest_segment
+        held = oldest_segment(run.state.groups[slow.group_id])
         assert held is not None
         for _ in range(6):
             await run.step()

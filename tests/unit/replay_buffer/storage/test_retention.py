@@ -12,12 +12,12 @@ from leeway.config import ReplayBufferOptions
 from leeway.errors import CorruptDataError, NotFoundError, PreconditionError
 from leeway.types import Evaluation, GroupState, Purpose, SamplingParams, WriteItem, WriteStatus
 from replay_buffer.storage import directory as storage_module
-from replay_buffer.storage.index_file import FILE, Filter
+from replay_buffer.storage.index_file import FILE, Filter, oldest_segment
 from replay_buffer.storage.retention import choose_beginning, first_needed
-from replay_buffer.storage.segments import Segment, remove_segments, segment_numbers, segment_path
+from replay_buffer.storage.segments import Segment, locations_of, remove_segments, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import snapshot_path, snapshot_positions
-from tests.harness.replay_builders import RUN, chunk, close, filled, version
-from tests.harness.replay_directory import SEGMENT_BYTES, OpenBuffer, described, opened
+from tests.harness.replay_builders import RUN, chunk, close, described, filled, version
+from tests.harness.replay_directory import SEGMENT_BYTES, OpenBuffer, opened
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ async def test_what_a_kept_checkpoint_needs_stays_and_the_rest_goes(tmp_path: Pa
         for step in (10, 11, 12):
             views = [view async for view in run.buffer.export(RUN, Filter(Purpose.TRAIN, None, step), 0)]
             assert [view.step for view in views] == [step, step]
-            for location in [place for view in views for member in view.members for place in member.chunks]:
+            for location in [place for view in views for member in view.members for place in locations_of(member)]:
                 assert run.buffer.read_many([location])
         assert sum(segment_path(tmp_path, n).stat().st_size for n in segment_numbers(tmp_path)) == run.log.size_bytes
 
@@ -81,7 +81,7 @@ async def test_a_finished_run_lets_go_once_another_goes_on(tmp_path: Path) -> No
         await run.settled()
         kept = [view async for view in run.buffer.export("ended", Filter(step=6), 0)]
         assert len(kept) == 2
-        pinned = min(member.chunks[0].segment for view in kept for member in view.members)
+        pinned = min(locations_of(member)[0].segment for view in kept for member in view.members)
         assert segment_numbers(tmp_path)[0] <= pinned
         await run.open_run()
         await train(run, 12, keep=2)
@@ -102,7 +102,7 @@ async def test_a_run_that_was_left_pins_the_log_until_it_is_given_up(tmp_path: P
         run.buffer.write("left", filled(tickets[0], [left.state.head]))
         await run.open_run()
         await train(run, 12, keep=2)
-        segments = [group.oldest_segment for group in left.state.groups.unended.values()]
+        segments = [oldest_segment(group) for group in left.state.groups.unended.values()]
         pinned = min(number for number in segments if number is not None)
         assert segment_numbers(tmp_path)[0] <= pinned
         assert run.log.size_bytes > 8 * SEGMENT_BYTES
@@ -114,7 +114,7 @@ async def test_a_run_that_was_left_pins_the_log_until_it_is_given_up(tmp_path: P
         before = described(left.state)
     async with opened(tmp_path, retain_bytes=0) as run:
         assert described(run.of("left").state) == before
-        with pytest.raises(PreconditionError, match="was ended for good"):
+        with pytest.raises(PreconditionError, match="ended permanently"):
             await run.of("left").open_run(version(6, run="left"))
         await train(run, 2, keep=2)
 
@@ -129,7 +129,7 @@ async def test_two_finished_runs_keep_what_can_be_replayed(tmp_path: Path) -> No
         await run.settled()
         needed = first_needed([run.of(name).state for name in ("one", "two")], run.buffer._store.storage.index, 1 << 30)
         two = [view async for view in run.buffer.export("two", Filter(step=4), 0)]
-        assert needed <= min(member.chunks[0].segment for view in two for member in view.members)
+        assert needed <= min(locations_of(member)[0].segment for view in two for member in view.members)
 
 
 async def test_a_live_group_keeps_its_segment(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ async def test_a_live_group_keeps_its_segment(tmp_path: Path) -> None:
         await run.buffer.create_evaluation(state.epoch, evaluation)
         (slow,), *_ = await run.buffer.acquire_tickets(RUN, "s0", state.head, 2, 0)
         run.buffer.write(RUN, [WriteItem(slow.members[0].trajectory_id, 1, 0, chunk([state.head]))])
-        held = state.groups[slow.group_id].oldest_segment
+        held = oldest_segment(state.groups[slow.group_id])
         assert held is not None
         await train(run, 8, keep=1)
         assert segment_numbers(tmp_path)[0] <= held

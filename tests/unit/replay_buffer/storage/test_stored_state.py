@@ -7,16 +7,16 @@ from leeway.v1.storage_pb2 import RunSnapshot
 from replay_buffer.rules.drain import decide_drain
 from replay_buffer.rules.evaluation import decide_evaluation
 from replay_buffer.rules.fold import apply
-from replay_buffer.rules.groups import Batch, Group, Location
+from replay_buffer.rules.groups import DrawnBatch, Group
 from replay_buffer.rules.lifecycle import decide_commit
 from replay_buffer.rules.lineage import Lineage
 from replay_buffer.rules.opening import decide_restored, decide_rollback
 from replay_buffer.rules.state import RunState
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.run_index import RunIndex
+from replay_buffer.storage.segments import Location, Position
 from replay_buffer.storage.stored_state import group_from_proto, group_to_proto, run_from_proto, run_to_proto
-from tests.harness.replay_builders import RUN, Machine, chunk, spec, whole
-from tests.harness.replay_directory import described
+from tests.harness.replay_builders import RUN, Machine, chunk, described, lag, spec, whole
 
 
 def restored(state: RunState) -> RunState:
@@ -44,11 +44,11 @@ def rich_state() -> RunState:
         machine.record(decide_evaluation(state, state.epoch, wanted))
         machine.fill(machine.acquire(max_members=1))
     machine.acquire(max_members=1)
-    state.batches |= {7: Batch(7, ("a", "b"), sealed=True), 8: Batch(8, ("c", "d"))}
+    state.batches |= {7: DrawnBatch(7, ("a", "b"), sealed=True), 8: DrawnBatch(8, ("c", "d"))}
     state.lost_attempts[3] = 2
     state.incarnations[b"learner"] = 4
     machine.record(
-        decide_drain(state, "s9", DrainReason.DIVERGING, "odd", epoch=state.epoch, others_at_work={"s0"}, force=False)
+        decide_drain(state, "s9", DrainReason.DIVERGING, "odd", epoch=state.epoch, others_active={"s0"}, force=False)
     )
     state.requeued.extend([4, 1])
     state.finished = state.given_up = True
@@ -75,10 +75,10 @@ def test_a_snapshot_holds_groups_to_the_last_slot() -> None:
             filled = f"{name}" if isinstance(value, str) else value or number
             setattr(group, name, filled)
     group.requeued = True
-    group.version, group.ended_at = state.head, Location(1, 2, 3)
+    group.version, group.ended_at = state.head, Location(1, 2, 3).handle
     for member in group.members:
         member.attempt, member.server_id, member.reward, member.versions = 7, "s7", 0.5, (state.head,)
-        member.records.append(Location(5, (1 << 32) - 1, (1 << 32) - 1))
+        member.records.append(Location(5, (1 << 32) - 1, (1 << 32) - 1).handle)
     for each in (group, *group.members):
         assert all(getattr(each, name) for name in type(each).__slots__ if name != "drop_reason")
     assert described(group_from_proto(group_to_proto(group))) == described(group)
@@ -88,7 +88,9 @@ def test_versions_keep_their_tree() -> None:
     state = rich_state()
     copy = restored(state).lineage
     assert isinstance(copy, Lineage)
-    assert [copy.lag(version) for version in state.lineage] == [state.lineage.lag(version) for version in state.lineage]
+    assert [lag(copy, version) for version in state.lineage] == [
+        lag(state.lineage, version) for version in state.lineage
+    ]
     assert [copy.parent(version) for version in copy] == [state.lineage.parent(version) for version in state.lineage]
 
 
@@ -103,9 +105,9 @@ def test_a_late_record_of_an_ended_group_is_folded_once() -> None:
     records = list(group.members[0].records)
     assert len(records) == 2
     last = len(machine.records) - 1
-    assert machine.read(Location(1, last, 0)).__class__.__name__ == "TrajectoryFailed"
+    assert machine.read(Location(1, last, 0).handle).__class__.__name__ == "TrajectoryFailed"
     copy = restored(machine.state)
-    apply(copy, machine.read(Location(1, last, 0)), 0, records[-1])
+    apply(copy, machine.read(Location(1, last, 0).handle), 0, records[-1])
     again = copy.groups[ticket.group_id]
     assert list(again.members[0].records) == records
 
@@ -118,10 +120,9 @@ def test_the_index_forgets_what_will_be_folded_again() -> None:
     ended = RunIndex(index, RUN)
     for group in machine.state.ended.groups():
         ended.put(group)
-    consumed_at = next(iter(machine.state.ended.groups())).ended_at
-    assert consumed_at is not None
-    from replay_buffer.storage.segments import Position
-
+    record = next(iter(machine.state.ended.groups())).ended_at
+    assert record is not None
+    consumed_at = Location.of(record)
     index.settle(b"g", Position(1, consumed_at.offset + 1))
     index.forget_from(Position(1, consumed_at.offset))
     assert list(ended.groups()) == []

@@ -10,14 +10,13 @@ import pytest
 
 from leeway.errors import NotFoundError
 from leeway.types import GroupState, TrajectoryFailure, WriteItem
-from replay_buffer.rules.groups import Location
 from replay_buffer.rules.transitions import StepsCommitted
 from replay_buffer.storage import directory as storage_module
 from replay_buffer.storage.index import Index
 from replay_buffer.storage.index_file import FILE, Filter
 from replay_buffer.storage.offline import open_directory
 from replay_buffer.storage.records import Record, encode
-from replay_buffer.storage.segments import HEADER, frame, segment_numbers, segment_path
+from replay_buffer.storage.segments import HEADER, frame, locations_of, segment_numbers, segment_path
 from replay_buffer.storage.snapshots import (
     read_generation,
     read_snapshot,
@@ -26,8 +25,8 @@ from replay_buffer.storage.snapshots import (
     write_snapshot,
 )
 from replay_buffer.storage.verification import verify
-from tests.harness.replay_builders import RUN, chunk
-from tests.harness.replay_directory import described, opened
+from tests.harness.replay_builders import RUN, chunk, described
+from tests.harness.replay_directory import opened
 
 
 @pytest.fixture(autouse=True)
@@ -204,9 +203,7 @@ async def test_an_opened_directory_shows_what_a_buffer_would(tmp_path: Path, ind
         assert [group.created for group in newest] == sorted(group.created for group in newest)
         _, group, member = directory.find(f"{RUN}-g3.1")
         assert (group.group_id, member) == (f"{RUN}-g3", 1)
-        location = group.members[0].records[0]
-        assert isinstance(location, Location)
-        assert directory.reader.read(location)
+        assert directory.reader.read(locations_of(group.members[0])[0])
         with pytest.raises(NotFoundError, match="no group or trajectory 'x'"):
             directory.find("x")
         with pytest.raises(NotFoundError, match="no run 'x'; there are: test-run"):

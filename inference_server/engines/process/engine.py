@@ -1,4 +1,4 @@
-"""What engines that sample in processes of their own have in common: admission, labels, pause, swap, death.
+"""An engine over a driver: admission, pause, weight swap and death of an engine with processes of its own.
 
     generate ── slot ──> admitted ──> driver.sample ──> chunks; version spans, from labels, with the last one
                             ▲ not while weights are swapped
@@ -7,11 +7,11 @@
                                           │ fails, or does not answer in time
     watch <── failure <───────────────────┴──> driver.kill ──> open streams end
 
-Whoever pauses goes on again: a swap resumes at its end, unless somebody has paused; a pause whose caller gave up before
-it was reached is taken back; and a command that fails, does not answer or is interrupted is the engine's death, because
-nobody knows any more whether it stands still, or whether what is left is a mixture. A dead engine samples nothing:
-its processes are killed, open iterators and later calls raise UnavailableError, and so does `watch`, with which the
-server ends. A new one joins the run like any late server.
+Every pause is followed by a resume: a swap resumes at its end unless `pause` was called, and a pause whose caller gave
+up before it was reached is undone. A command that fails, does not answer or is interrupted kills the engine, because it
+is then unknown whether decoding stands still and whether its weights are a mixture. A dead engine samples nothing: its
+processes are killed, open iterators and later calls raise UnavailableError, and so does `watch`, which ends the server.
+A new server joins the run like any late one.
 
 Each step of the engine is labelled with a number that stands for a version; spans are made from those labels.
 """
@@ -30,13 +30,12 @@ from typing import Any, TypeVar
 
 from prometheus_client.registry import Collector
 
-from inference_server.engine import GenerationEnd, GenerationRequest
-from inference_server.engines.concurrency import ConcurrencyLimit
-from inference_server.engines.engine_driver import EngineDriver, SampledEnd, one_line
-from inference_server.engines.staged_weights import staged_weights
-from inference_server.requests import check_request
+from inference_server.engine import GenerationEnd, GenerationRequest, check_request
+from inference_server.engines.process.concurrency import ConcurrencyLimit
+from inference_server.engines.process.driver import EngineDriver, SampledEnd, one_line
+from inference_server.engines.process.staged_weights import staged_weights
 from leeway.config import ProcessEngineOptions
-from leeway.errors import DeadlineError, FencedError, InvalidDataError, UnavailableError
+from leeway.errors import DeadlineError, FencedError, UnavailableError
 from leeway.types import (
     EngineInfo,
     FinishReason,
@@ -94,23 +93,18 @@ class ProcessEngine:
         return replace(self._info, version=self._versions.get(self._label), max_concurrency=self._limit.limit)
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
-        """Sample one completion; what is wrong with the request is raised here, before the engine sees it.
+        """Sample one completion. An invalid request is refused here, before the engine sees it.
 
         Raises:
             InvalidDataError: ids outside the vocabulary, which would kill an engine; an empty or over-long prompt.
             UnavailableError: from the iterator: the engine stops or has failed, or has no version yet.
             ExhaustedError: from the iterator: too many requests wait.
         """
-        check_request(request, self.info())
-        if len(request.prompt_token_ids) + 1 > self._context_length:
-            raise InvalidDataError(
-                f"a prompt of {len(request.prompt_token_ids)} tokens leaves no room to sample in a context of "
-                f"{self._context_length}"
-            )
+        check_request(request, self.info(), self._context_length)
         return self._stream(request)
 
     async def update_weights(self, snapshot: WeightSnapshot) -> float:
-        """Stage a file beside the running model, pause, swap, go on; returns the seconds decoding stood still.
+        """Stage a file beside the running model, pause, swap, resume; returns the seconds that decoding paused.
 
         Raises:
             FencedError: a higher publisher epoch has been seen.
@@ -120,7 +114,7 @@ class ProcessEngine:
         return await asyncio.shield(self._to_its_end(self._update(snapshot)))
 
     async def pause(self) -> None:
-        """Decoding stands still when this returns; when it is cancelled before that, decoding goes on."""
+        """Pause decoding. If this is cancelled before decoding stands still, decoding continues."""
         abandoned = asyncio.Event()
         try:
             await asyncio.shield(self._to_its_end(self._pause(abandoned)))
@@ -137,7 +131,7 @@ class ProcessEngine:
         Raises:
             UnavailableError: it has.
         """
-        # No deadline: it is hoped to live as long as this process.
+        # No deadline: the engine normally lives as long as this process.
         ended = asyncio.create_task(self._driver.ended())
         failed = asyncio.create_task(self._failed.wait())
         try:
@@ -208,7 +202,7 @@ class ProcessEngine:
     # Commands
 
     def _to_its_end(self, command: Coroutine[Any, Any, _T]) -> asyncio.Task[_T]:
-        """Begin a command that is not to end with its caller."""
+        """Start a command that continues if its caller is cancelled."""
         task = asyncio.create_task(command)
         self._tasks.add(task)
         task.add_done_callback(self._has_ended)
@@ -217,7 +211,7 @@ class ProcessEngine:
     def _has_ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # seen, though its caller may be gone
+            task.exception()  # retrieved here, because its caller may be gone
 
     async def _pause(self, abandoned: asyncio.Event) -> None:
         async with self._commanding:
@@ -271,7 +265,7 @@ class ProcessEngine:
         return time.perf_counter() - stopped_at
 
     async def _command(self, what: str, command: Coroutine[Any, Any, None]) -> None:
-        """Await one of the engine's commands; when it fails, so has the engine, and when the engine dies, it fails."""
+        """Await one of the engine's commands. Its failure is the failure of the engine, and the reverse."""
         name = self._driver.name
         commanded, failed = asyncio.create_task(command), asyncio.create_task(self._failed.wait())
         try:
@@ -296,7 +290,7 @@ class ProcessEngine:
     # Death
 
     def _fail(self, message: str) -> UnavailableError:
-        """Kill the engine, unless it has ended already; returns what to raise, which is why it ended first."""
+        """Kill the engine unless it has failed already; returns an error with the first reason."""
         if self._failure is None:
             self._failure = message
             self._driver.kill()
@@ -310,4 +304,4 @@ class ProcessEngine:
     def _require_weights(self) -> None:
         self._require_life()
         if self._label not in self._versions:
-            raise UnavailableError("the engine has no weights yet; ask again when the learner has published")
+            raise UnavailableError("the engine has no weights yet; retry after the first weight update")

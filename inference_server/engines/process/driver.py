@@ -1,8 +1,8 @@
-"""What `process_engine` needs of an engine that samples in processes of its own, such as vLLM or SGLang."""
+"""The interface between `ProcessEngine` and an engine with processes of its own, and what such engines share."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,12 +10,13 @@ from typing import Protocol
 from prometheus_client.registry import Collector
 
 from inference_server.engine import GenerationRequest
-from leeway.types import Column, FinishReason, TrajectoryChunk
+from leeway.huggingface import check_published, model_outline
+from leeway.types import Column, FinishReason, TrajectoryChunk, WeightManifest
 
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Sampled tokens [start, end) of a completion, its first being 0, and the label of the weights they come from."""
+    """Sampled tokens [start, end) of a completion, counted from 0, and the label of the weights that sampled them."""
 
     start: int
     end: int
@@ -24,7 +25,7 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class SampledEnd:
-    """The last that a driver says of a completion."""
+    """The last item of a completion."""
 
     finish_reason: FinishReason
     num_tokens: int  # sampled in all
@@ -42,7 +43,7 @@ class EngineDriver(Protocol):
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
-        """Exceptions by which `sample` says that the engine has failed."""
+        """Exceptions of `sample` that mean that the engine has failed."""
         ...
 
     def sample(
@@ -67,11 +68,11 @@ class EngineDriver(Protocol):
         ...
 
     async def resume(self) -> None:
-        """Go on."""
+        """Continue decoding."""
         ...
 
     async def ended(self) -> str:
-        """Wait until the engine's processes have died; say why, if that is known."""
+        """Wait until the engine's processes have died; returns the reason if it is known, else an empty text."""
         ...
 
     def kill(self) -> None:
@@ -88,12 +89,12 @@ class EngineDriver(Protocol):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message for a message."""
+    """The message of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def finish_reason(said: str | None, reached_max_tokens: bool) -> FinishReason:
-    """What vLLM and SGLang call the end of a completion, in Leeway's terms."""
+    """The finish reason for the words of vLLM and SGLang."""
     match said:
         case "stop":
             return FinishReason.STOP
@@ -101,3 +102,13 @@ def finish_reason(said: str | None, reached_max_tokens: bool) -> FinishReason:
             return FinishReason.LENGTH if reached_max_tokens else FinishReason.CONTEXT
         case _:
             return FinishReason.ABORTED
+
+
+def manifest_check(model_path: Path) -> Callable[[WeightManifest], None]:
+    """A check that raises PreconditionError for weights that are not the model's, by name or by shape."""
+    outline = model_outline(model_path)
+
+    def check(manifest: WeightManifest) -> None:
+        check_published(outline, {entry.name: entry.shape for entry in manifest.tensors})
+
+    return check

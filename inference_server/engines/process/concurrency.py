@@ -1,11 +1,11 @@
-"""How many sequences an engine is given at once, steered by what it says of its queue and its KV cache.
+"""The number of sequences that an engine decodes at once, adapted to its queue and its KV cache.
 
     request ── slot() ──> running ── its end ──> slot is free
                  ▲
     engine's statistics ── observe ──> limit: cut when the engine preempts, raised again while it has room
 
-An engine that runs out of memory for keys and values throws a running sequence out and computes it again later, with
-whatever weights are then in force. The limit is cut by a tenth of what ran when that happens, and raised by one after
+An engine that runs out of memory for keys and values preempts a running sequence and computes it again later, with the
+weights that are in force then. The limit is cut by a tenth of what ran when that happens, and raised by one after
 `patience` observations without a queue and below `high_water`, while all slots are taken. Belongs to one event loop.
 """
 
@@ -22,7 +22,7 @@ from leeway.errors import ExhaustedError
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """What an engine says of itself after a step."""
+    """Statistics of an engine after a step."""
 
     num_running: int
     num_waiting: int

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ class Stepper:
         await self._engine.pause()
 
 
-async def first_chunk(items: AsyncIterator[TrajectoryChunk | GenerationEnd]) -> TrajectoryChunk:
+async def first_chunk(items: AsyncGenerator[TrajectoryChunk | GenerationEnd, None]) -> TrajectoryChunk:
     item = await anext(items)
     assert isinstance(item, TrajectoryChunk)
     return item

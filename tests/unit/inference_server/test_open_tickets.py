@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inference_server.rollout.refusals import Refusals
+from inference_server.rollout.open_tickets import RefusedAttempts
 from leeway.types import WriteResult, WriteStatus
 
 
@@ -11,14 +11,14 @@ def refusal(trajectory: int, *, attempt: int = 1, seq: int = 0) -> WriteResult:
 
 
 def test_an_attempt_is_new_once() -> None:
-    refusals = Refusals(capacity=8)
+    refusals = RefusedAttempts(capacity=8)
     assert refusals.add(refusal(0))
     assert not refusals.add(refusal(0, seq=1))
     assert refusals.add(refusal(0, attempt=2))
 
 
 def test_what_is_remembered_is_bounded_and_the_newest() -> None:
-    refusals = Refusals(capacity=8)
+    refusals = RefusedAttempts(capacity=8)
     for number in range(10_000):
         assert refusals.add(refusal(number))
         assert not refusals.add(refusal(-1)) or number == 0, "heard of again and again, it is not the oldest"

@@ -1,4 +1,4 @@
-"""A snapshot as a safetensors file: how weights reach an engine that runs in another process."""
+"""A snapshot as a safetensors file, by which weights reach an engine in another process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def staged_weights(snapshot: WeightSnapshot, directory: Path) -> Generator[Path,
 
 
 def remove_abandoned(directory: Path) -> None:
-    """Remove what servers left staged that were killed; theirs is what nobody has locked."""
+    """Remove the folders of servers that were killed: those that no process has locked."""
     for folder in directory.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # locked, another user's, or gone already
             lock = os.open(folder, os.O_RDONLY)

@@ -31,7 +31,7 @@ class RoutingShape:
     dtype: np.dtype[np.uint8] | np.dtype[np.uint16]
 
 
-class Sequence:
+class DecodeSequence:
     """A request, its sampled tokens and their columns.
 
     Token `length - 1` is known but not yet fed to the model; so `length - 1` tokens have routing.
