@@ -23,8 +23,8 @@ import pytest
 
 WITH_PROCESSES = ("processes", "e2e", "engines")
 """Markers of tests that may start processes."""
-_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-"""Processes of the standard library that serve until the end."""
+_HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "matplotlib/mpl-data")
+"""Processes of the standard library that serve until the end, and fonts that matplotlib keeps open."""
 
 
 def _open_files() -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Final
 
 from leeway.cli.serve import serve_command
@@ -33,11 +33,11 @@ async def open_replay(document: Document) -> AsyncGenerator[ReplayClient]:
     network = section(document, "network", NetworkOptions)
     security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
     if await _serves(network.replay_buffer, run.name, security):
-        async with _client(network.replay_buffer, run.name, security) as client:
+        async with aclosing(ReplayClient(network.replay_buffer, run.name, security)) as client:
             yield client
         return
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    async with _started(document, address, security), _client(address, run.name, security) as client:
+    async with _started(document, address, security), aclosing(ReplayClient(address, run.name, security)) as client:
         yield client
 
 
@@ -45,20 +45,11 @@ async def _serves(address: str, run: str, security: Security) -> bool:
     """True if this run is served there; another run's buffer may have taken the port."""
     try:
         await check_health(address, security, _PROBE_SECONDS, patient=False)
-        async with _client(address, run, security) as client:
+        async with aclosing(ReplayClient(address, run, security)) as client:
             await client.run_status()
     except (UnavailableError, DeadlineError, NotFoundError):
         return False
     return True
-
-
-@asynccontextmanager
-async def _client(address: str, run: str, security: Security) -> AsyncGenerator[ReplayClient]:
-    client = ReplayClient(address, run, security)
-    try:
-        yield client
-    finally:
-        await client.aclose()
 
 
 @asynccontextmanager

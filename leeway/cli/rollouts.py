@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -63,24 +62,18 @@ def _rollouts(arguments: argparse.Namespace) -> int:
 async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode) -> None:
     console = Console(highlight=False, soft_wrap=False)
     shown = 0
-    async with _groups(arguments, folder.document) as groups:
-        async for group in groups:
+    async with open_replay(folder.document) as client:
+        async for group in client.export_groups(
+            purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
+            state=_STATES[arguments.state] if arguments.state else None,
+            step=arguments.step,
+            limit=arguments.groups,
+        ):
             logprobs = read_policy_logprobs(folder.directory, group.step) if group.step else {}
             _print_group(console, group, logprobs, decode, arguments.members)
             shown += 1
     if not shown:
         console.print("no rollouts match")
-
-
-@asynccontextmanager
-async def _groups(arguments: argparse.Namespace, document: Document) -> AsyncGenerator[AsyncIterator[GroupRecord]]:
-    async with open_replay(document) as client:
-        yield client.export_groups(
-            purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
-            state=_STATES[arguments.state] if arguments.state else None,
-            step=arguments.step,
-            limit=arguments.groups,
-        )
 
 
 def _load_decoder(document: Document) -> Decode:

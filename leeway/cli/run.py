@@ -21,10 +21,9 @@ from typing import Any
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import read_journal
 from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
-from leeway.cli.examples import load_run_document
 from leeway.cli.progress import open_progress
 from leeway.cli.report import write_report
-from leeway.cli.run_folder import has_finished, open_run_folder, prepare_run_folder
+from leeway.cli.run_folder import has_finished, load_run_document, open_run_folder, prepare_run_folder
 from leeway.cli.serve import on_ranks, serve_command
 from leeway.cli.supervisor import Outcome, Service, Supervisor
 from leeway.config import RunOptions
