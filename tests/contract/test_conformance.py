@@ -31,7 +31,7 @@ from tests.contract.broken_servers import BROKEN, Broken
 from tests.deadlines import WAIT_SECONDS
 
 # Each test runs the whole kit at least once.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, pytest.mark.processes]
 
 OPTIONS = KitOptions(
     samples=128, quiet_seconds=0.1, call_seconds=WAIT_SECONDS, check_seconds=WAIT_SECONDS, stop_seconds=WAIT_SECONDS

@@ -46,6 +46,8 @@ from tests.contract.rewards import InProcessReward, faulty_reward
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 
+pytestmark = pytest.mark.processes
+
 TASKS = TaskSet(
     train=[{"prompt": f"train {index}", "index": index} for index in range(6)]
     + [{"prompt": ""}, {"prompt": "x" * 4096}],

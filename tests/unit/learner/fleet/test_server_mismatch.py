@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -18,13 +18,13 @@ from leeway.config import FleetOptions
 from leeway.types import (
     Drain,
     DrainReason,
-    FinishReason,
     Float32Array,
     PolicyVersion,
     ServerStatus,
     Trajectory,
     VersionSpan,
 )
+from tests.harness import learner_builders
 
 OPTIONS = FleetOptions(min_tokens=500)
 VOCABULARY = 32
@@ -57,13 +57,8 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def trajectory(server_id: str, spans: Sequence[VersionSpan], behavior_logprobs: Float32Array) -> Trajectory:
-    n = len(behavior_logprobs)
-    mask = np.zeros(n, np.bool_)
-    mask[spans[0].start_token :] = True
-    return Trajectory(
-        "t", 0, 1, server_id, np.zeros(n, np.int32), behavior_logprobs, mask, tuple(spans), (), 1.0,
-        FinishReason.STOP, MOMENT, MOMENT,
-    )  # fmt: skip
+    made = learner_builders.trajectory("t", len(behavior_logprobs), prompt=spans[0].start_token)
+    return replace(made, server_id=server_id, behavior_logprobs=behavior_logprobs, version_spans=tuple(spans))
 
 
 def sampled(
