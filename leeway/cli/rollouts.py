@@ -16,7 +16,7 @@ from learner.run_artifacts.journal import read_policy_logprobs
 from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, open_run_folder
-from leeway.config import Document, InferenceServerOptions, ModelOptions, section
+from leeway.config import ENGINES, RunConfiguration
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_OK
 from leeway.trajectory.assembly import assemble_trajectory
@@ -54,7 +54,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def _rollouts(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    decode = _load_decoder(folder.document)
+    decode = _load_decoder(folder.configuration)
     asyncio.run(_show(arguments, folder, decode))
     return EXIT_OK
 
@@ -62,7 +62,7 @@ def _rollouts(arguments: argparse.Namespace) -> int:
 async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode) -> None:
     console = Console(highlight=False, soft_wrap=False)
     shown = 0
-    async with open_replay(folder.document) as client:
+    async with open_replay(folder.config_path) as client:
         async for group in client.export_groups(
             purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
             state=_STATES[arguments.state] if arguments.state else None,
@@ -76,14 +76,14 @@ async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode
         console.print("no rollouts match")
 
 
-def _load_decoder(document: Document) -> Decode:
-    if section(document, "inference_server", InferenceServerOptions).engine == "arithmetic":
+def _load_decoder(configuration: RunConfiguration) -> Decode:
+    if ENGINES[configuration.inference_server.engine].rehearsal:
         from leeway.arithmetic import ArithmeticTokenizer
 
         return ArithmeticTokenizer().decode
     from leeway.huggingface import load_tokenizer  # transformers takes seconds to import
 
-    tokenizer: Any = load_tokenizer(section(document, "model", ModelOptions).directory)
+    tokenizer: Any = load_tokenizer(configuration.model.directory)
     return lambda token_ids: str(tokenizer.decode(list(token_ids)))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import leeway
 from learner.run_artifacts.journal import read_journal
-from leeway.config import Document, RunOptions, load_document, section
+from leeway.config import Document, RunConfiguration, RunOptions, load_configuration, load_document
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
 
 
@@ -22,7 +22,8 @@ class RunFolder:
     """A run's folder and the configuration of its services."""
 
     directory: Path
-    document: Document
+    config_path: Path
+    configuration: RunConfiguration
 
 
 def open_run_folder(path: Path) -> RunFolder:
@@ -33,14 +34,14 @@ def open_run_folder(path: Path) -> RunFolder:
         ConfigError: its configuration cannot be read.
     """
     if path.is_file():
-        document = load_document(path)
-        return RunFolder(section(document, "run", RunOptions).run_directory, document)
+        configuration = load_configuration(path)
+        return RunFolder(configuration.run.run_directory, path, configuration)
     if not is_run_folder(path):
         raise NotFoundError(
             f"{path}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8, or the "
             "configuration file that its services were started with"
         )
-    return RunFolder(path, load_document(_configuration(path)))
+    return RunFolder(path, _configuration(path), load_configuration(_configuration(path)))
 
 
 def is_run_folder(path: Path) -> bool:

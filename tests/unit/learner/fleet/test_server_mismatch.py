@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -186,6 +187,6 @@ def test_a_slow_server_is_one_that_takes_much_longer_than_the_others() -> None:
     assert slow(status("slow", tickets=16, seconds=89.0)) == []
     assert slow(status("slow", tickets=15, seconds=91.0)) == []
     assert slow(status("gone", tickets=16, seconds=91.0, present=False)) == []
-    assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=None)) == []
+    assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=math.inf)) == []
     assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=10.0, slow_seconds=92.0)) == []
     assert verdicts({}, [status("only", tickets=32, seconds=1e6)], options) == []
