@@ -113,7 +113,7 @@ def _key(name: str, field: FieldInfo) -> Key:
 def _toml(value: Any) -> str:  # noqa: ANN401 (any value of a key)
     if isinstance(value, Path):
         value = str(value)
-    text = tomli_w.dumps({"v": list(value) if isinstance(value, tuple) else value}).strip()
+    text = tomli_w.dumps({"v": list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value}).strip()
     return " ".join(text.partition(" = ")[2].split()).replace("[ ", "[").replace(", ]", "]") if " = " in text else "{}"
 
 
