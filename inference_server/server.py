@@ -32,28 +32,15 @@ from inference_server.served_policy import ServedPolicy
 from inference_server.service import SERVICE_NAME, add_inference_service
 from inference_server.weights.receiver import WeightReceiver
 from leeway.arithmetic import ArithmeticTokenizer
-from leeway.config import (
-    ENGINES,
-    Document,
-    EngineOptions,
-    InferenceServerOptions,
-    MetricsOptions,
-    ModelOptions,
-    NetworkOptions,
-    RunOptions,
-    SamplingOptions,
-    TaskOptions,
-    load_document,
-    section,
-)
+from leeway.config import ENGINES, EngineOptions, RunConfiguration, load_configuration
+from leeway.config.references import open_reward, open_tasks
 from leeway.errors import ConfigError, LeewayError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security, cancel_and_wait, start_server
+from leeway.rpc import cancel_and_wait, start_server
 from leeway.service.metrics import InferenceServerMetrics, serve_metrics
 from leeway.service.ports import free_port
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, tell_run_finished, unless_stopped
-from leeway.tasks import load_tasks
-from leeway.weights.transports import weight_transports
+from leeway.tasks import TaskSet
 
 log = logging.getLogger("inference_server")
 
@@ -80,68 +67,80 @@ class InferenceServerProcess:
     """One inference server of a run: a configured one by its index, or one that joins beside those.
 
     Args:
-        document: the run's configuration.
+        configuration: the run's.
         index: which entry of network.inference_servers and metrics.inference_servers this is.
         backend: address of a foreign InferenceService that samples, in place of the configured one.
         joining: set for a server that the configuration does not list; `index` is ignored then.
 
     Raises:
-        ConfigError: a section cannot be used, there is no server with that index, or a joining one takes such a name.
+        ConfigError: there is no server with that index, or one that joins takes the name of a configured one.
     """
 
     def __init__(
-        self, document: Document, index: int, backend: str | None = None, joining: JoinArguments | None = None
+        self,
+        configuration: RunConfiguration,
+        index: int,
+        backend: str | None = None,
+        joining: JoinArguments | None = None,
     ) -> None:
-        self.run = section(document, "run", RunOptions)
-        self.model = section(document, "model", ModelOptions)
-        self.task = section(document, "task", TaskOptions)
-        self.sampling = section(document, "sampling", SamplingOptions)
-        self.network = section(document, "network", NetworkOptions)
-        self.metrics = section(document, "metrics", MetricsOptions)
-        self.options = section(document, "inference_server", InferenceServerOptions)
-        self.security = Security.from_files(
-            self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
-        )
-        self.transports = weight_transports(self.network)
+        self.configuration = configuration
+        self.run = configuration.run
+        self.model = configuration.model
+        self.task = configuration.task
+        self.network = configuration.network
+        self.options = configuration.inference_server
+        self.security = self.network.security()
         if joining is None:
-            self._take_place(document, index, backend)
+            self._take_place(index, backend)
         else:
-            self._join(document, joining, backend)
+            self._join(joining, backend)
 
-    def _take_place(self, document: Document, index: int, backend: str | None) -> None:
-        backends = self.options.backends
-        for key, entries in (
-            *([("inference_server.backends", backends)] if backends else []),
-            ("network.inference_servers", self.network.inference_servers),
-            ("metrics.inference_servers", self.metrics.inference_servers),
-        ):
-            if not 0 <= index < len(entries):
-                raise ConfigError(f"{document.path}: {key} has {len(entries)} entries, none for --index {index}")
+    def _take_place(self, index: int, backend: str | None) -> None:
+        addresses, backends = self.network.inference_servers, self.options.backends
+        if not 0 <= index < len(addresses):
+            raise self.configuration.refused(
+                f"network.inference_servers: lists {len(addresses)}, none for --index {index}"
+            )
         self.server_id = f"server-{index}"
-        self.address = self.network.inference_servers[index]
-        self.metrics_port = self.metrics.inference_servers[index]
+        self.address = addresses[index]
+        self.metrics_port = self.configuration.metrics.inference_servers[index]
         self.engine = self.options.engine_of(index)
         self.backend = backend or (backends[index] if backends else None)
 
-    def _join(self, document: Document, joining: JoinArguments, backend: str | None) -> None:
+    def _join(self, joining: JoinArguments, backend: str | None) -> None:
         if joining.name in (f"server-{index}" for index in range(len(self.network.inference_servers))):
             raise ConfigError(
-                f"{document.path}: {joining.name} is one of the configured servers; give --join another name, or start "
-                "that one with --index"
+                f"--join: {joining.name} is one of the configured servers; give another name, or start that one with "
+                "--index"
             )
         self.server_id = joining.name
         self.address = joining.address or f"127.0.0.1:{free_port('127.0.0.1')}"
-        self.metrics_port = joining.metrics_port or free_port(self.metrics.host)
+        self.metrics_port = joining.metrics_port or free_port(self.configuration.metrics.host)
         self.engine = self.options.engine
         self.backend = backend
+
+    def open_tasks(self) -> TaskSet:
+        """The run's tasks, once it is known that the engine can be imported.
+
+        Raises:
+            ConfigError: something that the configuration names is not there.
+        """
+        library = ENGINES[self.engine].library
+        if self.backend is None and library is not None and importlib.util.find_spec(library) is None:
+            raise self.configuration.refused(
+                f"inference_server.engine: {sys.executable} has no {library}; set "
+                f"inference_server.{self.engine}.python to the interpreter of its environment (`make engine-env "
+                f"ENGINE={self.engine}` builds one)"
+            )
+        return open_tasks(self.configuration)
 
     async def main(self, stop: asyncio.Event) -> None:
         """Serve and feed the run until it has finished or `stop` is set."""
         registry = CollectorRegistry()
         metrics = InferenceServerMetrics(registry)
-        tasks = load_tasks(self.task, self.run.seed)
+        tasks = self.open_tasks()
         tokenizer = self._make_tokenizer()
-        serve_metrics(registry, self.metrics.host, self.metrics_port)
+        serve_metrics(registry, self.configuration.metrics.host, self.metrics_port)
         async with contextlib.AsyncExitStack() as stack:
             reward = RewardRunner(self.task.reward, self.task.python_path, self.options.reward, metrics)
             stack.push_async_callback(reward.aclose)
@@ -162,7 +161,7 @@ class InferenceServerProcess:
                 server_id=self.server_id,
                 address=self.network.policy,
                 security=self.security,
-                transports=self.transports,
+                transports=self.network.weight_transports,
                 take_deltas=self.options.take_deltas,
                 fetch_timeout_seconds=self.options.fetch_timeout_seconds,
                 metrics=metrics,
@@ -220,12 +219,6 @@ class InferenceServerProcess:
                 self.backend, self.security, timeout_seconds=self.options.worker.trajectory_timeout_seconds
             )
         entry = ENGINES[self.engine]
-        if entry.library is not None and importlib.util.find_spec(entry.library) is None:
-            raise ConfigError(
-                f"inference_server.engine: {sys.executable} has no {entry.library}; set "
-                f"inference_server.{self.engine}.python to the interpreter of its environment (`make engine-env "
-                f"ENGINE={self.engine}` builds one)"
-            )
         module, _, function = entry.start.partition(":")
         start: StartEngine = getattr(importlib.import_module(module), function)
         return await start(None if entry.rehearsal else self.model.directory, self.options.options_of(self.engine))
@@ -269,10 +262,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", metavar="HOST:PORT", help="a foreign InferenceService that samples")
     arguments = parser.parse_args(argv)
     try:
-        document = load_document(arguments.config, arguments.overrides)
-        process = InferenceServerProcess(document, arguments.index, arguments.backend, _joining(arguments))
+        configuration = load_configuration(arguments.config, arguments.overrides)
+        process = InferenceServerProcess(configuration, arguments.index, arguments.backend, _joining(arguments))
+        if arguments.check:
+            process.open_tasks()
+            open_reward(configuration)
+            return EXIT_OK
     except LeewayError as error:
         return report_error("inference_server", error)
-    if arguments.check:
-        return EXIT_OK
     return serve(process.server_id, process.main, arguments)

@@ -22,30 +22,18 @@ from learner.run_artifacts.run_lock import held_run
 from learner.trainer import Trainer
 from learner.weights.outlets import WeightOutlet
 from learner.weights.publisher import Publisher
-from leeway.config import (
-    Document,
-    EvaluationOptions,
-    LearnerOptions,
-    MetricsOptions,
-    ModelOptions,
-    NetworkOptions,
-    RunOptions,
-    SamplingOptions,
-    TaskOptions,
-    check_recorded_topk,
-    load_document,
-    section,
-)
+from leeway.config import RunConfiguration, load_configuration
+from leeway.config.references import open_tasks
 from leeway.errors import ConfigError, NotFoundError, PreconditionError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security, start_server
+from leeway.rpc import start_server
 from leeway.service.metrics import LearnerMetrics, serve_metrics
 from leeway.service.process import EXIT_OK, report_error, serve, service_parser, unless_stopped
-from leeway.tasks import TaskSet, load_tasks
+from leeway.tasks import TaskSet
 from leeway.types import PolicyVersion, RunSpec, TrajectoryGroup
 from leeway.v1 import policy_pb2, policy_pb2_grpc
 from leeway.weights.digests import weights_digest
-from leeway.weights.transports import TRANSPORTS, load_side, weight_transports
+from leeway.weights.transports import TRANSPORTS, load_side
 
 log = logging.getLogger(__name__)
 
@@ -53,40 +41,28 @@ log = logging.getLogger(__name__)
 class LearnerProcess:
     """One learner process, assembled from its configuration."""
 
-    def __init__(self, document: Document, *, supervised: bool = False) -> None:
-        self.run = section(document, "run", RunOptions)
-        self.model = section(document, "model", ModelOptions)
-        self.task = section(document, "task", TaskOptions)
-        self.sampling = section(document, "sampling", SamplingOptions)
-        self.network = section(document, "network", NetworkOptions)
-        self.metrics = section(document, "metrics", MetricsOptions)
-        self.evaluation = section(document, "evaluation", EvaluationOptions)
-        self.options = section(document, "learner", LearnerOptions)
-        if self.options.ranks > self.run.groups_per_step:
-            raise ConfigError(
-                f"learner.ranks is {self.options.ranks}, but run.groups_per_step is {self.run.groups_per_step}; "
-                "every rank needs a group"
-            )
-        self.transports = weight_transports(self.network)
-        if self.options.trainer == "torch":
-            check_recorded_topk(self.options.training, self.sampling)
+    def __init__(self, configuration: RunConfiguration, *, supervised: bool = False) -> None:
+        self.configuration = configuration
+        self.run = configuration.run
+        self.model = configuration.model
+        self.network = configuration.network
+        self.options = configuration.learner
         self.directory = self.run.run_directory
         self._listen = _tell_supervisor if supervised else _log_record
-        self.security = Security.from_files(
-            self.network.certificate, self.network.key, self.network.authority, insecure=self.network.insecure
-        )
+        self.security = self.network.security()
 
     async def main(self, stop: asyncio.Event) -> None:
         """Be the learner, or one of its ranks."""
+        tasks = open_tasks(self.configuration)
         if self.options.ranks == 1:
             with held_run(self.directory):
-                await self._lead(make_trainer(self.options, self.model, self.sampling), stop)
+                await self._lead(make_trainer(self.options, self.model), tasks, stop)
             return
         from learner.factory import join_world, make_ranked_trainer
         from learner.training.distributed import DistributedTrainer, follow
 
         world = join_world(self.options)
-        ranked = make_ranked_trainer(self.options, self.model, self.sampling, world)
+        ranked = make_ranked_trainer(self.options, self.model, world)
         if world.rank:
             # Signals reach every rank; rank 0 decides when all of them stop.
             async with self._replay_client() as buffer:
@@ -100,19 +76,18 @@ class LearnerProcess:
         else:
             trainer = DistributedTrainer(ranked, world)
             with held_run(self.directory):
-                await self._lead(trainer, stop)
+                await self._lead(trainer, tasks, stop)
             trainer.stop()
         world.close()
 
-    async def _lead(self, trainer: Trainer, stop: asyncio.Event) -> None:
+    async def _lead(self, trainer: Trainer, tasks: TaskSet, stop: asyncio.Event) -> None:
         """Restore, open, train, and leave a checkpoint and a summary behind."""
         registry = CollectorRegistry()
         metrics = LearnerMetrics(registry)
-        serve_metrics(registry, self.metrics.host, self.metrics.learner)
+        serve_metrics(registry, self.configuration.metrics.host, self.configuration.metrics.learner)
         checkpoints = CheckpointStore(self.directory / "checkpoints", keep=self.options.keep_checkpoints)
         root = PolicyVersion(self.run.name, 0, 0, weights_digest(trainer.published()[0]))
-        tasks = load_tasks(self.task, self.run.seed)
-        spec = self._spec(trainer, root, tasks)
+        spec = self._spec(trainer, tasks, root)
         buffer = ReplayClient(self.network.replay_buffer, self.run.name, self.security)
         if checkpoints.steps() and not await unless_stopped(stop, _drop_abandoned(checkpoints, buffer)):
             await buffer.aclose()
@@ -153,7 +128,7 @@ class LearnerProcess:
             ),
             spec,
             self.options,
-            self.evaluation,
+            self.configuration.evaluation,
             restored,
         )
         try:
@@ -195,21 +170,7 @@ class LearnerProcess:
         log.info("restored the checkpoint of step %d", restored.version.step)
         return restored
 
-    def _spec(self, trainer: Trainer, root: PolicyVersion, tasks: TaskSet) -> RunSpec:
-        if self.evaluation.tasks > len(tasks.heldout):
-            raise ConfigError(
-                f"evaluation.tasks is {self.evaluation.tasks}, but there are {len(tasks.heldout)} held-out tasks"
-            )
-        if self.options.publish_every > self.run.max_staleness + 1:
-            raise ConfigError(
-                f"learner.publish_every is {self.options.publish_every}; beyond run.max_staleness + 1 = "
-                f"{self.run.max_staleness + 1} no fresh enough data could ever come"
-            )
-        if self.run.drop_no_signal and self.options.training.overlong_limit is not None:
-            raise ConfigError(
-                "run.drop_no_signal looks at rewards before learner.training.overlong_limit changes them, and would "
-                "drop groups that differ in length only; unset one of the two"
-            )
+    def _spec(self, trainer: Trainer, tasks: TaskSet, root: PolicyVersion) -> RunSpec:
         return RunSpec(
             run=self.run.name,
             groups_per_step=self.run.groups_per_step,
@@ -218,7 +179,7 @@ class LearnerProcess:
             total_steps=self.run.steps,
             seed=self.run.seed,
             train_task_count=len(tasks.train),
-            sampling=self.sampling.params(trainer.stop_token_ids),
+            sampling=self.configuration.sampling.params(trainer.stop_token_ids),
             signature=trainer.signature,
             dataset_digest=tasks.digest,
             root=root,
@@ -229,7 +190,7 @@ class LearnerProcess:
     def _make_outlets(self, metrics: LearnerMetrics) -> list[WeightOutlet]:
         """The ways that weights leave this learner, beside gRPC."""
         host, patience_seconds = self.network.policy.rpartition(":")[0], self.options.broadcast_patience_seconds
-        references = [TRANSPORTS[name].outlet for name in self.transports]
+        references = [TRANSPORTS[name].outlet for name in self.network.weight_transports]
         return [load_side(reference)(metrics, host, patience_seconds) for reference in references if reference]
 
 
@@ -274,11 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = service_parser("leeway serve learner", "The learner of one run: draws groups, trains, publishes weights.")
     arguments = parser.parse_args(argv)
     try:
-        process = LearnerProcess(load_document(arguments.config, arguments.overrides), supervised=arguments.supervised)
+        configuration = load_configuration(arguments.config, arguments.overrides)
+        process = LearnerProcess(configuration, supervised=arguments.supervised)
+        if arguments.check:
+            open_tasks(configuration)
+            return EXIT_OK
     except ConfigError as error:
         return report_error("learner", error)
-    if arguments.check:
-        return EXIT_OK
     Path(process.directory).mkdir(parents=True, exist_ok=True)
     return serve("learner", process.main, arguments)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from learner.trainer import Trainer
-from leeway.config import LearnerOptions, ModelOptions, SamplingOptions
+from leeway.config import LearnerOptions, ModelOptions
 from leeway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ _IDLE_MARGIN_SECONDS: Final = 600.0
 """Added to the longest waits of rank 0: opening the run, publishing, evaluations."""
 
 
-def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: SamplingOptions) -> Trainer:
+def make_trainer(options: LearnerOptions, model: ModelOptions) -> Trainer:
     """The trainer of a learner in one process, at the run's first weights.
 
     Raises:
@@ -33,7 +33,7 @@ def make_trainer(options: LearnerOptions, model: ModelOptions, sampling: Samplin
 
     torch.set_num_threads(options.num_threads)
     world = World(compute_device(options.training.device))
-    return TorchTrainer.from_directory(model.directory, sampling, options.training, world)
+    return TorchTrainer.from_directory(model.directory, options.training, world)
 
 
 def join_world(options: LearnerOptions) -> TorchWorld:
@@ -58,13 +58,11 @@ def join_world(options: LearnerOptions) -> TorchWorld:
     return world
 
 
-def make_ranked_trainer(
-    options: LearnerOptions, model: ModelOptions, sampling: SamplingOptions, world: TorchWorld
-) -> TorchTrainer:
+def make_ranked_trainer(options: LearnerOptions, model: ModelOptions, world: TorchWorld) -> TorchTrainer:
     """One rank's trainer, at the run's first weights."""
     import torch
 
     from learner.training.torch_trainer import TorchTrainer
 
     torch.set_num_threads(options.num_threads)
-    return TorchTrainer.from_directory(model.directory, sampling, options.training, world)
+    return TorchTrainer.from_directory(model.directory, options.training, world)

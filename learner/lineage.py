@@ -3,7 +3,8 @@
     staleness(v) = head_step - lineage_step(v)
     lineage_step(v) = min(v.step, step that each later epoch branched off at)
 
-A version of an abandoned branch counts from where the branch left the surviving history.
+A version of an abandoned branch counts from where the branch left the surviving history. The buffer keeps every version
+in a tree (`replay_buffer.rules.lineage`); the learner knows only where epochs started, which gives the same steps.
 """
 
 from __future__ import annotations

@@ -25,18 +25,9 @@ from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.receipts import Receipts, deciding_options, read_receipts
 from learner.run_artifacts.recompute import ExportStep, find_start, read_groups, recompute
 from learner.trainer import Trainer
-from leeway.config import (
-    LearnerOptions,
-    ModelOptions,
-    NetworkOptions,
-    RunOptions,
-    SamplingOptions,
-    load_document,
-    section,
-)
+from leeway.config import load_configuration
 from leeway.errors import ConfigError
 from leeway.replay_client import ReplayClient
-from leeway.rpc import Security
 from leeway.service.process import report_error, serve, service_parser
 from leeway.types import GroupRecord, Purpose, TrajectoryGroup
 
@@ -45,24 +36,22 @@ class RecomputeProcess:
     """One rank of a recomputed step."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        document = load_document(arguments.config, arguments.overrides)
-        self._options = section(document, "learner", LearnerOptions)
-        self._run = section(document, "run", RunOptions)
-        self._model = section(document, "model", ModelOptions)
-        self._sampling = section(document, "sampling", SamplingOptions)
-        self._network = section(document, "network", NetworkOptions)
+        configuration = load_configuration(arguments.config, arguments.overrides)
+        self._options = configuration.learner
+        self._run = configuration.run
+        self._model = configuration.model
+        self._network = configuration.network
         self._directory: Path = arguments.directory
         self._step: int = arguments.step
 
     async def main(self, _stop: asyncio.Event) -> None:
         """Recompute, or follow rank 0."""
         network = self._network
-        security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
         receipts = read_receipts(self._directory)
-        buffer = ReplayClient(network.replay_buffer, self._run.name, security)
+        buffer = ReplayClient(network.replay_buffer, self._run.name, network.security())
         try:
             if self._options.ranks == 1:
-                trainer = make_trainer(self._options, self._model, self._sampling)
+                trainer = make_trainer(self._options, self._model)
                 await self._recompute(trainer, receipts, buffer)
             else:
                 await self._recompute_ranked(receipts, buffer)
@@ -73,7 +62,7 @@ class RecomputeProcess:
         from learner.training.distributed import DistributedTrainer, follow
 
         world = join_world(self._options)
-        ranked = make_ranked_trainer(self._options, self._model, self._sampling, world)
+        ranked = make_ranked_trainer(self._options, self._model, world)
 
         async def my_groups(step: int, _branches: Sequence[Branch]) -> Sequence[TrajectoryGroup]:
             return (await read_groups(receipts.step(step), _export(buffer)))[world.rank :: world.size]

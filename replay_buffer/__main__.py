@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 
-from leeway.config import MetricsOptions, NetworkOptions, ReplayBufferOptions, load_document, read_options, section
+from leeway.config import RunConfiguration, load_configuration
 from leeway.errors import LeewayError
 from leeway.rpc import Security, start_server
 from leeway.service.metrics import ReplayBufferMetrics, serve_metrics
@@ -24,13 +24,7 @@ from replay_buffer.storage.log import Log, LogOptions
 log = logging.getLogger("replay_buffer")
 
 
-async def run(
-    network: NetworkOptions,
-    security: Security,
-    metrics_options: MetricsOptions,
-    options: ReplayBufferOptions,
-    stop: asyncio.Event,
-) -> None:
+async def run(configuration: RunConfiguration, security: Security, stop: asyncio.Event) -> None:
     """Serve until `stop` is set or the log dies.
 
     Raises:
@@ -38,6 +32,7 @@ async def run(
         CorruptDataError: the log is damaged.
         LogFailedError: the disk failed; restart to verify the log.
     """
+    options, network, ports = configuration.replay_buffer, configuration.network, configuration.metrics
     registry = CollectorRegistry()
     metrics = ReplayBufferMetrics(registry)
 
@@ -55,7 +50,7 @@ async def run(
         metrics.received_bytes.set_function(lambda: buffer.backpressure.received_bytes)
         metrics.waiting_bytes.set_function(lambda: buffer.backpressure.waiting_bytes)
         buffer.start()
-        serve_metrics(registry, metrics_options.host, metrics_options.replay_buffer)
+        serve_metrics(registry, ports.host, ports.replay_buffer)
         service = ReplayService(buffer)
         server = await start_server(network.replay_buffer, service.add_to, [SERVICE_NAME], security)
         log.info("serving %s on %s", options.directory, network.replay_buffer)
@@ -86,17 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = service_parser("leeway serve replay-buffer", "The durable replay buffer of a run.")
     arguments = parser.parse_args(argv)
     try:
-        document = load_document(arguments.config, arguments.overrides)
-        network = section(document, "network", NetworkOptions)
-        metrics_options = section(document, "metrics", MetricsOptions)
-        options = read_options(document)
-        security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
+        configuration = load_configuration(arguments.config, arguments.overrides)
+        security = configuration.network.security()
     except LeewayError as error:
         return report_error("replay_buffer", error)
     if arguments.check:
         return 0
     keep_freed_memory()
-    return serve("replay_buffer", lambda stop: run(network, security, metrics_options, options, stop), arguments)
+    return serve("replay_buffer", lambda stop: run(configuration, security, stop), arguments)
 
 
 if __name__ == "__main__":

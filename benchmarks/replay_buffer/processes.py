@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
+from leeway.config import load_configuration
 from leeway.service.ports import free_port
 
 ROOT: Final = Path(__file__).parents[2]
@@ -88,7 +89,9 @@ def replay_buffer(
     """The service as it is run by everybody, on an empty or existing directory."""
     directory.mkdir(parents=True, exist_ok=True)
     config = directory / "run.toml"
-    config.write_text('[replay_buffer]\ndirectory = "log"\n', encoding="utf-8")
+    load_configuration(
+        ROOT / "examples" / "rehearsal.toml", [f"replay_buffer.directory={directory.resolve() / 'log'}"]
+    ).write(config)
     settings = [f"network.replay_buffer=127.0.0.1:{port}", f"metrics.replay_buffer={free_port('127.0.0.1')}"]
     command = [sys.executable, "-m", module, "--config", str(config), *(f"--set={one}" for one in settings), *arguments]
     return Server(command, directory / "server.log", cpus)

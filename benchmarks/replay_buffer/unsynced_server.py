@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-from leeway.service.process import service_parser
 from replay_buffer.__main__ import main
 from replay_buffer.storage.segments import AppendFile
 
@@ -15,4 +14,4 @@ def _return_at_once(_: AppendFile) -> None:
 
 if __name__ == "__main__":
     AppendFile.sync = _return_at_once
-    sys.exit(main(service_parser("replay_buffer", "A log that is not durable.").parse_args()))
+    sys.exit(main())

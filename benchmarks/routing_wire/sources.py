@@ -43,7 +43,7 @@ def sortmix8(trajectories: int) -> Source:
 
 async def _sortmix8(trajectories: int) -> Source:
     sampling = SamplingOptions(max_tokens=9, routing=True)
-    trainer = TorchTrainer.from_directory(MODEL, sampling, TrainingOptions(algorithm="dppo-binary-tv"))
+    trainer = TorchTrainer.from_directory(MODEL, TrainingOptions(algorithm="dppo-binary-tv"))
     manifest, buffers = trainer.published()
     version = PolicyVersion("benchmark", 1, 0, weights_digest(manifest))
     engine = TransformersEngine(MODEL, TransformersEngineOptions())

@@ -92,7 +92,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", required=True)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--samples", action="store_true", help="with the transformers engine, which samples meanwhile")
+    parser.add_argument(
+        "--samples", action="store_true", help="with the transformers engine, which samples at the same time"
+    )
     parser.add_argument("--transport", choices=["zmq", "grpc", "collective"], default="zmq")
     asyncio.run(receive(parser.parse_args()))
 

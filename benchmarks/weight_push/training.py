@@ -95,7 +95,7 @@ class Training:
             routing_replay=self._sampling.routing,
             publish_dtype="bfloat16",
         )
-        trainer = TorchTrainer.from_directory(self._model, self._sampling, options)
+        trainer = TorchTrainer.from_directory(self._model, options)
         if start is not None:
             trainer.load(start)
         published = [self._snapshot(trainer)]

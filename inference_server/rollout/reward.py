@@ -40,7 +40,7 @@ _GRACE_SECONDS: Final = 1.0
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What became of a call: a reward, or a cause with a text that follows the function's name."""
+    """The answer to a call: a reward, or a cause with a text that follows the function's name."""
 
     reward: float | None
     cause: str = ""
@@ -240,7 +240,7 @@ class _Worker:
             raise _WorkerDied(self._late(), len(self._calls)) from None
         except asyncio.CancelledError:
             if not self.is_async:
-                self._kill()  # the next call is not to wait for a result that nobody wants
+                self._kill()  # the next call must not wait for an unwanted result
             raise
         if answered.cause == "timeout":
             return self._late()

@@ -86,7 +86,7 @@ async def _serve_async(
         call = asyncio.create_task(answer(*json.loads(line)))
         open_calls.add(call)
         call.add_done_callback(open_calls.discard)
-    os._exit(0)  # the server is gone: nobody waits for open calls, which may ignore their cancellation
+    os._exit(0)  # the server is gone; open calls may ignore their cancellation
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -134,7 +134,7 @@ class WriteWindow:
 
     @property
     def is_full(self) -> bool:
-        """Whether the next item has to wait."""
+        """True if the next item has to wait."""
         return len(self) > 0 and (len(self) >= self._options.window_items or self._bytes >= self._options.window_bytes)
 
     def _show_unsent(self) -> None:

@@ -166,8 +166,6 @@ def verdicts(
 
 
 def _slow(servers: Sequence[ServerStatus], options: FleetOptions) -> list[Verdict]:
-    if options.slow_ratio is None:
-        return []
     timed = [server for server in servers if server.present and server.timed_tickets >= options.min_groups]
     found: list[Verdict] = []
     for server in timed:

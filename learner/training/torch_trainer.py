@@ -34,8 +34,8 @@ from learner.training.statistics import (
 )
 from learner.training.step_batch import OlderPolicy, Partition, step_batch
 from learner.training.world import TorchWorld, World
-from leeway.config import SamplingOptions, TrainingOptions, check_recorded_topk
-from leeway.errors import ConfigError, PreconditionError
+from leeway.config import TrainingOptions
+from leeway.errors import PreconditionError
 from leeway.huggingface import (
     load_model,
     load_tokenizer,
@@ -88,21 +88,13 @@ class TorchTrainer:
         self._gradient = StepGradient(partition, self._loss, self._optimizer)
 
     @classmethod
-    def from_directory(
-        cls, path: Path, sampling: SamplingOptions, options: TrainingOptions, world: World | None = None
-    ) -> TorchTrainer:
+    def from_directory(cls, path: Path, options: TrainingOptions, world: World | None = None) -> TorchTrainer:
         """Start from a Hugging Face model directory with its tokenizer.
 
         Raises:
             ConfigError: the directory is not a whole model, or one that cannot be trained with these options.
         """
-        check_recorded_topk(options, sampling)
         signature = model_signature(path)
-        if _replays_routing(signature, options) and not sampling.routing:
-            raise ConfigError(
-                "learner.training.routing_replay needs recorded routing: set sampling.routing = true, "
-                "or learner.training.routing_replay = false"
-            )
         end_of_sequence = cast("int | None", load_tokenizer(path).eos_token_id)
         world = world or World()
         model = load_model(path, torch.float32)

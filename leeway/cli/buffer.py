@@ -15,7 +15,6 @@ from leeway.cli import buffer_files
 from leeway.cli.command import Command, add_commands, add_run_argument, ask_buffer, print_table
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, has_finished, open_run_folder
-from leeway.config import LearnerOptions, section
 from leeway.errors import PreconditionError, UnavailableError
 from leeway.service.process import EXIT_OK
 from leeway.types import RunStatus
@@ -43,8 +42,7 @@ def _rollback(arguments: argparse.Namespace) -> int:
     cannot be undone.
     """
     folder = open_run_folder(arguments.run)
-    options = section(folder.document, "learner", LearnerOptions)
-    store = CheckpointStore(folder.directory / "checkpoints", keep=options.keep_checkpoints)
+    store = CheckpointStore(folder.directory / "checkpoints", keep=folder.configuration.learner.keep_checkpoints)
     version = store.load(arguments.step).version
     epoch, dropped = ask_buffer(folder, lambda client: client.rollback_run(version))
     print(
@@ -75,7 +73,7 @@ def _finish(arguments: argparse.Namespace) -> int:
 
 
 async def _finish_run(folder: RunFolder, *, force: bool) -> None:
-    async with open_replay(folder.document) as client:
+    async with open_replay(folder.config_path) as client:
         status = await client.run_status()
         if status.finished:
             print(f"run {status.spec.run!r}: already finished {_at_step(status)}; nothing to do")

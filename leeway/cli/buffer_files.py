@@ -11,7 +11,6 @@ from leeway import codec
 from leeway.cli.buffer_export import EXPORTED_STATES, FORMATS, OPTIONAL_COLUMNS, export_groups
 from leeway.cli.command import Command, print_table
 from leeway.cli.run_folder import is_run_folder, open_run_folder
-from leeway.config import read_options
 from leeway.errors import ConfigError
 from leeway.service.process import EXIT_FAILED, EXIT_OK
 from leeway.types import GroupState, Purpose
@@ -30,7 +29,7 @@ _STATES: Final = {state.name.lower(): state for state in GroupState}
 def directory_of(path: Path) -> Path:
     """The log's directory: of a run, or the path itself."""
     if path.is_file() or is_run_folder(path):
-        return read_options(open_run_folder(path).document).directory
+        return open_run_folder(path).configuration.replay_buffer.directory
     return path
 
 

@@ -83,7 +83,7 @@ def ask_buffer(folder: RunFolder, question: Callable[[ReplayClient], Awaitable[T
     """The answer of the run's replay buffer, which is started for it where it does not run."""
 
     async def ask() -> T:
-        async with open_replay(folder.document) as client:
+        async with open_replay(folder.config_path) as client:
             return await question(client)
 
     return asyncio.run(ask())

@@ -8,7 +8,6 @@ from pathlib import Path
 from learner.run_artifacts.checkpoint import CheckpointStore
 from leeway.cli.command import add_run_argument
 from leeway.cli.run_folder import open_run_folder
-from leeway.config import LearnerOptions, ModelOptions, RunOptions, SamplingOptions, section
 from leeway.errors import NotFoundError, PreconditionError
 from leeway.service.process import EXIT_OK
 
@@ -24,10 +23,8 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    directory, document = folder.directory, folder.document
-    run = section(document, "run", RunOptions)
-    options = section(document, "learner", LearnerOptions)
-    model = section(document, "model", ModelOptions)
+    directory, configuration = folder.directory, folder.configuration
+    run, model, options = configuration.run, configuration.model, configuration.learner
     if options.trainer != "torch":
         raise PreconditionError(f"{directory}: its trainer is {options.trainer!r}, which has no model to export")
     store = CheckpointStore(directory / "checkpoints", keep=options.keep_checkpoints)
@@ -39,9 +36,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise PreconditionError(f"{output} exists; remove it or choose another --output")
     from learner.training.torch_trainer import TorchTrainer  # torch takes seconds to import
 
-    trainer = TorchTrainer.from_directory(
-        model.directory, section(document, "sampling", SamplingOptions), options.training
-    )
+    trainer = TorchTrainer.from_directory(model.directory, options.training)
     trainer.load(checkpoint.directory)
     trainer.export(model.directory, output)
     print(f"{output}: run {run.name}, step {checkpoint.version.step}")

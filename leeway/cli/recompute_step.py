@@ -13,7 +13,6 @@ from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, open_run_folder
 from leeway.cli.serve import on_ranks
-from leeway.config import LearnerOptions, section
 from leeway.errors import LeewayError
 from leeway.service.children import python_command, running
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED
@@ -37,7 +36,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def _recompute_step(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    options = section(folder.document, "learner", LearnerOptions)
+    options = folder.configuration.learner
     try:  # what cannot be recomputed is refused before any process starts
         store = CheckpointStore(folder.directory / "checkpoints", keep=options.keep_checkpoints)
         find_start(store, read_receipts(folder.directory), arguments.step)
@@ -55,10 +54,10 @@ async def _recompute(folder: RunFolder, ranks: int, step: int) -> int:
         printed.append(line.rstrip())
         print(printed[-1], flush=True)
 
-    async with open_replay(folder.document) as client:
+    async with open_replay(folder.config_path) as client:
         process = python_command(
             "learner.recompute_process",
-            *("--config", str(folder.document.path), "--set", f"network.replay_buffer={client.address}"),
+            *("--config", str(folder.config_path), "--set", f"network.replay_buffer={client.address}"),
             *("--directory", str(folder.directory), "--step", str(step), "--supervised"),
         )
         async with running(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import Final
 
 from leeway.cli.serve import serve_command
-from leeway.config import Document, NetworkOptions, RunOptions, section
+from leeway.config import load_configuration
 from leeway.errors import DeadlineError, LeewayError, NotFoundError, UnavailableError
 from leeway.replay_client import ReplayClient
 from leeway.rpc import Security, check_health
@@ -22,22 +23,22 @@ _STOP_SECONDS: Final = 10.0
 
 
 @asynccontextmanager
-async def open_replay(document: Document) -> AsyncGenerator[ReplayClient]:
-    """A client of the run's buffer.
+async def open_replay(config_path: Path) -> AsyncGenerator[ReplayClient]:
+    """A client of the buffer of the run that a file configures.
 
     Raises:
         NotFoundError: the log holds no such run.
         UnavailableError: no buffer could be started on the log.
     """
-    run = section(document, "run", RunOptions)
-    network = section(document, "network", NetworkOptions)
-    security = Security.from_files(network.certificate, network.key, network.authority, insecure=network.insecure)
+    configuration = load_configuration(config_path)
+    run, network = configuration.run, configuration.network
+    security = network.security()
     if await _serves(network.replay_buffer, run.name, security):
-        async with _client(network.replay_buffer, run.name, security) as client:
+        async with aclosing(ReplayClient(network.replay_buffer, run.name, security)) as client:
             yield client
         return
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
-    async with _started(document, address, security), _client(address, run.name, security) as client:
+    async with _started(config_path, address, security), aclosing(ReplayClient(address, run.name, security)) as client:
         yield client
 
 
@@ -45,7 +46,7 @@ async def _serves(address: str, run: str, security: Security) -> bool:
     """True if this run is served there; another run's buffer may have taken the port."""
     try:
         await check_health(address, security, _PROBE_SECONDS, patient=False)
-        async with _client(address, run, security) as client:
+        async with aclosing(ReplayClient(address, run, security)) as client:
             await client.run_status()
     except (UnavailableError, DeadlineError, NotFoundError):
         return False
@@ -53,18 +54,9 @@ async def _serves(address: str, run: str, security: Security) -> bool:
 
 
 @asynccontextmanager
-async def _client(address: str, run: str, security: Security) -> AsyncGenerator[ReplayClient]:
-    client = ReplayClient(address, run, security)
-    try:
-        yield client
-    finally:
-        await client.aclose()
-
-
-@asynccontextmanager
-async def _started(document: Document, address: str, security: Security) -> AsyncGenerator[None]:
+async def _started(config_path: Path, address: str, security: Security) -> AsyncGenerator[None]:
     command = serve_command(
-        *("replay-buffer", "--config", str(document.path), "--supervised"),
+        *("replay-buffer", "--config", str(config_path), "--supervised"),
         *("--set", f"network.replay_buffer={address}", "--set", f"metrics.replay_buffer={free_port('127.0.0.1')}"),
     )
     errors: list[str] = []

@@ -66,7 +66,7 @@ def write_report(folder: RunFolder) -> Path:
             f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>" for caption, svg in curves
         ),
         summary=html.escape(json.dumps(summary, indent=1)),
-        config=html.escape(folder.document.path.read_text(encoding="utf-8")),
+        config=html.escape(folder.config_path.read_text(encoding="utf-8")),
     )
     path.write_text(page, encoding="utf-8")
     return path

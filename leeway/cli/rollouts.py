@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +16,7 @@ from learner.run_artifacts.journal import read_policy_logprobs
 from leeway.cli.command import add_run_argument
 from leeway.cli.replay_access import open_replay
 from leeway.cli.run_folder import RunFolder, open_run_folder
-from leeway.config import Document, InferenceServerOptions, ModelOptions, section
+from leeway.config import ENGINES, RunConfiguration
 from leeway.errors import LeewayError
 from leeway.service.process import EXIT_OK
 from leeway.trajectory.assembly import assemble_trajectory
@@ -55,7 +54,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def _rollouts(arguments: argparse.Namespace) -> int:
     folder = open_run_folder(arguments.run)
-    decode = _load_decoder(folder.document)
+    decode = _load_decoder(folder.configuration)
     asyncio.run(_show(arguments, folder, decode))
     return EXIT_OK
 
@@ -63,8 +62,13 @@ def _rollouts(arguments: argparse.Namespace) -> int:
 async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode) -> None:
     console = Console(highlight=False, soft_wrap=False)
     shown = 0
-    async with _groups(arguments, folder.document) as groups:
-        async for group in groups:
+    async with open_replay(folder.config_path) as client:
+        async for group in client.export_groups(
+            purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
+            state=_STATES[arguments.state] if arguments.state else None,
+            step=arguments.step,
+            limit=arguments.groups,
+        ):
             logprobs = read_policy_logprobs(folder.directory, group.step) if group.step else {}
             _print_group(console, group, logprobs, decode, arguments.members)
             shown += 1
@@ -72,25 +76,14 @@ async def _show(arguments: argparse.Namespace, folder: RunFolder, decode: Decode
         console.print("no rollouts match")
 
 
-@asynccontextmanager
-async def _groups(arguments: argparse.Namespace, document: Document) -> AsyncGenerator[AsyncIterator[GroupRecord]]:
-    async with open_replay(document) as client:
-        yield client.export_groups(
-            purpose=Purpose.EVAL if arguments.evaluation else Purpose.TRAIN,
-            state=_STATES[arguments.state] if arguments.state else None,
-            step=arguments.step,
-            limit=arguments.groups,
-        )
-
-
-def _load_decoder(document: Document) -> Decode:
-    if section(document, "inference_server", InferenceServerOptions).engine == "arithmetic":
+def _load_decoder(configuration: RunConfiguration) -> Decode:
+    if ENGINES[configuration.inference_server.engine].rehearsal:
         from leeway.arithmetic import ArithmeticTokenizer
 
         return ArithmeticTokenizer().decode
     from leeway.huggingface import load_tokenizer  # transformers takes seconds to import
 
-    tokenizer: Any = load_tokenizer(section(document, "model", ModelOptions).directory)
+    tokenizer: Any = load_tokenizer(configuration.model.directory)
     return lambda token_ids: str(tokenizer.decode(list(token_ids)))
 
 

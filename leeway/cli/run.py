@@ -20,14 +20,13 @@ from typing import Any
 
 from learner.run_artifacts.checkpoint import CheckpointStore
 from learner.run_artifacts.journal import read_journal
-from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
-from leeway.cli.examples import load_run_document
 from leeway.cli.progress import open_progress
 from leeway.cli.report import write_report
-from leeway.cli.run_folder import has_finished, open_run_folder, prepare_run_folder
+from leeway.cli.run_folder import has_finished, load_run_document, open_run_folder, prepare_run_folder
 from leeway.cli.serve import on_ranks, serve_command
 from leeway.cli.supervisor import Outcome, Service, Supervisor
-from leeway.config import RunOptions
+from leeway.config import RunConfiguration, RunOptions, read_configuration
+from leeway.config.references import check_references
 from leeway.errors import PreconditionError
 from leeway.service.process import EXIT_FAILED, EXIT_OK, EXIT_REFUSED, add_override_option
 
@@ -51,13 +50,14 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     configuration = read_configuration(load_run_document(arguments.config, arguments.overrides))
+    check_references(configuration)
     if arguments.check:
         print(f"{arguments.config}: configuration OK")
         return EXIT_OK
     run = configuration.run
     prepare_run_folder(run, resume=arguments.resume)
     config_path = run.run_directory / "config.toml"
-    configuration = with_free_ports(configuration)
+    configuration = configuration.with_free_ports()
     configuration.write(config_path)
     outcome = asyncio.run(_supervise(configuration, config_path, plain=arguments.plain))
     return _conclude(run, _command(arguments), outcome)

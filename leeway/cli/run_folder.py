@@ -1,15 +1,20 @@
-"""A run's folder, given by its path or by the configuration file that its services were started with."""
+"""How a run is named: its folder, its configuration file, or the name of an example.
+
+Examples are installed with the package, or lie beside it in a checkout.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import leeway
 from learner.run_artifacts.journal import read_journal
-from leeway.config import Document, RunOptions, load_document, section
-from leeway.errors import NotFoundError, PreconditionError
+from leeway.config import Document, RunConfiguration, RunOptions, load_configuration, load_document
+from leeway.errors import ConfigError, NotFoundError, PreconditionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +22,8 @@ class RunFolder:
     """A run's folder and the configuration of its services."""
 
     directory: Path
-    document: Document
+    config_path: Path
+    configuration: RunConfiguration
 
 
 def open_run_folder(path: Path) -> RunFolder:
@@ -28,14 +34,14 @@ def open_run_folder(path: Path) -> RunFolder:
         ConfigError: its configuration cannot be read.
     """
     if path.is_file():
-        document = load_document(path)
-        return RunFolder(section(document, "run", RunOptions).run_directory, document)
+        configuration = load_configuration(path)
+        return RunFolder(configuration.run.run_directory, path, configuration)
     if not is_run_folder(path):
         raise NotFoundError(
             f"{path}: holds no run (no config.toml); give the folder of one, such as runs/sortmix8, or the "
             "configuration file that its services were started with"
         )
-    return RunFolder(path, load_document(_configuration(path)))
+    return RunFolder(path, _configuration(path), load_configuration(_configuration(path)))
 
 
 def is_run_folder(path: Path) -> bool:
@@ -78,3 +84,23 @@ def prepare_run_folder(run: RunOptions, *, resume: bool) -> None:
         for name in ("replay", "checkpoints"):
             shutil.rmtree(directory / name, ignore_errors=True)
     directory.mkdir(parents=True, exist_ok=True)
+
+
+def load_run_document(given: Path, overrides: Sequence[str]) -> Document:
+    """The configuration in a file, or of an example; an example's run is put into the working directory.
+
+    Raises:
+        ConfigError: the file cannot be used, or there is no such example.
+    """
+    if given.is_file() or given.name != str(given) or given.suffix:
+        return load_document(given, overrides)
+    examples = {path.stem: path for path in _examples().glob("*.toml")}
+    if given.name not in examples:
+        raise ConfigError(f"{given}: neither a file nor an example; the examples are {', '.join(sorted(examples))}")
+    return load_document(examples[given.name], [f"run.directory={Path.cwd() / 'runs'}", *overrides])
+
+
+def _examples() -> Path:
+    package = Path(leeway.__file__).parent
+    installed = package / "examples"
+    return installed if installed.is_dir() else package.parent / "examples"

@@ -1,13 +1,20 @@
 """The whole configuration of a run. Needs no torch.
 
-    file, --set ── load_document ──> Document ── one model per section ──> RunConfiguration
+    file, --set ──> Document ── every key, every section ──> RunConfiguration ── every rule across sections ──> accepted
+                                                                                                                  │
+                       `leeway run`, the services that need them, their --check ── open what the file names <─────┘
 
-document           how a file is read, overridden and written; what a refusal says
+configuration      RunConfiguration and `read_configuration`, which checks all that can be checked by reading
+rules              what shows only between two sections, as pure functions
+references         what shows only when something is opened: model, tasks, reward function
+reference          every key in words, for docs/configuration.md and `leeway config`
+document           how a file is read and overridden; what a refusal says
 run, network, replay_buffer, inference_server, engines, learner, losses     the sections, with every key and default
-algorithms         the policy losses by name
+algorithms, engines.ENGINES, leeway.weights.transports                      what a configuration may name
 """
 
-from leeway.config.document import Address, Document, Options, load_document, section, write_document
+from leeway.config.configuration import RunConfiguration, load_configuration, read_configuration
+from leeway.config.document import Document, Options, load_document
 from leeway.config.engines import (
     ENGINES,
     ArithmeticEngineOptions,
@@ -20,14 +27,13 @@ from leeway.config.engines import (
 )
 from leeway.config.inference_server import InferenceServerOptions, RewardOptions, WorkerOptions, WriterOptions
 from leeway.config.learner import FleetOptions, LearnerOptions, LoraOptions, TrainingOptions
-from leeway.config.losses import LossOptions, check_recorded_topk
+from leeway.config.losses import LossOptions
 from leeway.config.network import MetricsOptions, NetworkOptions
-from leeway.config.replay_buffer import ReplayBufferOptions, read_options
+from leeway.config.replay_buffer import ReplayBufferOptions
 from leeway.config.run import EvaluationOptions, ModelOptions, RunOptions, SamplingOptions, TaskOptions
 
 __all__ = [
     "ENGINES",
-    "Address",
     "ArithmeticEngineOptions",
     "Document",
     "EngineOptions",
@@ -45,6 +51,7 @@ __all__ = [
     "ProcessEngineOptions",
     "ReplayBufferOptions",
     "RewardOptions",
+    "RunConfiguration",
     "RunOptions",
     "SamplingOptions",
     "SglangEngineOptions",
@@ -54,9 +61,7 @@ __all__ = [
     "VllmEngineOptions",
     "WorkerOptions",
     "WriterOptions",
-    "check_recorded_topk",
+    "load_configuration",
     "load_document",
-    "read_options",
-    "section",
-    "write_document",
+    "read_configuration",
 ]

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
-from leeway.errors import ConfigError
-
 INFINITY = math.inf
 MAX_TOPK: Final = 20
 """K of the paper, and the most candidates that an engine records."""
@@ -104,15 +102,3 @@ ALGORITHMS: dict[str, Algorithm] = {
     "icepop": Algorithm("learner.losses.icepop", _ICEPOP),
     "decoupled-ppo": Algorithm("learner.losses.decoupled_ppo", _numbers(0.2), needs_proximal=True),
 }
-
-
-def find_algorithm(name: str) -> Algorithm:
-    """Look an algorithm up.
-
-    Raises:
-        ConfigError: no such name; lists those that exist.
-    """
-    try:
-        return ALGORITHMS[name]
-    except KeyError:
-        raise ConfigError(f"there is no algorithm {name!r}; choose one of {', '.join(ALGORITHMS)}") from None

@@ -1,8 +1,8 @@
-"""One TOML file configures a run: how it is read, overridden, checked key by key, and written again.
+"""One TOML file configures a run: how it is read and overridden, and what its values are made of.
 
-    file ── load_document ──> Document ── section(document, "run", RunOptions) ──> frozen options
+    file ── load_document ──> Document ── read_configuration ──> RunConfiguration
                  ▲
-        --set key.path=value (TOML syntax; a bare word is a string)
+        --set section.key=value (TOML syntax; a bare word is a string)
 
 A refusal names the file, the key, what is wrong, and the value that was given. Relative paths start at the
 configuration file's own directory, so that a run starts the same from any working directory.
@@ -11,28 +11,14 @@ configuration file's own directory, so that a run starts the same from any worki
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, cast
 
-import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from leeway.errors import ConfigError
-
-SECTIONS = (
-    "run",
-    "model",
-    "task",
-    "sampling",
-    "network",
-    "metrics",
-    "evaluation",
-    "replay_buffer",
-    "inference_server",
-    "learner",
-)
 
 
 class Options(BaseModel):
@@ -46,7 +32,7 @@ def _in_config_directory(value: object, info: ValidationInfo) -> object:
     if not isinstance(value, (str, Path)):
         return value
     context: Mapping[str, Path] = info.context or {}
-    return (context.get("directory", Path()) / Path(value).expanduser()).absolute()
+    return (context.get("file", Path()).parent / Path(value).expanduser()).absolute()
 
 
 def _resolved(value: object, info: ValidationInfo) -> object:
@@ -60,6 +46,20 @@ ConfigPath = Annotated[Path, BeforeValidator(_resolved)]
 ConfigProgram = Annotated[Path, BeforeValidator(_in_config_directory)]
 """A program. Links are kept: the interpreter of a virtual environment finds its libraries by its own path."""
 
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Validates the name of an entry of a registry: `Annotated[str, AfterValidator(Registered("engine", ENGINES))]`."""
+
+    kind: str
+    entries: Collection[str]
+
+    def __call__(self, name: str) -> str:
+        if name not in self.entries:
+            raise ValueError(f"there is no {self.kind} {name!r}; choose one of {', '.join(self.entries)}")
+        return name
+
+
 Address = Annotated[str, Field(pattern=r"^[^:\s]+:\d{1,5}$")]
 """host:port"""
 
@@ -70,9 +70,6 @@ class Document:
 
     path: Path
     values: Mapping[str, Any]
-
-
-OptionsT = TypeVar("OptionsT", bound=Options)
 
 
 def load_document(path: Path, overrides: Sequence[str] = ()) -> Document:
@@ -89,9 +86,6 @@ def load_document(path: Path, overrides: Sequence[str] = ()) -> Document:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _apply_override(values, override)
-    unknown = [name for name in values if name not in SECTIONS]
-    if unknown:
-        raise ConfigError(f"{path}: unknown section [{unknown[0]}]; known are {', '.join(SECTIONS)}")
     return Document(path.resolve(), values)
 
 
@@ -113,38 +107,20 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     table[parts[-1]] = value
 
 
-def section(document: Document, name: str, options: type[OptionsT], **defaults: object) -> OptionsT:
-    """Validate one section; `defaults` stand in for keys that it does not set.
-
-    Raises:
-        ConfigError: naming file, key, what is wrong with it and what was given.
-    """
-    given: Any = document.values.get(name, {})
-    if defaults and isinstance(given, dict):
-        given = {**defaults, **cast("dict[str, Any]", given)}
-    try:
-        return options.model_validate(given, context={"directory": document.path.parent})
-    except ValidationError as error:
-        raise ConfigError(_explain(document.path, name, error)) from error
-
-
-def _explain(path: Path, name: str, error: ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
-    key = ".".join([name, *(str(part) for part in first["loc"])])
+def explain(path: Path, error: ValidationError) -> str:
+    """One line for what is wrong with a document: the first unknown key, else the first value that cannot be used."""
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda one: one["type"] != "extra_forbidden")
+    key = ".".join(map(str, first["loc"]))
     message = first["msg"]
     if first["type"] == "extra_forbidden":
-        message = "unknown key; remove it or correct its spelling"
+        kind = "key" if len(first["loc"]) > 1 else "section"
+        message = f"unknown {kind}; remove it or correct its spelling (`leeway config` lists all)"
     elif first["type"] == "missing":
         message = "required, but not set"
     elif first["type"] == "value_error":
-        message = first["msg"].removeprefix("Value error, ")
+        message = message.removeprefix("Value error, ")
     else:
         message = f"{message[0].lower()}{message[1:]}, but is {first['input']!r}"
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{path}: {key}: {message}{more}"
-
-
-def write_document(path: Path, sections: Mapping[str, Options]) -> None:
-    """Save options as TOML that `load_document` reads back; unset optional keys are left out."""
-    values = {name: options.model_dump(mode="json", exclude_none=True) for name, options in sections.items()}
-    path.write_text(tomli_w.dumps(values), encoding="utf-8")

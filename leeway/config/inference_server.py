@@ -7,7 +7,7 @@ from typing import Annotated, Any, cast
 
 from pydantic import AfterValidator, Field, create_model
 
-from leeway.config.document import Address, Options
+from leeway.config.document import Address, Options, Registered
 from leeway.config.engines import ENGINES, EngineOptions, ProcessEngineOptions
 from leeway.errors import ConfigError
 
@@ -88,13 +88,7 @@ class RewardOptions(Options):
     )
 
 
-def _registered(name: str) -> str:
-    if name not in ENGINES:
-        raise ValueError(f"there is no engine {name!r}; choose one of {', '.join(ENGINES)}")
-    return name
-
-
-EngineName = Annotated[str, AfterValidator(_registered)]
+EngineName = Annotated[str, AfterValidator(Registered("engine", ENGINES))]
 
 _engine_sections: dict[str, Any] = {name: (entry.options, entry.options()) for name, entry in ENGINES.items()}
 _Engines = create_model("_Engines", __base__=Options, **_engine_sections)

@@ -155,11 +155,12 @@ class FleetOptions(Options):
     )
     min_tokens: int = Field(default=2000, ge=1, description="Fewest tokens by which a server is judged.")
     window_steps: int = Field(default=20, ge=1, le=10_000, description="Newest steps whose tokens count.")
-    slow_ratio: float | None = Field(
+    slow_ratio: float = Field(
         default=20.0,
         ge=2,
+        allow_inf_nan=True,
         description="A server is slow when its median group takes this many times as long as the others' groups. "
-        "Unset: no server is.",
+        "`inf`: no server is slow.",
     )
     slow_seconds: float = Field(
         default=60.0, ge=0, description="A server is slow only when its median group takes at least this long."

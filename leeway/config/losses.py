@@ -16,23 +16,15 @@ from leeway.config.algorithms import (
     LossParameters,
     Penalties,
 )
-from leeway.config.document import Options
-from leeway.config.run import SamplingOptions
-from leeway.errors import ConfigError
+from leeway.config.document import Options, Registered
 
 Aggregation = Literal["seq-mean-token-sum", "token-mean", "seq-mean-token-mean", "fixed-horizon"]
-
-
-def _registered(name: str) -> str:
-    if name not in ALGORITHMS:
-        raise ValueError(f"there is no algorithm {name!r}; choose one of {', '.join(ALGORITHMS)}")
-    return name
 
 
 class LossOptions(Options):
     """Which loss, its numbers, and how token losses become one. An algorithm ignores numbers that it does not read."""
 
-    algorithm: Annotated[str, AfterValidator(_registered)] = Field(
+    algorithm: Annotated[str, AfterValidator(Registered("algorithm", ALGORITHMS))] = Field(
         default="dppo-binary-tv",
         description="Policy loss, by name; `leeway loss --help` lists the names, and each is a file of learner/losses.",
     )
@@ -145,17 +137,3 @@ class LossOptions(Options):
     def topk_needed(self) -> int:
         """K of the candidates that the loss needs; 0 for none."""
         return self.topk if self.loss_algorithm.reads_topk(self.loss_parameters) else 0
-
-
-def check_recorded_topk(options: LossOptions, sampling: SamplingOptions) -> None:
-    """Refuse a top-K loss where sampling records fewer candidates.
-
-    Raises:
-        ConfigError: naming both keys.
-    """
-    if options.topk_needed > sampling.topk:
-        raise ConfigError(
-            f"learner.training.algorithm {options.algorithm} needs the top {options.topk_needed} candidates of each "
-            f"token, but sampling.topk is {sampling.topk}; set sampling.topk = {options.topk_needed}, or a smaller "
-            "learner.training.topk"
-        )

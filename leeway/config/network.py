@@ -1,19 +1,14 @@
-"""Addresses, certificates and ports."""
+"""Addresses, certificates and ports, and the ways that weights take."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
-from leeway.config.document import Address, ConfigPath, Options
+from leeway.config.document import Address, ConfigPath, Options, Registered
+from leeway.rpc import Security, is_loopback
 from leeway.weights.transports import TRANSPORTS
-
-
-def _registered(name: str) -> str:
-    if name not in ("auto", *TRANSPORTS):
-        raise ValueError(f"there is no transport {name!r}; choose one of auto, {', '.join(TRANSPORTS)}")
-    return name
 
 
 class NetworkOptions(Options):
@@ -36,11 +31,46 @@ class NetworkOptions(Options):
     authority: ConfigPath | None = Field(
         default=None, description="PEM file of the authority that signed the certificates of all services."
     )
-    weights: Annotated[str, AfterValidator(_registered)] = Field(
+    weights: Annotated[str, AfterValidator(Registered("transport", ("auto", *TRANSPORTS)))] = Field(
         default="auto",
-        description="How weights travel: ZeroMQ on one host, gRPC beyond; auto picks by address. collective broadcasts "
-        "them to all servers at once over torch.distributed (gloo), unencrypted, with gRPC where that fails.",
+        description="How weights travel. auto: over ZeroMQ where network.policy is a loopback address, else over gRPC; "
+        "zmq: over ZeroMQ on the learner's host; grpc: over gRPC; collective: broadcast to all servers at once over "
+        "torch.distributed (gloo), unencrypted. gRPC takes over wherever another way fails.",
     )
+
+    @model_validator(mode="after")
+    def _mutual_tls_is_whole(self) -> NetworkOptions:
+        files = {"certificate": self.certificate, "key": self.key, "authority": self.authority}
+        missing = [name for name, path in files.items() if path is None]
+        if 0 < len(missing) < len(files):
+            raise ValueError(f"mutual TLS needs certificate, key and authority; set `{missing[0]}`, too")
+        return self
+
+    def security(self) -> Security:
+        """The certificates, read.
+
+        Raises:
+            ConfigError: a file cannot be read.
+        """
+        return Security.from_files(self.certificate, self.key, self.authority, insecure=self.insecure)
+
+    @property
+    def trusted(self) -> bool:
+        """Whether services may listen beyond loopback."""
+        return self.insecure or self.certificate is not None
+
+    @property
+    def weight_transports(self) -> tuple[str, ...]:
+        """Names of the transports of weights, the preferred one first; the last one, gRPC, always works."""
+        name = self.weights
+        if name == "auto":
+            name = "zmq" if is_loopback(self.policy) else "grpc"
+        return tuple(dict.fromkeys((name, "grpc")))
+
+    @property
+    def uses_broadcasts(self) -> bool:
+        """Whether the learner broadcasts weights to all servers at once."""
+        return any(TRANSPORTS[name].broadcast for name in self.weight_transports)
 
 
 class MetricsOptions(Options):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from leeway.config.document import ConfigPath, Document, Options, section
-from leeway.config.run import RunOptions
+from leeway.config.document import ConfigPath, Options
 
 MIB = 1 << 20
 
@@ -78,15 +77,3 @@ class ReplayBufferOptions(Options):
         if self.retain_bytes and self.retain_bytes < 2 * self.segment_bytes:
             raise ValueError("retain_bytes must be 0 or at least 2 * segment_bytes: whole segments are deleted")
         return self
-
-
-def read_options(document: Document) -> ReplayBufferOptions:
-    """The section; the log lies in the run's folder unless it says where.
-
-    Raises:
-        ConfigError: naming file and key.
-    """
-    if "directory" in document.values.get("replay_buffer", {}):
-        return section(document, "replay_buffer", ReplayBufferOptions)
-    run = section(document, "run", RunOptions)
-    return section(document, "replay_buffer", ReplayBufferOptions, directory=str(run.run_directory / "replay"))

@@ -42,7 +42,7 @@ def service_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_override_option(parser: argparse.ArgumentParser) -> None:
-    """Declare `--set`, for `leeway.config.load_document`."""
+    """Declare `--set`, for `leeway.config.load_configuration`."""
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -12,6 +12,7 @@ from typing import Any, Final
 import inference_server.server
 import learner.__main__
 import replay_buffer.__main__
+from leeway.config import RunConfiguration
 from tests.chaos.archive import install_archive
 from tests.chaos.fault_controls import FaultControls, install_clock, install_disk
 from tests.chaos.plan import BUFFER, LEARNER
@@ -76,8 +77,12 @@ def run_service(connection: object, name: str, argv: tuple[str, ...], faults: Fa
 
 def _replay_buffer(argv: Sequence[str]) -> int:
     """With segments so small that a rehearsal fills many, each with its snapshot."""
-    read_options = replay_buffer.__main__.read_options
-    replay_buffer.__main__.read_options = lambda document: read_options(document).model_copy(
-        update={"segment_bytes": _SEGMENT_BYTES}
-    )
+    load_configuration = replay_buffer.__main__.load_configuration
+
+    def with_small_segments(path: Path, overrides: Sequence[str] = ()) -> RunConfiguration:
+        configuration = load_configuration(path, overrides)
+        options = configuration.replay_buffer.model_copy(update={"segment_bytes": _SEGMENT_BYTES})
+        return configuration.model_copy(update={"replay_buffer": options})
+
+    replay_buffer.__main__.load_configuration = with_small_segments
     return replay_buffer.__main__.main(argv)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from leeway.cli.configuration import RunConfiguration, read_configuration, with_free_ports
-from leeway.config import NetworkOptions, load_document
+from leeway.config import NetworkOptions, RunConfiguration, load_configuration
 from tests.chaos.plan import BUFFER, LEARNER, SERVERS, Plan
 from tests.chaos.programs import Faults, Program, service
 from tests.e2e.rehearsal import EXAMPLE
@@ -125,7 +124,7 @@ def configure(plan: Plan, workspace: Workspace, retention: Sequence[str], rng: R
         "learner.record_policy_logprobs=false",
         *plan.overrides,
     )
-    return with_free_ports(read_configuration(load_document(EXAMPLE, overrides)))
+    return load_configuration(EXAMPLE, overrides).with_free_ports()
 
 
 def described(configuration: RunConfiguration, retention: Sequence[str]) -> str:

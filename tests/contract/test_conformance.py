@@ -31,7 +31,7 @@ from tests.contract.broken_servers import BROKEN, Broken
 from tests.deadlines import WAIT_SECONDS
 
 # Each test runs the whole kit at least once.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.slow, pytest.mark.processes]
 
 OPTIONS = KitOptions(
     samples=128, quiet_seconds=0.1, call_seconds=WAIT_SECONDS, check_seconds=WAIT_SECONDS, stop_seconds=WAIT_SECONDS
@@ -175,6 +175,7 @@ def run_command(tmp_path: Path, command: str, stop_seconds: float = WAIT_SECONDS
     return code, outcomes
 
 
+@pytest.mark.processes
 def test_the_command_starts_tests_and_stops_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, outcomes = run_command(tmp_path, f"{BACKEND} --set max_concurrency=8")
     assert code == 0
@@ -182,6 +183,7 @@ def test_the_command_starts_tests_and_stops_a_server(tmp_path: Path, capsys: pyt
     assert f"{len(kit.REQUIREMENTS)} passed, 0 FAILED, 0 skipped, 0 not run" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("flags", "requirement", "stop_seconds"),
     [("--exit-code 3", "STOP-1", WAIT_SECONDS), ("--drain-seconds 600", "STOP-2", 8.0)],
@@ -194,6 +196,7 @@ def test_a_server_that_does_not_stop_cleanly_fails(
     assert {name for name, outcome in outcomes.items() if outcome == "failure"} == {requirement}
 
 
+@pytest.mark.processes
 def test_what_cannot_be_tested_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["conformance"]) == 2
     assert "ADDRESS" in capsys.readouterr().err

@@ -16,7 +16,7 @@ from examples.sortmix8.task import tasks
 from inference_server.engines.transformers.engine import TransformersEngine
 from inference_server.rollout.text import HuggingFaceTokenizer, prompt_token_ids
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
+from leeway.config import TrainingOptions, TransformersEngineOptions
 from leeway.types import SamplingParams, TrajectoryGroup
 from tests.contract.sampled_groups import largest_difference, sample_group, snapshot, with_other_experts
 
@@ -27,8 +27,7 @@ MEMBERS = 4
 def make_trainer(model: str, **options: object) -> TorchTrainer:
     torch.set_num_threads(1)
     settings = {"publish_dtype": "float32", "routing_replay": model == "model-moe", "learning_rate": 1e-2, **options}
-    sampling = SamplingOptions(max_tokens=9, routing=model == "model-moe")
-    return TorchTrainer.from_directory(EXAMPLE / model, sampling, TrainingOptions.model_validate(settings))
+    return TorchTrainer.from_directory(EXAMPLE / model, TrainingOptions.model_validate(settings))
 
 
 async def sample_groups(

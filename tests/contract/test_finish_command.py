@@ -22,13 +22,9 @@ from tests.contract.learner_run import RUN as LEARNER_RUN
 from tests.contract.learner_run import LearnerRun
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving, serving_buffer, write
+from tests.harness.configurations import EXAMPLE, write_rehearsal
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, chunk, filled, spec, version
 
-CONFIG = """
-run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step = 2, members = 2, max_staleness = 2 }}
-network = {{ replay_buffer = "{address}", insecure = true }}
-"""
-EXAMPLE = Path(__file__).parents[2] / "examples" / "rehearsal.toml"
 ENDED = f"run '{RUN}': already finished at step 2 of 100; nothing to do\n"
 STEP = {"kind": "step", "step": 1, "elapsed_seconds": 1.0, "batch_wait_seconds": 0.5, "reward_mean": 0.5}
 
@@ -51,8 +47,7 @@ async def leave_a_run(address: str) -> None:
 async def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / RUN
     folder.mkdir()
-    configuration = CONFIG.format(run=RUN, directory=tmp_path, address="127.0.0.1:1")
-    (folder / "config.toml").write_text(configuration, encoding="utf-8")
+    write_rehearsal(folder / "config.toml", f"run.name={RUN}", f"run.directory={tmp_path}")
     async with serving(folder / "replay") as address:
         await leave_a_run(address)
     return folder
@@ -116,8 +111,7 @@ def test_a_run_that_is_unknown_is_said(tmp_path: Path, leeway: Leeway) -> None:
     code, said = leeway("buffer", "finish", str(tmp_path))
     assert (code, said.count("\n")) == (1, 1)
     assert "holds no run (no config.toml)" in said
-    config = tmp_path / "cluster.toml"
-    config.write_text(CONFIG.format(run="never", directory=tmp_path, address="127.0.0.1:1"), encoding="utf-8")
+    config = write_rehearsal(tmp_path / "cluster.toml", "run.name=never", f"run.directory={tmp_path}")
     code, said = leeway("buffer", "finish", str(config))
     assert (code, said) == (1, "leeway: run 'never' is unknown here: no learner has opened it\n")
 
@@ -126,7 +120,7 @@ async def test_a_run_whose_buffer_serves_ends_for_everyone_who_waits(tmp_path: P
     """Named by its configuration file, on a host without the run's folder; afterwards the buffer is started again."""
     config = tmp_path / "cluster.toml"
     async with serving(tmp_path / "log", lease_seconds=3600.0) as address, connected(address) as client:
-        config.write_text(CONFIG.format(run=RUN, directory=tmp_path, address=address), encoding="utf-8")
+        write_rehearsal(config, f"run.name={RUN}", f"run.directory={tmp_path}", f"network.replay_buffer={address}")
         await leave_a_run(address)
         await client.join_run("late", SIGNATURE, DATASET, WAIT_SECONDS)
         drawing = asyncio.create_task(client.draw_batch(1, 3, WAIT_SECONDS))

@@ -10,21 +10,17 @@ from leeway.cli.main import main
 from leeway.types import DrainReason
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import connected, serving
+from tests.harness.configurations import write_rehearsal
 from tests.harness.replay_builders import DATASET, ROOT, RUN, SIGNATURE, spec
 
 pytestmark = pytest.mark.processes
-
-CONFIG = """
-run = {{ name = "{run}", directory = "{directory}", steps = 100, groups_per_step = 2, members = 2, max_staleness = 2 }}
-network = {{ replay_buffer = "127.0.0.1:1" }}
-"""
 
 
 @pytest.fixture
 async def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / RUN
     folder.mkdir()
-    (folder / "config.toml").write_text(CONFIG.format(run=RUN, directory=tmp_path), encoding="utf-8")
+    write_rehearsal(folder / "config.toml", f"run.name={RUN}", f"run.directory={tmp_path}")
     async with serving(folder / "replay") as address, connected(address) as client:
         await client.open_run(spec(), ROOT, [])
         for server_id in ("s0", "s1"):

@@ -15,7 +15,7 @@ from inference_server.engine import GenerationEnd, GenerationRequest
 from inference_server.engines.transformers.engine import TransformersEngine
 from learner.trainer import UnusableGroupError
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions, TrainingOptions, TransformersEngineOptions
+from leeway.config import TrainingOptions, TransformersEngineOptions
 from leeway.errors import InvalidDataError
 from leeway.huggingface import load_model
 from leeway.trajectory.assembly import join_chunks
@@ -45,8 +45,7 @@ every_family = pytest.mark.parametrize("family", MOE_FAMILIES)
 def make_trainer(path: Path, **options: object) -> TorchTrainer:
     torch.set_num_threads(1)
     settings = {"publish_dtype": "float32", "routing_replay": True, "learning_rate": 1e-2, "row_tokens": 40, **options}
-    sampling = SamplingOptions(max_tokens=SAMPLING.max_tokens, routing=True)
-    return TorchTrainer.from_directory(path, sampling, TrainingOptions.model_validate(settings))
+    return TorchTrainer.from_directory(path, TrainingOptions.model_validate(settings))
 
 
 def random_prompts(*lengths: int) -> list[Int32Array]:

@@ -21,14 +21,14 @@ from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.segments import segment_path
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.buffer_server import PLAIN, connected, write
+from tests.harness.configurations import write_rehearsal
 from tests.harness.replay_builders import ROOT, filled, spec, version
 
 pytestmark = pytest.mark.processes
 
 
 async def start(directory: Path, *arguments: str) -> asyncio.subprocess.Process:
-    config = directory / "run.toml"
-    config.write_text('[replay_buffer]\ndirectory = "log"\n')
+    config = write_rehearsal(directory / "run.toml", f"replay_buffer.directory={directory / 'log'}")
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "replay_buffer", "--config", str(config), *arguments),
         stderr=asyncio.subprocess.PIPE,
@@ -137,7 +137,7 @@ async def test_check_reads_the_configuration_and_nothing_else(tmp_path: Path) ->
         ),
         ("--set=replay_buffer.leese_seconds=1", "replay_buffer.leese_seconds: unknown key"),
         ("--set=replay_buffer.soft_free_bytes=1", "hard_free_bytes must not be above soft_free_bytes"),
-        ("--set=network.replay_buffer=0.0.0.0:7999", "refusing to listen on 0.0.0.0:7999 without mutual TLS"),
+        ("--set=network.replay_buffer=0.0.0.0:7999", "network.replay_buffer: 0.0.0.0:7999 is beyond loopback"),
     ],
 )
 async def test_a_bad_configuration_is_one_line_and_not_worth_a_restart(

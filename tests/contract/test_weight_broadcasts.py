@@ -114,10 +114,10 @@ async def test_servers_with_and_without_a_base_have_different_broadcasts() -> No
         assert learner.failed == 0
 
 
-async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_wrong_bytes_are_found_by_their_digest_and_fetched_over_grpc(monkeypatch: pytest.MonkeyPatch) -> None:
     send = BroadcastGroup.send
 
-    def spoilt(group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
+    def with_a_wrong_byte(group: BroadcastGroup, parts: Sequence[Part]) -> Generator[int]:
         wrong = bytearray(parts[3])
         wrong[3_000_000] ^= 1
         return send(group, [*parts[:3], bytes(wrong), *parts[4:]])
@@ -125,7 +125,7 @@ async def test_spoilt_bytes_are_found_by_their_digest_and_fetched_over_grpc(monk
     async with fleet(2) as (learner, servers):
         first, second = snapshot(1), snapshot(2)
         with monkeypatch.context() as broken:
-            broken.setattr(BroadcastGroup, "send", spoilt)
+            broken.setattr(BroadcastGroup, "send", with_a_wrong_byte)
             await learner.push(servers, first)
         assert learner.sent("grpc") == 2 * first.manifest.size_bytes
         fallbacks = [server.fallbacks("collective") for server in servers]

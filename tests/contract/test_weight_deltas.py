@@ -86,7 +86,7 @@ async def test_a_server_beyond_the_chain_gets_the_snapshot() -> None:
         await learner.push(server, snapshot(0))
         engine.open.clear()
         await learner.publisher.publish(snapshot(1))
-        await until(lambda: server.received("zmq", "delta"))  # on its way into the engine
+        await until(lambda: server.received("zmq", "delta"))  # the engine has not taken it yet
         for step in range(2, 6):
             await learner.publisher.publish(snapshot(step))
         engine.open.set()
@@ -148,7 +148,7 @@ async def test_a_delta_that_leads_elsewhere_is_repaired_by_the_snapshot() -> Non
 
 
 @pytest.mark.parametrize("fault", ["flip", "cut", "extend", "swap", "twice"])
-async def test_deltas_spoilt_on_their_way_are_repaired(fault: str) -> None:
+async def test_deltas_changed_in_transfer_are_repaired(fault: str) -> None:
     async with pair(local=False, engine=BytesEngine()) as (learner, server, address):
         await learner.stop()
         fetch = learner.publisher.FetchWeights

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 from prometheus_client import CollectorRegistry
 
 from inference_server.engines.arithmetic import ArithmeticEngine
@@ -25,6 +26,8 @@ from tests.contract.rewards import InProcessReward
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.arithmetic_law import behavior_logprob, policy_version
 from tests.harness.buffer_server import connected, serving
+
+pytestmark = pytest.mark.processes
 
 TASKS = TaskSet(
     [{"prompt": f"train {n}"} for n in range(8)], [{"prompt": f"held out {n}"} for n in range(4)], b"d" * 32

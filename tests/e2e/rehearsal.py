@@ -15,17 +15,16 @@ import os
 import signal
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 
-from leeway.cli.configuration import read_configuration, with_free_ports
 from leeway.cli.replay_access import open_replay
 from leeway.cli.serve import serve_command
 from leeway.cli.supervisor import Outcome, Service, Supervisor
-from leeway.config import load_document
+from leeway.config import load_configuration
 from leeway.v1 import replay_pb2, replay_pb2_grpc
 from tests.deadlines import WAIT_SECONDS
 from tests.harness.oracle import Evidence
@@ -263,8 +262,8 @@ async def rehearse(
     With addresses of `backends` the servers are workers that feed the run from them. Without a `network` every message
     arrives once and at once.
     """
-    document = load_document(EXAMPLE, [*SMALL, f"run.directory={directory}", *overrides])
-    configuration = with_free_ports(read_configuration(document))
+    overrides = [*SMALL, f"run.directory={directory}", *overrides]
+    configuration = load_configuration(EXAMPLE, overrides).with_free_ports()
     addresses = configuration.network
     run_directory = directory / "rehearsal"
     run_directory.mkdir()
@@ -273,7 +272,8 @@ async def rehearse(
     async with recording_proxy(addresses.replay_buffer, record, network) as address:
         late = LateMessages(address, record)
         record.listeners += [plan.on_event, late.on_event, *listeners]
-        replace(configuration, network=addresses.model_copy(update={"replay_buffer": address})).write(config)
+        proxied = addresses.model_copy(update={"replay_buffer": address})
+        configuration.model_copy(update={"network": proxied}).write(config)
         arguments = ("--config", str(config), "--supervised")
         plan.supervisor = Supervisor(
             replay_buffer=Service(
@@ -292,7 +292,7 @@ async def rehearse(
         )
         outcome = await plan.supervisor.run(asyncio.Event())
         await late.settle()
-    async with open_replay(load_document(config)) as client:
+    async with open_replay(config) as client:
         groups = [group async for group in client.export_groups()]
         log_directory = run_directory / "replay"
         evidence = Evidence(record, groups, await client.run_status(), run_directory, log_directory)

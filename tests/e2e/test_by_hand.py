@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from leeway.cli.configuration import read_configuration, with_free_ports
-from leeway.config import load_document
+from leeway.config import load_configuration
 from tests.e2e.rehearsal import EXAMPLE, SMALL
 from tests.harness.processes import leeway, running
 
@@ -22,7 +21,7 @@ STEPS = 6
 def config(tmp_path: Path) -> Path:
     overrides = [*SMALL, f"run.steps={STEPS}", f"run.directory={tmp_path}/runs", "learner.checkpoint_every_steps=2"]
     path = tmp_path / "cluster.toml"
-    with_free_ports(read_configuration(load_document(EXAMPLE, overrides))).write(path)
+    load_configuration(EXAMPLE, overrides).with_free_ports().write(path)
     return path
 
 

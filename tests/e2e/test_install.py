@@ -66,6 +66,8 @@ def test_a_users_own_modules_change_nothing(environment: Path, tmp_path: Path) -
     shutil.copy(ROOT / "examples" / "rehearsal.toml", tmp_path / "mine.toml")
     shutil.copytree(ROOT / "examples" / "rehearsal", tmp_path / "rehearsal")
     add_own_modules(tmp_path)
+    for service in ("replay-buffer", "learner", "inference-server"):
+        _run(str(environment / "leeway"), "serve", service, "--config", "mine.toml", "--check", cwd=tmp_path)
     directory = ("--set", "run.directory=runs")
     _run(str(environment / "leeway"), "run", "mine.toml", *SHORT, *directory, cwd=tmp_path)
     assert _finished(tmp_path / "runs" / "rehearsal")

@@ -122,6 +122,7 @@ def configuration(engine: str, model: Path, directory: Path, **options: Any) -> 
             "inference_servers": [f"127.0.0.1:{free_port('127.0.0.1')}"],
         },
         "metrics": {"inference_servers": [free_port("127.0.0.1")]},
+        "evaluation": {"tasks": 0},
         "inference_server": {"engine": engine, engine: engine_options(engine, **options)},
     }
 

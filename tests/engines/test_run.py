@@ -21,7 +21,6 @@ import tomli_w
 
 from learner.run_artifacts.journal import read_journal
 from leeway.cli.replay_access import open_replay
-from leeway.config import load_document
 from leeway.service.ports import free_port
 from leeway.trajectory.assembly import assemble_trajectory
 from leeway.types import GroupState
@@ -119,7 +118,7 @@ async def test_the_learner_computes_what_each_engine_sampled(tmp_path: Path) -> 
     assert max(step["max_abs_policy_behavior_difference"] for step in steps) < 1e-4
     assert max(step["ratio_max"] for step in steps) < 1.001
     trained = Counter[str]()
-    async with open_replay(load_document(tmp_path / "mixed" / "config.toml")) as client:
+    async with open_replay(tmp_path / "mixed" / "config.toml") as client:
         async for group in client.export_groups(state=GroupState.CONSUMED):
             for record in group.trajectories:
                 segments = assemble_trajectory(record).segments

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from leeway.config import MetricsOptions, NetworkOptions, RunOptions, load_document, section
+from leeway.config import MetricsOptions, NetworkOptions, load_configuration
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -26,9 +26,9 @@ def options() -> tuple[NetworkOptions, MetricsOptions]:
     (config,) = [argument.removeprefix("--config=/") for argument in arguments if argument.startswith("--config=/")]
     overrides = [argument.removeprefix("--set=") for argument in arguments if argument.startswith("--set=")]
     assert len(overrides) == len(arguments) - 1
-    document = load_document(ROOT / config, overrides)
-    assert section(document, "run", RunOptions).directory == Path("/var/lib/leeway")
-    return section(document, "network", NetworkOptions), section(document, "metrics", MetricsOptions)
+    configuration = load_configuration(ROOT / config, overrides)
+    assert configuration.run.directory == Path("/var/lib/leeway")
+    return configuration.network, configuration.metrics
 
 
 def grpc_addresses() -> dict[str, str]:

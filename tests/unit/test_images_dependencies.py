@@ -10,6 +10,8 @@ import pytest
 
 from tests.deadlines import WAIT_SECONDS
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 OF_A_MODEL = ("torch", "transformers", "tokenizers")
 OF_THE_REPORT = ("matplotlib",)
@@ -17,8 +19,6 @@ OF_THE_REPORT = ("matplotlib",)
 # Runs a module as `python -m` does, with some packages made impossible to import.
 PROGRAM = """
 import runpy, sys
-
-pytestmark = pytest.mark.processes
 
 packages, module, *arguments = sys.argv[1:]
 sys.modules.update(dict.fromkeys(packages.split(",")))

@@ -60,6 +60,7 @@ def test_the_shipped_model_is_what_the_script_makes(arch: str, tmp_path: Path) -
     assert model_signature(tmp_path) == signature
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["moe", "dense"])
 def test_the_shipped_model_starts_near_the_documented_accuracy(arch: str) -> None:
     torch.set_num_threads(1)

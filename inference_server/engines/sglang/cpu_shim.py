@@ -1,4 +1,4 @@
-"""What SGLang 0.5.23 needs to run on a CPU without AMX.
+"""Repairs without which SGLang 0.5.23 does not run on a CPU without AMX.
 
 `python -m inference_server.engines.sglang.cpu_shim PARENT ARGUMENTS` runs `sglang.server` after these repairs, in that
 process and in those that it spawns. Never started where there is a GPU.

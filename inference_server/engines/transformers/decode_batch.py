@@ -1,4 +1,4 @@
-"""The running sequences and the two forwards that move them on. Belongs to one thread; knows no locks.
+"""The running sequences, and the two forward passes that sample for them. Belongs to one thread and has no locks.
 
 Rows 0..n-1 of the KV cache are the running sequences. `admit` feeds whole prompts and samples each sequence's first
 token; `step` feeds every running sequence the token it sampled last and samples the next. Equal prompts are fed once.
@@ -145,7 +145,7 @@ class DecodeBatch:
         self._sample(sequences, output.logits[sources, kept_index], version)
 
     def _take_routing(self, sequences: Sequence[DecodeSequence]) -> Array | None:
-        """Routing of the forward that has just run, [tokens, L, k]; None when nobody records it."""
+        """Routing of the forward that has just run, [tokens, L, k]; None when no sequence records it."""
         if any(sequence.records_routing for sequence in sequences):
             return self._capture.take()
         self._capture.discard()

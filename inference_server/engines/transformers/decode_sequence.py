@@ -1,4 +1,4 @@
-"""One sequence while it is sampled: what is known of it, and what of that has been streamed."""
+"""One sequence while it is sampled: its tokens and columns, and how much of them has been streamed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class DecodeSequence:
         return self.length - self._streamed
 
     def start(self) -> None:
-        """Sampling begins."""
+        """Note the time at which sampling begins."""
         self._started_at = datetime.now(UTC)
 
     def route(self, rows: Array) -> None:

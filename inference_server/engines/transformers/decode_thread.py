@@ -8,7 +8,7 @@
     emit of each sequence  <──────────────────    │       step all rows                          (one token each)
         one call_soon_threadsafe per iteration    └──     deliver the iteration's chunks and ends
 
-The thread waits on the condition when it is idle or paused; whoever gives it work notifies. Weights change only at
+The thread waits on the condition when it is idle or paused; every command notifies it. Weights change only at
 the top of the loop, so no forward runs on a mixture. Running sequences keep the keys and values that older weights
 computed: their next token is sampled from what the new weights make of that past, and that is the behavior policy
 whose log-prob is recorded. Whatever stops the loop is given to every open sequence and every waiting command.
@@ -134,7 +134,7 @@ class DecodeThread:
         return standing
 
     def resume(self) -> None:
-        """Go on."""
+        """Continue decoding."""
         with self._condition:
             self._paused = False
             self._condition.notify()
@@ -210,7 +210,7 @@ class DecodeThread:
         self._batch.remove_if(lambda sequence: sequence in cancelled)
 
     def _decode(self) -> list[_Event]:
-        """Admit, step, and collect what became known."""
+        """Admit and step; returns the events of this iteration."""
         with self._condition:
             version = self._version
             admitted = [self._queued.popleft() for _ in range(min(len(self._queued), self._batch.num_free))]
@@ -239,12 +239,12 @@ class DecodeThread:
     def _deliver(self, events: list[_Event]) -> None:
         if not events or self._event_loop is None:
             return
-        # A closed event loop raises: nobody is left to read.
+        # A closed event loop raises: the events have no reader any more.
         with contextlib.suppress(RuntimeError):
             self._event_loop.call_soon_threadsafe(_emit, events)
 
     def _end(self, ending: LeewayError) -> None:
-        """Refuse everything from now on and tell everyone who waits."""
+        """Refuse later commands, and end every open sequence and command with the reason."""
         with self._condition:
             self._failure = ending
             open_sequences = [*self._batch.running(), *self._queued]

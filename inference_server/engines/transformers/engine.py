@@ -91,7 +91,7 @@ class TransformersEngine:
         )
 
     def generate(self, request: GenerationRequest) -> AsyncGenerator[TrajectoryChunk | GenerationEnd, None]:
-        """Sample one completion; what is wrong with the request is raised here, before anything is queued.
+        """Sample one completion. An invalid request is refused here, before anything is queued.
 
         Raises:
             InvalidDataError: ids outside the vocabulary, an empty or over-long prompt, a recording that the model
@@ -103,7 +103,7 @@ class TransformersEngine:
         return self._stream(request)
 
     async def update_weights(self, snapshot: WeightSnapshot) -> float:
-        """Stage verified weights beside the running ones, swap between two decode steps; seconds decoding stood still.
+        """Stage verified weights beside the running ones, swap between two steps; returns the seconds of the pause.
 
         Raises:
             FencedError: a higher publisher epoch has been seen.
@@ -173,7 +173,7 @@ class TransformersEngine:
 
 
 def _require_full_attention(config: object, path: Path) -> None:
-    """Refuse what rows of one cache with their own lengths cannot serve."""
+    """Refuse models that one cache with rows of different lengths cannot serve."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Which experts each MoE layer chose, read where they are chosen.
+"""Records the experts that each MoE layer chose, at its router.
 
 A forward hook on every router keeps the chosen indices of the forward that has just run, in slot order. Routers are
 bound by module, in the order of their layers' numbers. `take` hands a forward's rows out once: a forward that did not

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 @dataclass(slots=True)
 class _Forward:
-    """What the next forward does; shared by all layers."""
+    """The writes and reads of the next forward pass; shared by all layers."""
 
     capacity: int  # tokens per row
     first_row: int = 0

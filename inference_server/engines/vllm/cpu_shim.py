@@ -1,4 +1,4 @@
-"""What vLLM 0.32 lacks on a CPU. Never loaded where vLLM runs on another platform.
+"""Routing and weight reload for vLLM 0.32 on a CPU. Never loaded where vLLM runs on another platform.
 
 Routing: vLLM records routed experts through its Model Runner V2, which needs a CPU backend of triton that does not
 exist. Here the first runner drives vLLM's own recorder: begin a step, take the snapshot after the forward, hand it out
@@ -53,7 +53,7 @@ class RoutingCPUWorker(CPUWorker):
 
 @dataclass(frozen=True, slots=True)
 class _Batch:
-    """What the recorder reads of a step's batch."""
+    """The part of a step's batch that the recorder reads."""
 
     req_ids: list[str]
     query_start_loc_np: Any  # [requests + 1]

@@ -1,7 +1,7 @@
-"""What vLLM streams, as columns, and how it takes a seed. Needs NumPy only.
+"""Converts the outputs of vLLM into columns, and seeds into the form that it takes. Needs NumPy only.
 
 vLLM lists for each sampled token its own log-prob, then those of the K most likely tokens. Where it has merged several
-outputs into one, because nobody had fetched the first, a sampled token that is one of the K is listed only once.
+outputs into one, because the first was not fetched yet, a sampled token that is one of the K is listed only once.
 
 Shape legend: n tokens, K candidates.
 """
@@ -51,10 +51,10 @@ def signed_seed(seed: int) -> int:
 
 
 def sampled_tokens(token_ids: Sequence[int], listed: FlatLogprobs, topk: int) -> SampledTokens:
-    """Take apart what vLLM says of n sampled tokens.
+    """Split the output of vLLM for n sampled tokens.
 
     Raises:
-        UnavailableError: vLLM has listed something else than was asked for.
+        UnavailableError: vLLM has listed other tokens or candidates than requested.
     """
     num_tokens = len(token_ids)
     ids = np.array(token_ids, np.int32)

@@ -1,4 +1,4 @@
-"""What runs in vLLM's worker processes: taking a snapshot's file into the model that decodes.
+"""The extension of vLLM's worker processes: it loads a snapshot's file into the model that decodes.
 
 vLLM mixes `WeightLoader` into its worker class (`worker_extension_cls`), and `collective_rpc` calls it by name. The
 caller has paused decoding; a failure leaves a mixture, and the caller must not let the engine decode again.
@@ -27,7 +27,7 @@ class WeightLoader:
     vllm_config: Any
 
     def leeway_end_with(self, process_id: int) -> None:
-        """End vLLM when a process ends, however it does: its engine core would otherwise outlive a killed server."""
+        """End vLLM when a process ends in any way: its engine core would otherwise outlive a killed server."""
         guarded = os.pidfd_open(process_id)
         threading.Thread(target=_end_after, args=(guarded, os.getppid()), name="end with server", daemon=True).start()
 
@@ -39,7 +39,7 @@ class WeightLoader:
         from vllm.platforms import current_platform
 
         model = self.model_runner.get_model()
-        # Kernels keep weights in layouts of their own: vLLM lays a layer out anew when it has all of it, and copies
+        # Kernels keep weights in layouts of their own: vLLM repeats a layer's layout when it has all of it, and copies
         # the result to where captured graphs expect it.
         with torch.no_grad(), set_current_vllm_config(self.vllm_config), disable_mtp_completeness_check():
             initialize_layerwise_reload(model)

@@ -72,7 +72,7 @@ def misbehave(task: Task, completion: str) -> float:
         case "exit":
             os._exit(3)
         case "memory":
-            bytearray(1 << 36)
+            bytearray(1 << 31)
         case "creep":
             hoard = [bytearray(1 << 24)]
             while True:

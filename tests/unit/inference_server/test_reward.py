@@ -104,6 +104,7 @@ async def test_what_hangs_crashes_or_eats_memory_costs_its_own_trajectory(
 ) -> None:
     timeout_seconds = 0.3 if cause == "timeout" else WAIT_SECONDS
     async with started("misbehave", timeout_seconds=timeout_seconds, processes=2) as rewards:
+        workers = [place._worker for place in rewards._places if place._worker is not None]
         failure, *others = await asyncio.gather(
             *(rewards.score(TASK, said, WHERE) for said in (completion, *["fine"] * 8))
         )
@@ -115,6 +116,9 @@ async def test_what_hangs_crashes_or_eats_memory_costs_its_own_trajectory(
         both = await asyncio.gather(*(rewards.score(TASK, "fine", WHERE) for _ in range(2)))  # one in each process
         assert both == [1.0] * 2
         assert failures(rewards, cause) == 1
+        blamed = next((worker for worker in workers if worker.ended), None)
+        assert (blamed is None) == (cause == "raised")
+        assert blamed is None or has_ended(blamed._child.process_id)
 
 
 @pytest.mark.parametrize("completion", ["segfault", "exit", "memory", "hang", "stubborn", "wait"])

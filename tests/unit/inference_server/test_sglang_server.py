@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from tests.deadlines import WAIT_SECONDS
 
+pytestmark = pytest.mark.processes
+
 _STARTER = """
 import subprocess, sys, os
-
-pytestmark = pytest.mark.processes
 child = "import os, time; from inference_server.engines.sglang.server import die_with_parent as d; d(os.getppid())"
 child += "; print(os.getpid(), flush=True); time.sleep(600)"
 subprocess.run([sys.executable, "-c", child])

@@ -13,6 +13,7 @@ from leeway.cli import buffer_export
 from leeway.cli.main import main
 from leeway.types import TrajectoryFailure, WriteItem
 from replay_buffer.storage.segments import HEADER, segment_path
+from tests.harness.configurations import write_rehearsal
 from tests.harness.replay_builders import RUN, chunk
 from tests.harness.replay_directory import opened
 
@@ -48,7 +49,7 @@ def test_verify_says_what_it_checked_and_what_is_wrong(log: Path, capsys: pytest
 
 
 def test_a_runs_folder_stands_for_its_log(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (log.parent / "config.toml").write_text(f'[replay_buffer]\ndirectory = "{log}"\n')
+    write_rehearsal(log.parent / "config.toml", f"replay_buffer.directory={log}")
     assert main(["buffer", "verify", str(log.parent)]) == 0
     assert capsys.readouterr().out.endswith("OK\n")
 

@@ -15,6 +15,8 @@ from leeway.service import children
 from leeway.service.children import python_command, running, start
 from tests.deadlines import WAIT_SECONDS
 
+pytestmark = pytest.mark.processes
+
 IGNORES_SIGTERM = (
     sys.executable,
     "-c",

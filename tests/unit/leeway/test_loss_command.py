@@ -10,11 +10,8 @@ from typing import Any
 
 import pytest
 
-from leeway.cli.configuration import read_configuration
 from leeway.cli.main import main
-from leeway.config import load_document
 from leeway.config.algorithms import ALGORITHMS
-from leeway.errors import ConfigError
 
 MU = [1e-4, 0.99, 0.5, 0.5, 0.5, 0.3, 0.4, 0.05]
 PI = [0.01, 0.8, 0.75, 0.75, 0.2, 0.22, 0.55, 0.9]
@@ -210,13 +207,3 @@ def test_help_documents_the_input(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("mu_topk", "advantages", "lengths", "proximal", "staleness", *ALGORITHMS):
         assert word in text
-
-
-def test_a_run_is_checked_before_anything_starts() -> None:
-    """The example records no candidates."""
-    example = Path(__file__).parents[3] / "examples" / "sortmix8.toml"
-    read_configuration(load_document(example))
-    with pytest.raises(
-        ConfigError, match=r"sortmix8\.toml: learner\.training\.algorithm dppo-topk-tv .* sampling\.topk"
-    ):
-        read_configuration(load_document(example, ["learner.training.algorithm=dppo-topk-tv"]))

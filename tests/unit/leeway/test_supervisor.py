@@ -15,6 +15,8 @@ from leeway.service import children
 from leeway.service.process import RUN_FINISHED
 from tests.deadlines import WAIT_SECONDS
 
+pytestmark = pytest.mark.processes
+
 STUBBORN = (sys.executable, "-m", "tests.unit.leeway.stubborn")
 FOREVER = ("sleep", "600")
 
@@ -35,7 +37,6 @@ def supervised(
     return made, events
 
 
-@pytest.mark.processes
 async def test_what_a_killed_process_had_started_ends_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "OTHERS_STOP_SECONDS", 0.01)
     monkeypatch.setattr(children, "PIPES_SECONDS", 2 * WAIT_SECONDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leeway.config import NetworkOptions
-from leeway.errors import ConfigError, UnavailableError
+from leeway.errors import UnavailableError
 from leeway.weights.broadcast import BroadcastGroup, Rendezvous, gather, pieces
-from leeway.weights.transports import TRANSPORTS, load_side, weight_transports
+from leeway.weights.transports import TRANSPORTS, load_side
 from tests.deadlines import WAIT_SECONDS
 
 
@@ -39,22 +38,6 @@ def options(**values: object) -> NetworkOptions:
     return NetworkOptions.model_validate({"weights": "collective", **values})
 
 
-def test_broadcasts_stay_on_this_host_unless_insecure() -> None:
-    assert weight_transports(options()) == ("collective", "grpc")
-    assert weight_transports(options(policy="learner:7402", insecure=True)) == ("collective", "grpc")
-    with pytest.raises(ConfigError, match=r"network\.weights.*insecure = true"):
-        weight_transports(options(policy="learner:7402"))
-    with pytest.raises(ConfigError, match=r"network\.policy"):
-        weight_transports(options(policy="0.0.0.0:7402", insecure=True))
-
-
-def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
-    with pytest.raises(ConfigError, match=r"network\.weights.*needs torch"):
-        weight_transports(options())
-    assert weight_transports(options(weights="grpc")) == ("grpc",)
-
-
 @pytest.mark.parametrize(
     ("weights", "policy", "transports"),
     [
@@ -66,7 +49,7 @@ def test_broadcasts_need_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_zeromq_is_for_one_host(weights: str, policy: str, transports: tuple[str, ...]) -> None:
-    assert weight_transports(options(weights=weights, policy=policy)) == transports
+    assert options(weights=weights, policy=policy).weight_transports == transports
 
 
 def test_every_transport_is_there_on_both_sides() -> None:

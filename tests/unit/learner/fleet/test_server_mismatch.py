@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
@@ -18,13 +19,13 @@ from leeway.config import FleetOptions
 from leeway.types import (
     Drain,
     DrainReason,
-    FinishReason,
     Float32Array,
     PolicyVersion,
     ServerStatus,
     Trajectory,
     VersionSpan,
 )
+from tests.harness import learner_builders
 
 OPTIONS = FleetOptions(min_tokens=500)
 VOCABULARY = 32
@@ -57,13 +58,8 @@ def log_softmax(logits: Floats) -> Floats:
 
 
 def trajectory(server_id: str, spans: Sequence[VersionSpan], behavior_logprobs: Float32Array) -> Trajectory:
-    n = len(behavior_logprobs)
-    mask = np.zeros(n, np.bool_)
-    mask[spans[0].start_token :] = True
-    return Trajectory(
-        "t", 0, 1, server_id, np.zeros(n, np.int32), behavior_logprobs, mask, tuple(spans), (), 1.0,
-        FinishReason.STOP, MOMENT, MOMENT,
-    )  # fmt: skip
+    made = learner_builders.trajectory("t", len(behavior_logprobs), prompt=spans[0].start_token)
+    return replace(made, server_id=server_id, behavior_logprobs=behavior_logprobs, version_spans=tuple(spans))
 
 
 def sampled(
@@ -191,6 +187,6 @@ def test_a_slow_server_is_one_that_takes_much_longer_than_the_others() -> None:
     assert slow(status("slow", tickets=16, seconds=89.0)) == []
     assert slow(status("slow", tickets=15, seconds=91.0)) == []
     assert slow(status("gone", tickets=16, seconds=91.0, present=False)) == []
-    assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=None)) == []
+    assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=math.inf)) == []
     assert slow(status("slow", tickets=16, seconds=91.0), FleetOptions(slow_ratio=10.0, slow_seconds=92.0)) == []
     assert verdicts({}, [status("only", tickets=32, seconds=1e6)], options) == []

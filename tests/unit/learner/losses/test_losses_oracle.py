@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from learner.batch.advantages import group_advantages
 from learner.losses.aggregation import sequence_weights
 from learner.losses.batch_statistics import merge_statistics
 from learner.losses.form import (
@@ -461,19 +460,3 @@ def test_the_entropy_bonus_has_a_gradient_of_minus_its_coefficient() -> None:
         batch, load_algorithm(ALGORITHMS["pg-is"]), ALGORITHMS["pg-is"].defaults, Penalties(entropy=0.01)
     )
     assert torch.autograd.grad(losses.sum(), entropies)[0].tolist() == [-0.01, 0.0]
-
-
-# Advantages.
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_leave_one_out_is_the_mean_of_the_others(seed: int) -> None:
-    rewards = np.random.default_rng(seed).normal(size=6)
-    expected = [rewards[i] - np.delete(rewards, i).mean() for i in range(6)]
-    np.testing.assert_allclose(group_advantages(rewards.tolist(), baseline="leave-one-out"), expected, rtol=1e-12)
-
-
-def test_leave_one_out_of_equal_rewards_or_of_one_is_zero() -> None:
-    assert group_advantages([0.1] * 7, baseline="leave-one-out").tolist() == [0.0] * 7
-    assert group_advantages([3.0], baseline="leave-one-out").tolist() == [0.0]
-    np.testing.assert_allclose(group_advantages([1, 0, 0, 1], baseline="leave-one-out"), np.array([2, -2, -2, 2]) / 3)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions, TrainingOptions
+from leeway.config import TrainingOptions
 from leeway.errors import ConfigError
 from leeway.huggingface import load_published, tensor_from_bytes
 from leeway.types import TrajectoryGroup
@@ -93,11 +93,10 @@ def test_the_first_adapters_are_the_same_in_every_process_and_differ_by_seed() -
 
 def test_an_export_is_a_plain_model(tmp_path: Path) -> None:
     source = tiny_models.save(tiny_models.make_model(0, moe=False), tmp_path / "source")
-    sampling = SamplingOptions(max_tokens=4)
-    taught = TorchTrainer.from_directory(source, sampling, options())
+    taught = TorchTrainer.from_directory(source, options())
     taught.train_step(1, groups())
     taught.export(source, tmp_path / "export")
-    plain = TorchTrainer.from_directory(tmp_path / "export", sampling, TrainingOptions(publish_dtype="float32"))
+    plain = TorchTrainer.from_directory(tmp_path / "export", TrainingOptions(publish_dtype="float32"))
     assert plain.published() == taught.published()
 
 

@@ -19,10 +19,8 @@ from learner.lineage import trajectory_staleness
 from learner.losses.batch_statistics import Reduction
 from learner.policy.model import PolicyModel
 from learner.training.policy_loss import PolicyLoss, RunningMismatch
-from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions, TrainingOptions, check_recorded_topk
+from leeway.config import TrainingOptions
 from leeway.config.algorithms import ALGORITHMS
-from leeway.errors import ConfigError
 from leeway.types import PolicyVersion, Trajectory, TrajectoryGroup, VersionSpan
 from tests.harness.learner_builders import (
     VOCABULARY,
@@ -217,17 +215,12 @@ def test_unusable_candidates_are_refused_before_anything_moves(
     assert_refused(dense_model, options(algorithm="dppo-topk-tv"), [step[0], bad, step[2]], step, message)
 
 
-def test_a_topk_loss_without_recorded_candidates_is_refused_at_the_start(tmp_path: Path) -> None:
-    few = SamplingOptions(max_tokens=4, topk=2)
+def test_which_losses_need_recorded_candidates() -> None:
     for algorithm in ("dppo-topk-tv", "dppo-topk-kl", "predictive-mask"):
-        with pytest.raises(ConfigError, match=r"needs the top 3 .* sampling\.topk is 2; set sampling\.topk = 3"):
-            check_recorded_topk(options(algorithm=algorithm), few)
-        with pytest.raises(ConfigError, match=r"sampling\.topk"):
-            TorchTrainer.from_directory(tmp_path, few, options(algorithm=algorithm))
-    with pytest.raises(ConfigError, match=r"needs the top 20"):
-        check_recorded_topk(TrainingOptions(algorithm="trm", divergence="topk-kl"), few)
-    check_recorded_topk(options(algorithm="dppo-topk-tv", topk=2), few)
-    check_recorded_topk(TrainingOptions(algorithm="trm"), SamplingOptions(max_tokens=4))
+        assert options(algorithm=algorithm).topk_needed == 3
+    assert TrainingOptions(algorithm="trm", divergence="topk-kl").topk_needed == 20
+    assert options(algorithm="dppo-topk-tv", topk=2).topk_needed == 2
+    assert TrainingOptions(algorithm="trm").topk_needed == 0
 
 
 # Staleness.

@@ -25,9 +25,9 @@ from learner.policy.model import PolicyModel
 from learner.trainer import Trainer, UnusableGroupError
 from learner.training import state as training_state
 from learner.training.torch_trainer import TorchTrainer
-from leeway.config import SamplingOptions, TrainingOptions
+from leeway.config import TrainingOptions
 from leeway.config.algorithms import ALGORITHMS
-from leeway.errors import ConfigError, CorruptDataError, PreconditionError
+from leeway.errors import CorruptDataError, PreconditionError
 from leeway.types import Trajectory, TrajectoryGroup
 from leeway.weights.digests import verify_weights, weights_digest
 from tests.deadlines import WAIT_SECONDS
@@ -383,19 +383,10 @@ def model_directory(model: PreTrainedModel, directory: Path) -> Path:
 def test_starts_from_a_model_directory(tmp_path: Path) -> None:
     model = dense_model()
     path = model_directory(model, tmp_path)
-    taught: Trainer = TorchTrainer.from_directory(path, SamplingOptions(max_tokens=4), options(routing_replay=True))
+    taught: Trainer = TorchTrainer.from_directory(path, options(routing_replay=True))
     assert taught.signature.vocab_size == 32
     assert taught.stop_token_ids == (0,)
     assert taught.published()[0] == trainer(model, options()).published()[0]
-
-
-def test_replay_without_recorded_routing_is_refused(tmp_path: Path) -> None:
-    path = model_directory(moe_model(), tmp_path)
-    with pytest.raises(ConfigError, match=r"sampling\.routing = true"):
-        TorchTrainer.from_directory(path, SamplingOptions(max_tokens=4), options(routing_replay=True))
-    recorded = SamplingOptions(max_tokens=4, routing=True)
-    taught = TorchTrainer.from_directory(path, recorded, options(routing_replay=True))
-    taught.train_step(1, groups(routing=True))
 
 
 @pytest.mark.parametrize(
