@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ def _open_files() -> dict[str, str]:
     """Descriptor -> file or pipe.
 
     Sockets and event descriptors belong to gRPC, which closes them in its own time. A pipe of which this process has
-    both ends is one that a library wakes itself with.
+    both ends is one that a library wakes itself with. The helpers of multiprocessing keep theirs until the end.
     """
     found: dict[str, str] = {}
+    tracker: Any = resource_tracker._resource_tracker
+    server: Any = forkserver._forkserver
+    kept = {str(tracker._fd), str(server._forkserver_alive_fd)}
     for entry in os.scandir("/proc/self/fd"):
         try:
             target = os.readlink(entry.path)  # noqa: PTH115 (called after each test)
@@ -41,6 +45,7 @@ def _open_files() -> dict[str, str]:
             continue
         if target.startswith(("/", "pipe:")) and not target.startswith(("/proc/", "/dev/", "/sys/", sys.prefix)):
             found[entry.name] = target
+    found = {name: target for name, target in found.items() if name not in kept}
     targets = Counter(found.values())
     return {name: target for name, target in found.items() if not (target.startswith("pipe:") and targets[target] > 1)}
 

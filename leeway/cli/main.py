@@ -19,6 +19,7 @@ from leeway.service.process import report_error
 COMMANDS: Final = {
     "run": "start a run with all its services",
     "serve": "start one service of a run",
+    "config": "describe the keys of the configuration, or show their values",
     "rollouts": "show rollouts: text, reward, probabilities per token",
     "report": "draw a run's report again",
     "export": "write a checkpoint as a Hugging Face model",

@@ -7,6 +7,7 @@
 configuration      RunConfiguration and `read_configuration`, which checks all that can be checked by reading
 rules              what shows only between two sections, as pure functions
 references         what shows only when something is opened: model, tasks, reward function
+reference          every key in words, for docs/configuration.md and `leeway config`
 document           how a file is read and overridden; what a refusal says
 run, network, replay_buffer, inference_server, engines, learner, losses     the sections, with every key and default
 algorithms, engines.ENGINES, leeway.weights.transports                      what a configuration may name

@@ -97,8 +97,8 @@ class FakeReplay(_Servicer):
         self.arrived: list[WriteItem] = []  # everything, repetitions too
         self.endings: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
         self.num_endings = 0
-        self.asked: list[replay_pb2.AcquireTicketsRequest] = []
-        self.ask_arrived = asyncio.Event()
+        self.ticket_requests: list[replay_pb2.AcquireTicketsRequest] = []
+        self.request_arrived = asyncio.Event()
         self.more = asyncio.Condition()
         self.renewed: list[tuple[str, int]] = []
         self.left: list[str] = []
@@ -129,8 +129,8 @@ class FakeReplay(_Servicer):
     async def AcquireTickets(
         self, request: replay_pb2.AcquireTicketsRequest, context: Any
     ) -> replay_pb2.AcquireTicketsResponse:
-        self.asked.append(request)
-        self.ask_arrived.set()
+        self.ticket_requests.append(request)
+        self.request_arrived.set()
         if self.endless is not None:
             count = max(request.max_members // self.spec.members, 1)
             tickets = [self.endless(self.next_number + i) for i in range(count)]

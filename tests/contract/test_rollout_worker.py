@@ -228,11 +228,11 @@ async def test_nothing_is_asked_for_before_a_version_is_in_force() -> None:
     replay = FakeReplay()
     async with working(replay, step=None) as rig:
         await until(lambda: replay.joined > 0)
-        assert not replay.asked
+        assert not replay.ticket_requests
         await rig.policy.update(snapshot(3))
-        await replay.ask_arrived.wait()
-        assert replay.asked[0].version.step == 3
-        assert replay.asked[0].max_members == 96 + 16
+        await replay.request_arrived.wait()
+        assert replay.ticket_requests[0].version.step == 3
+        assert replay.ticket_requests[0].max_members == 96 + 16
 
 
 async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_comes(
@@ -244,7 +244,7 @@ async def test_a_server_that_joins_a_finished_run_ends_although_no_version_ever_
     async with working(replay, step=None) as rig:
         await rig.finish()
     assert "run rehearsal has finished" in caplog.text
-    assert not replay.asked
+    assert not replay.ticket_requests
 
 
 async def test_a_server_that_waits_for_its_first_version_hears_that_the_run_has_finished(
@@ -255,17 +255,17 @@ async def test_a_server_that_waits_for_its_first_version_hears_that_the_run_has_
     async with working(replay, step=None) as rig:
         await until(lambda: replay.joined > 2)  # it is asked again and again
         await rig.finish()
-    assert not replay.asked
+    assert not replay.ticket_requests
 
 
 async def test_a_new_version_is_told_at_once_and_no_waiting_call_is_given_up() -> None:
     replay = FakeReplay()
     async with working(replay, options=WorkerOptions(ticket_wait_seconds=20.0)) as rig:
-        await replay.ask_arrived.wait()
-        replay.ask_arrived.clear()
+        await replay.request_arrived.wait()
+        replay.request_arrived.clear()
         await rig.policy.update(snapshot(1))
-        await replay.ask_arrived.wait()
-        assert [request.version.step for request in replay.asked] == [0, 1]
+        await replay.request_arrived.wait()
+        assert [request.version.step for request in replay.ticket_requests] == [0, 1]
         # An evaluation of the new version reaches the second call; the first one is still there for others.
         pinned = ticket(1, purpose=Purpose.EVAL, pinned_version=snapshot(1).version, evaluation_id="e")
         await replay.add(pinned)
@@ -464,12 +464,12 @@ async def test_a_stop_that_nobody_answers_says_what_becomes_of_the_rest(caplog: 
     assert replay.left == []
 
 
-async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_drained_server_says_so_once_and_keeps_requesting(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("WARNING")
     replay = FakeReplay()
     replay.drained = Drain(DrainReason.DIVERGING, "2 nats from the others", datetime(2026, 1, 1, tzinfo=UTC))
     async with working(replay, options=WorkerOptions(ticket_wait_seconds=0.01)) as rig:
-        await until(lambda: len(replay.asked) > 3)
+        await until(lambda: len(replay.ticket_requests) > 3)
         replay.drained = None
         await replay.add(ticket(1))
         await rig.ended(4)
@@ -485,7 +485,7 @@ async def test_a_drained_server_says_so_once_and_goes_on_asking(caplog: pytest.L
 async def test_tickets_that_arrive_after_the_stop_are_handed_back() -> None:
     replay = FakeReplay()
     async with working(replay, options=WorkerOptions(ticket_wait_seconds=10.0)) as rig:
-        await replay.ask_arrived.wait()
+        await replay.request_arrived.wait()
         rig.stop.set()
         await asyncio.sleep(0)
         await replay.add(ticket(1))  # answers the call that was waiting

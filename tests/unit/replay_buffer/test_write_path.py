@@ -18,7 +18,7 @@ from replay_buffer.storage.log import Log, LogOptions
 from replay_buffer.storage.records import Record, decode, encode, stored_chunk
 from replay_buffer.storage.segment_reader import SegmentReader
 from replay_buffer.storage.segments import Location, frame, segment_path
-from tests.harness.replay_builders import ROOT, Machine, chunk, close, spec, whole
+from tests.harness.replay_builders import ROOT, Machine, chunk, close, described, spec, whole
 
 ACKNOWLEDGED = WriteStatus.ACKNOWLEDGED
 
@@ -104,6 +104,20 @@ def test_a_chunk_that_is_refused_leaves_no_trace_in_the_draft() -> None:
 
 
 # Draws
+
+
+def test_what_is_streamed_stays_as_it_was_while_writes_go_on() -> None:
+    machine = Machine(spec(groups_per_step=1, members=1))
+    (ticket,) = machine.acquire(max_members=1)
+    first, last = whole(ticket.members[0], 1)
+    machine.write(first)
+    live = machine.state.groups[ticket.group_id]
+    frozen = live.frozen()
+    before = described(frozen)
+    assert before == described(live)
+    machine.write(last)
+    assert live.state is GroupState.READY
+    assert described(frozen) == before
 
 
 def test_a_draw_is_what_protobuf_makes_of_it() -> None:
