@@ -161,7 +161,7 @@ OPENED: list[tuple[str, str, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("override", "expected", "programs"), OPENED, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("override", "expected", "programs"), OPENED, ids=[case[0] for case in OPENED])
 def test_who_needs_what_is_named_refuses_with_the_same_line(
     checks: dict[str, Check], override: str, expected: str, programs: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
