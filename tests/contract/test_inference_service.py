@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 
-from inference_server.engine import GenerationEnd, GenerationRequest
+from inference_server.engine import GenerationRequest
 from inference_server.engines.arithmetic import ArithmeticEngine
 from inference_server.engines.remote import RemoteEngine
 from inference_server.served_policy import ServedPolicy
@@ -21,23 +20,12 @@ from leeway.arithmetic import ArithmeticWeights
 from leeway.config import ArithmeticEngineOptions
 from leeway.errors import CorruptDataError, FencedError, InvalidDataError, PreconditionError, UnavailableError
 from leeway.rpc import Security, start_server
-from leeway.types import ColumnKind, FinishReason, SamplingParams, TrajectoryChunk, VersionSpan, WeightSnapshot
+from leeway.types import ColumnKind, FinishReason, SamplingParams, TrajectoryChunk, WeightSnapshot
 from tests.deadlines import WAIT_SECONDS
-from tests.harness.arithmetic_law import behavior_logprob, policy_version
+from tests.harness.arithmetic_law import policy_version
+from tests.harness.completions import RUN, Completion, request, snapshot
 
-RUN = "rehearsal"
 WRONG_TYPE: Any = np.array([1], dtype=np.int64)
-
-
-def snapshot(epoch: int, step: int, publisher_epoch: int | None = None) -> WeightSnapshot:
-    manifest, buffers = arithmetic.published_weights(epoch, step)
-    version = policy_version(RUN, epoch, step, history=epoch)
-    return WeightSnapshot(version, epoch if publisher_epoch is None else publisher_epoch, manifest, buffers)
-
-
-def request(max_tokens: int = 40, prompt: str = "sort 3 1 2", **sampling: Any) -> GenerationRequest:
-    ids = np.array(arithmetic.ArithmeticTokenizer().encode(prompt), dtype=np.int32)
-    return GenerationRequest("r", ids, SamplingParams(max_tokens=max_tokens, **sampling))
 
 
 @asynccontextmanager
@@ -53,57 +41,6 @@ async def backend(**options: Any) -> AsyncGenerator[tuple[RemoteEngine, Arithmet
         stack.push_async_callback(remote.aclose)
         await remote.update_weights(snapshot(1, 0))
         yield remote, engine
-
-
-class Completion:
-    """Everything that came of one request."""
-
-    def __init__(self, generation: GenerationRequest) -> None:
-        self.request = generation
-        self.chunks: list[TrajectoryChunk] = []
-        self.end: GenerationEnd | None = None
-
-    async def collect(self, engine: RemoteEngine | ArithmeticEngine) -> Completion:
-        async for _ in self.events(engine):
-            pass
-        return self
-
-    async def events(self, engine: RemoteEngine | ArithmeticEngine) -> AsyncIterator[int]:
-        """Collects; yields the number of chunks so far."""
-        async with aclosing(engine.generate(self.request)) as events:
-            async for event in events:
-                if isinstance(event, GenerationEnd):
-                    self.end = event
-                else:
-                    self.chunks.append(event)
-                    yield len(self.chunks)
-
-    def column(self, kind: ColumnKind) -> np.ndarray:
-        columns = [column for chunk in self.chunks for column in chunk.columns if column.kind is kind]
-        for before, after in itertools.pairwise(columns):
-            assert before.end_token == after.start_token
-        return np.concatenate([column.values for column in columns])
-
-    @property
-    def spans(self) -> list[VersionSpan]:
-        return [span for chunk in self.chunks for span in chunk.version_spans]
-
-    def check_labels(self) -> set[int]:
-        """Every token's log-prob is the law's at its label; returns the steps that sampled."""
-        prompt = self.request.prompt_token_ids
-        tokens = np.concatenate([prompt, self.column(ColumnKind.TOKEN_IDS)])
-        logprobs = self.column(ColumnKind.BEHAVIOR_LOGPROBS)
-        temperature = self.request.sampling.temperature
-        at = len(prompt)
-        for span in self.spans:
-            assert span.start_token == at
-            at = span.end_token
-            weights = ArithmeticWeights.of(span.version)
-            for position in range(span.start_token, span.end_token):
-                law = behavior_logprob(weights, tokens[:position], int(tokens[position]), temperature)
-                assert logprobs[position - len(prompt)] == np.float32(law)
-        assert at == len(tokens)
-        return {span.version.step for span in self.spans}
 
 
 async def test_tokens_carry_the_version_that_sampled_them_across_swaps() -> None:

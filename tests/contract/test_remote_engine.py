@@ -16,8 +16,8 @@ from inference_server.engines.remote import RemoteEngine
 from leeway.errors import PreconditionError, UnavailableError
 from leeway.rpc import Security
 from leeway.service.ports import free_port
-from tests.contract.test_inference_service import Completion, request, snapshot
 from tests.deadlines import WAIT_SECONDS
+from tests.harness.completions import Completion, request, snapshot
 
 pytestmark = pytest.mark.processes
 
