@@ -17,7 +17,6 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from random import Random
 from typing import Any, Final
@@ -181,7 +180,7 @@ class _Run:
     def _on_ready(self, proxies: dict[str, str]) -> None:
         self._scheduler.forget_deadlines()
         network = self._real.model_copy(update=proxies)
-        replace(self._configuration, network=network).write(self._workspace.config)
+        self._configuration.model_copy(update={"network": network}).write(self._workspace.config)
         for program in services(self._workspace, self._real, self._plan):
             self._programs[program.name] = program
             self._start(program.name)
