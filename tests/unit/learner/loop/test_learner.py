@@ -38,7 +38,9 @@ async def test_the_loop_tells_the_trainer_where_epochs_branched_off(tmp_path: Pa
     nothing: Any = None
     trainer: Any = Refusing()
     buffer: Any = Buffer()
-    context = Context(trainer, buffer, nothing, nothing, journal, nothing, metrics, tmp_path, asyncio.Event())
+    context = Context(
+        trainer, buffer, nothing, nothing, journal, nothing, metrics, tmp_path, asyncio.Event(), lambda _: ()
+    )
     restored = Checkpoint(tmp_path, head, (), ((1, 0), (2, 4)))
     learner = Learner(context, nothing, LearnerOptions(), nothing, restored)
     assert await learner._train(groups()) is False
