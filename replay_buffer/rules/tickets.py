@@ -6,11 +6,12 @@ waits until it has, and one that never had so much room is passed over.
 
 from __future__ import annotations
 
-import random
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from leeway.errors import InvalidDataError, PreconditionError
 from leeway.service.seeds import seed_of
@@ -55,7 +56,7 @@ class TaskOrder:
     def __init__(self, seed: int, task_count: int) -> None:
         self._seed = seed
         self._task_count = task_count
-        self._tours: dict[int, array[int]] = {}
+        self._tours: dict[int, NDArray[np.uint32]] = {}
 
     def at(self, cursor: int) -> int:
         """The task at a position of the cursor, which counts the tasks of all tours."""
@@ -63,9 +64,10 @@ class TaskOrder:
         if tour not in self._tours:
             while len(self._tours) > 1:
                 del self._tours[min(self._tours)]
-            order = self._tours[tour] = array("I", range(self._task_count))
-            random.Random(f"{self._seed}/{tour}").shuffle(order)
-        return self._tours[tour][place]
+            # RandomState's numbers are frozen: a restart under a newer NumPy finds the same order.
+            numbers = np.random.RandomState([self._seed % 2**32, self._seed >> 32, tour % 2**32])
+            self._tours[tour] = numbers.permutation(np.arange(self._task_count, dtype=np.uint32))
+        return int(self._tours[tour][place])
 
 
 class TicketOffice:

@@ -53,7 +53,7 @@ def test_a_prompt_that_always_fails_is_a_dead_letter_after_n_tries(machine: Mach
 def test_a_prompt_that_kills_its_servers_is_a_dead_letter_although_its_groups_go_stale_first() -> None:
     """No group uses up its attempts before it is too old; the tries of its task add up."""
     machine = Machine(spec(groups_per_step=1, max_staleness=1, max_attempts=ATTEMPTS))
-    poison = 0
+    poison: int | None = None
     cursed: dict[str, Ticket] = {}
 
     def expired(group_id: str) -> bool:
@@ -61,7 +61,7 @@ def test_a_prompt_that_kills_its_servers_is_a_dead_letter_although_its_groups_go
 
     for _ in range(3 * ATTEMPTS):
         tickets = machine.acquire()
-        poison = poison or tickets[0].task_index
+        poison = tickets[0].task_index if poison is None else poison
         cursed.update({ticket.group_id: ticket for ticket in tickets if ticket.task_index == poison})
         machine.fill([ticket for ticket in tickets if ticket.task_index != poison])
         machine.draw(expired)
