@@ -66,19 +66,21 @@ def _children() -> dict[str, str]:
     return found
 
 
-def _left(before: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    now = {*_open_files().items(), *_children().items()} - before
-    return {(key, value) for key, value in now if not any(helper in value for helper in _HELPERS)}
+def _left(files: dict[str, str], children: dict[str, str]) -> list[str]:
+    """Files and processes beyond those given. A process that was there before may have taken another title since."""
+    new = {*_open_files().items()} - {*files.items()}
+    new |= {(process, line) for process, line in _children().items() if process not in children}
+    return sorted(f"{key} ({value})" for key, value in new if not any(helper in value for helper in _HELPERS))
 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing_open() -> Iterator[None]:
-    before = {*_open_files().items(), *_children().items()}
+    before = (_open_files(), _children())
     yield
-    if _left(before):
+    if _left(*before):
         gc.collect()
-        if left := _left(before):
-            pytest.fail("left open: " + ", ".join(sorted(f"{key} ({value})" for key, value in left)), pytrace=False)
+        if left := _left(*before):
+            pytest.fail(f"left open: {', '.join(left)}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
